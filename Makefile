@@ -1,0 +1,55 @@
+# make demo, make test, make lint: each sets up .venv where it is not there, then works.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+UV := uv==0.13.8
+
+# A RegionSpot checkpoint for the demo, if there is one: make demo WEIGHTS=regionspot_bb.pth
+WEIGHTS ?=
+
+.PHONY: help demo test lint format detectron2 lock clean
+help:
+	@echo "make demo   recognise regions of a real photograph (output/demo)"
+	@echo "make test   the tests, on a CPU, with no downloads"
+	@echo "make lint   ruff and mypy"
+	@echo "make lock   pin the newest versions that setup.py admits in requirements/lock.txt"
+
+demo: $(VENV)/.ready
+	$(BIN)/python tools/demo.py --config-file configs/RegionSpot-BB.yaml \
+	    --input "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0] + "/data/coffee.png")')" \
+	    --boxes "172,17,408,308;77,66,479,388;326,66,424,326" --vocabulary "cup,saucer,spoon,espresso,wooden table,zebra" \
+	    --output output/demo --cached-weights-only MODEL.WEIGHTS "$(WEIGHTS)"
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Made anew when a pinned version changes. A detectron2 that is in the environment already is kept.
+$(VENV)/.ready: requirements/lock.txt requirements/detectron2.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+	$(BIN)/uv pip install --python $(BIN)/python -r requirements/lock.txt
+	$(BIN)/python -c 'import detectron2' 2>/dev/null || $(MAKE) --no-print-directory detectron2 TARGET_PYTHON=$(BIN)/python
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+# Detectron2 from PyPI into the environment of TARGET_PYTHON (this project's, or your own), checked by its sha256.
+TARGET_PYTHON ?= python
+detectron2:
+	$(TARGET_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: \
+	    --implementation cp --python-version 3.10 --abi none --platform any \
+	    --target "$$($(TARGET_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" -r requirements/detectron2.txt
+
+lock: $(VENV)/.ready
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-package regionspot requirements/lock.in -o requirements/lock.txt
+
+clean:
+	rm -rf $(VENV) output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,22 @@
+"""RegionSpot: open-world region recognition for Detectron2."""
+
+import warnings
+from importlib.util import find_spec
+
+if find_spec("detectron2") is None:
+    raise ImportError(
+        "RegionSpot needs detectron2: build the official repository (pip install --no-build-isolation ...), "
+        "or run `make detectron2` in RegionSpot's checkout for the copy on PyPI"
+    )
+
+with warnings.catch_warnings():  # setuptools, about a module that clip imports
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    import clip as _clip  # noqa: F401
+
+from regionspot.config import add_regionspot_config
+from regionspot.modeling import RegionRecognizer, RegionSpot
+from regionspot.predictor import RegionPredictions, RegionSpotPredictor
+
+__version__ = "0.1.0"
+
+__all__ = ["RegionPredictions", "RegionRecognizer", "RegionSpot", "RegionSpotPredictor", "add_regionspot_config"]

@@ -1,0 +1,124 @@
+"""Every configuration key that RegionSpot adds to Detectron2's."""
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+
+def add_regionspot_config(cfg: CfgNode) -> None:
+    """Add RegionSpot's keys, with the defaults of the paper's BB variant, to ``cfg``.
+
+    Args:
+        cfg: a Detectron2 config, changed in place. All keys are under ``MODEL.REGIONSPOT`` but
+            ``SOLVER.OPTIMIZER``.
+    """
+    cfg.MODEL.REGIONSPOT = CfgNode()
+    node = cfg.MODEL.REGIONSPOT
+
+    # The class names: "a,b,c", "@names.txt", "@names.json", or "" for the names of the data set in use.
+    node.VOCABULARY = ""
+
+    # Which of SAM's tokens stands for a region: "prompt_encoder", "transformer" or "mlp".
+    node.TOKEN_STAGE = "transformer"
+
+    # Class probabilities from logits: "softmax" over the vocabulary or "sigmoid".
+    node.SCORE_FUNCTION = "softmax"
+    # Detections scoring below this are dropped; TEST.DETECTIONS_PER_IMAGE bounds their number.
+    node.SCORE_THRESH_TEST = 0.0
+
+    _add_sam_config(node)
+    _add_clip_config(node)
+
+    # The trained module (paper, section 3.3).
+    node.INTEGRATION = CfgNode()
+    node.INTEGRATION.DEPTH = 3
+    node.INTEGRATION.NUM_HEADS = 8
+    node.INTEGRATION.FFN_DIM = 2048
+    node.INTEGRATION.DROPOUT = 0.1
+    # True: the regions of an image attend to each other. False: each region is decoded alone.
+    node.INTEGRATION.REGION_ATTENTION = True
+
+    # Sigmoid focal loss.
+    node.LOSS = CfgNode()
+    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_GAMMA = 2.0
+
+    # "AdamW" (the paper's) or "SGD" (Detectron2's).
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+
+
+def _add_sam_config(node: CfgNode) -> None:
+    node.SAM = CfgNode()
+    # "vit_b", "vit_l", "vit_h", or "custom" with the sizes below.
+    node.SAM.NAME = "vit_b"
+    # A known name ("vit_b", "vit_l", "vit_h": fetched once), a path, a URL, or "" for random weights.
+    node.SAM.WEIGHTS = "vit_b"
+    # Prompts decoded at once; bounds the memory (about 30 MB per prompt at full size).
+    node.SAM.PROMPT_CHUNK = 64
+    # True: decode SAM's several masks and take token and mask of the one with the best predicted IoU.
+    node.SAM.MULTIMASK = False
+
+    node.SAM.CUSTOM = CfgNode()
+    node.SAM.CUSTOM.IMAGE_SIZE = 1024
+    node.SAM.CUSTOM.PATCH_SIZE = 16
+    node.SAM.CUSTOM.EMBED_DIM = 768
+    node.SAM.CUSTOM.DEPTH = 12
+    node.SAM.CUSTOM.NUM_HEADS = 12
+    node.SAM.CUSTOM.WINDOW_SIZE = 14
+    node.SAM.CUSTOM.GLOBAL_ATTN_INDEXES = [2, 5, 8, 11]
+    node.SAM.CUSTOM.PROMPT_DIM = 256
+    node.SAM.CUSTOM.DECODER_DEPTH = 2
+    node.SAM.CUSTOM.DECODER_NUM_HEADS = 8
+    node.SAM.CUSTOM.DECODER_MLP_DIM = 2048
+    node.SAM.CUSTOM.NUM_MULTIMASKS = 3
+
+
+def _add_clip_config(node: CfgNode) -> None:
+    node.CLIP = CfgNode()
+    # "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", or "custom" with the sizes below.
+    node.CLIP.NAME = "ViT-B/16"
+    # A known name (as above: fetched once), a path, a URL, or "" for random weights.
+    node.CLIP.WEIGHTS = "ViT-B/16"
+    # What the regions attend to: "none", "feature_map" or "feature_map+class_token".
+    node.CLIP.FEATURES = "feature_map+class_token"
+    # Prompt templates around a class name: "all" (81, averaged), "one" ("a photo of a {}.") or "none" (the bare name).
+    node.CLIP.TEMPLATES = "all"
+    # "dataset": names as they are, but for "-other", "-merged", "-stuff" (the published numbers depend on it).
+    # "readable": underscores become spaces and brackets are dropped, too.
+    node.CLIP.NAME_STYLE = "dataset"
+    # Prompts encoded at once.
+    node.CLIP.TEXT_BATCH_SIZE = 256
+
+    node.CLIP.CUSTOM = CfgNode()
+    node.CLIP.CUSTOM.IMAGE_SIZE = 224
+    node.CLIP.CUSTOM.PATCH_SIZE = 16
+    # CLIP gives every 64 channels a head, so both widths are multiples of 64.
+    node.CLIP.CUSTOM.WIDTH = 768
+    node.CLIP.CUSTOM.LAYERS = 12
+    node.CLIP.CUSTOM.TEXT_WIDTH = 512
+    node.CLIP.CUSTOM.TEXT_LAYERS = 12
+    node.CLIP.CUSTOM.EMBED_DIM = 512
+    node.CLIP.CUSTOM.CONTEXT_LENGTH = 77
+    node.CLIP.CUSTOM.VOCAB_SIZE = 49408
+
+
+def load_config(config_file: str | Path, overrides: list[str] | None = None) -> CfgNode:
+    """Return Detectron2's defaults with RegionSpot's keys, a YAML file and then ``KEY VALUE`` overrides merged in.
+
+    On a machine without CUDA ``MODEL.DEVICE`` becomes "cpu" unless the overrides say otherwise.
+
+    Raises:
+        FileNotFoundError: no such YAML file.
+        KeyError: a key that does not exist.
+    """
+    cfg = get_cfg()
+    add_regionspot_config(cfg)
+    if config_file:
+        if not Path(config_file).is_file():
+            raise FileNotFoundError(f"config {str(config_file)!r}: no such file; the shipped ones are in configs/")
+        cfg.merge_from_file(str(config_file))
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(overrides or [])
+    return cfg

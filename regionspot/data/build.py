@@ -1,0 +1,66 @@
+"""Data loaders, and the vocabulary that belongs to a data set."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+
+from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
+from regionspot.vocabulary import load_vocabulary
+
+
+def build_train_loader(cfg: CfgNode) -> Any:
+    """Return Detectron2's training loader over ``DATASETS.TRAIN``."""
+    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    return build_detection_train_loader(cfg, mapper=RegionSpotDatasetMapper(cfg, True))
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
+    """Return Detectron2's test loader over ``dataset_name``; annotated boxes stay with the images."""
+    check_registered([dataset_name], "DATASETS.TEST")
+    return build_detection_test_loader(cfg, dataset_name, mapper=RegionSpotDatasetMapper(cfg, False))
+
+
+def check_registered(names: Sequence[str], key: str) -> None:
+    """Raise a KeyError that names the alternatives when a data set is not registered."""
+    if not names:
+        raise ValueError(f"{key} is empty: expected the name of a registered data set")
+    for name in names:
+        if name not in DatasetCatalog:
+            raise KeyError(
+                f"{key}: data set {name!r} is not registered; registered are {', '.join(sorted(DatasetCatalog)[:40])}"
+            )
+
+
+def dataset_vocabulary(cfg: CfgNode, names: Sequence[str]) -> list[str]:
+    """Return the class names that regions of the data sets are scored against.
+
+    They are the data sets' own, or those of ``MODEL.REGIONSPOT.VOCABULARY``, which then stand for them one by one.
+
+    Raises:
+        ValueError: the data sets differ in their names, or the configured vocabulary is of another length.
+    """
+    vocabularies = {name: _class_names(name) for name in names}
+    first = vocabularies[names[0]]
+    for name, vocabulary in vocabularies.items():
+        if vocabulary != first:
+            raise ValueError(f"data sets {names[0]} and {name} have different class names; give sets of one vocabulary")
+    if not cfg.MODEL.REGIONSPOT.VOCABULARY:
+        return first
+    given = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)
+    if len(given) != len(first):
+        raise ValueError(
+            f"MODEL.REGIONSPOT.VOCABULARY has {len(given)} names, but {names[0]} has {len(first)} classes; "
+            "give one name a class, or none"
+        )
+    return given
+
+
+def _class_names(name: str) -> list[str]:
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("thing_classes"):
+        DatasetCatalog.get(name)  # the names come with the annotations
+    if not metadata.get("thing_classes"):
+        raise ValueError(f"data set {name!r} has no class names: set thing_classes in its metadata")
+    return list(metadata.thing_classes)

@@ -1,0 +1,5 @@
+"""Registration of data sets."""
+
+from regionspot.data.datasets.json_dataset import register_json_dataset
+
+__all__ = ["register_json_dataset"]

@@ -1,0 +1,228 @@
+"""The localiser: a frozen SAM that turns prompts into position-aware tokens and masks (paper, section 3.1)."""
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode, configurable
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch.nn import functional as F
+from torchvision.transforms.functional import resize
+
+from regionspot.modeling.frozen import FrozenModule
+from regionspot.modeling.sam import build_sam, get_sam_size
+from regionspot.structures import Prompts
+
+TOKEN_STAGES = ("prompt_encoder", "transformer", "mlp")
+
+
+@dataclass
+class LocalizerOutput:
+    """What SAM says of N prompts.
+
+    Attributes:
+        tokens: (N, D) float position-aware tokens; D is ``Localizer.token_dim``.
+        iou: (N,) float, SAM's own estimate of the mask's IoU.
+        masks: (N, h, w) float mask logits over the padded square input, or None when not asked for.
+    """
+
+    tokens: torch.Tensor
+    iou: torch.Tensor
+    masks: torch.Tensor | None
+
+
+class Localizer(FrozenModule):
+    """Frozen SAM: image embedding, then prompts in chunks."""
+
+    @configurable
+    def __init__(
+        self, *, sam: Sam, token_stage: str = "transformer", prompt_chunk: int = 64, multimask: bool = False
+    ) -> None:
+        """
+        Args:
+            sam: the model, any size.
+            token_stage: where the token is taken from: "prompt_encoder" (mean of the prompt's sparse embeddings, so
+                that boxes and points give the same length), "transformer" (the mask token behind the two-way
+                transformer) or "mlp" (that token behind its hypernetwork MLP).
+            prompt_chunk: prompts decoded at once.
+            multimask: choose among SAM's several masks by predicted IoU instead of taking the single-mask output.
+        """
+        super().__init__()
+        if token_stage not in TOKEN_STAGES:
+            raise ValueError(
+                f"MODEL.REGIONSPOT.TOKEN_STAGE: expected one of {', '.join(TOKEN_STAGES)}; got {token_stage!r}"
+            )
+        if prompt_chunk < 1:
+            raise ValueError(f"MODEL.REGIONSPOT.SAM.PROMPT_CHUNK: expected at least 1, got {prompt_chunk}")
+        self.sam = sam
+        self.token_stage = token_stage
+        self.prompt_chunk = prompt_chunk
+        self.multimask = multimask
+        self.freeze()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.REGIONSPOT
+        return {
+            "sam": build_sam(get_sam_size(cfg)),
+            "token_stage": node.TOKEN_STAGE,
+            "prompt_chunk": node.SAM.PROMPT_CHUNK,
+            "multimask": node.SAM.MULTIMASK,
+        }
+
+    @property
+    def token_dim(self) -> int:
+        """Length of a position-aware token."""
+        dim = self.sam.mask_decoder.transformer_dim
+        return dim // 8 if self.token_stage == "mlp" else dim
+
+    @property
+    def image_size(self) -> int:
+        """Side of SAM's square input, pixels."""
+        return self.sam.image_encoder.img_size
+
+    def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (height, width) that an image of (height, width) has in SAM's input, before padding."""
+        return ResizeLongestSide.get_preprocess_shape(*image_size, self.image_size)
+
+    @torch.no_grad()
+    def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Embed images.
+
+        Args:
+            images: (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
+
+        Returns:
+            (B, C, h, w) float image embeddings.
+        """
+        device = self.sam.pixel_mean.device
+        inputs = [self.sam.preprocess(self._resize(image).to(device, torch.float32)) for image in images]
+        return self.sam.image_encoder(torch.stack(inputs))
+
+    def _resize(self, image: torch.Tensor) -> torch.Tensor:
+        size = self.input_size((image.shape[-2], image.shape[-1]))
+        if tuple(image.shape[-2:]) == size:
+            return image
+        if image.dtype == torch.uint8 and image.device.type == "cpu":  # as SAM's own predictor does, to the bit
+            resized = ResizeLongestSide(self.image_size).apply_image(image.permute(1, 2, 0).numpy())
+            return torch.from_numpy(resized).permute(2, 0, 1)
+        return resize(image, list(size), antialias=True)  # differs from the above by one grey level at the most
+
+    @torch.no_grad()
+    def forward(self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool = False) -> LocalizerOutput:
+        """Decode the prompts of one image.
+
+        Args:
+            embedding: (1, C, h, w) image embedding.
+            prompts: N prompts, boxes and points in pixels of SAM's input.
+            with_masks: compute the masks, too.
+
+        Returns:
+            Tokens, IoU estimates and masks of the N prompts, in their order.
+        """
+        chunks = [
+            self._decode(embedding, prompts[i : i + self.prompt_chunk], with_masks)
+            for i in range(0, len(prompts), self.prompt_chunk)
+        ]
+        if not chunks:
+            side = 4 * embedding.shape[-1]
+            empty = embedding.new_zeros
+            return LocalizerOutput(empty(0, self.token_dim), empty(0), empty(0, side, side) if with_masks else None)
+        masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
+        return LocalizerOutput(
+            torch.cat([chunk.tokens for chunk in chunks]), torch.cat([chunk.iou for chunk in chunks]), masks
+        )
+
+    def _decode(self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool) -> LocalizerOutput:
+        decoder = self.sam.mask_decoder
+        points = None if prompts.points is None else (prompts.points, prompts.point_labels)
+        sparse, dense = self.sam.prompt_encoder(
+            points=points, boxes=prompts.boxes, masks=prompts.masks
+        )  # (N, P, C), (N, C, h, w)
+
+        # One image feeds all prompts: its embedding keeps batch size 1 until the transformer's first layer makes it
+        # differ from prompt to prompt, and the attention of that layer broadcasts.
+        image = embedding + (dense if prompts.masks is not None else dense[:1])
+        outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([outputs.expand(len(prompts), -1, -1), sparse], dim=1)
+        hidden, image = decoder.transformer(image, self.sam.prompt_encoder.get_dense_pe(), tokens)
+
+        ious = decoder.iou_prediction_head(hidden[:, 0])  # (N, M)
+        rows = torch.arange(len(prompts), device=hidden.device)
+        best = 1 + ious[:, 1:].argmax(dim=1) if self.multimask else torch.zeros_like(rows)
+        mask_tokens = hidden[rows, 1 + best]  # (N, C)
+        kernels = self._kernels(mask_tokens, best) if with_masks or self.token_stage == "mlp" else None  # (N, C / 8)
+        return LocalizerOutput(
+            tokens=self._stage_tokens(prompts, sparse, mask_tokens, kernels),
+            iou=ious[rows, best],
+            masks=self._masks(image, embedding.shape[-2:], kernels) if with_masks else None,
+        )
+
+    def _kernels(self, mask_tokens: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """Put each mask token through the hypernetwork MLP of its own output."""
+        mlps = self.sam.mask_decoder.output_hypernetworks_mlps
+        if not self.multimask:
+            return mlps[0](mask_tokens)
+        every = torch.stack([mlp(mask_tokens) for mlp in mlps], dim=1)  # (N, M, C / 8)
+        return every[torch.arange(len(best), device=best.device), best]
+
+    def _stage_tokens(
+        self, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.token_stage == "transformer":
+            return mask_tokens
+        if self.token_stage == "mlp":
+            assert kernels is not None
+            return kernels
+        if sparse.shape[1] == 0:
+            raise ValueError("TOKEN_STAGE prompt_encoder: a mask alone has no sparse embedding; give its box, too")
+        weights = torch.ones(sparse.shape[:2], device=sparse.device)
+        if prompts.point_labels is not None:  # padding is no part of a prompt
+            number = prompts.point_labels.shape[1]
+            weights[:, :number] = (prompts.point_labels >= 0).float()
+            if prompts.boxes is None:
+                weights[:, number:] = 0
+        return (sparse * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def _masks(self, image: torch.Tensor, grid: torch.Size, kernels: torch.Tensor | None) -> torch.Tensor:
+        assert kernels is not None
+        image = image.transpose(1, 2).unflatten(2, grid)  # (N, C, h, w)
+        upscaled = self.sam.mask_decoder.output_upscaling(image)  # (N, C / 8, 4h, 4w)
+        return torch.einsum("nc,nchw->nhw", kernels, upscaled)
+
+    def upsample_masks(
+        self, masks: torch.Tensor, image_size: tuple[int, int], output_size: tuple[int, int], chunk: int = 16
+    ) -> torch.Tensor:
+        """Turn mask logits into binary masks of the output's size.
+
+        Args:
+            masks: (N, h, w) float logits, as in ``LocalizerOutput``.
+            image_size: (height, width) of the image that was embedded.
+            output_size: (height, width) wanted.
+            chunk: masks brought to full size at once.
+
+        Returns:
+            (N, *output_size) bool.
+        """
+        input_size = self.input_size(image_size)
+        full = [
+            self.sam.postprocess_masks(part[:, None].float(), input_size, output_size)[:, 0] > self.sam.mask_threshold
+            for part in masks.split(chunk)
+        ]
+        return torch.cat(full) if len(masks) else masks.new_zeros((0, *output_size), dtype=torch.bool)
+
+    def mask_prompts(self, masks: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        """Turn binary masks into SAM's mask prompts.
+
+        Args:
+            masks: (N, *image_size) bool.
+            image_size: (height, width) of the image.
+
+        Returns:
+            (N, 1, h, w) float logits over the padded square input, +-10 inside and outside.
+        """
+        height, width = self.input_size(image_size)
+        inputs = F.interpolate(masks[:, None].float(), (height, width), mode="bilinear", antialias=True)
+        inputs = F.pad(inputs, (0, self.image_size - width, 0, self.image_size - height))
+        side = self.sam.prompt_encoder.mask_input_size
+        return 20 * F.interpolate(inputs, side, mode="bilinear", antialias=True) - 10

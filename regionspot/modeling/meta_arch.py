@@ -1,0 +1,149 @@
+"""RegionSpot as a Detectron2 meta-architecture."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from regionspot.modeling.key_layout import translate_released_keys
+from regionspot.modeling.losses import region_focal_loss
+from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.structures import Prompts, check_boxes
+
+
+@META_ARCH_REGISTRY.register()
+class RegionSpot(nn.Module):
+    """Recognise given regions of images over any vocabulary ("Recognize Any Regions", arXiv 2311.01373).
+
+    Its state dict is Detectron2's ordinary one; it also loads the released checkpoints' keys as they are.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        recognizer: RegionRecognizer,
+        input_format: str = "RGB",
+        mask_on: bool = False,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+    ) -> None:
+        """
+        Args:
+            recognizer: the model proper.
+            input_format: channel order of the images, "RGB" or "BGR".
+            mask_on: whether inference gives ``pred_masks``.
+            focal_alpha: of the training loss.
+            focal_gamma: of the training loss.
+        """
+        super().__init__()
+        if input_format not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT: expected RGB or BGR, got {input_format!r}")
+        self.recognizer = recognizer
+        self.input_format = input_format
+        self.mask_on = mask_on
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+        self.register_load_state_dict_pre_hook(
+            lambda module, state, prefix, *_: translate_released_keys(state, f"{prefix}recognizer.")
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return {
+            "recognizer": RegionRecognizer(cfg),
+            "input_format": cfg.INPUT.FORMAT,
+            "mask_on": cfg.MODEL.MASK_ON,
+            "focal_alpha": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_ALPHA,
+            "focal_gamma": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_GAMMA,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.recognizer.vision_language.pixel_mean.device
+
+    def set_vocabulary(self, names: list[str], key: str = "default") -> None:
+        """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
+        self.recognizer.set_vocabulary(names, key)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]] | dict[str, torch.Tensor]:
+        """Detectron2's contract.
+
+        Args:
+            batched_inputs: one dict an image, with the keys:
+
+                * ``image``: (3, H, W), uint8 or float in [0, 255], channels as ``INPUT.FORMAT`` says.
+                * ``height``, ``width``: output size wanted; the image's own by default.
+                * ``proposals``: ``Instances`` with ``proposal_boxes`` and, optionally, ``scores`` in [0, 1] or
+                  ``objectness_logits``. Without it the boxes are those of ``instances``.
+                * ``instances``: ``Instances`` with ``gt_boxes`` and, in training, ``gt_classes``.
+
+                Boxes are XYXY in the pixels of ``image``.
+
+        Returns:
+            In training ``{"loss_cls": scalar}``; else for each image ``{"instances": Instances}`` as
+            ``RegionRecognizer.forward`` describes them.
+
+        Raises:
+            KeyError: an image comes without boxes.
+            ValueError: an image of wrong shape, a box that names no region, or a class outside the vocabulary.
+        """
+        if not batched_inputs:
+            return {} if self.training else []
+        images = [self._image(inputs) for inputs in batched_inputs]
+        if self.training:
+            return self._losses(images, batched_inputs)
+        regions = [self._regions(inputs) for inputs in batched_inputs]
+        sizes = [
+            (int(inputs.get("height", image.shape[1])), int(inputs.get("width", image.shape[2])))
+            for inputs, image in zip(batched_inputs, images)
+        ]
+        with torch.no_grad():
+            results = self.recognizer(
+                images, [boxes for boxes, _ in regions], [scores for _, scores in regions], sizes, self.mask_on
+            )
+        return [{"instances": instances} for instances in results]
+
+    def _image(self, inputs: dict[str, Any]) -> torch.Tensor:
+        image = inputs["image"]
+        if image.dim() != 3 or image.shape[0] != 3:
+            raise ValueError(f"image {inputs.get('file_name', '')}: expected shape (3, H, W), got {tuple(image.shape)}")
+        return image if self.input_format == "RGB" else image.flip(0)
+
+    @staticmethod
+    def _regions(inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:
+        """Return an image's boxes and, where they have them, their scores."""
+        name, size = inputs.get("file_name", ""), tuple(inputs["image"].shape[-2:])
+        if "proposals" in inputs:
+            proposals, scores = inputs["proposals"], None
+            if proposals.has("scores"):
+                scores = proposals.scores
+            elif proposals.has("objectness_logits"):
+                scores = proposals.objectness_logits.sigmoid()
+            boxes = proposals.proposal_boxes
+        elif "instances" in inputs:
+            boxes, scores = inputs["instances"].gt_boxes, None
+        else:
+            raise KeyError(f"image {name}: no boxes; expected the key 'proposals' or 'instances', got {sorted(inputs)}")
+        check_boxes(boxes.tensor, size, f"boxes of image {name}".strip())
+        return boxes, scores
+
+    def _losses(self, images: list[torch.Tensor], batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        instances = [inputs["instances"] for inputs in batched_inputs]
+        number = len(self.recognizer.vocabulary)
+        for inputs, targets in zip(batched_inputs, instances):
+            check_boxes(targets.gt_boxes.tensor, targets.image_size, f"boxes of image {inputs.get('file_name', '')}")
+            classes = targets.gt_classes
+            if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
+                raise ValueError(
+                    f"image {inputs.get('file_name', '')}: class {int(classes.max())} is outside the vocabulary "
+                    f"of {number} names; set the data set's own vocabulary"
+                )
+        features = self.recognizer.encode_images(images)
+        located = self.recognizer.locate(features, [Prompts(boxes=targets.gt_boxes.tensor) for targets in instances])
+        logits = self.recognizer.classify([output.tokens for output in located], features.feature_map)
+        classes = [targets.gt_classes.to(self.device) for targets in instances]
+        return {"loss_cls": region_focal_loss(logits, classes, self.focal_alpha, self.focal_gamma)}

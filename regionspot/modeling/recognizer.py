@@ -1,0 +1,225 @@
+"""The recogniser: localiser, vision-language model and knowledge integration as one module.
+
+The meta-architecture, the predictor and every other way in use this one implementation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from regionspot.modeling.inference import SCORE_FUNCTIONS, class_probabilities, select_detections
+from regionspot.modeling.knowledge_integration import KnowledgeIntegration
+from regionspot.modeling.localizer import Localizer, LocalizerOutput
+from regionspot.modeling.text_classifier import TextClassifier
+from regionspot.modeling.text_encoder import TextEncoder
+from regionspot.modeling.vision_language import VisionLanguageModel
+from regionspot.structures import Prompts
+from regionspot.vocabulary import check_names, load_vocabulary
+
+
+@dataclass
+class ImageFeatures:
+    """What the frozen encoders give for B images.
+
+    Attributes:
+        embeddings: (B, C, h, w) float, SAM's image embeddings.
+        feature_map: (B, L, width) float, CLIP's semantic feature map, or None without CLIP's features.
+        sizes: (height, width) of each image as it was given.
+    """
+
+    embeddings: torch.Tensor
+    feature_map: torch.Tensor | None
+    sizes: list[tuple[int, int]]
+
+
+class RegionRecognizer(nn.Module):
+    """Images and regions in, class logits of the regions out."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        localizer: Localizer,
+        vision_language: VisionLanguageModel,
+        knowledge_integration: KnowledgeIntegration,
+        text_encoder: TextEncoder,
+        vocabulary: list[str] | None = None,
+        score_function: str = "softmax",
+        score_thresh: float = 0.0,
+        top_k: int = 100,
+    ) -> None:
+        """
+        Args:
+            localizer: frozen SAM.
+            vision_language: frozen CLIP.
+            knowledge_integration: the trained module.
+            text_encoder: encoder of class names, over the same CLIP.
+            vocabulary: class names to start with.
+            score_function: "softmax" or "sigmoid".
+            score_thresh: detections scoring lower are dropped.
+            top_k: detections per image at the most.
+        """
+        super().__init__()
+        if score_function not in SCORE_FUNCTIONS:
+            raise ValueError(
+                f"MODEL.REGIONSPOT.SCORE_FUNCTION: expected {' or '.join(SCORE_FUNCTIONS)}; got {score_function!r}"
+            )
+        self.localizer = localizer
+        self.vision_language = vision_language
+        self.knowledge_integration = knowledge_integration
+        self.classifier = TextClassifier()
+        self.text_encoder = text_encoder
+        self.score_function = score_function
+        self.score_thresh = score_thresh
+        self.top_k = top_k
+        # Names whose embeddings wait for CLIP's weights: encoded when they are first needed.
+        self._pending: dict[str, list[str]] = {"default": vocabulary} if vocabulary else {}
+        self._pending_active = "default" if vocabulary else ""
+        self.register_load_state_dict_post_hook(RegionRecognizer._drop_embeddings)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.REGIONSPOT
+        localizer, vision_language = Localizer(cfg), VisionLanguageModel(cfg)
+        return {
+            "localizer": localizer,
+            "vision_language": vision_language,
+            "knowledge_integration": KnowledgeIntegration(
+                cfg, token_dim=localizer.token_dim, clip_width=vision_language.width, text_dim=vision_language.text_dim
+            ),
+            "text_encoder": TextEncoder(
+                vision_language.clip_model, node.CLIP.TEMPLATES, node.CLIP.NAME_STYLE, node.CLIP.TEXT_BATCH_SIZE
+            ),
+            "vocabulary": load_vocabulary(node.VOCABULARY) if node.VOCABULARY else None,
+            "score_function": node.SCORE_FUNCTION,
+            "score_thresh": node.SCORE_THRESH_TEST,
+            "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    def set_vocabulary(self, names: list[str], key: str = "default") -> None:
+        """Recognise ``names`` from now on.
+
+        Args:
+            names: class names, in the order of the class indices.
+            key: the vocabulary's own name; one that was set before under it with the same names costs nothing.
+
+        Raises:
+            ValueError: no names, an empty name, or a name too long for CLIP.
+        """
+        names = check_names(names, "vocabulary")
+        self._encode_pending()
+        if self.classifier.vocabularies.get(key) == names:
+            self.classifier.active = key
+        else:
+            self.classifier.set_vocabulary(key, names, self.text_encoder(names))
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Class names in use. Raises a ValueError when none are set."""
+        return self._pending.get(self._pending_active) or self.classifier.names
+
+    def _encode_pending(self) -> None:
+        pending, active = self._pending, self._pending_active
+        self._pending, self._pending_active = {}, ""
+        for key, names in pending.items():
+            self.classifier.set_vocabulary(key, names, self.text_encoder(names))
+        if pending:
+            self.classifier.active = active
+
+    def _drop_embeddings(self, incompatible_keys: object) -> None:
+        if self.classifier.active:
+            self._pending_active = self.classifier.active
+        self._pending.update(self.classifier.drop_vocabularies())
+
+    def encode_images(self, images: list[torch.Tensor]) -> ImageFeatures:
+        """Run both image encoders on (3, H, W) RGB images in [0, 255], of any sizes."""
+        return ImageFeatures(
+            embeddings=self.localizer.encode_images(images),
+            feature_map=self.vision_language.encode_images(images),
+            sizes=[(image.shape[-2], image.shape[-1]) for image in images],
+        )
+
+    def locate(
+        self, features: ImageFeatures, prompts: list[Prompts], with_masks: bool = False
+    ) -> list[LocalizerOutput]:
+        """Decode each image's prompts (boxes and points in that image's own pixels; boxes are cut to it)."""
+        outputs = []
+        for embedding, (height, width), image_prompts in zip(features.embeddings, features.sizes, prompts, strict=True):
+            input_height, input_width = self.localizer.input_size((height, width))
+            scaled = (
+                image_prompts.to(embedding.device)
+                .clip((height, width))
+                .scale(input_width / width, input_height / height)
+            )
+            outputs.append(self.localizer(embedding[None], scaled, with_masks))
+        return outputs
+
+    def classify(self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None) -> list[torch.Tensor]:
+        """Return the logits of regions.
+
+        Args:
+            tokens: B tensors, (N_i, token_dim) float position-aware tokens.
+            feature_map: (B, L, width) float semantic feature map, or None without CLIP's features.
+
+        Returns:
+            B tensors, (N_i, K) float32.
+        """
+        self._encode_pending()
+        scale = self.vision_language.clip_model.logit_scale
+        return [self.classifier(semantic, scale) for semantic in self.knowledge_integration(tokens, feature_map)]
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return (N, K) class probabilities of (N, K) logits, by the configured function."""
+        return class_probabilities(logits, self.score_function)
+
+    def forward(
+        self,
+        images: list[torch.Tensor],
+        boxes: list[Boxes],
+        proposal_scores: list[torch.Tensor | None] | None = None,
+        output_sizes: list[tuple[int, int]] | None = None,
+        with_masks: bool = False,
+    ) -> list[Instances]:
+        """Recognise the boxes of images.
+
+        Args:
+            images: B images, (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
+            boxes: B ``Boxes``, N_i each, XYXY in the image's own pixels; N_i may be 0.
+            proposal_scores: for each image (N_i,) float scores of its boxes in [0, 1], or None.
+            output_sizes: (height, width) that boxes and masks are wanted in; the images' own by default.
+            with_masks: give ``pred_masks``, too.
+
+        Returns:
+            B ``Instances``, best first, with ``pred_boxes``, ``scores``, ``pred_classes``, ``region_indices`` (the
+            row of the box) and, if asked for, ``pred_masks`` (bool, at output size).
+        """
+        features = self.encode_images(images)
+        located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], with_masks)
+        logits = self.classify([output.tokens for output in located], features.feature_map)
+        results = []
+        for i, (image_logits, output) in enumerate(zip(logits, located)):
+            size = features.sizes[i]
+            wanted = output_sizes[i] if output_sizes else size
+            scores = self.probabilities(image_logits)
+            if proposal_scores and (given := proposal_scores[i]) is not None:
+                scores = scores * given.to(scores)[:, None]
+            scaled = boxes[i].clone()
+            scaled.scale(wanted[1] / size[1], wanted[0] / size[0])
+            scaled.clip(wanted)
+            instances = select_detections(
+                scaled.tensor.to(scores.device), scores, wanted, self.top_k, self.score_thresh
+            )
+            if output.masks is not None:
+                instances.pred_masks = self._region_masks(output.masks, instances.region_indices, size, wanted)
+            results.append(instances)
+        return results
+
+    def _region_masks(
+        self, masks: torch.Tensor, regions: torch.Tensor, size: tuple[int, int], wanted: tuple[int, int]
+    ) -> torch.Tensor:
+        """Bring the masks of the regions that were kept to full size, each once however many classes it has."""
+        unique, inverse = regions.unique(return_inverse=True)
+        return self.localizer.upsample_masks(masks[unique], size, wanted)[inverse]

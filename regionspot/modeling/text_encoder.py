@@ -1,0 +1,145 @@
+"""Text embeddings of a vocabulary by the frozen CLIP, encoded together and cached on disk (paper, section 3.3)."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import clip
+import torch
+from clip.model import CLIP
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from regionspot.utils.files import atomic_path, cache_dir
+from regionspot.vocabulary import clean_name, get_templates
+from regionspot.weights import fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+def text_weights(clip_model: CLIP) -> dict[str, torch.Tensor]:
+    """Return the part of CLIP's state dict that text embeddings depend on."""
+    return {
+        key: value
+        for key, value in clip_model.state_dict().items()
+        if not key.startswith("visual.") and key != "logit_scale"
+    }
+
+
+def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """Encode prompts with the context cut to their tokens.
+
+    The text transformer is causal, so the feature at the end-of-text token does not depend on what follows it.
+
+    Args:
+        clip_model: CLIP.
+        tokens: (N, L) int64 with L from 1 to the context length.
+
+    Returns:
+        (N, text_dim) float, not normalised.
+    """
+    length = tokens.shape[1]
+    mask = clip_model.build_attention_mask()[:length, :length].to(tokens.device, clip_model.dtype)
+    x = clip_model.token_embedding(tokens).type(clip_model.dtype) + clip_model.positional_embedding[:length].type(
+        clip_model.dtype
+    )
+    x = x.transpose(0, 1)  # (L, N, width)
+    for block in clip_model.transformer.resblocks:
+        y = block.ln_1(x)
+        x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        x = x + block.mlp(block.ln_2(x))
+    ends = x.transpose(0, 1)[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]
+    return clip_model.ln_final(ends) @ clip_model.text_projection
+
+
+class TextEncoder:
+    """Turns class names into text embeddings: prompts of all names, averaged, normalised, cached.
+
+    It borrows CLIP from the vision-language model and owns no weights.
+    """
+
+    def __init__(
+        self, clip_model: CLIP, templates: str = "all", name_style: str = "dataset", batch_size: int = 256
+    ) -> None:
+        """
+        Args:
+            clip_model: CLIP.
+            templates: "all", "one" or "none", see ``regionspot.vocabulary``.
+            name_style: "dataset" or "readable", see ``regionspot.vocabulary.clean_name``.
+            batch_size: prompts encoded at once.
+        """
+        self.clip_model = clip_model
+        self.templates = get_templates(templates)
+        self.name_style = name_style
+        self.batch_size = batch_size
+
+    def __call__(self, names: list[str]) -> torch.Tensor:
+        """Return the text embeddings of ``names``, (K, text_dim) float32, L2-normalised; cached on disk.
+
+        Raises:
+            ValueError: a name is too long for CLIP's context.
+        """
+        cleaned = [clean_name(name, self.name_style) for name in names]
+        path = cache_dir() / "text" / f"{self._key(cleaned)}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of several processes one encodes, the others wait and read
+            embeddings = self._read(path, len(cleaned))
+            if embeddings is None:
+                embeddings = self.encode(cleaned)
+                with atomic_path(path) as temporary:
+                    save_file({"embeddings": embeddings.cpu()}, temporary)
+        return embeddings.to(self.clip_model.text_projection.device)
+
+    def _key(self, cleaned: list[str]) -> str:
+        content = [fingerprint(text_weights(self.clip_model)), self.templates, cleaned, str(self.clip_model.dtype)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _read(self, path: Path, number: int) -> torch.Tensor | None:
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                embeddings = file.get_tensor("embeddings")
+        except (SafetensorError, OSError) as error:
+            logger.warning("cached text embeddings %s are damaged (%s); encoding again", path, error)
+            return None
+        return embeddings if len(embeddings) == number else None
+
+    @torch.no_grad()
+    def encode(self, cleaned: list[str]) -> torch.Tensor:
+        """Encode cleaned names without the cache: the prompts of all of them together, sorted by length.
+
+        Each prompt's feature enters the mean of its name as it is, only the mean is normalised: so were the
+        released models trained.
+        """
+        tokens, lengths = self._tokenize(cleaned)
+        device = self.clip_model.text_projection.device
+        order = torch.argsort(lengths, stable=True)
+        sums = torch.zeros(len(cleaned), self.clip_model.text_projection.shape[1], device=device)
+        with tqdm(
+            total=len(cleaned) * len(self.templates), desc="text embeddings", unit="prompt", disable=len(cleaned) < 50
+        ) as bar:
+            for batch in order.split(self.batch_size):
+                features = encode_tokens(self.clip_model, tokens[batch, : int(lengths[batch].max())].to(device))
+                sums.index_add_(0, (batch // len(self.templates)).to(device), features.float())
+                bar.update(len(batch))
+        return F.normalize(sums / len(self.templates), dim=1)
+
+    def _tokenize(self, cleaned: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the (K * T, context) tokens of all prompts, name by name, and their (K * T,) lengths."""
+        context = self.clip_model.context_length
+        tokens = []
+        for name in cleaned:
+            try:
+                tokens.append(clip.tokenize([template.format(name) for template in self.templates], context).int())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"class name {name!r} is too long: its prompts do not fit CLIP's {context} tokens. "
+                    "Give a shorter name"
+                ) from error
+        stacked = torch.cat(tokens)
+        return stacked, stacked.argmax(dim=1) + 1  # end-of-text has the highest number

@@ -1,0 +1,188 @@
+"""The vision-language model: a frozen CLIP that gives the semantic feature map (paper, section 3.2)."""
+
+import inspect
+from dataclasses import asdict, dataclass
+
+import torch
+from clip.model import CLIP, VisionTransformer
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import nn
+from torch.nn import functional as F
+
+from regionspot.modeling.frozen import FrozenModule
+
+CLIP_FEATURES = ("none", "feature_map", "feature_map+class_token")
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """What distinguishes one CLIP (with a vision transformer) from another; the defaults are ViT-B/16's."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    text_width: int = 512
+    text_layers: int = 12
+    embed_dim: int = 512
+    context_length: int = 77
+    vocab_size: int = 49408
+
+
+CLIP_SIZES = {
+    "ViT-B/32": ClipSize(patch_size=32),
+    "ViT-B/16": ClipSize(),
+    "ViT-L/14": ClipSize(224, 14, 1024, 24, 768, 12, 768),
+    "ViT-L/14@336px": ClipSize(336, 14, 1024, 24, 768, 12, 768),
+}
+
+
+def get_clip_size(cfg: CfgNode) -> ClipSize:
+    """Return the size that ``cfg.MODEL.REGIONSPOT.CLIP`` names."""
+    node = cfg.MODEL.REGIONSPOT.CLIP
+    if node.NAME == "custom":
+        size = ClipSize(**{key.lower(): value for key, value in node.CUSTOM.items()})
+        for key in ("width", "text_width"):
+            if asdict(size)[key] % 64:
+                raise ValueError(
+                    f"MODEL.REGIONSPOT.CLIP.CUSTOM.{key.upper()}: expected a multiple of 64, got {asdict(size)[key]}"
+                )
+        return size
+    if node.NAME not in CLIP_SIZES:
+        raise ValueError(
+            f"MODEL.REGIONSPOT.CLIP.NAME: expected one of {', '.join(CLIP_SIZES)}, custom; got {node.NAME!r}"
+        )
+    return CLIP_SIZES[node.NAME]
+
+
+def build_clip(size: ClipSize) -> CLIP:
+    """Build a CLIP with random weights, in float32; ``logit_scale`` becomes a buffer of the same name."""
+    arguments = {
+        "embed_dim": size.embed_dim, "image_resolution": size.image_size, "vision_layers": size.layers,
+        "vision_width": size.width, "vision_patch_size": size.patch_size, "context_length": size.context_length,
+        "vocab_size": size.vocab_size, "transformer_width": size.text_width, "transformer_heads": size.text_width // 64,
+        "transformer_layers": size.text_layers,
+    }  # fmt: skip
+    assert set(arguments) <= set(inspect.signature(CLIP).parameters), "this clip package is not OpenAI's"
+    clip_model = CLIP(**arguments)
+    scale = clip_model.logit_scale
+    del clip_model.logit_scale
+    clip_model.register_buffer("logit_scale", scale.detach())
+    return clip_model
+
+
+def encode_patches(visual: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Return the vision transformer's output before ``ln_post``, (B, 1 + grid^2, width), the class token first."""
+    x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (B, grid^2, width)
+    x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+    x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
+    return visual.transformer(x.transpose(0, 1)).transpose(0, 1)
+
+
+class VisionLanguageModel(FrozenModule):
+    """Frozen CLIP: image -> semantic feature map. The text side is used by ``TextEncoder``."""
+
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
+    @configurable
+    def __init__(self, *, clip_model: CLIP, features: str = "feature_map+class_token") -> None:
+        """
+        Args:
+            clip_model: the model, any size, with a vision transformer.
+            features: what the feature map holds: "none", "feature_map" or "feature_map+class_token".
+        """
+        super().__init__()
+        if features not in CLIP_FEATURES:
+            raise ValueError(
+                f"MODEL.REGIONSPOT.CLIP.FEATURES: expected one of {', '.join(CLIP_FEATURES)}; got {features!r}"
+            )
+        self.clip_model = clip_model
+        self.features = features
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.freeze()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return {"clip_model": build_clip(get_clip_size(cfg)), "features": cfg.MODEL.REGIONSPOT.CLIP.FEATURES}
+
+    @property
+    def width(self) -> int:
+        """Channels of the feature map."""
+        return self.clip_model.visual.conv1.out_channels
+
+    @property
+    def text_dim(self) -> int:
+        """Length of a text embedding."""
+        return self.clip_model.text_projection.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of CLIP's square input, pixels."""
+        return self.clip_model.visual.input_resolution
+
+    def preprocess(self, image: torch.Tensor) -> torch.Tensor:
+        """Resize a whole (3, H, W) RGB image in [0, 255] to CLIP's square, without cropping, and normalise it.
+
+        Bilinear without antialias and without keeping the aspect ratio: so were the released models trained.
+        """
+        image = image.to(self.pixel_mean.device, torch.float32)[None] / 255
+        image = F.interpolate(image, (self.image_size, self.image_size), mode="bilinear", align_corners=False)[0]
+        return (image - self.pixel_mean) / self.pixel_std
+
+    @torch.no_grad()
+    def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor | None:
+        """Return the semantic feature map V of images.
+
+        Args:
+            images: (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
+
+        Returns:
+            (B, L, width) float, L = 1 + grid^2 with the class token first, grid^2 without it; None for "none".
+        """
+        if self.features == "none":
+            return None
+        patches = encode_patches(self.clip_model.visual, torch.stack([self.preprocess(image) for image in images]))
+        return patches if self.features == "feature_map+class_token" else patches[:, 1:]
+
+
+@BACKBONE_REGISTRY.register()
+class ClipImageEncoder(Backbone):
+    """CLIP's vision transformer as the backbone of any Detectron2 model.
+
+    Its input is normalised and of CLIP's square input size. It gives one feature map, ``clip``: the patches
+    before ``ln_post``.
+    """
+
+    def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
+        super().__init__()
+        self.size = get_clip_size(cfg)
+        self.visual = self._build_visual(self.size)
+
+    @staticmethod
+    def _build_visual(size: ClipSize) -> nn.Module:
+        return VisionTransformer(
+            size.image_size, size.patch_size, size.width, size.layers, size.width // 64, size.embed_dim
+        )
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode (B, 3, S, S) float images into ``{"clip": (B, width, S / stride, S / stride)}``."""
+        patches = encode_patches(self.visual, images)[:, 1:]
+        grid = self.size.image_size // self.size.patch_size
+        return {"clip": patches.transpose(1, 2).unflatten(2, (grid, grid))}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {"clip": ShapeSpec(channels=self.size.width, stride=self.size.patch_size)}
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.size.patch_size
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return {"square_size": self.size.image_size}

@@ -1,0 +1,93 @@
+"""Prompts: where the regions of an image are."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass
+class Prompts:
+    """N regions of one image, each given by a box, by points, by a mask, or by several of them together.
+
+    Attributes:
+        boxes: (N, 4) float, XYXY pixels.
+        points: (N, P, 2) float, XY pixels.
+        point_labels: (N, P) int: 1 foreground, 0 background, -1 padding.
+        masks: (N, 1, h, w) float mask logits at SAM's low resolution (256 x 256 at full size), over the padded
+            square input.
+
+    Boxes and points share one frame, which the user of the class names.
+    """
+
+    boxes: torch.Tensor | None = None
+    points: torch.Tensor | None = None
+    point_labels: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.points is None) != (self.point_labels is None):
+            raise ValueError("points and point labels go together: got one without the other")
+        lengths = {name: len(value) for name, value in self._given().items()}
+        if not lengths:
+            raise ValueError("no prompt given: expected boxes, points with labels, or masks")
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"prompts of the same regions must be equally many, got {lengths}")
+
+    def _given(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def __len__(self) -> int:
+        return len(next(iter(self._given().values())))
+
+    def __getitem__(self, index: slice) -> "Prompts":
+        return Prompts(**{name: value[index] for name, value in self._given().items()})
+
+    def to(self, device: torch.device) -> "Prompts":
+        return Prompts(**{name: value.to(device) for name, value in self._given().items()})
+
+    def clip(self, image_size: tuple[int, int]) -> "Prompts":
+        """Return the prompts with their boxes cut to an image of (height, width), in whose frame they are."""
+        if self.boxes is None:
+            return self
+        height, width = image_size
+        limit = torch.tensor([width, height, width, height]).to(self.boxes)
+        return replace(self, boxes=self.boxes.clamp(min=torch.zeros_like(limit), max=limit))
+
+    def scale(self, scale_x: float, scale_y: float) -> "Prompts":
+        """Return the prompts with boxes and points multiplied by the factors; masks stay."""
+        factors = torch.tensor([scale_x, scale_y])
+        scaled = {}
+        if self.boxes is not None:
+            scaled["boxes"] = self.boxes * factors.repeat(2).to(self.boxes)
+        if self.points is not None:
+            scaled["points"] = self.points * factors.to(self.points)
+        return replace(self, **scaled)
+
+
+def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "boxes") -> None:
+    """Refuse boxes that name no region of the image.
+
+    Args:
+        boxes: (N, 4) float, XYXY pixels.
+        image_size: (height, width) of the image whose frame the boxes are in.
+        what: how to call the boxes in the message.
+
+    Raises:
+        ValueError: wrong shape, NaN or infinity, zero area, or wholly outside the image.
+    """
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{what}: expected shape (N, 4), XYXY in pixels, got {tuple(boxes.shape)}")
+    height, width = image_size
+    x0, y0, x1, y1 = boxes.unbind(1)
+    problems = {
+        "holds NaN or infinity": ~torch.isfinite(boxes).all(dim=1),
+        "has no area (expected x0 < x1 and y0 < y1, XYXY)": (x1 <= x0) | (y1 <= y0),
+        f"lies outside the image of height {height} and width {width}": (x0 >= width)
+        | (y0 >= height)
+        | (x1 <= 0)
+        | (y1 <= 0),
+    }
+    for problem, mask in problems.items():
+        if mask.any():
+            index = int(mask.nonzero()[0])
+            raise ValueError(f"{what}: number {index}, {boxes[index].tolist()}, {problem}")

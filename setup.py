@@ -1,0 +1,53 @@
+"""RegionSpot's package; exact versions for development are in requirements/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "regionspot" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="regionspot",
+    version=VERSION,
+    description="Open-world region recognition for Detectron2",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["regionspot", "regionspot.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.1",
+        "torchvision>=0.16",
+        "numpy>=1.24",
+        "pillow>=9.5",
+        "segment-anything>=1.0",
+        "clip-anytorch>=2.6",
+        "setuptools>=75,<82",  # clip imports pkg_resources
+        "pycocotools>=2.0.7",
+        "lvis>=0.5.3",
+        "fvcore>=0.1.5",
+        "safetensors>=0.4",
+        "filelock>=3.12",
+        "tqdm>=4.65",
+    ],
+    extras_require={
+        # What Detectron2 needs; Detectron2 itself is not on PyPI under its own name, see README.md.
+        "detectron2": [
+            "iopath>=0.1.7,<0.1.11",
+            "omegaconf>=2.1,<2.4",
+            "hydra-core>=1.1",
+            "yacs>=0.1.8",
+            "tabulate",
+            "cloudpickle",
+            "tensorboard",
+            "termcolor>=1.1",
+            "black",
+            "packaging",
+            "matplotlib",
+        ],
+        "demo": ["scikit-image>=0.21"],
+        "dev": ["pytest>=8", "ruff", "mypy", "scikit-image>=0.21"],
+    },
+)

@@ -1,0 +1,232 @@
+#!/usr/bin/env python
+"""Recognise regions of images: for each writes OUTPUT/<stem>.png and OUTPUT/<stem>.json.
+
+Examples:
+    tools/demo.py --config-file configs/RegionSpot-BB.yaml --input cup.jpg --boxes "172,17,408,308;326,66,424,326" \\
+        --vocabulary "cup,spoon,saucer" --output output/demo MODEL.WEIGHTS regionspot_bb.pth
+    tools/demo.py --config-file configs/RegionSpot-BB.yaml --input *.jpg --points "290,160;370,200" \\
+        --vocabulary @names.txt --output output/demo MODEL.WEIGHTS regionspot_bb.pth
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+from pycocotools import mask as mask_api
+from tqdm import tqdm
+
+from regionspot import RegionPredictions, RegionSpotPredictor
+from regionspot.config import load_config
+from regionspot.utils.files import atomic_path
+from regionspot.visualization import draw_regions
+from regionspot.vocabulary import load_vocabulary
+from regionspot.weights import KNOWN_WEIGHTS
+
+logger = logging.getLogger("regionspot.demo")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument("--input", nargs="+", required=True, metavar="IMG", help="images")
+    parser.add_argument(
+        "--boxes",
+        metavar="BOXES",
+        help='"x0,y0,x1,y1;..." in pixels, or a JSON file: a list of boxes, or {image file name: boxes}',
+    )
+    parser.add_argument(
+        "--points",
+        metavar="POINTS",
+        help='"x,y;..." in pixels, one region each; "x,y x,y,0;..." several points, label 0 is background',
+    )
+    parser.add_argument("--vocabulary", metavar="NAMES", help='"a,b,c" or @file; default: MODEL.REGIONSPOT.VOCABULARY')
+    parser.add_argument("--output", required=True, metavar="DIR", help="where pictures and JSON go")
+    parser.add_argument(
+        "--cached-weights-only",
+        action="store_true",
+        help="fetch nothing: SAM or CLIP weights that are not on this machine are left random",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args(arguments)
+
+
+def parse_boxes(text: str, image: Path) -> list[list[float]]:
+    """Return the boxes that --boxes gives for an image.
+
+    Raises:
+        FileNotFoundError: no such JSON file.
+        ValueError: not four numbers a box, or the file has no boxes for the image.
+    """
+    if not text.endswith(".json"):
+        boxes = _parse_numbers(text, "--boxes", "x0,y0,x1,y1")
+    else:
+        path = Path(text)
+        if not path.is_file():
+            raise FileNotFoundError(f"--boxes {text}: no such file")
+        try:
+            boxes = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--boxes {text}: not valid JSON ({error})") from error
+        if isinstance(boxes, dict):
+            if image.name not in boxes and str(image) not in boxes:
+                raise ValueError(f"--boxes {text}: no boxes for {image.name}; it has {', '.join(list(boxes)[:5])}")
+            boxes = boxes[image.name] if image.name in boxes else boxes[str(image)]
+    if not boxes:
+        raise ValueError(f"--boxes: no boxes given for {image.name}; expected at least one, x0,y0,x1,y1")
+    if not isinstance(boxes, list) or any(
+        not isinstance(box, list)
+        or len(box) != 4
+        or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in box)
+        for box in boxes
+    ):
+        raise ValueError(f"--boxes: expected four numbers a box, x0,y0,x1,y1, got {str(boxes)[:100]}")
+    return boxes
+
+
+def parse_points(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return points (N, P, 2) and labels (N, P), padded with label -1, of --points.
+
+    Raises:
+        ValueError: not two or three numbers a point.
+    """
+    regions = [
+        _parse_numbers(";".join(region.split()), "--points", "x,y or x,y,label")
+        for region in text.split(";")
+        if region.strip()
+    ]
+    if not regions or any(len(point) not in (2, 3) for region in regions for point in region):
+        raise ValueError(f'--points: expected "x,y" or "x,y,label", got {text!r}')
+    longest = max(map(len, regions))
+    points = np.zeros((len(regions), longest, 2), np.float32)
+    labels = np.full((len(regions), longest), -1)
+    for i, region in enumerate(regions):
+        for j, (x, y, *label) in enumerate(region):
+            points[i, j] = x, y
+            labels[i, j] = label[0] if label else 1
+    return points, labels
+
+
+def _parse_numbers(text: str, option: str, expected: str) -> list[list[float]]:
+    try:
+        return [[float(x) for x in group.split(",")] for group in text.split(";") if group.strip()]
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers, {expected}, parted by semicolons; got {text!r}") from None
+
+
+def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions) -> dict[str, Any]:
+    """Return what goes into the JSON file of an image of (height, width)."""
+    regions = []
+    assert predictions.masks is not None
+    for i, label in enumerate(predictions.labels):
+        rle = mask_api.encode(np.asfortranarray(predictions.masks[i], dtype=np.uint8))
+        regions.append(
+            {
+                "box": [round(float(x), 3) for x in predictions.boxes[i]],
+                "label": label,
+                "class_index": int(predictions.classes[i]),
+                "score": float(predictions.scores[i]),
+                "iou": float(predictions.iou[i]),
+                "logits": predictions.logits[i].tolist(),
+                "mask": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+            }
+        )
+    return {
+        "image": str(image),
+        "height": size[0],
+        "width": size[1],
+        "vocabulary": predictions.vocabulary,
+        "regions": regions,
+    }
+
+
+def leave_absent_weights(cfg: CfgNode) -> None:
+    """Blank the known weights that are not in the cache folder, and say so."""
+    for part in ("SAM", "CLIP"):
+        known = KNOWN_WEIGHTS.get(cfg.MODEL.REGIONSPOT[part].WEIGHTS)
+        if known is not None and not known.path.is_file():
+            cfg.MODEL.REGIONSPOT[part].WEIGHTS = ""
+
+
+def load_inputs(args: argparse.Namespace) -> list[tuple[Path, np.ndarray, dict[str, Any]]]:
+    """Read all images and prompts, so that what is wrong with one is said before the model is built."""
+    if not args.boxes and not args.points:
+        raise ValueError("no regions given: expected --boxes, --points or both")
+    stems = [Path(image).stem for image in args.input]
+    if len(set(stems)) < len(stems):
+        twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+        raise ValueError(f"--input: images of the same name would overwrite each other's output: {twice}")
+    inputs = []
+    for image in map(Path, args.input):
+        prompts: dict[str, Any] = {}
+        if args.boxes:
+            prompts["boxes"] = parse_boxes(args.boxes, image)
+        if args.points:
+            prompts["points"], prompts["labels"] = parse_points(args.points)
+        if not image.is_file():
+            raise FileNotFoundError(f"--input {image}: no such file")
+        try:
+            inputs.append((image, read_image(str(image), format="RGB"), prompts))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"--input {image}: not a readable image ({error})") from error
+    return inputs
+
+
+def run(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    inputs = load_inputs(args)
+    if args.vocabulary or not cfg.MODEL.REGIONSPOT.VOCABULARY:
+        vocabulary = load_vocabulary(args.vocabulary or "")
+    else:
+        vocabulary = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)
+    if args.cached_weights_only:
+        leave_absent_weights(cfg)
+    node = cfg.MODEL.REGIONSPOT
+    untrained = [
+        name
+        for name, given in (("RegionSpot", cfg.MODEL.WEIGHTS), ("SAM", node.SAM.WEIGHTS), ("CLIP", node.CLIP.WEIGHTS))
+        if not given
+    ]
+    torch.manual_seed(max(cfg.SEED, 0))
+    predictor = RegionSpotPredictor(cfg)
+    predictor.set_vocabulary(vocabulary)
+    for path, image, prompts in tqdm(inputs, desc="images", unit="image"):
+        predictor.set_image(image)
+        predictions = predictor.predict(**prompts)
+        stem = Path(args.output) / path.stem
+        with atomic_path(stem.with_name(f"{path.stem}.json")) as temporary:
+            temporary.write_text(json.dumps(describe(path, image.shape[:2], predictions)), encoding="utf-8")
+        with atomic_path(stem.with_name(f"{path.stem}.png")) as temporary:
+            Image.fromarray(draw_regions(image, predictions)).save(temporary, format="PNG")
+        for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
+            place = ", ".join(f"{x:.0f}" for x in box)
+            tqdm.write(f"{path.name}  box {place}:  {label}  (score {score:.3f}, mask IoU {iou:.3f})")
+    tqdm.write(f"pictures and JSON are in {args.output}")
+    if untrained:
+        tqdm.write(
+            f"\nNo trained weights were given for {', '.join(untrained)}: these parts are random, "
+            "THE LABELS AND MASKS MEAN NOTHING. Only the machinery was shown."
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    setup_logger(name="regionspot")
+    try:
+        run(args)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

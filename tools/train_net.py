@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Train RegionSpot, or evaluate it with --eval-only.
+
+Examples:
+    tools/train_net.py --config-file configs/RegionSpot-BB.yaml --num-gpus 8
+    tools/train_net.py --config-file configs/RegionSpot-BB.yaml --eval-only MODEL.WEIGHTS model.pth
+    tools/train_net.py --config-file configs/RegionSpot-BB.yaml --num-gpus 2 MODEL.DEVICE cpu   (two processes)
+"""
+
+import argparse
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.modeling import build_model
+
+from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.config import load_config
+from regionspot.engine import RegionSpotTrainer
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Return the frozen config of the command line, with the output folder and the loggers in place."""
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> Any:
+    cfg = setup(args)
+    if args.eval_only:
+        model = build_model(cfg)
+        checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return RegionSpotTrainer.test(cfg, model)
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
