@@ -110,15 +110,19 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
 
     Raises:
         FileNotFoundError: no such YAML file.
-        KeyError: a key that does not exist.
+        ValueError: a key that does not exist, or a value of the wrong type.
     """
     cfg = get_cfg()
     add_regionspot_config(cfg)
-    if config_file:
-        if not Path(config_file).is_file():
-            raise FileNotFoundError(f"config {str(config_file)!r}: no such file; the shipped ones are in configs/")
-        cfg.merge_from_file(str(config_file))
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list(overrides or [])
+    if config_file and not Path(config_file).is_file():
+        raise FileNotFoundError(f"config {str(config_file)!r}: no such file; the shipped ones are in configs/")
+    try:
+        if config_file:
+            cfg.merge_from_file(str(config_file))
+        if not torch.cuda.is_available():
+            cfg.MODEL.DEVICE = "cpu"
+        cfg.merge_from_list(overrides or [])
+    except (AssertionError, KeyError, ValueError) as error:
+        reason = str(error.args[0] if error.args else error)
+        raise ValueError(f"config {str(config_file)!r} with overrides {overrides or []}: {reason}") from error
     return cfg

@@ -83,7 +83,7 @@ class RegionSpotPredictor:
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"image: expected (H, W, 3) uint8 RGB, got shape {image.shape} and dtype {image.dtype}")
-        tensor = torch.tensor(image).permute(2, 0, 1)
+        tensor = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
         self._features = self.recognizer.encode_images([tensor])
 
     @torch.no_grad()
@@ -208,7 +208,7 @@ class RegionSpotPredictor:
 
 def _float_tensor(value: ArrayLike, what: str, shape: str) -> torch.Tensor:
     try:
-        return torch.tensor(np.asarray(value, dtype=np.float32))
+        return torch.from_numpy(np.array(value, dtype=np.float32, order="C"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: expected numbers of shape {shape}, got {str(value)[:80]}") from error
 

@@ -1,0 +1,125 @@
+"""Data sets with odd ids, the mapper, and what is said of files that are wrong."""
+
+import json
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from regionspot.data import RegionSpotDatasetMapper, dataset_vocabulary, register_json_dataset
+
+from ..helpers import NAMES, draw_scene, tiny_config, write_dataset
+
+
+@pytest.fixture
+def register():
+    """Register data sets under names that are forgotten afterwards."""
+    names = []
+
+    def add(name, json_file, root, **kwargs):
+        names.append(name)
+        register_json_dataset(name, json_file, root, **kwargs)
+        return name
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2, 3), (1, 2, 3, 4), (90, 5, 17, 1000)])
+def test_any_ids_become_contiguous_classes(tmp_path, register, ids):
+    path = write_dataset(tmp_path, 3, ids)
+    name = register("test_ids", path, tmp_path / "images")
+    records = DatasetCatalog.get(name)
+    names = MetadataCatalog.get(name).thing_classes
+    assert MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id == {i: k for k, i in enumerate(sorted(ids))}
+    for index, record in enumerate(records):
+        assert [names[a["category_id"]] for a in record["annotations"]] == [
+            NAMES[label] for label in draw_scene(index)[2]
+        ]
+
+
+def test_nothing_is_read_until_it_is_used(tmp_path, register):
+    name = register("test_lazy", tmp_path / "later.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="later.json"):
+        DatasetCatalog.get(name)
+
+
+def test_lvis_images_are_found_by_their_address(tmp_path, register):
+    address = "http://images.cocodataset.org/val2017/000001.jpg"
+    image = {"id": 1, "coco_url": address, "height": 2, "width": 2}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    [record] = DatasetCatalog.get(register("test_url", tmp_path / "a.json", "/coco"))
+    assert record["file_name"] == "/coco/val2017/000001.jpg"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nonsense", "not valid JSON"),
+        ('{"images": []}', "annotations, categories is missing"),
+        (
+            '{"images": [], "categories": [], "annotations": [{"id": 5, "category_id": 3, "image_id": 1}]}',
+            "annotation 5 has category id 3",
+        ),
+    ],
+)
+def test_wrong_annotations_are_refused(tmp_path, register, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        DatasetCatalog.get(register("test_wrong", tmp_path / "a.json", tmp_path))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_mapper_keeps_boxes_and_drops_crowds_and_boxes_without_area(tmp_path, register, is_train):
+    path = write_dataset(tmp_path, 1)
+    content = json.loads(path.read_text())
+    kept = [a["bbox"] for a in content["annotations"]]
+    extra = {**content["annotations"][0], "id": 100}
+    content["annotations"] += [
+        {**extra, "iscrowd": 1},
+        {**extra, "bbox": [3, 3, 0, 5]},
+        {**extra, "bbox": [100, 3, 5, 5]},
+    ]
+    path.write_text(json.dumps(content))
+    [record] = DatasetCatalog.get(register("test_mapper", path, tmp_path / "images"))
+    mapped = RegionSpotDatasetMapper(tiny_config(), is_train)(record)
+    expected = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in kept])
+    assert torch.equal(mapped["instances"].gt_boxes.tensor, expected.float())
+    assert torch.equal(mapped["image"], torch.from_numpy(draw_scene(0)[0]).permute(2, 0, 1))
+    assert "annotations" in record and "annotations" not in mapped
+
+
+def test_boxes_follow_the_image(tmp_path, register):
+    [record] = DatasetCatalog.get(register("test_resize", write_dataset(tmp_path, 1), tmp_path / "images"))
+    mapped = RegionSpotDatasetMapper(tiny_config("INPUT.MIN_SIZE_TEST", 96), False)(record)
+    assert mapped["image"].shape == (3, 96, 128)
+    torch.testing.assert_close(mapped["instances"].gt_boxes.tensor, torch.from_numpy(draw_scene(0)[1]) * 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b"no image"),
+        lambda path: path.write_bytes(path.read_bytes()[:300]),
+    ],
+)
+def test_unreadable_image_is_named(tmp_path, register, damage):
+    [record] = DatasetCatalog.get(register("test_damage", write_dataset(tmp_path, 1), tmp_path / "images"))
+    damage(tmp_path / "images" / "0.png")
+    with pytest.raises(ValueError, match=r"0\.png \(id 1\) cannot be read"):
+        RegionSpotDatasetMapper(tiny_config(), True)(record)
+
+
+def test_vocabulary_of_data_sets(tmp_path, register):
+    one = register("test_one", write_dataset(tmp_path / "one"), tmp_path)
+    two = register("test_two", write_dataset(tmp_path / "two", category_ids=(1, 2, 3, 4)), tmp_path)
+    assert dataset_vocabulary(tiny_config(), [one]) == ["green disc", "red square", "white disc", "blue square"]
+    with pytest.raises(ValueError, match="different class names"):
+        dataset_vocabulary(tiny_config(), [one, two])
+    assert dataset_vocabulary(tiny_config("MODEL.REGIONSPOT.VOCABULARY", "a,b,c,d"), [one]) == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match="has 2 names, but test_one has 4"):
+        dataset_vocabulary(tiny_config("MODEL.REGIONSPOT.VOCABULARY", "a,b"), [one])

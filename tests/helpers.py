@@ -1,0 +1,130 @@
+"""What several tests need: tiny models, drawn images, a generated data set, deterministic weights."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from regionspot.config import load_config
+from regionspot.modeling import RegionSpot
+from regionspot.modeling.key_layout import to_released_key
+
+ROOT = Path(__file__).parents[1]
+TINY = Path(__file__).with_name("tiny.yaml")
+NAMES = ["red square", "green disc", "blue square", "white disc"]
+COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220], [240, 240, 240]])
+
+
+def tiny_config(*overrides: object) -> CfgNode:
+    return load_config(TINY, list(overrides))
+
+
+def tiny_model(*overrides: object, names: list[str] | None = NAMES) -> RegionSpot:
+    torch.manual_seed(0)
+    model = build_model(tiny_config(*overrides)).eval()
+    if names:
+        model.set_vocabulary(names)
+    return model
+
+
+def deterministic_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The golden numbers' weights: drawn from a generator that the released key (without "model.") seeds."""
+    values = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+    if key.endswith("logit_scale"):
+        return np.full(shape, np.log(100.0), dtype=np.float32)
+    if len(shape) == 1 and key.endswith("weight"):
+        return 1 + 0.1 * values
+    if len(shape) == 1 or key.endswith("bias"):
+        return 0.02 * values
+    if len(shape) > 1 and "positional_encoding_gaussian_matrix" not in key:
+        return (values / np.sqrt(np.prod(shape[1:]), dtype=np.float32)).astype(np.float32)
+    return values
+
+
+def released_state(model: RegionSpot, parts: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
+    """Return deterministic weights for ``model`` in the released key layout."""
+    state = {}
+    for key, value in model.recognizer.state_dict().items():
+        released = to_released_key(key)
+        if value.is_floating_point() and released.removeprefix("model.").startswith(parts):
+            state[released] = torch.from_numpy(deterministic_array(released.removeprefix("model."), tuple(value.shape)))
+    return state
+
+
+def draw_scene(index: int, size: tuple[int, int] = (48, 64)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw 2 to 4 objects; return image (H, W, 3) uint8, boxes (N, 4) XYXY and classes (N,) into ``NAMES``."""
+    rng = np.random.default_rng(index)
+    height, width = size
+    image = rng.integers(90, 130, (height, width, 3)).astype(np.uint8)
+    boxes, classes = [], []
+    for column in rng.permutation(4)[: rng.integers(2, 5)]:
+        side = int(rng.integers(8, min(14, width // 4)))
+        x = int(column * width // 4 + rng.integers(0, width // 4 - side + 1))
+        y = int(rng.integers(0, height - side))
+        label = int(rng.integers(4))
+        rows, columns = np.mgrid[:side, :side] - (side - 1) / 2
+        inside = np.ones((side, side), bool) if label % 2 == 0 else rows**2 + columns**2 <= (side / 2) ** 2
+        image[y : y + side, x : x + side][inside] = COLOURS[label]
+        boxes.append([x, y, x + side, y + side])
+        classes.append(label)
+    return image, np.array(boxes, np.float32), np.array(classes)
+
+
+def as_inputs(index: int, size: tuple[int, int] = (48, 64), number: int | None = None) -> dict:
+    """Return a drawn scene as Detectron2's model input."""
+    image, boxes, classes = draw_scene(index, size)
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(torch.from_numpy(boxes[:number]))
+    instances.gt_classes = torch.from_numpy(classes[:number])
+    return {
+        "image": torch.from_numpy(image).permute(2, 0, 1),
+        "height": size[0],
+        "width": size[1],
+        "instances": instances,
+        "file_name": f"scene {index}",
+    }
+
+
+def write_dataset(folder: Path, number: int = 8, category_ids: tuple[int, ...] = (3, 1, 10, 7)) -> Path:
+    """Write drawn scenes as a data set in LVIS format with ids that have gaps; return the annotation file."""
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for index in range(number):
+        image, boxes, classes = draw_scene(index)
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        present = sorted({category_ids[label] for label in classes})
+        images.append(
+            {
+                "id": index + 1,
+                "file_name": f"{index}.png",
+                "height": image.shape[0],
+                "width": image.shape[1],
+                "neg_category_ids": [i for i in category_ids if i not in present],
+                "not_exhaustive_category_ids": [],
+            }
+        )
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), classes):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": category_ids[label],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+                    "iscrowd": 0,
+                }
+            )
+    categories = [
+        {"id": i, "name": name, "frequency": "rcff"[k], "image_count": 1, "instance_count": 1}
+        for k, (i, name) in enumerate(zip(category_ids, NAMES))
+    ]
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path

@@ -1,0 +1,135 @@
+"""The localiser against SAM's own forward pass."""
+
+import pytest
+import torch
+
+from regionspot.modeling.localizer import Localizer
+from regionspot.structures import Prompts
+
+from ..helpers import as_inputs, tiny_config, tiny_model
+
+BOXES = torch.tensor(
+    [
+        [3.0, 4.0, 30.0, 28.0],
+        [10.0, 6.0, 60.0, 40.0],
+        [0.0, 0.0, 64.0, 48.0],
+        [20.0, 20.0, 41.0, 33.0],
+        [5.0, 30.0, 16.0, 44.0],
+    ]
+)
+POINTS = torch.tensor([[[10.0, 12.0], [50.0, 40.0]], [[33.0, 20.0], [8.0, 8.0]]])
+LABELS = torch.tensor([[1, 0], [1, 1]])
+
+
+def localizer(*overrides):
+    torch.manual_seed(0)
+    return Localizer(tiny_config(*overrides))
+
+
+@pytest.fixture(scope="module")
+def image():
+    return as_inputs(0)["image"]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        Prompts(boxes=BOXES),
+        Prompts(points=POINTS, point_labels=LABELS),
+        Prompts(boxes=BOXES[:2], points=POINTS, point_labels=LABELS),
+        Prompts(boxes=BOXES[:2], masks=torch.randn(2, 1, 32, 32)),
+    ],
+    ids=["boxes", "points", "boxes and points", "boxes and masks"],
+)
+@pytest.mark.parametrize("multimask", [False, True])
+def test_equals_sam(image, prompts, multimask):
+    model = localizer("MODEL.REGIONSPOT.SAM.MULTIMASK", multimask, "MODEL.REGIONSPOT.SAM.PROMPT_CHUNK", 2)
+    sam = model.sam
+    embedding = model.encode_images([image])
+    output = model(embedding, prompts, with_masks=True)
+    points = None if prompts.points is None else (prompts.points, prompts.point_labels)
+    sparse, dense = sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+    with torch.no_grad():
+        masks, ious = sam.mask_decoder(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
+    best = ious.argmax(dim=1)
+    rows = torch.arange(len(prompts))
+    torch.testing.assert_close(output.iou, ious[rows, best], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.masks, masks[rows, best], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("stage", "dim"), [("prompt_encoder", 32), ("transformer", 32), ("mlp", 4)])
+@pytest.mark.parametrize("chunk", [1, 2, 64])
+def test_stages_have_their_lengths_and_chunks_do_not_matter(image, stage, dim, chunk):
+    model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage, "MODEL.REGIONSPOT.SAM.PROMPT_CHUNK", chunk)
+    embedding = model.encode_images([image])
+    tokens = model(embedding, Prompts(boxes=BOXES)).tokens
+    whole = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage)(embedding, Prompts(boxes=BOXES)).tokens
+    assert tokens.shape == (5, dim) == (5, model.token_dim)
+    torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=0)
+
+
+def test_the_tokens_are_those_of_the_named_stage(image):
+    tokens = {}
+    for stage in ("prompt_encoder", "transformer", "mlp"):
+        model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage)
+        tokens[stage] = model(model.encode_images([image]), Prompts(boxes=BOXES)).tokens
+    sparse, _ = model.sam.prompt_encoder(points=None, boxes=BOXES, masks=None)
+    torch.testing.assert_close(tokens["prompt_encoder"], sparse.mean(dim=1))
+    torch.testing.assert_close(
+        tokens["mlp"], model.sam.mask_decoder.output_hypernetworks_mlps[0](tokens["transformer"])
+    )
+
+
+def test_padding_points_are_no_part_of_the_prompt_encoder_token(image):
+    model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", "prompt_encoder")
+    embedding = model.encode_images([image])
+    one = model(embedding, Prompts(points=POINTS[:, :1], point_labels=LABELS[:, :1])).tokens
+    padded = model(embedding, Prompts(points=POINTS, point_labels=torch.tensor([[1, -1], [1, -1]]))).tokens
+    torch.testing.assert_close(one, padded)
+
+
+def test_no_mask_is_computed_unless_asked_for(image, monkeypatch):
+    model = localizer()
+    embedding = model.encode_images([image])
+    monkeypatch.setattr(
+        model.sam.mask_decoder.output_upscaling, "forward", lambda *_: pytest.fail("a mask was computed")
+    )
+    assert model(embedding, Prompts(boxes=BOXES)).masks is None
+
+
+def test_the_image_embedding_is_not_copied_for_each_prompt(image, monkeypatch):
+    model = localizer()
+    embedding = model.encode_images([image])
+    transformer = model.sam.mask_decoder.transformer
+    original, batches = transformer.forward, []
+    monkeypatch.setattr(
+        transformer,
+        "forward",
+        lambda x, pe, tokens: batches.append((len(x), len(pe), len(tokens))) or original(x, pe, tokens),
+    )
+    model(embedding, Prompts(boxes=BOXES))
+    assert batches == [(1, 1, 5)]
+
+
+def test_no_prompts_give_empty_output(image):
+    model = localizer()
+    output = model(model.encode_images([image]), Prompts(boxes=torch.zeros(0, 4)), with_masks=True)
+    assert output.tokens.shape == (0, 32) and output.iou.shape == (0,) and output.masks.shape == (0, 32, 32)
+    assert model.upsample_masks(output.masks, (48, 64), (48, 64)).shape == (0, 48, 64)
+
+
+def test_mask_prompt_covers_the_mask(image):
+    model = localizer()
+    mask = torch.zeros(1, 48, 64, dtype=torch.bool)
+    mask[0, 10:30, 20:50] = True
+    logits = model.mask_prompts(mask, (48, 64))
+    assert logits.shape == (1, 1, 32, 32)
+    assert torch.equal(logits[0, 0, :24] > 0, mask[0, ::2, ::2]) and (logits[0, 0, 24:] < 0).all()
+
+
+def test_tokens_depend_on_image_and_box():
+    model = tiny_model().recognizer.localizer
+    first, second = model.encode_images([as_inputs(0)["image"], as_inputs(1)["image"]])
+    tokens = model(first[None], Prompts(boxes=BOXES)).tokens
+    assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
+    assert not torch.allclose(tokens, model(second[None], Prompts(boxes=BOXES)).tokens, atol=1e-4)

@@ -1,0 +1,156 @@
+"""Released checkpoints, our own, and files that are neither."""
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.modeling.key_layout import TRAINED
+
+from .helpers import as_inputs, released_state, tiny_model
+
+
+def logits_of(model):
+    [instances] = (output["instances"] for output in model([as_inputs(0)]))
+    return instances.scores
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A released checkpoint with its frozen parts, one without, and those parts as files of their own."""
+    model = tiny_model()
+    state = released_state(model)
+    torch.save({"model": state, "iteration": 449999}, tmp_path / "whole.pth")
+    torch.save(
+        {"model": {k: v for k, v in state.items() if not k.startswith(("model.sam.", "model.clip_model."))}},
+        tmp_path / "trained.pth",
+    )
+    torch.save(
+        {k.removeprefix("model.sam."): v for k, v in state.items() if k.startswith("model.sam.")}, tmp_path / "sam.pth"
+    )
+    torch.save(
+        {k.removeprefix("model.clip_model."): v for k, v in state.items() if k.startswith("model.clip_model.")},
+        tmp_path / "clip.pth",
+    )
+    return tmp_path
+
+
+def frozen_files(folder):
+    return {"sam_weights": str(folder / "sam.pth"), "clip_weights": str(folder / "clip.pth")}
+
+
+def test_released_checkpoint_loads_with_and_without_its_frozen_parts(released):
+    whole, trained = tiny_model(), tiny_model()
+    RegionSpotCheckpointer(whole).load(str(released / "whole.pth"))
+    RegionSpotCheckpointer(trained, **frozen_files(released)).load(str(released / "trained.pth"))
+    expected = released_state(whole)
+    for model in (whole, trained):
+        for key, value in released_state(model).items():
+            assert torch.equal(value, expected[key])
+    torch.testing.assert_close(logits_of(whole), logits_of(trained), atol=0, rtol=0)
+    key = "recognizer.localizer.sam.mask_decoder.iou_token.weight"
+    assert torch.equal(whole.state_dict()[key], expected["model.sam.mask_decoder.iou_token.weight"])
+
+
+def test_detectron2s_own_checkpointer_reads_the_released_layout(released):
+    ours, theirs = tiny_model(), tiny_model()
+    RegionSpotCheckpointer(ours).load(str(released / "whole.pth"))
+    DetectionCheckpointer(theirs).load(str(released / "whole.pth"))
+    torch.testing.assert_close(logits_of(ours), logits_of(theirs), atol=0, rtol=0)
+
+
+def test_round_trip_holds_the_trained_parts_only(released, tmp_path):
+    model = tiny_model()
+    files = frozen_files(released)
+    RegionSpotCheckpointer(model, **files).load(str(released / "trained.pth"))
+    RegionSpotCheckpointer(model, str(tmp_path / "out")).save("model", iteration=3)
+    content = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
+    assert all(key.startswith(("model.to_clip.", "model.decoder.", "model.projector.")) for key in content["model"])
+    assert set(content["frozen"]) == {"sam", "clip_model"}
+    other = tiny_model()
+    torch.nn.init.normal_(other.recognizer.knowledge_integration.to_clip.weight)
+    checkpointer = RegionSpotCheckpointer(other, str(tmp_path / "out"), **files)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 3
+    torch.testing.assert_close(logits_of(model), logits_of(other), atol=0, rtol=0)
+
+
+def test_other_frozen_parts_are_an_error_that_names_both(released, tmp_path):
+    model = tiny_model()
+    RegionSpotCheckpointer(model, **frozen_files(released)).load(str(released / "trained.pth"))
+    RegionSpotCheckpointer(model, str(tmp_path / "out")).save("model")
+    expected = torch.load(tmp_path / "out" / "model.pth", weights_only=True)["frozen"]["sam"][:12]
+    torch.save(
+        {k: v + 1 for k, v in torch.load(released / "sam.pth", weights_only=True).items()}, tmp_path / "other_sam.pth"
+    )
+    sources = {**frozen_files(released), "sam_weights": str(tmp_path / "other_sam.pth")}
+    with pytest.raises(ValueError, match=rf"another sam: .*{expected}, got \w{{12}} .*other_sam.pth"):
+        RegionSpotCheckpointer(tiny_model(), **sources).load(str(tmp_path / "out" / "model.pth"))
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    checkpointer = RegionSpotCheckpointer(tiny_model(), str(tmp_path))
+    checkpointer.save("model_0")
+
+    def cut(data, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("model_1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0.pth"]
+    assert checkpointer.get_checkpoint_file().endswith("model_0.pth")
+
+
+def save(path, content):
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda d: str(d / "no.pth"), FileNotFoundError, "no such file"),
+        (
+            lambda d: save(d / "x.pth", {"model": {"backbone.weight": torch.zeros(1)}}),
+            ValueError,
+            "no RegionSpot checkpoint.*to_clip",
+        ),
+        (lambda d: save(d / "x.pth", [1, 2]), ValueError, "expected a dict"),
+        (lambda d: (d / "x.pth").write_bytes(b"garbage") and str(d / "x.pth"), ValueError, "cannot be read as weights"),
+        (
+            lambda d: (d / "x.safetensors").write_bytes(b"garbage") and str(d / "x.safetensors"),
+            ValueError,
+            "cannot be read as weights",
+        ),
+        (
+            lambda d: save(d / "x.pth", {"model": {"model.to_clip.weight": torch.zeros(64, 32)}}),
+            ValueError,
+            "is missing",
+        ),
+    ],
+    ids=["missing", "another model", "no dict", "garbage", "garbage safetensors", "incomplete"],
+)
+def test_wrong_checkpoint_is_refused(tmp_path, make, error, message):
+    with pytest.raises(error, match=message):
+        RegionSpotCheckpointer(tiny_model()).load(make(tmp_path))
+
+
+def test_another_variant_is_refused_and_nothing_is_loaded(released):
+    model = tiny_model("MODEL.REGIONSPOT.INTEGRATION.DEPTH", 2)
+    before = {k: v.clone() for k, v in model.state_dict().items() if TRAINED in k}
+    with pytest.raises(ValueError, match="same variant"):
+        RegionSpotCheckpointer(model).load(str(released / "trained.pth"))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if k in before)
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil.txt", "w"))
+
+
+def test_no_code_runs_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        RegionSpotCheckpointer(tiny_model()).load(save(tmp_path / "x.pth", {"model": Evil()}))
+    assert not (tmp_path / "evil.txt").exists()

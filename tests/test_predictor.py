@@ -1,0 +1,136 @@
+"""The predictor: prompts of every kind, and the same numbers as the meta-architecture."""
+
+import numpy as np
+import pytest
+import torch
+
+from regionspot import RegionSpotPredictor
+
+from .helpers import NAMES, as_inputs, draw_scene, tiny_config
+
+IMAGE, BOXES, _ = draw_scene(0)
+POINTS = np.array([[[10, 10], [50, 40]], [[30, 20], [0, 0]]])
+LABELS = np.array([[1, 0], [1, -1]])
+
+
+@pytest.fixture
+def predictor():
+    torch.manual_seed(0)
+    predictor = RegionSpotPredictor(tiny_config("MODEL.MASK_ON", True))
+    predictor.set_vocabulary(NAMES)
+    predictor.set_image(IMAGE)
+    return predictor
+
+
+def test_equals_the_meta_architecture(predictor):
+    predictions = predictor.predict(boxes=BOXES, top_k=len(NAMES))
+    instances = predictor.model([as_inputs(0)])[0]["instances"]
+    for region in range(len(BOXES)):
+        detected = instances[instances.region_indices == region]
+        scores = predictions.top_scores[region][np.argsort(predictions.top_classes[region])]
+        np.testing.assert_allclose(scores, detected.scores[detected.pred_classes.argsort()], atol=1e-5)
+        np.testing.assert_array_equal(predictions.masks[region], detected.pred_masks[0])
+
+
+def test_result_is_numpy_in_documented_shapes(predictor):
+    predictions = predictor.predict(boxes=BOXES, top_k=3)
+    n = len(BOXES)
+    assert len(predictions) == n and predictions.vocabulary == NAMES
+    assert predictions.boxes.tolist() == BOXES.tolist()
+    shapes = {
+        "classes": (n,),
+        "scores": (n,),
+        "top_classes": (n, 3),
+        "top_scores": (n, 3),
+        "logits": (n, 4),
+        "iou": (n,),
+        "masks": (n, 48, 64),
+    }
+    assert {name: getattr(predictions, name).shape for name in shapes} == shapes
+    assert predictions.labels == [NAMES[i] for i in predictions.logits.argmax(axis=1)]
+    assert predictor.predict(boxes=BOXES, with_masks=False).masks is None
+
+
+def test_image_encoders_run_once(predictor, monkeypatch):
+    monkeypatch.setattr(predictor.recognizer, "encode_images", lambda *_: pytest.fail("encoded again"))
+    first = predictor.predict(boxes=BOXES)
+    second = predictor.predict(boxes=BOXES[::-1], vocabulary="zebra,cup")
+    assert first.logits.shape[1] == 4 and second.logits.shape[1] == 2 and predictor.vocabulary == ["zebra", "cup"]
+
+
+def test_points_masks_and_combinations(predictor):
+    points = predictor.predict(points=POINTS, labels=LABELS)
+    assert points.boxes.shape == (2, 4) and points.masks.shape == (2, 48, 64)
+    for box, mask in zip(points.boxes, points.masks):  # the box is the one around the mask
+        rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
+        assert not len(rows) or box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    masks = np.zeros((2, 48, 64), bool)
+    masks[0, 5:20, 8:30], masks[1, 30:40, 40:60] = True, True
+    by_mask = predictor.predict(masks=masks)
+    assert by_mask.boxes.tolist() == [[8, 5, 30, 20], [40, 30, 60, 40]]
+    both = predictor.predict(boxes=by_mask.boxes, masks=masks)
+    np.testing.assert_allclose(both.logits, by_mask.logits, atol=1e-5)
+    assert not np.allclose(predictor.predict(boxes=by_mask.boxes).logits, both.logits, atol=1e-4)
+    assert len(predictor.predict(boxes=BOXES[:2], points=POINTS)) == 2
+
+
+def test_no_boxes_give_no_regions(predictor):
+    predictions = predictor.predict(boxes=[])
+    assert len(predictions) == 0 and predictions.masks.shape == (0, 48, 64) and predictions.logits.shape == (0, 4)
+
+
+def test_views_of_any_strides_are_taken(predictor):
+    straight = predictor.predict(boxes=BOXES)
+    predictor.set_image(np.ascontiguousarray(IMAGE[..., ::-1])[..., ::-1])
+    flipped = predictor.predict(boxes=BOXES[::-1])
+    np.testing.assert_allclose(flipped.logits[::-1], straight.logits, atol=1e-4)
+
+
+def test_box_is_cut_to_the_image(predictor):
+    assert predictor.predict(boxes=[[-5, -5, 30, 30]]).boxes.tolist() == [[0, 0, 30, 30]]
+
+
+def test_predict_needs_an_image():
+    predictor = RegionSpotPredictor(tiny_config())
+    with pytest.raises(RuntimeError, match="set_image"):
+        predictor.predict(boxes=BOXES)
+    predictor.set_image(IMAGE)
+    with pytest.raises(ValueError, match="no vocabulary"):
+        predictor.predict(boxes=BOXES)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({}, "no prompt given"),
+        ({"boxes": [[1, 2, 3]]}, r"\(N, 4\)"),
+        ({"boxes": [1, 2, 3, 4]}, r"\(N, 4\)"),
+        ({"boxes": [[1, 2], [3, 4, 5]]}, "expected numbers"),
+        ({"boxes": "cup"}, "expected numbers"),
+        ({"boxes": [[0, 0, np.nan, 5]]}, "NaN"),
+        ({"boxes": [[5, 5, 2, 9]]}, "no area"),
+        ({"boxes": [[100, 5, 120, 9]]}, "outside the image"),
+        ({"points": [[1, 2]]}, r"\(N, P, 2\)"),
+        ({"points": [[[70, 2]]]}, "outside the image"),
+        ({"points": [[[np.nan, 2]]]}, "outside the image"),
+        ({"points": [[[7, 2]]], "labels": [[2]]}, "1 .foreground"),
+        ({"points": [[[7, 2]]], "labels": [1]}, "one for each point"),
+        ({"labels": [[1]], "boxes": BOXES}, "without points"),
+        ({"boxes": BOXES, "points": POINTS[:1]}, "equally many"),
+        ({"masks": np.ones((1, 5, 5), bool)}, r"\(N, 48, 64\)"),
+        ({"masks": np.zeros((1, 48, 64), bool)}, "number 0 is empty"),
+        ({"boxes": BOXES, "vocabulary": []}, "at least one"),
+    ],
+)
+def test_wrong_prompts_are_refused(predictor, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(**prompts)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)],
+)
+def test_wrong_images_are_refused(predictor, image):
+    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
+        predictor.set_image(image)

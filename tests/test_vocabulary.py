@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from regionspot.vocabulary import clean_name, get_templates, load_vocabulary
+
+COCO = {"categories": [{"id": 7, "name": "zebra"}, {"id": 2, "name": "cup"}]}
+
+
+def test_names_come_from_anywhere(tmp_path):
+    (tmp_path / "a.txt").write_text("cup\n\n wooden table \n")
+    (tmp_path / "b.json").write_text('["cup", "wooden table"]')
+    (tmp_path / "c.json").write_text(json.dumps(COCO))
+    for source in (["cup", "wooden table"], "cup, wooden table", f"@{tmp_path / 'a.txt'}", str(tmp_path / "b.json")):
+        assert load_vocabulary(source) == ["cup", "wooden table"]
+    assert load_vocabulary(str(tmp_path / "c.json")) == ["cup", "zebra"]  # in the order of the ids
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "no class names"),
+        ('["a", ""]', "number 1 is ''"),
+        ('["a", 3]', "number 1 is 3"),
+        ('{"a": 1}', "got dict"),
+        ('{"categories": [{"id": 1}]}', "id and a name"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_vocabulary(f"@{tmp_path / 'x.json'}")
+
+
+def test_missing_file_and_empty_list_are_refused():
+    with pytest.raises(FileNotFoundError, match="names.txt"):
+        load_vocabulary("@names.txt")
+    with pytest.raises(ValueError, match="at least one"):
+        load_vocabulary(" , ")
+
+
+def test_names_are_cleaned_as_the_published_numbers_need_it():
+    assert clean_name("arctic_(type_of_shoe)") == "arctic_(type_of_shoe)"
+    assert [clean_name(n) for n in ("floor-other-merged", "door-stuff", "tree-merged")] == ["floor", "door", "tree"]
+    assert clean_name("arctic_(type_of_shoe)", "readable") == "arctic type of shoe"
+
+
+def test_there_are_81_templates_with_one_place_for_the_name():
+    templates = get_templates("all")
+    assert len(templates) == len(set(templates)) == 81 and templates[0] == "{}."
+    assert all(template.count("{}") == 1 for template in templates)

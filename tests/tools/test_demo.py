@@ -1,0 +1,100 @@
+"""tools/demo.py as a user runs it."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_api
+
+from ..helpers import NAMES, ROOT, TINY, draw_scene
+
+spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+
+BOXES = "8,5,30,20;-3,30,60,40"
+
+
+@pytest.fixture
+def image(tmp_path):
+    Image.fromarray(draw_scene(0)[0]).save(tmp_path / "scene.png")
+    return tmp_path / "scene.png"
+
+
+def run(image, *arguments):
+    output = image.parent / "out"
+    code = demo.main(["--config-file", str(TINY), "--input", str(image), "--output", str(output), *arguments])
+    return code, output
+
+
+def test_picture_and_json(image, capsys):
+    code, output = run(image, "--boxes", BOXES, "--vocabulary", ",".join(NAMES))
+    assert code == 0
+    content = json.loads((output / "scene.json").read_text())
+    assert list(content) == ["image", "height", "width", "vocabulary", "regions"]
+    assert (content["image"], content["height"], content["width"], content["vocabulary"]) == (str(image), 48, 64, NAMES)
+    assert [region["box"] for region in content["regions"]] == [[8, 5, 30, 20], [0, 30, 60, 40]]
+    for region in content["regions"]:
+        assert list(region) == ["box", "label", "class_index", "score", "iou", "logits", "mask"]
+        logits = np.array(region["logits"])
+        assert region["class_index"] == logits.argmax() and region["label"] == NAMES[logits.argmax()]
+        assert region["score"] == pytest.approx(np.exp(logits).max() / np.exp(logits).sum(), abs=1e-5)
+        assert mask_api.decode(region["mask"]).shape == (48, 64)
+    assert Image.open(output / "scene.png").size == (64, 48)
+    assert "MEAN NOTHING" in capsys.readouterr().out
+
+
+def test_boxes_from_files_points_and_overrides(image):
+    boxes = image.parent / "boxes.json"
+    for content in ([[8, 5, 30, 20]], {"scene.png": [[8, 5, 30, 20]], "other.png": []}):
+        boxes.write_text(json.dumps(content))
+        code, output = run(
+            image,
+            "--boxes",
+            str(boxes),
+            "MODEL.REGIONSPOT.VOCABULARY",
+            "zebra,cup",
+            "MODEL.REGIONSPOT.SCORE_FUNCTION",
+            "sigmoid",
+        )
+        content = json.loads((output / "scene.json").read_text())
+        assert code == 0 and content["vocabulary"] == ["zebra", "cup"]
+        [region] = content["regions"]
+        assert region["score"] == pytest.approx(1 / (1 + np.exp(-max(region["logits"]))), abs=1e-5)
+    code, output = run(image, "--points", "10,10 50,40,0;30,20", "--vocabulary", "zebra,cup")
+    assert code == 0 and len(json.loads((output / "scene.json").read_text())["regions"]) == 2
+
+
+def test_points_are_parsed_and_padded():
+    points, labels = demo.parse_points("10,10 50,40,0;30,20")
+    assert points.tolist() == [[[10, 10], [50, 40]], [[30, 20], [0, 0]]] and labels.tolist() == [[1, 0], [1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocabulary", "a"], "no regions given"),
+        (["--boxes", "1,2,3", "--vocabulary", "a"], "four numbers a box"),
+        (["--boxes", "1,2,3,x", "--vocabulary", "a"], "expected numbers"),
+        (["--boxes", ";", "--vocabulary", "a"], "no boxes given"),
+        (["--boxes", "5,5,2,2", "--vocabulary", "a"], "no area"),
+        (["--boxes", "nan,5,9,9", "--vocabulary", "a"], "NaN"),
+        (["--boxes", "500,500,600,600", "--vocabulary", "a"], "outside the image"),
+        (["--boxes", "no.json", "--vocabulary", "a"], "no.json: no such file"),
+        (["--points", "1", "--vocabulary", "a"], "x,y"),
+        (["--boxes", BOXES], "no class names"),
+        (["--boxes", BOXES, "--vocabulary", "@no.txt"], "no such file"),
+        (["--boxes", BOXES, "--vocabulary", "a", "--input", "no.png"], "no.png: no such file"),
+        (["--boxes", BOXES, "--vocabulary", "a", "--input", __file__], "not a readable image"),
+        (["--boxes", BOXES, "--vocabulary", "a", "--config-file", "no.yaml"], "no.yaml"),
+        (["--boxes", BOXES, "--vocabulary", "a", "MODEL.WEIGHTS", "no.pth"], "no.pth"),
+        (["--boxes", BOXES, "--vocabulary", "a", "MODEL.NO_KEY", "1"], "NO_KEY"),
+    ],
+)
+def test_wrong_input_gives_one_line_and_no_output(image, capsys, arguments, message):
+    code, output = run(image, *arguments)
+    error = capsys.readouterr().err
+    assert code == 1 and message in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ")
+    assert not output.exists() or not list(output.iterdir())
