@@ -205,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
         with atomic_path(stem.with_name(f"{path.stem}.json")) as temporary:
             temporary.write_text(json.dumps(describe(path, image.shape[:2], predictions)), encoding="utf-8")
         with atomic_path(stem.with_name(f"{path.stem}.png")) as temporary:
-            Image.fromarray(draw_regions(image, predictions)).save(temporary, format="PNG")
+            Image.fromarray(draw_regions(image, predictions, "SAM" not in untrained)).save(temporary, format="PNG")
         for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
             place = ", ".join(f"{x:.0f}" for x in box)
             tqdm.write(f"{path.name}  box {place}:  {label}  (score {score:.3f}, mask IoU {iou:.3f})")
