@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 
@@ -100,7 +101,6 @@ def _add_clip_config(node: CfgNode) -> None:
     node.CLIP.CUSTOM.TEXT_LAYERS = 12
     node.CLIP.CUSTOM.EMBED_DIM = 512
     node.CLIP.CUSTOM.CONTEXT_LENGTH = 77
-    node.CLIP.CUSTOM.VOCAB_SIZE = 49408
 
 
 def load_config(config_file: str | Path, overrides: list[str] | None = None) -> CfgNode:
@@ -122,7 +122,9 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         cfg.merge_from_list(overrides or [])
-    except (AssertionError, KeyError, ValueError) as error:
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
         reason = str(error.args[0] if error.args else error)
         raise ValueError(f"config {str(config_file)!r} with overrides {overrides or []}: {reason}") from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"MODEL.DEVICE: this machine has no CUDA for {cfg.MODEL.DEVICE!r}; give 'cpu'")
     return cfg

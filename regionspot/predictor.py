@@ -13,7 +13,6 @@ from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.modeling.localizer import LocalizerOutput
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts, check_boxes
-from regionspot.vocabulary import load_vocabulary
 
 
 @dataclass
@@ -54,7 +53,10 @@ class RegionSpotPredictor:
     def __init__(self, cfg: CfgNode) -> None:
         """Build the model of ``cfg`` and load its weights (``MODEL.WEIGHTS``, SAM's and CLIP's)."""
         self.model = build_model(cfg).eval()
-        RegionSpotCheckpointer.from_config(cfg, self.model).load(cfg.MODEL.WEIGHTS)
+        checkpointer = RegionSpotCheckpointer.from_config(cfg, self.model)
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+        # Parts without weights from any file: "trained", "sam", "clip_model". What they say means nothing.
+        self.random_parts = sorted({"trained", "sam", "clip_model"} - checkpointer.loaded)
         self._features: ImageFeatures | None = None
 
     @property
@@ -68,7 +70,7 @@ class RegionSpotPredictor:
 
     def set_vocabulary(self, names: str | Sequence[str]) -> None:
         """Recognise ``names`` from now on: a list, "a,b,c" or "@file" (see ``load_vocabulary``)."""
-        self.recognizer.set_vocabulary(load_vocabulary(names))
+        self.recognizer.set_vocabulary(names)
 
     @torch.no_grad()
     def set_image(self, image: np.ndarray) -> None:
@@ -80,6 +82,7 @@ class RegionSpotPredictor:
         Raises:
             ValueError: another shape or dtype.
         """
+        self._features = None  # an image that is refused must not leave the one before in place
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"image: expected (H, W, 3) uint8 RGB, got shape {image.shape} and dtype {image.dtype}")
@@ -105,7 +108,8 @@ class RegionSpotPredictor:
             boxes: (N, 4), XYXY, original pixels.
             points: (N, P, 2), XY, original pixels.
             labels: (N, P): 1 foreground, 0 background, -1 padding; all 1 by default.
-            masks: (N, H, W) bool, original pixels. Alone, a mask also prompts with the box around it.
+            masks: (N, H, W) bool (or 0 and 1, or 0 and 255), original pixels. Alone, a mask also prompts with the box
+                around it.
             vocabulary: class names from now on, see ``set_vocabulary``.
             top_k: how many best classes to give.
             with_masks: whether to compute masks.
@@ -116,6 +120,8 @@ class RegionSpotPredictor:
         """
         if self._features is None:
             raise RuntimeError("no image is set: call set_image(image) first")
+        if top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {top_k}")
         prompts = self._prompts(boxes, points, labels, masks)
         if vocabulary is not None:
             self.set_vocabulary(vocabulary)
@@ -148,6 +154,10 @@ class RegionSpotPredictor:
     def _mask_prompts(self, masks: np.ndarray, size: tuple[int, int]) -> tuple[torch.Tensor, np.ndarray]:
         if masks.ndim != 3 or masks.shape[1:] != size:
             raise ValueError(f"masks: expected shape (N, {size[0]}, {size[1]}), the image's size, got {masks.shape}")
+        if masks.dtype != bool and not (np.issubdtype(masks.dtype, np.integer) and np.isin(masks, (0, 1, 255)).all()):
+            raise ValueError(
+                f"masks: expected bool, or integers 0 and 1 (or 255), got {masks.dtype}; cut logits at 0 first"
+            )
         binary = torch.from_numpy(masks.astype(bool))
         if not binary.flatten(1).any(dim=1).all():
             raise ValueError(f"masks: number {int((~binary.flatten(1).any(dim=1)).nonzero()[0])} is empty")
@@ -158,15 +168,15 @@ class RegionSpotPredictor:
     def _point_labels(points: torch.Tensor, labels: ArrayLike | None, size: tuple[int, int]) -> torch.Tensor:
         if points.dim() != 3 or points.shape[2] != 2 or 0 in points.shape[1:]:
             raise ValueError(f"points: expected shape (N, P, 2), XY in pixels, got {tuple(points.shape)}")
-        given = (
-            torch.ones(points.shape[:2], dtype=torch.int64) if labels is None else torch.as_tensor(np.asarray(labels))
-        )
+        given = torch.ones(points.shape[:2]) if labels is None else _float_tensor(labels, "labels", "(N, P)")
         if given.shape != points.shape[:2]:
             raise ValueError(
                 f"labels: expected shape {tuple(points.shape[:2])}, one for each point, got {tuple(given.shape)}"
             )
-        if not torch.isin(given, torch.tensor([-1, 0, 1])).all():
+        if not torch.isin(given, torch.tensor([-1.0, 0.0, 1.0])).all():
             raise ValueError("labels: expected 1 (foreground), 0 (background) or -1 (padding)")
+        if (given == -1).all(dim=1).any():
+            raise ValueError("labels: a region has padding (-1) only; expected at least one point")
         inside = (points >= 0).all(dim=2) & (points[..., 0] < size[1]) & (points[..., 1] < size[0])  # NaN is outside
         if not (inside | (given == -1)).all():
             index = (~(inside | (given == -1))).nonzero()[0].tolist()
@@ -174,7 +184,7 @@ class RegionSpotPredictor:
                 f"points: {points[tuple(index)].tolist()} lies outside the image "
                 f"of height {size[0]} and width {size[1]}"
             )
-        return given
+        return given.long()
 
     def _predictions(
         self, prompts: Prompts, output: LocalizerOutput, logits: torch.Tensor, top_k: int, with_masks: bool

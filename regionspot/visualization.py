@@ -17,7 +17,9 @@ def draw_regions(image: np.ndarray, predictions: RegionPredictions, with_masks: 
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    labels = [f"{label} {score:.0%}" for label, score in zip(predictions.labels, predictions.scores)]
+    # matplotlib would read $...$ as a formula
+    names = [label.replace("$", r"\$") for label in predictions.labels]
+    labels = [f"{label} {score:.0%}" for label, score in zip(names, predictions.scores)]
     masks = predictions.masks if with_masks else None
     drawn = Visualizer(image).overlay_instances(boxes=predictions.boxes, masks=masks, labels=labels)
     return drawn.get_image()

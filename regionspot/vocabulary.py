@@ -42,7 +42,7 @@ def load_vocabulary(source: str | Sequence[str]) -> list[str]:
 
 def _read_names(path: Path) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         content = json.loads(text)
@@ -64,7 +64,7 @@ def _read_names(path: Path) -> list[Any]:
 
 def check_names(names: Sequence[Any], what: str) -> list[str]:
     """Return ``names`` as a list of strings, or raise a ValueError that says which name is none."""
-    names = list(names)
+    names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError(f"{what}: no class names given; expected at least one")
     for index, name in enumerate(names):

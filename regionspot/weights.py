@@ -1,6 +1,7 @@
 """Files of weights: known names, fetching, safe reading, fingerprints."""
 
 import hashlib
+import http.client
 import logging
 import pickle
 import urllib.error
@@ -94,14 +95,18 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
         FileNotFoundError: the address does not answer.
         ValueError: the digest differs.
     """
+    if path.is_file():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.is_file():
             return path
         partial = path.with_name(path.name + ".part")
+        if not sha256:  # nothing would tell whether an old part belongs to what the address gives now
+            partial.unlink(missing_ok=True)
         try:
             _transfer(url, partial)
-        except (urllib.error.URLError, OSError) as error:
+        except (http.client.HTTPException, OSError) as error:
             raise FileNotFoundError(
                 f"could not fetch {url} ({error}). Run again to go on where it stopped, "
                 f"or fetch it elsewhere and put it at {path}"
@@ -127,8 +132,8 @@ def _transfer(url: str, partial: Path) -> None:
             return
         raise
     with response:
-        if response.status != 206:  # the server does not resume
-            start = 0
+        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            start = 0  # the server does not resume
         length = int(response.headers.get("Content-Length") or 0)
         bar = tqdm(total=start + length or None, initial=start, unit="B", unit_scale=True, desc=partial.stem)
         with partial.open("ab" if start else "wb") as file, bar:
@@ -179,16 +184,6 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, got {type(content).__name__}")
-    return content
-
-
-def load_frozen_state_dict(source: str) -> dict[str, torch.Tensor]:
-    """Return the state dict of SAM or CLIP that ``source`` (see ``resolve_weights``) names."""
-    path = resolve_weights(source)
-    content = load_checkpoint_file(path)
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
     return content
 
 

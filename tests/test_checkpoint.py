@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors.torch import save_file
 
 from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.modeling.key_layout import TRAINED
@@ -74,11 +75,65 @@ def test_round_trip_holds_the_trained_parts_only(released, tmp_path):
     torch.testing.assert_close(logits_of(model), logits_of(other), atol=0, rtol=0)
 
 
+def test_frozen_parts_of_a_whole_checkpoint_are_found_again(released, tmp_path):
+    """What was trained on from a checkpoint that carries SAM and CLIP is loaded with no other file named."""
+    model = tiny_model()
+    checkpointer = RegionSpotCheckpointer(model, str(tmp_path / "out"))
+    checkpointer.load(str(released / "whole.pth"))
+    assert checkpointer.loaded == {"trained", "sam", "clip_model"}
+    checkpointer.save("model")
+    other = tiny_model()
+    RegionSpotCheckpointer(other).load(str(tmp_path / "out" / "model.pth"))
+    torch.testing.assert_close(logits_of(model), logits_of(other), atol=0, rtol=0)
+    # The same file may also be named as the source of SAM and CLIP.
+    third = tiny_model()
+    whole = str(released / "whole.pth")
+    RegionSpotCheckpointer(third, sam_weights=whole, clip_weights=whole).load(str(released / "trained.pth"))
+    torch.testing.assert_close(logits_of(model), logits_of(third), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state, model: {"model": {f"module.{key}": value for key, value in state.items()}},
+        lambda state, model: {"state_dict": state},
+        lambda state, model: {"model": {key: value.half() for key, value in state.items()}},
+        lambda state, model: {"model": model.state_dict()},
+    ],
+    ids=["DDP", "state_dict", "half", "whole model"],
+)
+def test_other_wrappings_are_understood(released, tmp_path, wrap):
+    source = tiny_model()
+    RegionSpotCheckpointer(source).load(str(released / "whole.pth"))
+    torch.save(wrap(released_state(source), source), tmp_path / "wrapped.pth")
+    model = tiny_model()
+    RegionSpotCheckpointer(model).load(str(tmp_path / "wrapped.pth"))
+    torch.testing.assert_close(logits_of(source), logits_of(model), atol=2e-3, rtol=0)
+
+
+def test_safetensors_checkpoint_loads(released, tmp_path):
+    model = tiny_model()
+    save_file({key: value.contiguous() for key, value in released_state(model).items()}, tmp_path / "x.safetensors")
+    assert RegionSpotCheckpointer(model).load(str(tmp_path / "x.safetensors")) == {}
+    assert torch.equal(model.recognizer.knowledge_integration.to_clip.bias, released_state(model)["model.to_clip.bias"])
+
+
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(released, tmp_path):
+    model = tiny_model()
+    RegionSpotCheckpointer(model, **frozen_files(released)).load(str(released / "trained.pth"))
+    RegionSpotCheckpointer(model, str(tmp_path / "out")).save("model")
+    other = tiny_model()
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="another sam"):
+        RegionSpotCheckpointer(other).load(str(tmp_path / "out" / "model.pth"))
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+
+
 def test_other_frozen_parts_are_an_error_that_names_both(released, tmp_path):
     model = tiny_model()
     RegionSpotCheckpointer(model, **frozen_files(released)).load(str(released / "trained.pth"))
     RegionSpotCheckpointer(model, str(tmp_path / "out")).save("model")
-    expected = torch.load(tmp_path / "out" / "model.pth", weights_only=True)["frozen"]["sam"][:12]
+    expected = torch.load(tmp_path / "out" / "model.pth", weights_only=True)["frozen"]["sam"]["fingerprint"][:12]
     torch.save(
         {k: v + 1 for k, v in torch.load(released / "sam.pth", weights_only=True).items()}, tmp_path / "other_sam.pth"
     )
@@ -128,8 +183,14 @@ def save(path, content):
             ValueError,
             "is missing",
         ),
+        (lambda d: save(d / "x.pth", {"model": [1]}), ValueError, "expected a dict of weights, got list"),
+        (
+            lambda d: save(d / "x.pth", {"model": released_state(tiny_model()), "frozen": {"dino": 1}}),
+            ValueError,
+            "'frozen' is damaged",
+        ),
     ],
-    ids=["missing", "another model", "no dict", "garbage", "garbage safetensors", "incomplete"],
+    ids=["missing", "another model", "no dict", "garbage", "garbage safetensors", "incomplete", "a list", "odd frozen"],
 )
 def test_wrong_checkpoint_is_refused(tmp_path, make, error, message):
     with pytest.raises(error, match=message):

@@ -90,6 +90,21 @@ def test_box_is_cut_to_the_image(predictor):
     assert predictor.predict(boxes=[[-5, -5, 30, 30]]).boxes.tolist() == [[0, 0, 30, 30]]
 
 
+def test_bool_labels_and_masks_of_255(predictor):
+    np.testing.assert_array_equal(
+        predictor.predict(points=POINTS[:, :1], labels=[[True], [False]]).logits,
+        predictor.predict(points=POINTS[:, :1], labels=[[1], [0]]).logits,
+    )
+    mask = np.zeros((1, 48, 64), np.uint8)
+    mask[0, 5:20, 8:30] = 255
+    np.testing.assert_array_equal(predictor.predict(masks=mask).logits, predictor.predict(masks=mask > 0).logits)
+
+
+def test_results_do_not_share_the_models_own_list(predictor):
+    predictor.predict(boxes=BOXES).vocabulary.append("more")
+    assert predictor.vocabulary == NAMES
+
+
 def test_predict_needs_an_image():
     predictor = RegionSpotPredictor(tiny_config())
     with pytest.raises(RuntimeError, match="set_image"):
@@ -117,6 +132,9 @@ def test_predict_needs_an_image():
         ({"points": [[[7, 2]]], "labels": [1]}, "one for each point"),
         ({"labels": [[1]], "boxes": BOXES}, "without points"),
         ({"boxes": BOXES, "points": POINTS[:1]}, "equally many"),
+        ({"masks": np.full((1, 48, 64), -8.0)}, "cut logits at 0"),
+        ({"boxes": BOXES, "top_k": 0}, "at least 1"),
+        ({"points": [[[7, 2]]], "labels": [[-1]]}, "at least one point"),
         ({"masks": np.ones((1, 5, 5), bool)}, r"\(N, 48, 64\)"),
         ({"masks": np.zeros((1, 48, 64), bool)}, "number 0 is empty"),
         ({"boxes": BOXES, "vocabulary": []}, "at least one"),
@@ -134,3 +152,5 @@ def test_wrong_prompts_are_refused(predictor, prompts, message):
 def test_wrong_images_are_refused(predictor, image):
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
         predictor.set_image(image)
+    with pytest.raises(RuntimeError, match="no image is set"):
+        predictor.predict(boxes=BOXES)

@@ -8,7 +8,7 @@ COCO = {"categories": [{"id": 7, "name": "zebra"}, {"id": 2, "name": "cup"}]}
 
 
 def test_names_come_from_anywhere(tmp_path):
-    (tmp_path / "a.txt").write_text("cup\n\n wooden table \n")
+    (tmp_path / "a.txt").write_text("\ufeffcup\n\n wooden table \n")
     (tmp_path / "b.json").write_text('["cup", "wooden table"]')
     (tmp_path / "c.json").write_text(json.dumps(COCO))
     for source in (["cup", "wooden table"], "cup, wooden table", f"@{tmp_path / 'a.txt'}", str(tmp_path / "b.json")):

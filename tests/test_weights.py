@@ -17,7 +17,6 @@ from regionspot.weights import (
     fetch,
     fingerprint,
     load_checkpoint_file,
-    load_frozen_state_dict,
     resolve_weights,
 )
 
@@ -31,11 +30,15 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
     cuts: list[int] = []
     requests: list[str] = []
+    resumes = True
 
     def do_GET(self):
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        asked = self.headers.get("Range") if self.resumes else None
+        start = int((asked or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         type(self).requests.append(self.headers.get("Range") or "")
         self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
         self.wfile.write(CONTENT[start : start + self.cuts.pop(0) if self.cuts else None])
@@ -71,6 +74,13 @@ def test_wrong_digest_is_refused_and_the_file_removed(server, tmp_path):
     assert not (tmp_path / "weights.pth").exists() and not (tmp_path / "weights.pth.part").exists()
 
 
+def test_a_server_that_does_not_resume_is_read_from_the_start(server, tmp_path, monkeypatch):
+    path, sha256 = tmp_path / "weights.pth", hashlib.sha256(CONTENT).hexdigest()
+    (tmp_path / "weights.pth.part").write_bytes(b"something else")
+    monkeypatch.setattr(Server, "resumes", False)
+    assert fetch(server, path, sha256).read_bytes() == CONTENT
+
+
 def test_url_is_fetched_into_the_cache(server, cache_folder):
     assert resolve_weights(server).read_bytes() == CONTENT
     assert resolve_weights(server).is_relative_to(cache_folder)
@@ -90,7 +100,7 @@ def test_known_weights_put_there_by_hand_are_used():
     known = KNOWN_WEIGHTS["ViT-B/16"]
     known.path.parent.mkdir(parents=True)
     torch.save({"a": torch.ones(1)}, known.path)
-    assert load_frozen_state_dict("ViT-B/16") == {"a": torch.ones(1)}
+    assert load_checkpoint_file(resolve_weights("ViT-B/16")) == {"a": torch.ones(1)}
 
 
 def test_torchscript_archive_gives_its_state_dict_without_being_run(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ Examples:
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from pycocotools import mask as mask_api
@@ -26,12 +24,12 @@ from tqdm import tqdm
 
 from regionspot import RegionPredictions, RegionSpotPredictor
 from regionspot.config import load_config
+from regionspot.structures import check_boxes
 from regionspot.utils.files import atomic_path
+from regionspot.utils.images import read_image
 from regionspot.visualization import draw_regions
 from regionspot.vocabulary import load_vocabulary
 from regionspot.weights import KNOWN_WEIGHTS
-
-logger = logging.getLogger("regionspot.demo")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +54,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="fetch nothing: SAM or CLIP weights that are not on this machine are left random",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args(arguments)
+    return parser.parse_args(join_negative(sys.argv[1:] if arguments is None else arguments))
+
+
+def join_negative(arguments: list[str]) -> list[str]:
+    """Write "--boxes -3,5,30,20" as "--boxes=-3,5,30,20", which argparse does not take for an option."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in ("--boxes", "--points"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def parse_boxes(text: str, image: Path) -> list[list[float]]:
@@ -66,26 +75,18 @@ def parse_boxes(text: str, image: Path) -> list[list[float]]:
         FileNotFoundError: no such JSON file.
         ValueError: not four numbers a box, or the file has no boxes for the image.
     """
-    if not text.endswith(".json"):
-        boxes = _parse_numbers(text, "--boxes", "x0,y0,x1,y1")
-    else:
-        path = Path(text)
-        if not path.is_file():
-            raise FileNotFoundError(f"--boxes {text}: no such file")
-        try:
-            boxes = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"--boxes {text}: not valid JSON ({error})") from error
-        if isinstance(boxes, dict):
-            if image.name not in boxes and str(image) not in boxes:
-                raise ValueError(f"--boxes {text}: no boxes for {image.name}; it has {', '.join(list(boxes)[:5])}")
-            boxes = boxes[image.name] if image.name in boxes else boxes[str(image)]
-    if not boxes:
-        raise ValueError(f"--boxes: no boxes given for {image.name}; expected at least one, x0,y0,x1,y1")
+    content = _read_json(Path(text)) if text.endswith(".json") else _parse_numbers(text, "--boxes", "x0,y0,x1,y1")
+    boxes = content
+    if isinstance(content, dict):
+        boxes = content.get(image.name, content.get(str(image)))
+        if boxes is None:
+            raise ValueError(f"--boxes {text}: no boxes for {image.name}; it has {', '.join(list(content)[:5])}")
+    if not boxes and not isinstance(content, dict):
+        raise ValueError("--boxes: no boxes given; expected at least one, x0,y0,x1,y1")
     if not isinstance(boxes, list) or any(
         not isinstance(box, list)
         or len(box) != 4
-        or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in box)
+        or any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in box)
         for box in boxes
     ):
         raise ValueError(f"--boxes: expected four numbers a box, x0,y0,x1,y1, got {str(boxes)[:100]}")
@@ -111,8 +112,19 @@ def parse_points(text: str) -> tuple[np.ndarray, np.ndarray]:
     for i, region in enumerate(regions):
         for j, (x, y, *label) in enumerate(region):
             points[i, j] = x, y
+            if label and label[0] not in (0, 1):
+                raise ValueError(f"--points: expected label 1 (on the object) or 0 (off it), got {label[0]:g}")
             labels[i, j] = label[0] if label else 1
     return points, labels
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"--boxes {path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"--boxes {path}: not valid JSON ({error})") from error
 
 
 def _parse_numbers(text: str, option: str, expected: str) -> list[list[float]]:
@@ -165,54 +177,53 @@ def load_inputs(args: argparse.Namespace) -> list[tuple[Path, np.ndarray, dict[s
         twice = sorted({stem for stem in stems if stems.count(stem) > 1})
         raise ValueError(f"--input: images of the same name would overwrite each other's output: {twice}")
     inputs = []
-    for image in map(Path, args.input):
+    for path in map(Path, args.input):
+        if (Path(args.output) / f"{path.stem}.png").resolve() == path.resolve():
+            raise ValueError(
+                f"--output {args.output}: the picture would overwrite the input {path}; give another folder"
+            )
+        image = read_image(path)
         prompts: dict[str, Any] = {}
         if args.boxes:
-            prompts["boxes"] = parse_boxes(args.boxes, image)
+            prompts["boxes"] = parse_boxes(args.boxes, path)
+            check_boxes(torch.tensor(prompts["boxes"]).reshape(-1, 4), image.shape[:2], f"--boxes of {path.name}")
         if args.points:
             prompts["points"], prompts["labels"] = parse_points(args.points)
-        if not image.is_file():
-            raise FileNotFoundError(f"--input {image}: no such file")
-        try:
-            inputs.append((image, read_image(str(image), format="RGB"), prompts))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"--input {image}: not a readable image ({error})") from error
+        inputs.append((path, image, prompts))
     return inputs
+
+
+def write_outputs(
+    folder: Path, path: Path, image: np.ndarray, predictions: RegionPredictions, with_masks: bool
+) -> None:
+    """Write picture and JSON of an image, and say what was recognised."""
+    picture = draw_regions(image, predictions, with_masks)
+    content = json.dumps(describe(path, image.shape[:2], predictions))
+    with atomic_path(folder / f"{path.stem}.json") as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    with atomic_path(folder / f"{path.stem}.png") as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
+    for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
+        place = ", ".join(f"{x:.0f}" for x in box)
+        tqdm.write(f"{path.name}  box {place}:  {label}  (score {score:.3f}, mask IoU {iou:.3f})")
 
 
 def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     inputs = load_inputs(args)
-    if args.vocabulary or not cfg.MODEL.REGIONSPOT.VOCABULARY:
-        vocabulary = load_vocabulary(args.vocabulary or "")
-    else:
-        vocabulary = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)
+    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
     if args.cached_weights_only:
         leave_absent_weights(cfg)
-    node = cfg.MODEL.REGIONSPOT
-    untrained = [
-        name
-        for name, given in (("RegionSpot", cfg.MODEL.WEIGHTS), ("SAM", node.SAM.WEIGHTS), ("CLIP", node.CLIP.WEIGHTS))
-        if not given
-    ]
     torch.manual_seed(max(cfg.SEED, 0))
     predictor = RegionSpotPredictor(cfg)
     predictor.set_vocabulary(vocabulary)
     for path, image, prompts in tqdm(inputs, desc="images", unit="image"):
         predictor.set_image(image)
-        predictions = predictor.predict(**prompts)
-        stem = Path(args.output) / path.stem
-        with atomic_path(stem.with_name(f"{path.stem}.json")) as temporary:
-            temporary.write_text(json.dumps(describe(path, image.shape[:2], predictions)), encoding="utf-8")
-        with atomic_path(stem.with_name(f"{path.stem}.png")) as temporary:
-            Image.fromarray(draw_regions(image, predictions, "SAM" not in untrained)).save(temporary, format="PNG")
-        for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
-            place = ", ".join(f"{x:.0f}" for x in box)
-            tqdm.write(f"{path.name}  box {place}:  {label}  (score {score:.3f}, mask IoU {iou:.3f})")
-    tqdm.write(f"pictures and JSON are in {args.output}")
-    if untrained:
-        tqdm.write(
-            f"\nNo trained weights were given for {', '.join(untrained)}: these parts are random, "
+        write_outputs(Path(args.output), path, image, predictor.predict(**prompts), "sam" not in predictor.random_parts)
+    print(f"pictures and JSON are in {args.output}")
+    if predictor.random_parts:
+        print(
+            f"\nNo weights were given for {', '.join(predictor.random_parts)}: these parts are untrained, "
             "THE LABELS AND MASKS MEAN NOTHING. Only the machinery was shown."
         )
 
@@ -222,8 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     setup_logger(name="regionspot")
     try:
         run(args)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
+    except (ValueError, KeyError, OSError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
     return 0
 

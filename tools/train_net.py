@@ -13,9 +13,12 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
+from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer
 
 
@@ -24,12 +27,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot")
     return cfg
 
 
 def main(args: argparse.Namespace) -> Any:
     cfg = setup(args)
     if args.eval_only:
+        if not cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST is empty: expected the name of a registered data set")
+        check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
         model = build_model(cfg)
         checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -1,6 +1,7 @@
 """Data loaders, and the vocabulary that belongs to a data set."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,6 +13,8 @@ from regionspot.vocabulary import load_vocabulary
 
 def build_train_loader(cfg: CfgNode) -> Any:
     """Return Detectron2's training loader over ``DATASETS.TRAIN``."""
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty: expected the name of a registered data set")
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     return build_detection_train_loader(cfg, mapper=RegionSpotDatasetMapper(cfg, True))
 
@@ -23,14 +26,15 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
 
 
 def check_registered(names: Sequence[str], key: str) -> None:
-    """Raise a KeyError that names the alternatives when a data set is not registered."""
-    if not names:
-        raise ValueError(f"{key} is empty: expected the name of a registered data set")
+    """Refuse names that are not registered and data sets whose annotation file is missing."""
     for name in names:
         if name not in DatasetCatalog:
             raise KeyError(
                 f"{key}: data set {name!r} is not registered; registered are {', '.join(sorted(DatasetCatalog)[:40])}"
             )
+        json_file = MetadataCatalog.get(name).get("json_file")
+        if json_file and not Path(json_file).is_file():
+            raise FileNotFoundError(f"{key}: annotations {json_file} of data set {name!r}: no such file")
 
 
 def dataset_vocabulary(cfg: CfgNode, names: Sequence[str]) -> list[str]:

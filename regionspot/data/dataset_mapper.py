@@ -9,29 +9,25 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from regionspot.utils.images import read_image
+
 
 class RegionSpotDatasetMapper:
     """Detectron2's mapper for regions: it keeps the annotated boxes at test time, too, where they are the proposals."""
 
     @configurable
-    def __init__(self, *, augmentations: list[T.Augmentation], image_format: str, is_train: bool) -> None:
+    def __init__(self, *, augmentations: list[T.Augmentation], image_format: str) -> None:
         """
         Args:
             augmentations: applied to image and boxes alike.
             image_format: "RGB" or "BGR".
-            is_train: whether images without boxes are errors of the data set (they are then dropped by the loader).
         """
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
-        self.is_train = is_train
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        return {
-            "augmentations": utils.build_augmentation(cfg, is_train),
-            "image_format": cfg.INPUT.FORMAT,
-            "is_train": is_train,
-        }
+        return {"augmentations": utils.build_augmentation(cfg, is_train), "image_format": cfg.INPUT.FORMAT}
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Read the image and bring its boxes into the image's frame.
@@ -63,10 +59,8 @@ class RegionSpotDatasetMapper:
 
     def _read(self, record: dict[str, Any]) -> np.ndarray:
         try:
-            image = utils.read_image(record["file_name"], format=self.image_format)
+            image = read_image(record["file_name"], self.image_format)
             utils.check_image_size(record, image)
-        except (OSError, ValueError, SyntaxError, utils.SizeMismatchError) as error:
-            raise ValueError(
-                f"image {record['file_name']} (id {record.get('image_id')}) cannot be read: {error}"
-            ) from error
+        except (OSError, ValueError, utils.SizeMismatchError) as error:
+            raise ValueError(f"{error} (image id {record.get('image_id')})") from error
         return image

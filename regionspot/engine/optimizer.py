@@ -24,11 +24,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         )
     if clipping.ENABLED and not full_model:
         raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: AdamW takes full_model, got {clipping.CLIP_TYPE!r}")
-    optimizer = torch.optim.AdamW(
-        get_default_optimizer_params(model, base_lr=cfg.SOLVER.BASE_LR),
-        lr=cfg.SOLVER.BASE_LR,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
+    optimizer = torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
     if full_model:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

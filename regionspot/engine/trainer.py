@@ -30,6 +30,7 @@ class RegionSpotTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
         data_loader = self.build_train_loader(cfg)
         self.vocabulary = dataset_vocabulary(cfg, cfg.DATASETS.TRAIN)
         model = self.build_model(cfg)
@@ -75,14 +76,11 @@ class RegionSpotTrainer(DefaultTrainer):
         """
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
         recognizer = find_recognizer(model)
-        in_use = recognizer.classifier.active
         results = OrderedDict()
         for index, name in enumerate(cfg.DATASETS.TEST):
             single = cfg.clone()
             single.defrost()
             single.DATASETS.TEST = (name,)
-            recognizer.set_vocabulary(dataset_vocabulary(cfg, [name]), f"test {name}")
-            results[name] = super().test(single, model, evaluators[index : index + 1] if evaluators else None)
-        if in_use:
-            recognizer.classifier.active = in_use
-        return results if len(results) > 1 else next(iter(results.values()))
+            with recognizer.using_vocabulary(dataset_vocabulary(cfg, [name])):
+                results[name] = super().test(single, model, evaluators[index : index + 1] if evaluators else None)
+        return next(iter(results.values())) if len(results) == 1 else results

@@ -10,7 +10,7 @@ TRAINED = "knowledge_integration."
 FROZEN = {"sam": "localizer.sam.", "clip_model": "vision_language.clip_model."}
 _TRAINED_PARTS = ("to_clip.", "decoder.", "projector.")
 # OpenAI's archives hold these numbers beside the weights.
-_CLIP_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+CLIP_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def is_released_key(key: str) -> bool:
@@ -24,7 +24,7 @@ def to_recognizer_key(key: str) -> str | None:
     if key.startswith(_TRAINED_PARTS):
         return TRAINED + key
     for part, prefix in FROZEN.items():
-        if key.startswith(f"{part}.") and key.removeprefix(f"{part}.") not in _CLIP_EXTRAS:
+        if key.startswith(f"{part}.") and key.removeprefix(f"{part}.") not in CLIP_EXTRAS:
             return prefix + key.removeprefix(f"{part}.")
     return None
 

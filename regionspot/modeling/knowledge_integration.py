@@ -38,6 +38,11 @@ class KnowledgeIntegration(nn.Module):
             region_attention: False decodes each region alone ("one box at a time").
         """
         super().__init__()
+        if clip_width % num_heads or depth < 1:
+            raise ValueError(
+                "MODEL.REGIONSPOT.INTEGRATION: expected DEPTH of at least 1 and NUM_HEADS that divides "
+                f"{clip_width}, CLIP's width; got {depth} and {num_heads}"
+            )
         self.region_attention = region_attention
         self.to_clip = nn.Linear(token_dim, clip_width)
         self.decoder: nn.TransformerDecoder | nn.TransformerEncoder

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode, configurable
+from PIL import Image
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.nn import functional as F
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.sam import build_sam, get_sam_size
@@ -21,9 +22,9 @@ class LocalizerOutput:
     """What SAM says of N prompts.
 
     Attributes:
-        tokens: (N, D) float position-aware tokens; D is ``Localizer.token_dim``.
-        iou: (N,) float, SAM's own estimate of the mask's IoU.
-        masks: (N, h, w) float mask logits over the padded square input, or None when not asked for.
+        tokens: (N, D) float32 position-aware tokens; D is ``Localizer.token_dim``.
+        iou: (N,) float32, SAM's own estimate of the mask's IoU.
+        masks: (N, h, w) float32 mask logits over the padded square input, or None when not asked for.
     """
 
     tokens: torch.Tensor
@@ -83,7 +84,8 @@ class Localizer(FrozenModule):
 
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return the (height, width) that an image of (height, width) has in SAM's input, before padding."""
-        return ResizeLongestSide.get_preprocess_shape(*image_size, self.image_size)
+        height, width = ResizeLongestSide.get_preprocess_shape(*image_size, self.image_size)
+        return max(height, 1), max(width, 1)
 
     @torch.no_grad()
     def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor:
@@ -93,19 +95,19 @@ class Localizer(FrozenModule):
             images: (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
 
         Returns:
-            (B, C, h, w) float image embeddings.
+            (B, C, h, w) float32 image embeddings.
         """
         device = self.sam.pixel_mean.device
         inputs = [self.sam.preprocess(self._resize(image).to(device, torch.float32)) for image in images]
-        return self.sam.image_encoder(torch.stack(inputs))
+        return self.sam.image_encoder(torch.stack(inputs)).float()
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:
         size = self.input_size((image.shape[-2], image.shape[-1]))
         if tuple(image.shape[-2:]) == size:
             return image
         if image.dtype == torch.uint8 and image.device.type == "cpu":  # as SAM's own predictor does, to the bit
-            resized = ResizeLongestSide(self.image_size).apply_image(image.permute(1, 2, 0).numpy())
-            return torch.from_numpy(resized).permute(2, 0, 1)
+            resized = to_pil_image(image).resize(size[::-1], Image.Resampling.BILINEAR)
+            return pil_to_tensor(resized)
         return resize(image, list(size), antialias=True)  # differs from the above by one grey level at the most
 
     @torch.no_grad()
@@ -153,9 +155,9 @@ class Localizer(FrozenModule):
         mask_tokens = hidden[rows, 1 + best]  # (N, C)
         kernels = self._kernels(mask_tokens, best) if with_masks or self.token_stage == "mlp" else None  # (N, C / 8)
         return LocalizerOutput(
-            tokens=self._stage_tokens(prompts, sparse, mask_tokens, kernels),
-            iou=ious[rows, best],
-            masks=self._masks(image, embedding.shape[-2:], kernels) if with_masks else None,
+            tokens=self._stage_tokens(prompts, sparse, mask_tokens, kernels).float(),
+            iou=ious[rows, best].float(),
+            masks=self._masks(image, embedding.shape[-2:], kernels).float() if with_masks else None,
         )
 
     def _kernels(self, mask_tokens: torch.Tensor, best: torch.Tensor) -> torch.Tensor:

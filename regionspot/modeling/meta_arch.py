@@ -1,5 +1,6 @@
 """RegionSpot as a Detectron2 meta-architecture."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,9 +48,7 @@ class RegionSpot(nn.Module):
         self.mask_on = mask_on
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
-        self.register_load_state_dict_pre_hook(
-            lambda module, state, prefix, *_: translate_released_keys(state, f"{prefix}recognizer.")
-        )
+        self.register_load_state_dict_pre_hook(_translate_released_keys)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -65,7 +64,7 @@ class RegionSpot(nn.Module):
     def device(self) -> torch.device:
         return self.recognizer.vision_language.pixel_mean.device
 
-    def set_vocabulary(self, names: list[str], key: str = "default") -> None:
+    def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
         """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
         self.recognizer.set_vocabulary(names, key)
 
@@ -110,13 +109,12 @@ class RegionSpot(nn.Module):
     def _image(self, inputs: dict[str, Any]) -> torch.Tensor:
         image = inputs["image"]
         if image.dim() != 3 or image.shape[0] != 3:
-            raise ValueError(f"image {inputs.get('file_name', '')}: expected shape (3, H, W), got {tuple(image.shape)}")
+            raise ValueError(f"{_name(inputs)}: expected shape (3, H, W), got {tuple(image.shape)}")
         return image if self.input_format == "RGB" else image.flip(0)
 
     @staticmethod
     def _regions(inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:
         """Return an image's boxes and, where they have them, their scores."""
-        name, size = inputs.get("file_name", ""), tuple(inputs["image"].shape[-2:])
         if "proposals" in inputs:
             proposals, scores = inputs["proposals"], None
             if proposals.has("scores"):
@@ -127,23 +125,38 @@ class RegionSpot(nn.Module):
         elif "instances" in inputs:
             boxes, scores = inputs["instances"].gt_boxes, None
         else:
-            raise KeyError(f"image {name}: no boxes; expected the key 'proposals' or 'instances', got {sorted(inputs)}")
-        check_boxes(boxes.tensor, size, f"boxes of image {name}".strip())
+            raise KeyError(
+                f"{_name(inputs)}: no boxes; expected the key 'proposals' or 'instances', got {sorted(inputs)}"
+            )
+        check_boxes(boxes.tensor, tuple(inputs["image"].shape[-2:]), f"boxes of {_name(inputs)}")
         return boxes, scores
 
     def _losses(self, images: list[torch.Tensor], batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        instances = [inputs["instances"] for inputs in batched_inputs]
-        number = len(self.recognizer.vocabulary)
-        for inputs, targets in zip(batched_inputs, instances):
-            check_boxes(targets.gt_boxes.tensor, targets.image_size, f"boxes of image {inputs.get('file_name', '')}")
-            classes = targets.gt_classes
-            if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
-                raise ValueError(
-                    f"image {inputs.get('file_name', '')}: class {int(classes.max())} is outside the vocabulary "
-                    f"of {number} names; set the data set's own vocabulary"
-                )
+        boxes, classes = zip(*(self._targets(inputs) for inputs in batched_inputs))
         features = self.recognizer.encode_images(images)
-        located = self.recognizer.locate(features, [Prompts(boxes=targets.gt_boxes.tensor) for targets in instances])
+        located = self.recognizer.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes])
         logits = self.recognizer.classify([output.tokens for output in located], features.feature_map)
-        classes = [targets.gt_classes.to(self.device) for targets in instances]
-        return {"loss_cls": region_focal_loss(logits, classes, self.focal_alpha, self.focal_gamma)}
+        targets = [image_classes.to(self.device) for image_classes in classes]
+        return {"loss_cls": region_focal_loss(logits, targets, self.focal_alpha, self.focal_gamma)}
+
+    def _targets(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor]:
+        """Return an image's annotated boxes and their classes."""
+        if "instances" not in inputs:
+            raise KeyError(f"{_name(inputs)}: training needs the key 'instances', got {sorted(inputs)}")
+        boxes, _ = self._regions({key: value for key, value in inputs.items() if key != "proposals"})
+        classes, number = inputs["instances"].gt_classes, len(self.recognizer.vocabulary)
+        outside = classes[(classes < 0) | (classes >= number)]
+        if len(outside):
+            raise ValueError(
+                f"{_name(inputs)}: class {int(outside[0])} is outside the vocabulary of {number} names; "
+                "set the data set's own vocabulary"
+            )
+        return boxes, classes
+
+
+def _name(inputs: dict[str, Any]) -> str:
+    return f"image {inputs.get('file_name', inputs.get('image_id', 'without a name'))}"
+
+
+def _translate_released_keys(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    translate_released_keys(state, f"{prefix}recognizer.")

@@ -3,6 +3,8 @@
 The meta-architecture, the predictor and every other way in use this one implementation.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from regionspot.modeling.text_classifier import TextClassifier
 from regionspot.modeling.text_encoder import TextEncoder
 from regionspot.modeling.vision_language import VisionLanguageModel
 from regionspot.structures import Prompts
-from regionspot.vocabulary import check_names, load_vocabulary
+from regionspot.vocabulary import load_vocabulary
 
 
 @dataclass
@@ -70,15 +72,14 @@ class RegionRecognizer(nn.Module):
         self.localizer = localizer
         self.vision_language = vision_language
         self.knowledge_integration = knowledge_integration
-        self.classifier = TextClassifier()
-        self.text_encoder = text_encoder
+        self.classifier = TextClassifier(text_encoder)
         self.score_function = score_function
         self.score_thresh = score_thresh
         self.top_k = top_k
-        # Names whose embeddings wait for CLIP's weights: encoded when they are first needed.
-        self._pending: dict[str, list[str]] = {"default": vocabulary} if vocabulary else {}
-        self._pending_active = "default" if vocabulary else ""
-        self.register_load_state_dict_post_hook(RegionRecognizer._drop_embeddings)
+        if vocabulary:  # encoded when first needed: CLIP's weights are still to come
+            self.classifier.add("default", vocabulary)
+            self.classifier.active = "default"
+        vision_language.clip_model.register_load_state_dict_post_hook(self._clip_has_changed)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -99,40 +100,46 @@ class RegionRecognizer(nn.Module):
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
-    def set_vocabulary(self, names: list[str], key: str = "default") -> None:
+    def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
         """Recognise ``names`` from now on.
 
         Args:
-            names: class names, in the order of the class indices.
+            names: class names in the order of the class indices, or anything else ``load_vocabulary`` takes.
             key: the vocabulary's own name; one that was set before under it with the same names costs nothing.
 
         Raises:
-            ValueError: no names, an empty name, or a name too long for CLIP.
+            ValueError: no names, an empty name, or a name too long for CLIP; the old vocabulary then stays.
         """
-        names = check_names(names, "vocabulary")
-        self._encode_pending()
-        if self.classifier.vocabularies.get(key) == names:
-            self.classifier.active = key
-        else:
-            self.classifier.set_vocabulary(key, names, self.text_encoder(names))
+        classifier, before = self.classifier, (self.classifier.active, dict(self.classifier.vocabularies))
+        classifier.add(key, load_vocabulary(names))
+        classifier.active = key
+        try:
+            assert classifier.embeddings is not None  # encoded now, so that what is wrong is said now
+        except ValueError:
+            classifier.active = before[0]
+            classifier.remove(key)
+            if key in before[1]:
+                classifier.add(key, before[1][key])
+            raise
+
+    @contextmanager
+    def using_vocabulary(self, names: str | Sequence[str]) -> Iterator[None]:
+        """Recognise ``names`` inside the block and what was recognised before after it."""
+        before, key = self.classifier.active, "within using_vocabulary"
+        self.set_vocabulary(names, key)
+        try:
+            yield
+        finally:
+            self.classifier.active = before
+            self.classifier.remove(key)
 
     @property
     def vocabulary(self) -> list[str]:
         """Class names in use. Raises a ValueError when none are set."""
-        return self._pending.get(self._pending_active) or self.classifier.names
+        return self.classifier.names
 
-    def _encode_pending(self) -> None:
-        pending, active = self._pending, self._pending_active
-        self._pending, self._pending_active = {}, ""
-        for key, names in pending.items():
-            self.classifier.set_vocabulary(key, names, self.text_encoder(names))
-        if pending:
-            self.classifier.active = active
-
-    def _drop_embeddings(self, incompatible_keys: object) -> None:
-        if self.classifier.active:
-            self._pending_active = self.classifier.active
-        self._pending.update(self.classifier.drop_vocabularies())
+    def _clip_has_changed(self, *_: object) -> None:
+        self.classifier.forget_embeddings()
 
     def encode_images(self, images: list[torch.Tensor]) -> ImageFeatures:
         """Run both image encoders on (3, H, W) RGB images in [0, 255], of any sizes."""
@@ -167,7 +174,6 @@ class RegionRecognizer(nn.Module):
         Returns:
             B tensors, (N_i, K) float32.
         """
-        self._encode_pending()
         scale = self.vision_language.clip_model.logit_scale
         return [self.classifier(semantic, scale) for semantic in self.knowledge_integration(tokens, feature_map)]
 

@@ -3,49 +3,52 @@
 import torch
 from torch import nn
 
+from regionspot.modeling.text_encoder import TextEncoder
+
 
 class TextClassifier(nn.Module):
-    """Holds vocabularies as buffers and scores semantic tokens against the one in use.
+    """Holds vocabularies, their embeddings as buffers, and scores semantic tokens against the one in use.
 
-    Several vocabularies live side by side under keys, so that going from one to another costs nothing. The
-    embeddings are not part of the state dict: they follow from the names and from CLIP.
+    Several vocabularies live side by side under keys. The embeddings are not part of the state dict: they follow
+    from the names and from CLIP, and are encoded when they are first needed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, text_encoder: TextEncoder) -> None:
         super().__init__()
+        self.text_encoder = text_encoder
         self.vocabularies: dict[str, list[str]] = {}
         self.active = ""
 
-    def set_vocabulary(self, key: str, names: list[str], embeddings: torch.Tensor) -> None:
-        """Store a vocabulary under ``key`` and use it; embeddings are (K, text_dim) float, L2-normalised."""
-        assert len(names) == len(embeddings), (len(names), len(embeddings))
-        self.register_buffer(self._buffer(key), embeddings, persistent=False)
-        self.vocabularies[key] = names
-        self.active = key
+    def add(self, key: str, names: list[str]) -> None:
+        """Keep ``names`` under ``key``; what was there before is forgotten, unless it is the same."""
+        if self.vocabularies.get(key) != names:
+            self.remove(key)
+            self.vocabularies[key] = list(names)
 
-    def drop_vocabularies(self) -> dict[str, list[str]]:
-        """Forget all embeddings (CLIP has changed, say) and return the names that they stood for."""
+    def remove(self, key: str) -> None:
+        """Forget the vocabulary under ``key``, if there is one."""
+        if self.vocabularies.pop(key, None) is not None:
+            self._buffers.pop(_buffer(key), None)
+
+    def forget_embeddings(self) -> None:
+        """Let all embeddings be encoded anew when they are next needed: CLIP's weights have changed."""
         for key in self.vocabularies:
-            delattr(self, self._buffer(key))
-        dropped, self.vocabularies, self.active = self.vocabularies, {}, ""
-        return dropped
-
-    @staticmethod
-    def _buffer(key: str) -> str:
-        return "text_embeddings_" + key.encode().hex()
+            self._buffers.pop(_buffer(key), None)
 
     @property
     def names(self) -> list[str]:
         """Class names of the vocabulary in use."""
         if not self.active:
             raise ValueError("no vocabulary is set: call set_vocabulary(names), or give MODEL.REGIONSPOT.VOCABULARY")
-        return self.vocabularies[self.active]
+        return list(self.vocabularies[self.active])
 
     @property
     def embeddings(self) -> torch.Tensor:
-        """(K, text_dim) float text embeddings of the vocabulary in use."""
-        assert self.names
-        return getattr(self, self._buffer(self.active))
+        """(K, text_dim) float32 text embeddings of the vocabulary in use."""
+        names, buffer = self.names, _buffer(self.active)
+        if buffer not in self._buffers:
+            self.register_buffer(buffer, self.text_encoder(names), persistent=False)
+        return self.get_buffer(buffer)
 
     def forward(self, semantic_tokens: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
         """Return exp(logit_scale) * cosine.
@@ -61,3 +64,7 @@ class TextClassifier(nn.Module):
             tokens = semantic_tokens.float()
             tokens = tokens / (tokens.norm(dim=1, keepdim=True) + 1e-7)
             return logit_scale.exp() * tokens @ self.embeddings.t()
+
+
+def _buffer(key: str) -> str:
+    return "text_embeddings_" + key.encode().hex()

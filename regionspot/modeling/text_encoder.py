@@ -75,7 +75,12 @@ class TextEncoder:
         self.clip_model = clip_model
         self.templates = get_templates(templates)
         self.name_style = name_style
+        if batch_size < 1:
+            raise ValueError(f"MODEL.REGIONSPOT.CLIP.TEXT_BATCH_SIZE: expected at least 1, got {batch_size}")
+        clean_name("", name_style)  # refuses an unknown style now, not when names come
         self.batch_size = batch_size
+        self._versions: tuple = ()
+        self._fingerprint = ""
 
     def __call__(self, names: list[str]) -> torch.Tensor:
         """Return the text embeddings of ``names``, (K, text_dim) float32, L2-normalised; cached on disk.
@@ -85,17 +90,32 @@ class TextEncoder:
         """
         cleaned = [clean_name(name, self.name_style) for name in names]
         path = cache_dir() / "text" / f"{self._key(cleaned)}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of several processes one encodes, the others wait and read
-            embeddings = self._read(path, len(cleaned))
-            if embeddings is None:
-                embeddings = self.encode(cleaned)
-                with atomic_path(path) as temporary:
-                    save_file({"embeddings": embeddings.cpu()}, temporary)
+        embeddings = self._read(path, len(cleaned))
+        if embeddings is None:
+            embeddings = self._encode_once(cleaned, path)
         return embeddings.to(self.clip_model.text_projection.device)
 
+    def _encode_once(self, cleaned: list[str], path: Path) -> torch.Tensor:
+        """Encode into the cache: of several processes one does, the others wait and read."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                embeddings = self._read(path, len(cleaned))
+                if embeddings is None:
+                    embeddings = self.encode(cleaned)
+                    with atomic_path(path) as temporary:
+                        save_file({"embeddings": embeddings.cpu()}, temporary)
+        except OSError as error:
+            logger.warning("text embeddings are not cached, %s cannot be written (%s)", path, error)
+            embeddings = self.encode(cleaned)
+        return embeddings
+
     def _key(self, cleaned: list[str]) -> str:
-        content = [fingerprint(text_weights(self.clip_model)), self.templates, cleaned, str(self.clip_model.dtype)]
+        weights = text_weights(self.clip_model)
+        versions = tuple((id(value), value._version) for value in weights.values())
+        if versions != self._versions:  # hashing takes its time; once for the same weights is enough
+            self._versions, self._fingerprint = versions, fingerprint(weights)
+        content = [self._fingerprint, self.templates, cleaned, str(self.clip_model.dtype)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _read(self, path: Path, number: int) -> torch.Tensor | None:
@@ -109,6 +129,7 @@ class TextEncoder:
             return None
         return embeddings if len(embeddings) == number else None
 
+    @torch.inference_mode(False)  # what is encoded is kept, and may be trained with later
     @torch.no_grad()
     def encode(self, cleaned: list[str]) -> torch.Tensor:
         """Encode cleaned names without the cache: the prompts of all of them together, sorted by length.
@@ -120,9 +141,8 @@ class TextEncoder:
         device = self.clip_model.text_projection.device
         order = torch.argsort(lengths, stable=True)
         sums = torch.zeros(len(cleaned), self.clip_model.text_projection.shape[1], device=device)
-        with tqdm(
-            total=len(cleaned) * len(self.templates), desc="text embeddings", unit="prompt", disable=len(cleaned) < 50
-        ) as bar:
+        bar = tqdm(total=len(tokens), desc="text embeddings", unit="prompt", disable=len(tokens) < 20000)
+        with bar, torch.autocast(device.type, enabled=False):
             for batch in order.split(self.batch_size):
                 features = encode_tokens(self.clip_model, tokens[batch, : int(lengths[batch].max())].to(device))
                 sums.index_add_(0, (batch // len(self.templates)).to(device), features.float())

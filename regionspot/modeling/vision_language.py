@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from regionspot.modeling.frozen import FrozenModule
 
+VOCAB_SIZE = 49408  # of the tokenizer that comes with clip
 CLIP_FEATURES = ("none", "feature_map", "feature_map+class_token")
 
 
@@ -29,7 +30,6 @@ class ClipSize:
     text_layers: int = 12
     embed_dim: int = 512
     context_length: int = 77
-    vocab_size: int = 49408
 
 
 CLIP_SIZES = {
@@ -63,7 +63,7 @@ def build_clip(size: ClipSize) -> CLIP:
     arguments = {
         "embed_dim": size.embed_dim, "image_resolution": size.image_size, "vision_layers": size.layers,
         "vision_width": size.width, "vision_patch_size": size.patch_size, "context_length": size.context_length,
-        "vocab_size": size.vocab_size, "transformer_width": size.text_width, "transformer_heads": size.text_width // 64,
+        "vocab_size": VOCAB_SIZE, "transformer_width": size.text_width, "transformer_heads": size.text_width // 64,
         "transformer_layers": size.text_layers,
     }  # fmt: skip
     assert set(arguments) <= set(inspect.signature(CLIP).parameters), "this clip package is not OpenAI's"
@@ -143,11 +143,12 @@ class VisionLanguageModel(FrozenModule):
             images: (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
 
         Returns:
-            (B, L, width) float, L = 1 + grid^2 with the class token first, grid^2 without it; None for "none".
+            (B, L, width) float32, L = 1 + grid^2 with the class token first, grid^2 without it; None for "none".
         """
         if self.features == "none":
             return None
-        patches = encode_patches(self.clip_model.visual, torch.stack([self.preprocess(image) for image in images]))
+        inputs = torch.stack([self.preprocess(image) for image in images])
+        patches = encode_patches(self.clip_model.visual, inputs).float()
         return patches if self.features == "feature_map+class_token" else patches[:, 1:]
 
 
@@ -162,13 +163,11 @@ class ClipImageEncoder(Backbone):
     def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
         super().__init__()
         self.size = get_clip_size(cfg)
-        self.visual = self._build_visual(self.size)
-
-    @staticmethod
-    def _build_visual(size: ClipSize) -> nn.Module:
-        return VisionTransformer(
+        size = self.size
+        self.visual = VisionTransformer(
             size.image_size, size.patch_size, size.width, size.layers, size.width // 64, size.embed_dim
         )
+        self.visual.ln_post, self.visual.proj = nn.Identity(), None  # behind the feature map
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode (B, 3, S, S) float images into ``{"clip": (B, width, S / stride, S / stride)}``."""

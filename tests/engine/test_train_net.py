@@ -77,6 +77,7 @@ def test_train_resume_and_evaluate(tmp_path, dataset):
     assert first["iteration"] == 9 and "optimizer" in first["trainer"]["_trainer"]
     output = run(tmp_path, dataset, "--resume", "SOLVER.MAX_ITER", "30")
     assert "Starting training from iteration 20" in output
+    assert "regionspot.checkpoint" in (tmp_path / "log.txt").read_text()
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 29
     assert metrics(tmp_path)["bbox/AP"] >= 0
     one = run(tmp_path, dataset, "--eval-only", "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
@@ -123,6 +124,7 @@ def test_masks_are_evaluated_and_coco_data_sets_too(tmp_path, dataset):
         (["DATASETS.TRAIN", "('unknown',)"], "'unknown' is not registered"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["SOLVER.OPTIMIZER", "Adam"], "expected AdamW"),
+        (["DATASETS.TEST", "('unknown',)"], "'unknown' is not registered"),
         (["MODEL.WEIGHTS", "no.pth"], "no.pth.*no such file"),
     ],
 )

@@ -1,6 +1,7 @@
 """RegionSpot as a whole: Detectron2's contract, batches, frozen parts, learning."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -121,13 +122,54 @@ def test_configured_vocabulary_is_used_and_a_missing_one_is_said():
         tiny_model(names=None)([as_inputs(0)])
 
 
+def test_a_vocabulary_that_is_refused_leaves_the_old_one():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="too long"):
+        model.set_vocabulary(["cup", "endless " * 80])
+    assert model.recognizer.vocabulary == NAMES
+    with model.recognizer.using_vocabulary("a, b"):
+        assert model.recognizer.vocabulary == ["a", "b"]
+    assert model.recognizer.vocabulary == NAMES and len(model.recognizer.classifier.vocabularies) == 1
+
+
+def test_configured_vocabulary_is_not_encoded_before_it_is_needed(monkeypatch):
+    model = tiny_model("MODEL.REGIONSPOT.VOCABULARY", "cup, spoon", names=None)
+    encoded = []
+    encoder = model.recognizer.classifier.text_encoder
+    original = type(encoder).encode
+    monkeypatch.setattr(type(encoder), "encode", lambda self, names: encoded.append(names) or original(self, names))
+    model.set_vocabulary(["zebra"])
+    assert encoded == [["zebra"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_little(dtype):
+    model = tiny_model("MODEL.MASK_ON", True)
+    [plain] = model([as_inputs(0)])
+    with torch.autocast("cpu", dtype=dtype):
+        [cast] = model([as_inputs(0)])
+    assert cast["instances"].scores.dtype == torch.float32
+    torch.testing.assert_close(cast["instances"].scores, plain["instances"].scores, atol=0.03, rtol=0)
+
+
+def test_very_thin_images_pass():
+    model = tiny_model()
+    instances = Instances((1, 300), gt_boxes=Boxes(torch.tensor([[3.0, 0, 200, 1]])))
+    [output] = model([{"image": torch.zeros(3, 1, 300, dtype=torch.uint8), "instances": instances}])
+    assert torch.isfinite(output["instances"].scores).all()
+
+
+def test_the_model_can_be_copied_and_pickled():
+    model = tiny_model()
+    assert_same(copy.deepcopy(model)([as_inputs(0)])[0]["instances"], model([as_inputs(0)])[0]["instances"])
+    pickle.dumps(model)
+
+
 def test_embeddings_follow_newly_loaded_clip_weights():
     model = tiny_model()
     before = model.recognizer.classifier.embeddings.clone()
-    state = copy.deepcopy(model.state_dict())
-    state["recognizer.vision_language.clip_model.text_projection"] = torch.randn(64, 32)
-    model.load_state_dict(state)
-    model([as_inputs(0)])
+    clip_model = model.recognizer.vision_language.clip_model
+    clip_model.load_state_dict({**clip_model.state_dict(), "text_projection": torch.randn(64, 32)})
     assert not torch.allclose(before, model.recognizer.classifier.embeddings, atol=1e-2)
 
 
@@ -228,6 +270,8 @@ def test_wrong_inputs_are_refused():
     with pytest.raises(ValueError, match=r"\(3, H, W\)"):
         model([{**as_inputs(0), "image": torch.zeros(48, 64, 3)}])
     inputs = as_inputs(0)
+    with pytest.raises(KeyError, match="training needs the key 'instances'"):
+        model.train()([{"image": inputs["image"]}])
     inputs["instances"].gt_classes[0] = 4
     with pytest.raises(ValueError, match="class 4 is outside the vocabulary of 4 names"):
         model.train()([inputs])

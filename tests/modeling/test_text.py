@@ -72,6 +72,19 @@ def test_damaged_cache_is_encoded_again(clip_model, cache_folder):
     assert path.stat().st_size > 100
 
 
+def test_autocast_and_inference_mode_do_not_reach_the_embeddings(clip_model):
+    plain = TextEncoder(clip_model, "one").encode(NAMES)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        inside = TextEncoder(clip_model, "one")(NAMES)
+    assert torch.equal(plain, inside) and not inside.is_inference()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(clip_model, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(tmp_path / "file" / "below"))
+    assert TextEncoder(clip_model, "one")(NAMES).shape == (4, 32)
+
+
 def test_too_long_name_is_named(clip_model):
     with pytest.raises(ValueError, match="'endless .* too long"):
         TextEncoder(clip_model, "one")(["cup", "endless " * 80])

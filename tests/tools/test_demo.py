@@ -14,7 +14,8 @@ spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py"
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
-BOXES = "8,5,30,20;-3,30,60,40"
+OWN_FOLDER = "the folder of the image"
+BOXES = "-3,30,60,40;8,5,30,20"
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_picture_and_json(image, capsys):
     content = json.loads((output / "scene.json").read_text())
     assert list(content) == ["image", "height", "width", "vocabulary", "regions"]
     assert (content["image"], content["height"], content["width"], content["vocabulary"]) == (str(image), 48, 64, NAMES)
-    assert [region["box"] for region in content["regions"]] == [[8, 5, 30, 20], [0, 30, 60, 40]]
+    assert [region["box"] for region in content["regions"]] == [[0, 30, 60, 40], [8, 5, 30, 20]]
     for region in content["regions"]:
         assert list(region) == ["box", "label", "class_index", "score", "iou", "logits", "mask"]
         logits = np.array(region["logits"])
@@ -67,6 +68,17 @@ def test_boxes_from_files_points_and_overrides(image):
     assert code == 0 and len(json.loads((output / "scene.json").read_text())["regions"]) == 2
 
 
+def test_names_with_dollars_and_braces_are_drawn(image):
+    code, output = run(image, "--boxes", BOXES, "--vocabulary", "$5 {bill$,{},ünï")
+    assert code == 0 and (output / "scene.png").is_file()
+
+
+def test_sixteen_bit_pictures_are_refused(image, capsys):
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(image)
+    assert run(image, "--boxes", BOXES, "--vocabulary", "a")[0] == 1
+    assert "8 bits" in capsys.readouterr().err
+
+
 def test_points_are_parsed_and_padded():
     points, labels = demo.parse_points("10,10 50,40,0;30,20")
     assert points.tolist() == [[[10, 10], [50, 40]], [[30, 20], [0, 0]]] and labels.tolist() == [[1, 0], [1, -1]]
@@ -84,17 +96,20 @@ def test_points_are_parsed_and_padded():
         (["--boxes", "500,500,600,600", "--vocabulary", "a"], "outside the image"),
         (["--boxes", "no.json", "--vocabulary", "a"], "no.json: no such file"),
         (["--points", "1", "--vocabulary", "a"], "x,y"),
+        (["--points", "5,5,0.5", "--vocabulary", "a"], "label 1"),
+        (["--boxes", BOXES, "--vocabulary", "a", "--output", OWN_FOLDER], "would overwrite the input"),
+        (["--boxes", BOXES, "--vocabulary", "a", "MODEL.DEVICE", "cuda"], "no CUDA"),
         (["--boxes", BOXES], "no class names"),
         (["--boxes", BOXES, "--vocabulary", "@no.txt"], "no such file"),
         (["--boxes", BOXES, "--vocabulary", "a", "--input", "no.png"], "no.png: no such file"),
-        (["--boxes", BOXES, "--vocabulary", "a", "--input", __file__], "not a readable image"),
+        (["--boxes", BOXES, "--vocabulary", "a", "--input", __file__], "cannot be read"),
         (["--boxes", BOXES, "--vocabulary", "a", "--config-file", "no.yaml"], "no.yaml"),
         (["--boxes", BOXES, "--vocabulary", "a", "MODEL.WEIGHTS", "no.pth"], "no.pth"),
         (["--boxes", BOXES, "--vocabulary", "a", "MODEL.NO_KEY", "1"], "NO_KEY"),
     ],
 )
 def test_wrong_input_gives_one_line_and_no_output(image, capsys, arguments, message):
-    code, output = run(image, *arguments)
+    code, output = run(image, *(str(image.parent) if a is OWN_FOLDER else a for a in arguments))
     error = capsys.readouterr().err
     assert code == 1 and message in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ")
     assert not output.exists() or not list(output.iterdir())

@@ -1,7 +1,6 @@
 """Data sets whose annotations are COCO or LVIS JSON, with class names and ids taken from the file itself."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,17 @@ def load_json_dataset(name: str, json_file: str | Path, image_root: str | Path) 
     MetadataCatalog.get(name).set(
         thing_classes=[category["name"] for category in categories], thing_dataset_id_to_contiguous_id=mapping
     )
-    annotations = defaultdict(list)
+    annotations: dict[Any, list] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         if annotation["category_id"] not in mapping:
             raise ValueError(
                 f"{json_file}: annotation {annotation.get('id')} has category id {annotation['category_id']}, "
                 "which is not in 'categories'"
+            )
+        if annotation["image_id"] not in annotations:
+            raise ValueError(
+                f"{json_file}: annotation {annotation.get('id')} has image id {annotation['image_id']}, "
+                "which is not in 'images'"
             )
         annotations[annotation["image_id"]].append(_record_annotation(annotation, mapping))
     return [_record(image, Path(image_root), annotations[image["id"]]) for image in content["images"]]
@@ -54,7 +58,7 @@ def _read(json_file: Path) -> dict[str, Any]:
     if not json_file.is_file():
         raise FileNotFoundError(f"annotations {json_file}: no such file")
     try:
-        content = json.loads(json_file.read_text(encoding="utf-8"))
+        content = json.loads(json_file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"annotations {json_file}: not valid JSON ({error})") from error
     missing = [
@@ -76,6 +80,8 @@ def _record_annotation(annotation: dict[str, Any], mapping: dict[int, int]) -> d
 
 def _record(image: dict[str, Any], image_root: Path, annotations: list[dict[str, Any]]) -> dict[str, Any]:
     # LVIS names no files: its images are COCO's, and the last two parts of the address are split and file.
+    if "file_name" not in image and "coco_url" not in image:
+        raise ValueError(f"image {image['id']} of the annotations has neither file_name nor coco_url")
     file_name = image["file_name"] if "file_name" in image else "/".join(image["coco_url"].split("/")[-2:])
     return {
         "file_name": str(image_root / file_name),
