@@ -186,7 +186,7 @@ def load_inputs(args: argparse.Namespace) -> list[tuple[Path, np.ndarray, dict[s
         prompts: dict[str, Any] = {}
         if args.boxes:
             prompts["boxes"] = parse_boxes(args.boxes, path)
-            check_boxes(torch.tensor(prompts["boxes"]).reshape(-1, 4), image.shape[:2], f"--boxes of {path.name}")
+            check_boxes(torch.tensor(prompts["boxes"]).reshape(-1, 4), (image.shape[0], image.shape[1]), f"--boxes of {path.name}")
         if args.points:
             prompts["points"], prompts["labels"] = parse_points(args.points)
         inputs.append((path, image, prompts))
@@ -198,7 +198,7 @@ def write_outputs(
 ) -> None:
     """Write picture and JSON of an image, and say what was recognised."""
     picture = draw_regions(image, predictions, with_masks)
-    content = json.dumps(describe(path, image.shape[:2], predictions))
+    content = json.dumps(describe(path, (image.shape[0], image.shape[1]), predictions))
     with atomic_path(folder / f"{path.stem}.json") as temporary:
         temporary.write_text(content, encoding="utf-8")
     with atomic_path(folder / f"{path.stem}.png") as temporary:
