@@ -186,7 +186,11 @@ def load_inputs(args: argparse.Namespace) -> list[tuple[Path, np.ndarray, dict[s
         prompts: dict[str, Any] = {}
         if args.boxes:
             prompts["boxes"] = parse_boxes(args.boxes, path)
-            check_boxes(torch.tensor(prompts["boxes"]).reshape(-1, 4), (image.shape[0], image.shape[1]), f"--boxes of {path.name}")
+            check_boxes(
+                torch.tensor(prompts["boxes"]).reshape(-1, 4),
+                (image.shape[0], image.shape[1]),
+                f"--boxes of {path.name}",
+            )
         if args.points:
             prompts["points"], prompts["labels"] = parse_points(args.points)
         inputs.append((path, image, prompts))
