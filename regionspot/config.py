@@ -12,7 +12,7 @@ def add_regionspot_config(cfg: CfgNode) -> None:
 
     Args:
         cfg: a Detectron2 config, changed in place. All keys are under ``MODEL.REGIONSPOT`` but
-            ``SOLVER.OPTIMIZER``.
+            ``DATASETS.TOKEN_STORES_TRAIN`` and ``SOLVER.OPTIMIZER``.
     """
     cfg.MODEL.REGIONSPOT = CfgNode()
     node = cfg.MODEL.REGIONSPOT
@@ -44,6 +44,9 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.LOSS = CfgNode()
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
+
+    # Stored features of the training sets' boxes, one file a data set, or () to run SAM and CLIP in the loop.
+    cfg.DATASETS.TOKEN_STORES_TRAIN = ()
 
     # "AdamW" (the paper's) or "SGD" (Detectron2's).
     cfg.SOLVER.OPTIMIZER = "AdamW"

@@ -1,8 +1,13 @@
-"""Pictures of recognised regions."""
+"""Pictures of recognised regions, and of what they look at."""
+
+from typing import Any
 
 import numpy as np
+import torch
 from detectron2.utils.visualizer import Visualizer
+from torch import nn
 
+from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.predictor import RegionPredictions
 
 
@@ -17,9 +22,45 @@ def draw_regions(image: np.ndarray, predictions: RegionPredictions, with_masks: 
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    # matplotlib would read $...$ as a formula
-    names = [label.replace("$", r"\$") for label in predictions.labels]
-    labels = [f"{label} {score:.0%}" for label, score in zip(names, predictions.scores)]
-    masks = predictions.masks if with_masks else None
-    drawn = Visualizer(image).overlay_instances(boxes=predictions.boxes, masks=masks, labels=labels)
-    return drawn.get_image()
+    labels = [f"{label} {score:.0%}" for label, score in zip(predictions.labels, predictions.scores)]
+    return draw_labels(image, predictions.boxes, predictions.masks if with_masks else None, labels)
+
+
+def draw_labels(image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, labels: list[str]) -> np.ndarray:
+    """Draw (N, 4) boxes XYXY, (N, H, W) masks and N labels on a (H, W, 3) uint8 RGB image; return the same."""
+    escaped = [label.replace("$", r"\$") for label in labels]  # matplotlib would read $...$ as a formula
+    return Visualizer(image).overlay_instances(boxes=boxes, masks=masks, labels=escaped).get_image()
+
+
+@torch.no_grad()
+def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, feature_map: torch.Tensor) -> torch.Tensor:
+    """Return where the regions of an image look in the feature map, in the last layer, averaged over the heads.
+
+    Args:
+        integration: the trained module, with a feature map.
+        tokens: (N, token_dim) float.
+        feature_map: (1, L, width) float, L = grid^2 or 1 + grid^2.
+
+    Returns:
+        (N, grid, grid) float, without the class token's share.
+    """
+    if not isinstance(integration.decoder, nn.TransformerDecoder):
+        raise ValueError("cross_attention: this model has no feature map to look at (CLIP.FEATURES none)")
+    attention = integration.decoder.layers[-1].multihead_attn
+    kept: list[torch.Tensor] = []
+
+    def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "need_weights": True}
+
+    hooks = [
+        attention.register_forward_pre_hook(ask, with_kwargs=True),
+        attention.register_forward_hook(lambda module, args, output: kept.append(output[1])),
+    ]
+    try:
+        integration([tokens], feature_map)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = kept[0][0]  # (N, L)
+    grid = int(weights.shape[1] ** 0.5)
+    return weights[:, -grid * grid :].unflatten(1, (grid, grid))

@@ -163,7 +163,7 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"weights {str(path)!r}: no such file")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = _expand_token_rows(load_file(path))
         elif is_torchscript_archive(path):
             content = read_torchscript_state_dict(path)
         else:
@@ -184,6 +184,19 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, got {type(content).__name__}")
+    return content
+
+
+def _expand_token_rows(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fill in the token embedding of a CLIP of which only the rows in use were stored; the others become 0.
+
+    Such a file has ``token_embedding.rows`` (R, width) and ``token_embedding.tokens`` (R,), the rows' token ids, the
+    last of which is the vocabulary's last (end of text).
+    """
+    if "token_embedding.rows" in content:
+        rows, tokens = content.pop("token_embedding.rows"), content.pop("token_embedding.tokens")
+        content["token_embedding.weight"] = rows.new_zeros(int(tokens.max()) + 1, rows.shape[1])
+        content["token_embedding.weight"][tokens] = rows
     return content
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "checkpoint": GROUND | {"config", "modeling"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation", "checkpoint"},
     "predictor": GROUND | {"config", "modeling", "checkpoint"},
-    "visualization": GROUND | {"predictor"},
+    "visualization": GROUND | {"predictor", "modeling"},
 }
 
 

@@ -8,6 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
+from regionspot.data.proposals import ProposalFile
+from regionspot.data.token_store import TokenStore
 from regionspot.vocabulary import load_vocabulary
 
 
@@ -16,13 +18,25 @@ def build_train_loader(cfg: CfgNode) -> Any:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: expected the name of a registered data set")
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    return build_detection_train_loader(cfg, mapper=RegionSpotDatasetMapper(cfg, True))
+    stores = cfg.DATASETS.TOKEN_STORES_TRAIN
+    if len(stores) not in (0, 1) or (stores and len(cfg.DATASETS.TRAIN) != 1):
+        raise ValueError(f"DATASETS.TOKEN_STORES_TRAIN: expected one file for one data set, or none; got {stores}")
+    store = TokenStore(stores[0]) if stores else None
+    return build_detection_train_loader(cfg, mapper=RegionSpotDatasetMapper(cfg, True, token_store=store))
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
-    """Return Detectron2's test loader over ``dataset_name``; annotated boxes stay with the images."""
+    """Return Detectron2's test loader over ``dataset_name``.
+
+    Annotated boxes stay with the images. ``DATASETS.PROPOSAL_FILES_TEST``, one file for each of ``DATASETS.TEST``,
+    gives other boxes to recognise.
+    """
     check_registered([dataset_name], "DATASETS.TEST")
-    return build_detection_test_loader(cfg, dataset_name, mapper=RegionSpotDatasetMapper(cfg, False))
+    files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
+    proposals = ProposalFile(files[dataset_name]) if dataset_name in files else None
+    return build_detection_test_loader(
+        cfg, dataset_name, mapper=RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
+    )
 
 
 def check_registered(names: Sequence[str], key: str) -> None:

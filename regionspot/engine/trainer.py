@@ -81,6 +81,7 @@ class RegionSpotTrainer(DefaultTrainer):
             single = cfg.clone()
             single.defrost()
             single.DATASETS.TEST = (name,)
+            single.DATASETS.PROPOSAL_FILES_TEST = cfg.DATASETS.PROPOSAL_FILES_TEST[index : index + 1]
             with recognizer.using_vocabulary(dataset_vocabulary(cfg, [name])):
                 results[name] = super().test(single, model, evaluators[index : index + 1] if evaluators else None)
         return next(iter(results.values())) if len(results) == 1 else results

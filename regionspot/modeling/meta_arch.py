@@ -12,7 +12,7 @@ from torch import nn
 from regionspot.modeling.key_layout import translate_released_keys
 from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.structures import Prompts, check_boxes
+from regionspot.structures import check_boxes
 
 
 @META_ARCH_REGISTRY.register()
@@ -79,6 +79,8 @@ class RegionSpot(nn.Module):
                 * ``proposals``: ``Instances`` with ``proposal_boxes`` and, optionally, ``scores`` in [0, 1] or
                   ``objectness_logits``. Without it the boxes are those of ``instances``.
                 * ``instances``: ``Instances`` with ``gt_boxes`` and, in training, ``gt_classes``.
+                * ``tokens`` (N, D) and ``feature_map`` (L, width), in training: stored features of the boxes and of
+                  the image, which then are not computed; with both, ``image`` is not needed.
 
                 Boxes are XYXY in the pixels of ``image``.
 
@@ -92,9 +94,9 @@ class RegionSpot(nn.Module):
         """
         if not batched_inputs:
             return {} if self.training else []
-        images = [self._image(inputs) for inputs in batched_inputs]
         if self.training:
-            return self._losses(images, batched_inputs)
+            return self._losses(batched_inputs)
+        images = [self._image(inputs) for inputs in batched_inputs]
         regions = [self._regions(inputs) for inputs in batched_inputs]
         sizes = [
             (int(inputs.get("height", image.shape[1])), int(inputs.get("width", image.shape[2])))
@@ -131,20 +133,36 @@ class RegionSpot(nn.Module):
         check_boxes(boxes.tensor, tuple(inputs["image"].shape[-2:]), f"boxes of {_name(inputs)}")
         return boxes, scores
 
-    def _losses(self, images: list[torch.Tensor], batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         boxes, classes = zip(*(self._targets(inputs) for inputs in batched_inputs))
-        features = self.recognizer.encode_images(images)
-        located = self.recognizer.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes])
-        logits = self.recognizer.classify([output.tokens for output in located], features.feature_map)
+        tokens, feature_map = self._frozen_features(batched_inputs, boxes)
+        logits = self.recognizer.classify(tokens, feature_map)
         targets = [image_classes.to(self.device) for image_classes in classes]
         return {"loss_cls": region_focal_loss(logits, targets, self.focal_alpha, self.focal_gamma)}
+
+    def _frozen_features(
+        self, batched_inputs: list[dict[str, Any]], boxes: Sequence[Boxes]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Return tokens and feature map of a batch: those that come with it, computed where they do not."""
+        with_tokens = all("tokens" in inputs for inputs in batched_inputs)
+        with_map = self.recognizer.vision_language.features == "none" or all("feature_map" in x for x in batched_inputs)
+        images = [] if with_tokens and with_map else [self._image(inputs) for inputs in batched_inputs]
+        if with_tokens:
+            tokens = [inputs["tokens"].to(self.device, torch.float32) for inputs in batched_inputs]
+        else:
+            tokens = self.recognizer.position_tokens(images, boxes)
+        if not with_map:
+            return tokens, self.recognizer.vision_language.encode_images(images)
+        maps = [x["feature_map"] for x in batched_inputs if self.recognizer.vision_language.features != "none"]
+        return tokens, torch.stack(maps).to(self.device, torch.float32) if maps else None
 
     def _targets(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor]:
         """Return an image's annotated boxes and their classes."""
         if "instances" not in inputs:
             raise KeyError(f"{_name(inputs)}: training needs the key 'instances', got {sorted(inputs)}")
-        boxes, _ = self._regions({key: value for key, value in inputs.items() if key != "proposals"})
-        classes, number = inputs["instances"].gt_classes, len(self.recognizer.vocabulary)
+        boxes, classes = inputs["instances"].gt_boxes, inputs["instances"].gt_classes
+        check_boxes(boxes.tensor, inputs["instances"].image_size, f"boxes of {_name(inputs)}")
+        number = len(self.recognizer.vocabulary)
         outside = classes[(classes < 0) | (classes >= number)]
         if len(outside):
             raise ValueError(

@@ -149,6 +149,13 @@ class RegionRecognizer(nn.Module):
             sizes=[(image.shape[-2], image.shape[-1]) for image in images],
         )
 
+    def position_tokens(self, images: list[torch.Tensor], boxes: Sequence[Boxes]) -> list[torch.Tensor]:
+        """Return the position-aware tokens of boxes, (N_i, token_dim) an image; CLIP is not run."""
+        embeddings = self.localizer.encode_images(images)
+        features = ImageFeatures(embeddings, None, [(image.shape[-2], image.shape[-1]) for image in images])
+        located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes])
+        return [output.tokens for output in located]
+
     def locate(
         self, features: ImageFeatures, prompts: list[Prompts], with_masks: bool = False
     ) -> list[LocalizerOutput]:

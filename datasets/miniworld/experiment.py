@@ -1,0 +1,177 @@
+"""RegionSpot trained and evaluated in the miniature world, through the ordinary trainer, mapper and evaluators."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch.nn import functional as F
+
+from miniworld.categories import BASE, NAMES, NOVEL
+from miniworld.generator import SIZE, Scene, draw_scene
+from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.config import load_config
+from regionspot.engine import RegionSpotTrainer
+from regionspot.engine.extract import extract_features
+from regionspot.modeling import RegionRecognizer, RegionSpot
+from regionspot.structures import Prompts
+from regionspot.utils.files import atomic_path
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = ROOT / "datasets" / "miniworld" / "weights"
+
+
+def miniworld_config(config_file: Path, output: Path, seed: int = 0, overrides: list[str] | None = None) -> CfgNode:
+    """Return a config of ``configs/miniworld`` that works from any folder."""
+    frozen = [
+        part
+        for name in ("SAM", "CLIP")
+        for part in (f"MODEL.REGIONSPOT.{name}.WEIGHTS", str(WEIGHTS / f"{name.lower()}.safetensors"))
+    ]
+    cfg = load_config(config_file, [*frozen, "OUTPUT_DIR", str(output), "SEED", str(seed), *(overrides or [])])
+    cfg.freeze()
+    return cfg
+
+
+def store_path(cfg: CfgNode, folder: Path, split: str) -> Path:
+    """Return where the features of a split lie; one file for each choice of frozen features."""
+    node = cfg.MODEL.REGIONSPOT
+    return folder / f"{split}-{node.TOKEN_STAGE}-{node.CLIP.FEATURES}.safetensors"
+
+
+def train(cfg: CfgNode, features: Path) -> RegionSpot:
+    """Extract the frozen features of ``miniworld_train`` where they are not there, train on them, return the model."""
+    torch.manual_seed(cfg.SEED)
+    path = store_path(cfg, features, "train")
+    model = build_model(cfg).eval()
+    RegionSpotCheckpointer.from_config(cfg, model).load("")
+    extract_features(cfg, model.recognizer, "miniworld_train", path)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TOKEN_STORES_TRAIN = (str(path),)
+    cfg.DATASETS.TEST = ()
+    cfg.freeze()
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return trainer.model.eval()
+
+
+@dataclass
+class RegionResults:
+    """Logits or similarities of regions, and what they are; filled scene by scene."""
+
+    logits: list[torch.Tensor] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    ious: list[float] = field(default_factory=list)
+
+    def accuracies(self, prefix: str = "") -> dict[str, float]:
+        """Return top-1 and top-5 over all names for base and novel regions, and novel top-1 over the novel names."""
+        logits, targets = torch.cat(self.logits), torch.tensor(self.targets)
+        result = {}
+        for group, members in (("base", BASE), ("novel", NOVEL)):
+            rows = torch.isin(targets, torch.tensor(members))
+            ranked = logits[rows].topk(5, dim=1).indices == targets[rows, None]
+            result[f"{prefix}{group}_top1"] = float(ranked[:, 0].float().mean())
+            result[f"{prefix}{group}_top5"] = float(ranked.any(dim=1).float().mean())
+        rows = torch.isin(targets, torch.tensor(NOVEL))
+        best = torch.tensor(NOVEL)[logits[rows][:, NOVEL].argmax(dim=1)]
+        result[f"{prefix}novel_top1_novel_vocabulary"] = float((best == targets[rows]).float().mean())
+        return result
+
+
+def test_scenes(split: str, number: int, seed: int = 0) -> list[Scene]:
+    """Return the first scenes of a split, as ``prepare_miniworld.py`` writes them."""
+    return [draw_scene(split, index, seed) for index in range(number)]
+
+
+def jitter(boxes: np.ndarray, rng: np.random.Generator, strength: float = 0.08) -> np.ndarray:
+    """Move the sides of (N, 4) boxes by a share of their lengths, as a detector's are off."""
+    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    moved = np.clip(boxes + rng.normal(0, strength, boxes.shape) * sides, 0, SIZE)
+    keep = (moved[:, 2] - moved[:, 0] > 4) & (moved[:, 3] - moved[:, 1] > 4)
+    return np.where(keep[:, None], moved, boxes).astype(np.float32)
+
+
+@torch.no_grad()
+def recognise_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered: bool = False) -> RegionResults:
+    """Classify the objects of scenes by their boxes, and compare the masks with the visible parts."""
+    recognizer.set_vocabulary(NAMES)
+    results, rng = RegionResults(), np.random.default_rng(5)
+    for scene in scenes:
+        features = recognizer.encode_images([to_tensor(scene)])
+        boxes = jitter(scene.boxes, rng) if jittered else scene.boxes
+        [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(boxes))], with_masks=True)
+        results.logits += recognizer.classify([located.tokens], features.feature_map)
+        results.targets += scene.classes.tolist()
+        assert located.masks is not None
+        masks = recognizer.localizer.upsample_masks(located.masks, (SIZE, SIZE), (SIZE, SIZE)).cpu().numpy()
+        overlap, union = (masks & scene.masks).sum(axis=(1, 2)), (masks | scene.masks).sum(axis=(1, 2))
+        results.ious += (overlap / np.maximum(union, 1)).tolist()
+    return results
+
+
+@torch.no_grad()
+def recognise_crops(recognizer: RegionRecognizer, scenes: list[Scene], masked: bool) -> RegionResults:
+    """CLIP on crops: each box is cut out, brought to CLIP's square and compared with the names.
+
+    Args:
+        recognizer: whose CLIP and, for masks, whose SAM to use.
+        scenes: what to classify.
+        masked: blank what is not under SAM's mask of the box (with CLIP's mean colour).
+    """
+    recognizer.set_vocabulary(NAMES)
+    results, clip_model = RegionResults(), recognizer.vision_language.clip_model
+    mean = recognizer.vision_language.pixel_mean.cpu() * 255
+    for scene in scenes:
+        image = to_tensor(scene).float()
+        pictures = [image] * len(scene.boxes)
+        if masked:
+            features = recognizer.encode_images([to_tensor(scene)])
+            [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(scene.boxes))], with_masks=True)
+            assert located.masks is not None
+            masks = recognizer.localizer.upsample_masks(located.masks, (SIZE, SIZE), (SIZE, SIZE)).cpu()
+            pictures = [torch.where(mask, image, mean) for mask in masks]
+        crops = [
+            picture[:, int(y0) : int(y1), int(x0) : int(x1)] for picture, (x0, y0, x1, y1) in zip(pictures, scene.boxes)
+        ]
+        seen = clip_model.encode_image(torch.stack([recognizer.vision_language.preprocess(crop) for crop in crops]))
+        results.logits.append((F.normalize(seen.float(), dim=1) @ recognizer.classifier.embeddings.t()).cpu())
+        results.targets += scene.classes.tolist()
+    return results
+
+
+def to_tensor(scene: Scene) -> torch.Tensor:
+    return torch.from_numpy(scene.image).permute(2, 0, 1)
+
+
+def write_proposals(scenes: list[Scene], path: Path) -> None:
+    """Write a proposal file of a middling detector: jittered boxes of the objects, and as many of nothing."""
+    rng, entries = np.random.default_rng(11), {}
+    for index, scene in enumerate(scenes):
+        corners = rng.uniform(0, SIZE - 45, (len(scene.boxes), 2))
+        nothing = np.concatenate([corners, corners + rng.uniform(20, 45, corners.shape)], axis=1)
+        boxes = np.concatenate([jitter(scene.boxes, rng), nothing])
+        scores = np.concatenate([rng.uniform(0.5, 1, len(scene.boxes)), rng.uniform(0, 0.6, len(nothing))])
+        entries[str(index + 1)] = {"boxes": boxes.round(2).tolist(), "scores": scores.round(4).tolist()}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(entries))
+
+
+def average_precision(cfg: CfgNode, model: RegionSpot, split: str, proposals: Path | None = None) -> dict[str, float]:
+    """Return LVIS's AP, APr, APc, APf and mask_AP of a split, by the ordinary evaluation."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = (f"miniworld_{split}",)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(proposals),) if proposals else ()
+    cfg.freeze()
+    logging.getLogger("detectron2").setLevel(logging.WARNING)
+    metrics: dict[str, Any] = RegionSpotTrainer.test(cfg, model)
+    result = {key: float(metrics["bbox"][key]) for key in ("AP", "APr", "APc", "APf")}
+    return {**result, "mask_AP": float(metrics["segm"]["AP"])}

@@ -1,0 +1,187 @@
+"""Draws the scenes: every picture is a function of (seed, split, index) and of nothing else."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from miniworld.categories import BASE, CATEGORIES, COLOURS, FREQUENCIES, NAMES, PATTERNS, SHAPES
+
+SIZE = 192
+SPLITS = {"train": 0, "val": 1, "test": 2, "captions": 3, "masks": 4}
+
+
+@dataclass
+class Scene:
+    """A picture and what is in it.
+
+    Attributes:
+        image: (192, 192, 3) uint8, RGB.
+        classes: (N,) int64, index into ``NAMES``.
+        masks: (N, 192, 192) bool, the visible part of each object.
+    """
+
+    image: np.ndarray
+    classes: np.ndarray
+    masks: np.ndarray
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """(N, 4) float32, XYXY, around the visible parts."""
+        boxes = np.zeros((len(self.masks), 4), np.float32)
+        for box, mask in zip(boxes, self.masks):
+            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return boxes
+
+    @property
+    def caption(self) -> str:
+        """What stands under the picture: its objects, largest first."""
+        order = np.argsort(-self.masks.sum(axis=(1, 2)))
+        return " and ".join(f"a {NAMES[self.classes[i]]}" for i in order)
+
+
+def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """Draw scene ``index`` of a split ("train", "val", "test", or "masks" for SAM): 3 to 6 objects anywhere."""
+    rng = np.random.default_rng([seed, SPLITS[split], index])
+    number = int(rng.integers(3, 7))
+    return compose(rng, draw_categories(rng, number), np.sort(rng.uniform(20, 42, number))[::-1])
+
+
+def draw_captioned(index: int, seed: int = 0, spread: float = 1.0) -> Scene:
+    """Draw a captioned picture, framed as people frame the photographs that they put words under.
+
+    It shows 1 to 3 objects, larger than in the scenes but never filling the picture.
+
+    Args:
+        index: of the picture.
+        seed: of the world.
+        spread: how far from the middle objects may lie, from 0 (centred) to 1 (anywhere).
+    """
+    rng = np.random.default_rng([seed, SPLITS["captions"], index])
+    number = int(rng.choice([1, 1, 2, 3]))
+    radii = np.sort(rng.uniform(24, 58, number))[::-1]
+    return compose(rng, draw_categories(rng, number), radii, spread if number == 1 else max(spread, 0.6), visible=0.45)
+
+
+def draw_categories(rng: np.random.Generator, number: int) -> np.ndarray:
+    """Draw categories that go together: a scene has a theme, one attribute that half of its objects share.
+
+    Things that occur together are alike in the real world, too; it is what regions can learn from each other.
+    Frequent categories come three times as often as common and novel ones.
+    """
+    weights = np.array([3.0 if frequency == "f" else 1.0 for frequency in FREQUENCIES])
+    theme = CATEGORIES[rng.choice(len(CATEGORIES), p=weights / weights.sum())]
+    attribute = int(rng.integers(3))
+    classes = []
+    for _ in range(number):
+        allowed = weights.copy()
+        if rng.random() < 0.5:
+            allowed *= [category[attribute] == theme[attribute] for category in CATEGORIES]
+        classes.append(rng.choice(len(CATEGORIES), p=allowed / allowed.sum()))
+    return np.array(classes)
+
+
+def compose(
+    rng: np.random.Generator, classes: np.ndarray, radii: np.ndarray, spread: float = 1.0, visible: float = 0.6
+) -> Scene:
+    """Place objects one over the other on a background.
+
+    Args:
+        rng: where chance comes from.
+        classes: (N,) of the objects, the lowest first.
+        radii: (N,) in pixels.
+        spread: see ``draw_captioned``.
+        visible: part of each object that must stay in view; one that finds no such place is left out.
+    """
+    image = draw_background(rng)
+    masks: list[np.ndarray] = []
+    placed: list[int] = []
+    areas: list[int] = []
+    for label, radius in zip(classes, radii):
+        for _ in range(8):
+            mask, colours = draw_object(rng, int(label), float(radius), spread)
+            if all((earlier & ~mask).sum() >= visible * area for earlier, area in zip(masks, areas)):
+                masks = [earlier & ~mask for earlier in masks]
+                masks.append(mask)
+                areas.append(int(mask.sum()))
+                placed.append(int(label))
+                image[mask] = colours
+                break
+    noise = rng.normal(0, 5, image.shape).astype(np.float32)
+    pixels = np.clip(image + noise, 0, 255).astype(np.uint8)
+    return Scene(pixels, np.array(placed, np.int64), np.stack(masks))
+
+
+def draw_background(rng: np.random.Generator) -> np.ndarray:
+    """Draw a muted texture of two scales, with a few bands across it; (192, 192, 3) float32."""
+    tone = rng.uniform(70, 185) + rng.uniform(-18, 18, 3)
+    image = np.zeros((SIZE, SIZE, 3), np.float32) + tone.astype(np.float32)
+    for cells, strength in ((6, 26), (48, 12)):
+        grid = rng.normal(0, strength, (cells, cells)).astype(np.float32)
+        image += np.asarray(Image.fromarray(grid).resize((SIZE, SIZE), Image.Resampling.BICUBIC))[..., None]
+    ys, xs = np.mgrid[:SIZE, :SIZE]
+    for _ in range(rng.integers(0, 4)):
+        angle, offset, width = rng.uniform(0, np.pi), rng.uniform(0, SIZE), rng.uniform(2, 9)
+        image[np.abs(np.cos(angle) * (xs - offset) + np.sin(angle) * (ys - offset)) < width] += rng.uniform(-30, 30)
+    return image
+
+
+def draw_object(rng: np.random.Generator, label: int, radius: float, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw an object somewhere in the picture.
+
+    Returns:
+        Its mask, (192, 192) bool, and the float32 colours of the pixels under it, (mask.sum(), 3).
+    """
+    pattern, colour, shape = CATEGORIES[label]
+    reach = (SIZE / 2 - radius * 0.8) * spread
+    centre = SIZE / 2 + rng.uniform(-reach, reach, 2)
+    angle = rng.uniform(-0.35, 0.35)
+    ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
+    x, y = (xs - centre[0]) / radius, (ys - centre[1]) / radius
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    mask = inside_shape(shape, u, v)
+    u, v = u[mask] * radius, v[mask] * radius  # pixels
+    rgb = np.array(COLOURS[colour], np.float32) * rng.uniform(0.82, 1.1) + rng.uniform(-14, 14, 3).astype(np.float32)
+    shade = 1 + 0.1 * (u + v)[:, None] / radius
+    ink = in_pattern(pattern, u, v, rng.uniform(5.5, 7.5))
+    light = np.float32(rng.uniform(0.72, 0.86))
+    colours = np.where(ink[:, None], rgb + (245 - rgb) * light, rgb) * shade
+    return mask, colours.astype(np.float32)
+
+
+def inside_shape(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Tell which points, in units of the radius and with v downwards, lie in a shape."""
+    r, theta = np.hypot(u, v), np.arctan2(u, -v)
+    if shape == "circle":
+        return r < 0.92
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) < 0.8
+    if shape == "triangle":
+        return (v < 0.72) & (np.abs(u) < (v + 0.95) * 0.6)
+    if shape == "star":
+        sector = np.abs((theta / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * 2  # 0 at a tip, 1 between two
+        return r < 1.05 - 0.62 * sector**0.7
+    if shape == "cross":
+        return (np.minimum(np.abs(u), np.abs(v)) < 0.3) & (np.maximum(np.abs(u), np.abs(v)) < 0.95)
+    if shape == "ring":
+        return (r < 0.98) & (r > 0.5)
+    raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
+
+
+def in_pattern(pattern: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
+    """Tell which points, in pixels, carry the light ink of a pattern."""
+    if pattern == "plain":
+        return np.zeros(u.shape, bool)
+    if pattern == "striped":
+        return (u + v) / (1.4 * period) % 2 < 1
+    if pattern == "dotted":
+        return np.hypot(u % (1.9 * period) - 0.95 * period, v % (1.9 * period) - 0.95 * period) < 0.55 * period
+    if pattern == "checkered":
+        return (u // (1.25 * period) + v // (1.25 * period)) % 2 < 1
+    raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
+
+
+def is_annotated(split: str, label: int) -> bool:
+    """Tell whether objects of a category are annotated in a split: novel ones never are in training."""
+    return split != "train" or label in BASE

@@ -1,0 +1,23 @@
+"""How the committed weights are packed: in half precision, and of the token embedding only the rows in use."""
+
+import clip
+import torch
+
+from miniworld.categories import NAMES
+from regionspot.vocabulary import get_templates
+
+
+def used_tokens() -> torch.Tensor:
+    """Return the sorted ids of the tokens that prompts and captions of this world are made of."""
+    texts = [template.format("and") for template in get_templates("all")] + NAMES
+    return torch.unique(clip.tokenize(texts))
+
+
+def pack_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what is written to the file for a state dict of CLIP or SAM; ``regionspot.weights`` reads it."""
+    packed = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
+    if "token_embedding.weight" in packed:
+        tokens = used_tokens()
+        packed["token_embedding.rows"] = packed.pop("token_embedding.weight")[tokens].contiguous()
+        packed["token_embedding.tokens"] = tokens
+    return packed

@@ -1,0 +1,76 @@
+"""The drawn world: the same every time, and valid LVIS."""
+
+import json
+
+import numpy as np
+import pytest
+from lvis import LVIS
+from PIL import Image
+
+from miniworld.annotate import write_split
+from miniworld.categories import BASE, CATEGORIES, FREQUENCIES, NAMES, NOVEL
+from miniworld.generator import draw_captioned, draw_scene
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return folder, {split: LVIS(str(write_split(folder, split, 40, workers=2))) for split in ("train", "test")}
+
+
+def test_a_scene_is_a_function_of_seed_split_and_index():
+    first, again = draw_scene("train", 5), draw_scene("train", 5)
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.masks, again.masks)
+    for other in (draw_scene("train", 6), draw_scene("test", 5), draw_scene("train", 5, seed=1)):
+        assert not np.array_equal(first.image, other.image)
+    assert np.array_equal(draw_captioned(3).image, draw_captioned(3).image)
+
+
+def test_there_are_120_categories_of_which_30_percent_are_novel():
+    assert len(set(NAMES)) == 120 and len(NOVEL) == 36 and len(BASE) == 84
+    for k in range(3):  # every pattern, colour and shape is to be learned from base classes
+        values = {category[k] for category in CATEGORIES}
+        assert {CATEGORIES[i][k] for i in BASE} == {CATEGORIES[i][k] for i in NOVEL} == values
+    assert {FREQUENCIES[i] for i in NOVEL} == {"r"} and {FREQUENCIES[i] for i in BASE} == {"c", "f"}
+
+
+def test_files_are_what_is_drawn(written):
+    folder, splits = written
+    for split, lvis in splits.items():
+        assert len(lvis.imgs) == 40
+        for image_id in (1, 7, 40):
+            scene = draw_scene(split, image_id - 1)
+            assert np.array_equal(np.asarray(Image.open(folder / lvis.imgs[image_id]["file_name"])), scene.image)
+            annotations = lvis.load_anns(lvis.get_ann_ids([image_id]))
+            kept = [i for i, label in enumerate(scene.classes) if split == "test" or label in BASE]
+            assert [a["category_id"] - 1 for a in annotations] == scene.classes[kept].tolist()
+            for annotation, i in zip(annotations, kept):
+                mask = lvis.ann_to_mask(annotation).astype(bool)
+                assert np.array_equal(mask, scene.masks[i]) and annotation["area"] == mask.sum()
+                x, y, w, h = map(int, annotation["bbox"])
+                assert (
+                    mask[y : y + h, x : x + w].sum() == mask.sum()
+                    and mask[y : y + h, x].any()
+                    and mask[y, x : x + w].any()
+                )
+
+
+def test_novel_categories_are_annotated_in_test_and_never_in_training(written):
+    _, splits = written
+    seen = {split: {a["category_id"] - 1 for a in lvis.anns.values()} for split, lvis in splits.items()}
+    assert not seen["train"] & set(NOVEL) and seen["test"] & set(NOVEL)
+
+
+def test_negative_categories_are_not_in_the_image(written):
+    for split, lvis in written[1].items():
+        for image in lvis.imgs.values():
+            present = set(draw_scene(split, image["id"] - 1).classes + 1)
+            assert len(image["neg_category_ids"]) == 30 and not present & set(image["neg_category_ids"])
+            assert set(image["not_exhaustive_category_ids"]) <= present
+
+
+def test_what_is_there_is_not_drawn_again(written, monkeypatch):
+    folder, _ = written
+    monkeypatch.setattr("miniworld.annotate.write_scene", lambda *_: pytest.fail("drawn again"))
+    write_split(folder, "test", 40)
+    assert json.loads((folder / "test.json").read_text())["info"]["number"] == 40

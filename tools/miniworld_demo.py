@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""The paper's claims in miniature: train RegionSpot in a drawn world, evaluate it on classes without annotations.
+
+Example:
+    tools/miniworld_demo.py --output output/demo
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "datasets"))
+
+from miniworld import experiment  # noqa: E402
+from miniworld.annotate import write_split  # noqa: E402
+from miniworld.pictures import draw_predictions  # noqa: E402
+from regionspot.data import register_json_dataset  # noqa: E402
+from regionspot.utils.files import atomic_path  # noqa: E402
+
+
+class Stages:
+    """Says what is being done and keeps how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str, what: str) -> Iterator[None]:
+        print(f"\n== {what}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
+    """Draw the splits under ``root`` and register them, in place of those of $DETECTRON2_DATASETS."""
+    for split, number in sizes.items():
+        path = write_split(root / "miniworld", split, number, workers=workers)
+        name = f"miniworld_{split}"
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_json_dataset(name, path, root / "miniworld")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="DIR")
+    parser.add_argument("--config-file", type=Path, default=ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml")
+    parser.add_argument("--train", type=int, default=4000, help="training scenes")
+    parser.add_argument("--test", type=int, default=250, help="test scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args()
+
+
+def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) -> dict[str, Any]:
+    """Return the numbers of the summary."""
+    recognizer = model.recognizer
+    summary: dict[str, Any] = {}
+    with stage("regions", "top-1 and top-5 of the test regions, by true and by jittered boxes"):
+        results = experiment.recognise_scenes(recognizer, scenes)
+        summary.update(results.accuracies(), sam_iou=float(np.mean(results.ious)))
+        summary.update(experiment.recognise_scenes(recognizer, scenes, jittered=True).accuracies("jittered_"))
+    with stage("crops", "the same regions by CLIP on box crops and on mask crops"):
+        for kind in ("box", "mask"):
+            crops = experiment.recognise_crops(recognizer, scenes, masked=kind == "mask").accuracies()
+            summary[f"crop_{kind}_top1"] = {group: crops[f"{group}_top1"] for group in ("base", "novel")}
+    with stage("lvis", "LVIS AP of boxes and masks, by true boxes and by a proposal file"):
+        summary.update(experiment.average_precision(cfg, model, "test"))
+        experiment.write_proposals(scenes, output / "proposals.json")
+        summary["proposal_file"] = experiment.average_precision(cfg, model, "test", output / "proposals.json")
+    return summary
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Return what the run found, for the screen."""
+    crop_box, crop_mask = summary["crop_box_top1"], summary["crop_mask_top1"]
+    rows: list[tuple[str, Callable[[str], float]]] = [
+        ("RegionSpot, true boxes", lambda group: summary[f"{group}_top1"]),
+        ("RegionSpot, jittered boxes", lambda group: summary[f"jittered_{group}_top1"]),
+        ("CLIP on box crops", lambda group: crop_box[group]),
+        ("CLIP on mask crops", lambda group: crop_mask[group]),
+    ]
+    lines = [f"{'top-1 over all 120 names':30}  base   novel"]
+    lines += [f"{name:30}  {value('base'):.3f}  {value('novel'):.3f}" for name, value in rows]
+    lines.append(f"novel regions over the 36 novel names: {summary['novel_top1_novel_vocabulary']:.3f}")
+    for title, values in (("true boxes", summary), ("a proposal file", summary["proposal_file"])):
+        lines.append(
+            f"LVIS, {title}: " + ", ".join(f"{k} {values[k]:.1f}" for k in ("AP", "APr", "APc", "APf", "mask_AP"))
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.WARNING)
+    stage, root = Stages(), args.output / "data"
+    with stage("draw", f"drawing {args.train} training and {args.test} test scenes"):
+        draw_data(root, {"train": args.train, "test": args.test}, args.workers)
+    cfg = experiment.miniworld_config(args.config_file, args.output / "training", args.seed, args.opts)
+    with stage(
+        "train", "extracting SAM's tokens and CLIP's feature maps, and training the attention module on base classes"
+    ):
+        model = experiment.train(cfg, args.output / "features")
+    scenes = experiment.test_scenes("test", args.test)
+    summary = evaluate(cfg, model, scenes, args.output, stage)
+    with stage("pictures", "pictures of test scenes, novel classes marked, and the attention of two regions"):
+        for name, picture in draw_predictions(model.recognizer, scenes[:6]).items():
+            with atomic_path(args.output / f"{name}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    summary.update(seconds=stage.seconds, seed=args.seed, world_seed=0, versions=versions)
+    with atomic_path(args.output / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1))
+    print(f"\n{table(summary)}\n\n{sum(stage.seconds.values()):.0f} s; pictures and summary.json are in {args.output}")
+    print(
+        "The same on your own picture, with names of this world:\n"
+        f"  {sys.executable} tools/demo.py --config-file {os.path.relpath(args.config_file)} --input PICTURE.png "
+        '--boxes "x0,y0,x1,y1" --vocabulary "striped red star,plain blue ring" --output output/mine '
+        f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
