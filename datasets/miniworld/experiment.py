@@ -1,5 +1,7 @@
 """RegionSpot trained and evaluated in the miniature world, through the ordinary trainer, mapper and evaluators."""
 
+import contextlib
+import io
 import json
 import logging
 from dataclasses import dataclass, field
@@ -172,6 +174,7 @@ def average_precision(cfg: CfgNode, model: RegionSpot, split: str, proposals: Pa
     cfg.DATASETS.PROPOSAL_FILES_TEST = (str(proposals),) if proposals else ()
     cfg.freeze()
     logging.getLogger("detectron2").setLevel(logging.WARNING)
-    metrics: dict[str, Any] = RegionSpotTrainer.test(cfg, model)
+    with contextlib.redirect_stdout(io.StringIO()):  # lvis prints every number of it
+        metrics: dict[str, Any] = RegionSpotTrainer.test(cfg, model)
     result = {key: float(metrics["bbox"][key]) for key in ("AP", "APr", "APc", "APf")}
     return {**result, "mask_AP": float(metrics["segm"]["AP"])}

@@ -1,13 +1,9 @@
-"""SAM at every size: the one place where its sizes are chosen, and its image encoder as a Detectron2 backbone."""
+"""SAM at every size: the one place where its sizes are chosen."""
 
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
@@ -91,32 +87,3 @@ def build_sam(size: SamSize) -> Sam:
         iou_head_hidden_dim=256,
     )
     return Sam(build_image_encoder(size), prompt_encoder, mask_decoder)
-
-
-@BACKBONE_REGISTRY.register()
-class SamImageEncoder(Backbone):
-    """SAM's image encoder as the backbone of any Detectron2 model.
-
-    Its input is normalised and padded to the square of SAM's input size, which ``padding_constraints`` tells
-    ``GeneralizedRCNN``. It gives one feature map, ``sam``.
-    """
-
-    def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
-        super().__init__()
-        self.size = get_sam_size(cfg)
-        self.image_encoder = build_image_encoder(self.size)
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode (B, 3, S, S) float images into ``{"sam": (B, C, S / stride, S / stride)}``."""
-        return {"sam": self.image_encoder(images)}
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return {"sam": ShapeSpec(channels=self.size.prompt_dim, stride=self.size.patch_size)}
-
-    @property
-    def size_divisibility(self) -> int:
-        return self.size.patch_size
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        return {"square_size": self.size.image_size}

@@ -6,10 +6,6 @@ from dataclasses import asdict, dataclass
 import torch
 from clip.model import CLIP, VisionTransformer
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import Backbone
-from torch import nn
 from torch.nn import functional as F
 
 from regionspot.modeling.frozen import FrozenModule
@@ -150,38 +146,3 @@ class VisionLanguageModel(FrozenModule):
         inputs = torch.stack([self.preprocess(image) for image in images])
         patches = encode_patches(self.clip_model.visual, inputs).float()
         return patches if self.features == "feature_map+class_token" else patches[:, 1:]
-
-
-@BACKBONE_REGISTRY.register()
-class ClipImageEncoder(Backbone):
-    """CLIP's vision transformer as the backbone of any Detectron2 model.
-
-    Its input is normalised and of CLIP's square input size. It gives one feature map, ``clip``: the patches
-    before ``ln_post``.
-    """
-
-    def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
-        super().__init__()
-        self.size = get_clip_size(cfg)
-        size = self.size
-        self.visual = VisionTransformer(
-            size.image_size, size.patch_size, size.width, size.layers, size.width // 64, size.embed_dim
-        )
-        self.visual.ln_post, self.visual.proj = nn.Identity(), None  # behind the feature map
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode (B, 3, S, S) float images into ``{"clip": (B, width, S / stride, S / stride)}``."""
-        patches = encode_patches(self.visual, images)[:, 1:]
-        grid = self.size.image_size // self.size.patch_size
-        return {"clip": patches.transpose(1, 2).unflatten(2, (grid, grid))}
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        return {"clip": ShapeSpec(channels=self.size.width, stride=self.size.patch_size)}
-
-    @property
-    def size_divisibility(self) -> int:
-        return self.size.patch_size
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        return {"square_size": self.size.image_size}
