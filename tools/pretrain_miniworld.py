@@ -31,7 +31,7 @@ from regionspot.utils.files import atomic_path, sha256_of_file  # noqa: E402
 
 TASKS: dict[str, type[ClipPretraining] | type[SamPretraining]] = {"clip": ClipPretraining, "sam": SamPretraining}
 # steps, batch, learning rate, pictures
-RECIPES = {"clip": (7000, 128, 1.2e-3, 40000), "sam": (5000, 8, 1e-3, 6000)}
+RECIPES = {"clip": (6000, 64, 1e-3, 40000), "sam": (5000, 8, 1e-3, 6000)}
 
 
 def learning_rate(iteration: int, steps: int, peak: float) -> float:

@@ -46,7 +46,12 @@ def write_split(folder: Path, split: str, number: int, seed: int = 0, workers: i
     with atomic_path(path) as temporary:
         temporary.write_text(
             json.dumps(
-                {"info": info, "images": images, "annotations": annotations, "categories": categories(annotations)}
+                {
+                    "info": info,
+                    "images": images,
+                    "annotations": annotations,
+                    "categories": categories(split, annotations),
+                }
             )
         )
     return path
@@ -97,8 +102,11 @@ def image_record(split: str, index: int, name: str, present: list[int]) -> dict[
     }
 
 
-def categories(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return LVIS's category records: "r" are the novel ones."""
+def categories(split: str, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return LVIS's category records: "r" are the novel ones.
+
+    Training does not know the names of novel categories either: as negatives of every region they would be unlearned.
+    """
     instances = [0] * len(NAMES)
     images: list[set[int]] = [set() for _ in NAMES]
     for annotation in annotations:
@@ -116,4 +124,5 @@ def categories(annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "image_count": len(images[i]),
         }
         for i, name in enumerate(NAMES)
+        if is_annotated(split, i)
     ]

@@ -25,7 +25,7 @@ def build_train_loader(cfg: CfgNode) -> Any:
     return build_detection_train_loader(cfg, mapper=RegionSpotDatasetMapper(cfg, True, token_store=store))
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
+def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1) -> Any:
     """Return Detectron2's test loader over ``dataset_name``.
 
     Annotated boxes stay with the images. ``DATASETS.PROPOSAL_FILES_TEST``, one file for each of ``DATASETS.TEST``,
@@ -34,9 +34,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
     check_registered([dataset_name], "DATASETS.TEST")
     files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
     proposals = ProposalFile(files[dataset_name]) if dataset_name in files else None
-    return build_detection_test_loader(
-        cfg, dataset_name, mapper=RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
-    )
+    mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper, batch_size=batch_size)
 
 
 def check_registered(names: Sequence[str], key: str) -> None:

@@ -38,7 +38,8 @@ def extract_features(cfg: CfgNode, recognizer: RegionRecognizer, dataset_name: s
         except ValueError:
             pass  # of other parts, or damaged: written anew
     images = []
-    for batch in tqdm(build_test_loader(cfg, dataset_name), desc=f"extracting {dataset_name}", unit="image"):
+    loader = build_test_loader(cfg, dataset_name, batch_size=16)
+    for batch in tqdm(loader, desc=f"extracting {dataset_name}", unit="batch"):
         kept = [inputs for inputs in batch if len(inputs["instances"])]
         if not kept:
             continue

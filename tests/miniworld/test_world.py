@@ -59,6 +59,8 @@ def test_novel_categories_are_annotated_in_test_and_never_in_training(written):
     _, splits = written
     seen = {split: {a["category_id"] - 1 for a in lvis.anns.values()} for split, lvis in splits.items()}
     assert not seen["train"] & set(NOVEL) and seen["test"] & set(NOVEL)
+    listed = {split: [category - 1 for category in lvis.cats] for split, lvis in splits.items()}
+    assert listed["train"] == BASE and listed["test"] == list(range(120))
 
 
 def test_negative_categories_are_not_in_the_image(written):
