@@ -9,20 +9,20 @@ WEIGHTS ?=
 
 .PHONY: help demo photo test lint format detectron2 lock clean
 help:
-	@echo "make demo   train and evaluate RegionSpot in a drawn world, in minutes (output/demo)"
-	@echo "make photo  recognise regions of a real photograph at full size (output/photo)"
+	@echo "make demo   regions of a real photograph, then training and evaluation in a drawn world (output/demo)"
+	@echo "make photo  the photograph alone"
 	@echo "make test   the tests, on a CPU, with no downloads"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   pin the newest versions that setup.py admits in requirements/lock.txt"
 
-demo: $(VENV)/.ready
+demo: photo
 	$(BIN)/python tools/miniworld_demo.py --output output/demo
 
 photo: $(VENV)/.ready
 	$(BIN)/python tools/demo.py --config-file configs/RegionSpot-BB.yaml \
 	    --input "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0] + "/data/coffee.png")')" \
 	    --boxes "172,17,408,308;77,66,479,388;326,66,424,326" --vocabulary "cup,saucer,spoon,espresso,wooden table,zebra" \
-	    --output output/photo --cached-weights-only MODEL.WEIGHTS "$(WEIGHTS)"
+	    --output output/demo --cached-weights-only MODEL.WEIGHTS "$(WEIGHTS)"
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
         summary.update(experiment.recognise_scenes(recognizer, scenes, jittered=True).accuracies("jittered_"))
     with stage("crops", "the same regions by CLIP on box crops and on mask crops"):
         for kind in ("box", "mask"):
-            crops = experiment.recognise_crops(recognizer, scenes, masked=kind == "mask").accuracies()
-            summary[f"crop_{kind}_top1"] = {group: crops[f"{group}_top1"] for group in ("base", "novel")}
+            crops = experiment.recognise_crops(recognizer, scenes, masked=kind == "mask")
+            summary.update(crops.accuracies(f"crop_{kind}_"))
     with stage("lvis", "LVIS AP of boxes and masks, by true boxes and by a proposal file"):
         summary.update(experiment.average_precision(cfg, model, "test"))
         experiment.write_proposals(scenes, output / "proposals.json")
@@ -90,15 +90,10 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
 
 def table(summary: dict[str, Any]) -> str:
     """Return what the run found, for the screen."""
-    crop_box, crop_mask = summary["crop_box_top1"], summary["crop_mask_top1"]
-    rows: list[tuple[str, Callable[[str], float]]] = [
-        ("RegionSpot, true boxes", lambda group: summary[f"{group}_top1"]),
-        ("RegionSpot, jittered boxes", lambda group: summary[f"jittered_{group}_top1"]),
-        ("CLIP on box crops", lambda group: crop_box[group]),
-        ("CLIP on mask crops", lambda group: crop_mask[group]),
-    ]
+    rows = {"RegionSpot, true boxes": "", "RegionSpot, jittered boxes": "jittered_"}
+    rows |= {"CLIP on box crops": "crop_box_", "CLIP on mask crops": "crop_mask_"}
     lines = [f"{'top-1 over all 120 names':30}  base   novel"]
-    lines += [f"{name:30}  {value('base'):.3f}  {value('novel'):.3f}" for name, value in rows]
+    lines += [f"{name:30}  {summary[f'{p}base_top1']:.3f}  {summary[f'{p}novel_top1']:.3f}" for name, p in rows.items()]
     lines.append(f"novel regions over the 36 novel names: {summary['novel_top1_novel_vocabulary']:.3f}")
     for title, values in (("true boxes", summary), ("a proposal file", summary["proposal_file"])):
         lines.append(

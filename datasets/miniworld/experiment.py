@@ -74,9 +74,9 @@ class RegionResults:
     ious: list[float] = field(default_factory=list)
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
-        """Return top-1 and top-5 over all names for base and novel regions, and novel top-1 over the novel names."""
+        """Return top-1 of all regions, top-1 and top-5 of base and of novel ones, and novel top-1 over novel names."""
         logits, targets = torch.cat(self.logits), torch.tensor(self.targets)
-        result = {}
+        result = {f"{prefix}top1": float((logits.argmax(dim=1) == targets).float().mean())}
         for group, members in (("base", BASE), ("novel", NOVEL)):
             rows = torch.isin(targets, torch.tensor(members))
             ranked = logits[rows].topk(5, dim=1).indices == targets[rows, None]
