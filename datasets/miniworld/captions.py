@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from miniworld.categories import CATEGORIES, COLOURS, NAMES, PATTERNS, SHAPES
 from miniworld.generator import Scene, draw_captioned
+from regionspot.modeling.vision_language import PIXEL_MEAN, PIXEL_STD
 from regionspot.vocabulary import get_templates
 
 WORDS = (*PATTERNS, *COLOURS, *SHAPES)
 CONTEXT = 40  # tokens of the longest caption, with room to spare
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def halve(scene: Scene) -> np.ndarray:
@@ -106,4 +106,4 @@ def words_of(classes: list[int]) -> np.ndarray:
 def to_input(images: np.ndarray) -> torch.Tensor:
     """Return normalised (B, 3, 96, 96) float input of (B, 96, 96, 3) uint8 pictures."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (pixels - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)

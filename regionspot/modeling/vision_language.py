@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from regionspot.modeling.frozen import FrozenModule
 
+# CLIP's own, RGB in [0, 1].
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 VOCAB_SIZE = 49408  # of the tokenizer that comes with clip
 CLIP_FEATURES = ("none", "feature_map", "feature_map+class_token")
 
@@ -98,9 +101,8 @@ class VisionLanguageModel(FrozenModule):
             )
         self.clip_model = clip_model
         self.features = features
-        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         self.freeze()
 
     @classmethod
