@@ -21,6 +21,7 @@ from regionspot.config import load_config
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import extract_features
 from regionspot.modeling import RegionRecognizer, RegionSpot
+from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
 from regionspot.utils.files import atomic_path
 
@@ -107,13 +108,11 @@ def recognise_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
     recognizer.set_vocabulary(NAMES)
     results, rng = RegionResults(), np.random.default_rng(5)
     for scene in scenes:
-        features = recognizer.encode_images([to_tensor(scene)])
         boxes = jitter(scene.boxes, rng) if jittered else scene.boxes
-        [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(boxes))], with_masks=True)
-        results.logits += recognizer.classify([located.tokens], features.feature_map)
+        features, tokens, mask_tensor = locate_boxes(recognizer, scene, boxes)
+        results.logits += recognizer.classify([tokens], features.feature_map)
         results.targets += scene.classes.tolist()
-        assert located.masks is not None
-        masks = recognizer.localizer.upsample_masks(located.masks, (SIZE, SIZE), (SIZE, SIZE)).cpu().numpy()
+        masks = mask_tensor.cpu().numpy()
         overlap, union = (masks & scene.masks).sum(axis=(1, 2)), (masks | scene.masks).sum(axis=(1, 2))
         results.ious += (overlap / np.maximum(union, 1)).tolist()
     return results
@@ -135,11 +134,8 @@ def recognise_crops(recognizer: RegionRecognizer, scenes: list[Scene], masked: b
         image = to_tensor(scene).float()
         pictures = [image] * len(scene.boxes)
         if masked:
-            features = recognizer.encode_images([to_tensor(scene)])
-            [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(scene.boxes))], with_masks=True)
-            assert located.masks is not None
-            masks = recognizer.localizer.upsample_masks(located.masks, (SIZE, SIZE), (SIZE, SIZE)).cpu()
-            pictures = [torch.where(mask, image, mean) for mask in masks]
+            _, _, masks = locate_boxes(recognizer, scene, scene.boxes)
+            pictures = [torch.where(mask, image, mean) for mask in masks.cpu()]
         crops = [
             picture[:, int(y0) : int(y1), int(x0) : int(x1)] for picture, (x0, y0, x1, y1) in zip(pictures, scene.boxes)
         ]
@@ -147,6 +143,17 @@ def recognise_crops(recognizer: RegionRecognizer, scenes: list[Scene], masked: b
         results.logits.append((F.normalize(seen.float(), dim=1) @ recognizer.classifier.embeddings.t()).cpu())
         results.targets += scene.classes.tolist()
     return results
+
+
+def locate_boxes(
+    recognizer: RegionRecognizer, scene: Scene, boxes: np.ndarray, scale: int = 1
+) -> tuple[ImageFeatures, torch.Tensor, torch.Tensor]:
+    """Return a scene's features and, for (N, 4) boxes, tokens (N, D) and bool masks at ``scale`` times its size."""
+    features = recognizer.encode_images([to_tensor(scene)])
+    [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(boxes))], with_masks=True)
+    assert located.masks is not None
+    masks = recognizer.localizer.upsample_masks(located.masks, (SIZE, SIZE), (SIZE * scale, SIZE * scale))
+    return features, located.tokens, masks
 
 
 def to_tensor(scene: Scene) -> torch.Tensor:

@@ -5,10 +5,9 @@ import torch
 from PIL import Image
 
 from miniworld.categories import NAMES, NOVEL
-from miniworld.experiment import to_tensor
+from miniworld.experiment import locate_boxes
 from miniworld.generator import SIZE, Scene
 from regionspot.modeling import RegionRecognizer
-from regionspot.structures import Prompts
 from regionspot.visualization import cross_attention, draw_labels
 
 SCALE = 3  # pictures are drawn this much larger
@@ -23,16 +22,13 @@ def draw_predictions(recognizer: RegionRecognizer, scenes: list[Scene]) -> dict[
     recognizer.set_vocabulary(NAMES)
     pictures = {}
     for index, scene in enumerate(scenes):
-        features = recognizer.encode_images([to_tensor(scene)])
-        [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(scene.boxes))], with_masks=True)
-        [logits] = recognizer.classify([located.tokens], features.feature_map)
-        assert located.masks is not None
-        masks = recognizer.localizer.upsample_masks(located.masks, (SIZE, SIZE), (SIZE * SCALE, SIZE * SCALE))
+        features, tokens, masks = locate_boxes(recognizer, scene, scene.boxes, SCALE)
+        [logits] = recognizer.classify([tokens], features.feature_map)
         labels = [describe(guess, true) for guess, true in zip(logits.argmax(dim=1).tolist(), scene.classes.tolist())]
         large = np.asarray(Image.fromarray(scene.image).resize((SIZE * SCALE, SIZE * SCALE), Image.Resampling.BICUBIC))
         pictures[f"scene_{index}"] = draw_labels(large, scene.boxes * SCALE, masks.cpu().numpy(), labels)
         if index == 0 and features.feature_map is not None:
-            maps = cross_attention(recognizer.knowledge_integration, located.tokens, features.feature_map)
+            maps = cross_attention(recognizer.knowledge_integration, tokens, features.feature_map)
             for region in range(min(2, len(maps))):
                 pictures[f"attention_{region}"] = overlay(
                     large, maps[region].cpu().numpy(), scene.boxes[region] * SCALE
