@@ -1,6 +1,7 @@
 """The committed weights, and the demo end to end at a small size."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -50,27 +51,46 @@ def test_sam_is_as_good_as_reported(recognizer):
         assert found[key] == pytest.approx(report[key], abs=0.06)
 
 
-def test_demo_learns_and_writes_its_summary(tmp_path):
-    arguments = ["--output", str(tmp_path), "--train", "200", "--test", "30", "SOLVER.MAX_ITER", "250"]
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "miniworld_demo.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
+def run(tool, *arguments, **environment):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *map(str, arguments)]
+    env = {**os.environ, **environment}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=env, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    for key in (
-        "base_top1",
-        "novel_top1",
-        "novel_top1_novel_vocabulary",
-        "AP",
-        "APr",
-        "APc",
-        "APf",
-        "mask_AP",
-        "sam_iou",
-    ):
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder of a short demo, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    sizes = ["--train", 200, "--test", 30]
+    return folder, run("miniworld_demo.py", "--output", folder, *sizes, "SOLVER.MAX_ITER", 250)
+
+
+def test_demo_learns_and_writes_its_summary(demo):
+    folder, output = demo
+    summary = json.loads((folder / "summary.json").read_text())
+    numbers = ["base_top1", "novel_top1", "novel_top1_novel_vocabulary", "crop_box_top1", "crop_mask_top1", "sam_iou"]
+    for key in [*numbers, "AP", "APr", "APc", "APf", "mask_AP"]:
         assert isinstance(summary[key], float)
-    assert isinstance(summary["crop_box_top1"], float) and isinstance(summary["crop_mask_top1"], float)
     assert {"proposal_file", "seconds", "seed", "versions"} <= set(summary)
     assert summary["base_top1"] > 0.08  # chance is 1 / 120
-    pictures = {path.name for path in tmp_path.glob("*.png")}
+    pictures = {path.name for path in folder.glob("*.png")}
     assert {"scene_0.png", "attention_0.png", "attention_1.png"} <= pictures
-    assert "tools/demo.py" in result.stdout
+    assert "tools/demo.py" in output
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_lvis_evaluation_of_the_demos_model(demo, tmp_path, processes):
+    """On one process and on two, from the checkpoint and the data on disk, it gives what the demo found."""
+    folder, _ = demo
+    weights = ["MODEL.WEIGHTS", folder / "training" / "model_final.pth", "OUTPUT_DIR", tmp_path]
+    options = ["--config-file", CONFIG, "--eval-only", "--num-gpus", processes, "--dist-url", "auto"]
+    lines = run("train_net.py", *options, *weights, DETECTRON2_DATASETS=str(folder / "data")).splitlines()
+    rows = [line.split("copypaste: ")[1] for line in lines if "copypaste: " in line]
+    assert [rows[0], rows[3]] == ["Task: bbox", "Task: segm"]
+    keys, boxes, masks = (row.split(",") for row in (rows[1], rows[2], rows[5]))
+    found = {**dict(zip(keys, boxes)), "mask_AP": masks[0]}
+    summary = json.loads((folder / "summary.json").read_text())
+    for key in ("AP", "APr", "APc", "APf", "mask_AP"):
+        assert float(found[key]) == pytest.approx(summary[key], abs=2e-4)
