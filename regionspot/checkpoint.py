@@ -94,6 +94,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load ``path`` (a file or URL; "" for none), and the frozen parts that it does not hold.
 
+        Of a file that also holds averaged weights (``SOLVER.EMA``) these are taken, unless training is resumed.
+
         Returns:
             What else the file held, such as ``iteration``.
 
@@ -111,6 +113,9 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             checkpoint = load_checkpoint_file(file)
             state = to_recognizer_state(unwrap_state(checkpoint, str(file)), str(file))
             checkpoint = {key: value for key, value in checkpoint.items() if not isinstance(value, torch.Tensor)}
+            resuming = checkpointables is None and "trainer" in self.checkpointables
+            if "ema" in checkpoint and not resuming:
+                state.update({TRAINED + key: value for key, value in checkpoint["ema"].items()})
         expected = _expected_fingerprints(checkpoint.pop("frozen", {}), path)
         for part, prefix in FROZEN.items():
             if any(key.startswith(prefix) for key in state):

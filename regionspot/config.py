@@ -12,7 +12,7 @@ def add_regionspot_config(cfg: CfgNode) -> None:
 
     Args:
         cfg: a Detectron2 config, changed in place. All keys are under ``MODEL.REGIONSPOT`` but
-            ``DATASETS.TOKEN_STORES_TRAIN`` and ``SOLVER.OPTIMIZER``.
+            those of training, which are beside Detectron2's of their kind.
     """
     cfg.MODEL.REGIONSPOT = CfgNode()
     node = cfg.MODEL.REGIONSPOT
@@ -45,11 +45,33 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.LOSS.FOCAL_ALPHA = 0.25
     node.LOSS.FOCAL_GAMMA = 2.0
 
-    # Stored features of the training sets' boxes, one file a data set, or () to run SAM and CLIP in the loop.
+    _add_training_config(cfg)
+
+
+def _add_training_config(cfg: CfgNode) -> None:
+    # Token stores of the training sets (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM
+    # in the loop.
     cfg.DATASETS.TOKEN_STORES_TRAIN = ()
+    # Shares of the training sets, such as (1.0, 1.0, 1.0) for equally many images of each; () goes by their sizes.
+    cfg.DATASETS.TRAIN_RATIO = ()
+
+    # With stored tokens only CLIP sees the image: a JPEG may then be decoded at a half, a quarter or an eighth of its
+    # size, as long as the shorter side keeps this many pixels (CLIP's input size, say). 0 decodes the whole image.
+    cfg.INPUT.REDUCED_JPEG = 0
 
     # "AdamW" (the paper's) or "SGD" (Detectron2's).
     cfg.SOLVER.OPTIMIZER = "AdamW"
+    # A step's IMS_PER_BATCH images are worked off in this many parts, for less memory.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Mixed precision (SOLVER.AMP.ENABLED): "bf16" or, on CUDA only, "fp16".
+    cfg.SOLVER.AMP.DTYPE = "bf16"
+    # Exponential moving average of the trained weights; evaluation, the best checkpoint and inference use it.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.9998
+    # The metric by which model_best.pth is kept while training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with
+    # several test sets, "lvis_v1_val/bbox/AP"; "" keeps none.
+    cfg.TEST.BEST_METRIC = "bbox/AP"
 
 
 def _add_sam_config(node: CfgNode) -> None:

@@ -2,16 +2,19 @@
 """Train RegionSpot, or evaluate it with --eval-only.
 
 Examples:
-    tools/train_net.py --config-file configs/RegionSpot-BB.yaml --num-gpus 8
+    tools/train_net.py --config-file configs/RegionSpot-BB-stage1.yaml --num-gpus 8
+    tools/train_net.py --config-file configs/RegionSpot-BB-stage1.yaml --num-gpus 8 --resume
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/RegionSpot-BB-stage1.yaml
     tools/train_net.py --config-file configs/RegionSpot-BB.yaml --eval-only MODEL.WEIGHTS model.pth
     tools/train_net.py --config-file configs/RegionSpot-BB.yaml --num-gpus 2 MODEL.DEVICE cpu   (two processes)
+    tools/train_net.py --config-file configs/RegionSpot-BB.yaml DATASETS.TRAIN "('my.json:my_images',)"
 """
 
 import argparse
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -19,7 +22,7 @@ from detectron2.utils.logger import setup_logger
 from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
-from regionspot.engine import RegionSpotTrainer
+from regionspot.engine import RegionSpotTrainer, launch
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -47,12 +50,4 @@ def main(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, default_argument_parser(epilog=__doc__).parse_args())

@@ -19,7 +19,7 @@ from miniworld.generator import SIZE, Scene, draw_scene
 from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.engine import RegionSpotTrainer
-from regionspot.engine.extract import extract_features
+from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
@@ -42,9 +42,9 @@ def miniworld_config(config_file: Path, output: Path, seed: int = 0, overrides: 
 
 
 def store_path(cfg: CfgNode, folder: Path, split: str) -> Path:
-    """Return where the features of a split lie; one file for each choice of frozen features."""
+    """Return where the features of a split lie; one store for each choice of frozen features."""
     node = cfg.MODEL.REGIONSPOT
-    return folder / f"{split}-{node.TOKEN_STAGE}-{node.CLIP.FEATURES}.safetensors"
+    return folder / f"{split}-{node.TOKEN_STAGE}-{node.CLIP.FEATURES}"
 
 
 def train(cfg: CfgNode, features: Path) -> RegionSpot:
@@ -52,8 +52,10 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     torch.manual_seed(cfg.SEED)
     path = store_path(cfg, features, "train")
     model = build_model(cfg).eval()
-    RegionSpotCheckpointer.from_config(cfg, model).load("")
-    extract_features(cfg, model.recognizer, "miniworld_train", path)
+    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
+    checkpointer.load("")
+    extraction = Extraction((cfg.MODEL.REGIONSPOT.TOKEN_STAGE,), feature_maps=True, batch_size=16)
+    extract_tokens(model.recognizer, checkpointer.frozen_sources, "miniworld_train", path, extraction)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TOKEN_STORES_TRAIN = (str(path),)

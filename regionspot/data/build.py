@@ -1,28 +1,80 @@
-"""Data loaders, and the vocabulary that belongs to a data set."""
+"""Data loaders, and the vocabularies that belong to data sets."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.utils import comm
+from torch.utils.data import BatchSampler, DataLoader
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.proposals import ProposalFile
-from regionspot.data.token_store import TokenStore
+from regionspot.data.samplers import TrainingStream, build_training_stream
+from regionspot.data.training_set import TrainingSet, open_training_images
 from regionspot.vocabulary import load_vocabulary
 
 
-def build_train_loader(cfg: CfgNode) -> Any:
-    """Return Detectron2's training loader over ``DATASETS.TRAIN``."""
-    if not cfg.DATASETS.TRAIN:
+def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
+    """Return the training loader over ``DATASETS.TRAIN``: lists of mapped images, without end.
+
+    A batch holds this process's part of ``SOLVER.IMS_PER_BATCH``, split by ``SOLVER.ACCUMULATE``. Its
+    ``batch_sampler.sampler`` is the ``TrainingStream``, whose ``start`` and ``seed`` may be set before iteration.
+
+    Raises:
+        ValueError: settings that do not go together; KeyError, FileNotFoundError: unknown data sets, missing files.
+    """
+    names, stores = cfg.DATASETS.TRAIN, cfg.DATASETS.TOKEN_STORES_TRAIN
+    if not names:
         raise ValueError("DATASETS.TRAIN is empty: expected the name of a registered data set")
-    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    stores = cfg.DATASETS.TOKEN_STORES_TRAIN
-    if len(stores) not in (0, 1) or (stores and len(cfg.DATASETS.TRAIN) != 1):
-        raise ValueError(f"DATASETS.TOKEN_STORES_TRAIN: expected one file for one data set, or none; got {stores}")
-    store = TokenStore(stores[0]) if stores else None
-    return build_detection_train_loader(cfg, mapper=RegionSpotDatasetMapper(cfg, True, token_store=store))
+    check_registered(names, "DATASETS.TRAIN")
+    if stores and len(stores) != len(names):
+        raise ValueError(
+            f"DATASETS.TOKEN_STORES_TRAIN: expected one store for each of {len(names)} data sets, or none; "
+            f"got {len(stores)}"
+        )
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        raise ValueError(
+            "DATALOADER.ASPECT_RATIO_GROUPING: images are brought to squares, so it gains nothing and keeps a resumed "
+            "run from going on exactly; set it to False"
+        )
+    images, mappers = zip(
+        *(open_training_images(cfg, name, stores[i] if stores else "") for i, name in enumerate(names))
+    )
+    stream = build_training_stream(cfg, images, seed)
+    return DataLoader(
+        TrainingSet(images, mappers, seed),
+        batch_sampler=BatchSampler(stream, local_batch_size(cfg), drop_last=True),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+        generator=torch.Generator(),  # else making an iterator would draw from the global one
+        persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def training_stream(loader: DataLoader) -> TrainingStream:
+    """Return the stream that a training loader draws from."""
+    assert isinstance(loader.batch_sampler, BatchSampler)
+    assert isinstance(loader.batch_sampler.sampler, TrainingStream)
+    return loader.batch_sampler.sampler
+
+
+def local_batch_size(cfg: CfgNode) -> int:
+    """Return the images of one forward pass of one process."""
+    total, world, accumulate = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.SOLVER.ACCUMULATE
+    if accumulate < 1 or total < 1 or total % (world * accumulate):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {total} must be a multiple of the {world} processes times SOLVER.ACCUMULATE "
+            f"{accumulate}"
+        )
+    return total // (world * accumulate)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1) -> Any:
@@ -50,34 +102,26 @@ def check_registered(names: Sequence[str], key: str) -> None:
             raise FileNotFoundError(f"{key}: annotations {json_file} of data set {name!r}: no such file")
 
 
-def dataset_vocabulary(cfg: CfgNode, names: Sequence[str]) -> list[str]:
-    """Return the class names that regions of the data sets are scored against.
+def dataset_vocabulary(cfg: CfgNode, name: str) -> list[str]:
+    """Return the class names that regions of a data set are scored against.
 
-    They are the data sets' own, or those of ``MODEL.REGIONSPOT.VOCABULARY``, which then stand for them one by one.
+    They are the data set's own, or those of ``MODEL.REGIONSPOT.VOCABULARY``, which then stand for them one by one.
 
     Raises:
-        ValueError: the data sets differ in their names, or the configured vocabulary is of another length.
+        ValueError: no class names, or the configured vocabulary is of another length.
     """
-    vocabularies = {name: _class_names(name) for name in names}
-    first = vocabularies[names[0]]
-    for name, vocabulary in vocabularies.items():
-        if vocabulary != first:
-            raise ValueError(f"data sets {names[0]} and {name} have different class names; give sets of one vocabulary")
-    if not cfg.MODEL.REGIONSPOT.VOCABULARY:
-        return first
-    given = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)
-    if len(given) != len(first):
-        raise ValueError(
-            f"MODEL.REGIONSPOT.VOCABULARY has {len(given)} names, but {names[0]} has {len(first)} classes; "
-            "give one name a class, or none"
-        )
-    return given
-
-
-def _class_names(name: str) -> list[str]:
     metadata = MetadataCatalog.get(name)
     if not metadata.get("thing_classes"):
         DatasetCatalog.get(name)  # the names come with the annotations
     if not metadata.get("thing_classes"):
         raise ValueError(f"data set {name!r} has no class names: set thing_classes in its metadata")
-    return list(metadata.thing_classes)
+    own = list(metadata.thing_classes)
+    if not cfg.MODEL.REGIONSPOT.VOCABULARY:
+        return own
+    given = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)
+    if len(given) != len(own):
+        raise ValueError(
+            f"MODEL.REGIONSPOT.VOCABULARY has {len(given)} names, but {name} has {len(own)} classes; "
+            "give one name a class, or none"
+        )
+    return given

@@ -8,11 +8,11 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
-from regionspot.utils.images import read_image
+from regionspot.utils.images import decode_image
 
 
 class RegionSpotDatasetMapper:
@@ -26,20 +26,33 @@ class RegionSpotDatasetMapper:
         image_format: str,
         token_store: TokenStore | None = None,
         proposal_file: ProposalFile | None = None,
+        vocabulary: str = "",
+        reduced_size: int = 0,
     ) -> None:
         """
         Args:
             augmentations: applied to image and boxes alike.
             image_format: "RGB" or "BGR".
-            token_store: stored features of the annotated boxes; they cover no augmentation.
+            token_store: stored features of the annotated boxes; images are then flipped from left to right only, and
+                only if the store covers that.
             proposal_file: boxes to recognise in place of the annotated ones.
+            vocabulary: key of the vocabulary that the regions are scored against, "" for the one in use.
+            reduced_size: let a JPEG be decoded at a smaller size whose shorter side is at least this; 0 does not. For
+                stored tokens only: SAM needs the whole image.
+
+        Raises:
+            ValueError: augmentations that the stored tokens do not cover.
         """
-        if token_store is not None and not all(isinstance(a, T.ResizeShortestEdge) for a in augmentations):
-            raise ValueError("stored tokens cover no augmentation: set INPUT.RANDOM_FLIP none, or train without them")
+        if token_store is not None:
+            _check_coverage(augmentations, token_store)
+        elif reduced_size:
+            raise ValueError("INPUT.REDUCED_JPEG needs stored tokens (DATASETS.TOKEN_STORES_TRAIN): SAM sees the image")
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.token_store = token_store
         self.proposal_file = proposal_file
+        self.vocabulary = vocabulary
+        self.reduced_size = reduced_size
 
     @classmethod
     def from_config(
@@ -48,16 +61,19 @@ class RegionSpotDatasetMapper:
         is_train: bool = True,
         token_store: TokenStore | None = None,
         proposal_file: ProposalFile | None = None,
+        vocabulary: str = "",
     ) -> dict:
-        if token_store is not None and tuple(cfg.INPUT.MIN_SIZE_TRAIN) != (0,):
-            raise ValueError(
-                "stored tokens are of unscaled images: set INPUT.MIN_SIZE_TRAIN (0,), or train without them"
-            )
+        augmentations = utils.build_augmentation(cfg, is_train)
+        if is_train and cfg.INPUT.CROP.ENABLED:
+            augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
         return {
-            "augmentations": utils.build_augmentation(cfg, is_train),
+            # a shortest edge of 0 leaves the image as it is, and is no augmentation
+            "augmentations": [a for a in augmentations if not _is_identity(a)],
             "image_format": cfg.INPUT.FORMAT,
             "token_store": token_store,
             "proposal_file": proposal_file,
+            "vocabulary": vocabulary,
+            "reduced_size": cfg.INPUT.REDUCED_JPEG if is_train else 0,
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -70,42 +86,82 @@ class RegionSpotDatasetMapper:
             The record with ``image`` ((3, H, W) uint8) and ``instances`` (``gt_boxes``, XYXY in the pixels of
             ``image``, and ``gt_classes``), and without ``annotations``. Crowds and boxes without area are left out.
             With a proposal file also ``proposals``; with a token store ``tokens`` and, where the store has feature
-            maps, ``feature_map`` in place of ``image``.
+            maps, ``feature_map`` in place of ``image``; with a key also ``vocabulary``.
 
         Raises:
             ValueError: the image is missing, damaged, or of another size than the record says.
         """
-        record = copy.deepcopy(record)
-        if self.token_store is not None and self.token_store.feature_maps is not None:
-            transforms, size = T.TransformList([T.NoOpTransform()]), (record["height"], record["width"])
-        else:
-            inputs = T.AugInput(self._read(record))
-            transforms = self.augmentations(inputs)
-            size = inputs.image.shape[:2]
+        record = copy.copy(record)
+        boxes, classes = read_annotations(record)
+        with_image = self.token_store is None or not self.token_store.has_feature_maps
+        inputs = T.AugInput(self._read(record) if with_image else _placeholder(record))
+        transforms = self.augmentations(inputs)
+        size = inputs.image.shape[:2]
+        if with_image:
             record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        record["instances"] = self._instances(record.pop("annotations", []), transforms, size)
         if self.token_store is not None:
-            record.update(self.token_store.get(record["image_id"], record["instances"].gt_boxes.tensor))
+            flips = sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms)
+            kept = _instances(boxes, classes, (record["height"], record["width"]))
+            record.update(self.token_store.get(record["image_id"], kept.gt_boxes.tensor, bool(flips % 2)))
+            boxes = kept.gt_boxes.tensor.numpy().astype(float)
+            classes = kept.gt_classes.numpy()
+            if with_image:  # which may have been decoded at a smaller size
+                boxes *= np.tile([size[1] / record["width"], size[0] / record["height"]], 2)
+        record["instances"] = _instances(transforms.apply_box(boxes), classes, size)
         if self.proposal_file is not None:
             proposals = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))
             proposals._image_size = tuple(size)
             proposals.proposal_boxes = Boxes(transforms.apply_box(proposals.proposal_boxes.tensor.numpy()))
             record["proposals"] = proposals
+        if self.vocabulary:
+            record["vocabulary"] = self.vocabulary
         return record
-
-    @staticmethod
-    def _instances(annotations: list[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]) -> Any:
-        kept = []
-        for annotation in annotations:
-            if not annotation.get("iscrowd", 0):
-                annotation.pop("segmentation", None)  # masks come from SAM
-                kept.append(utils.transform_instance_annotations(annotation, transforms, size))
-        return utils.filter_empty_instances(utils.annotations_to_instances(kept, size))
 
     def _read(self, record: dict[str, Any]) -> np.ndarray:
         try:
-            image = read_image(record["file_name"], self.image_format)
-            utils.check_image_size(record, image)
+            image, size = decode_image(record["file_name"], self.image_format, self.reduced_size)
+            utils.check_image_size(record, np.broadcast_to(np.uint8(0), size))
         except (OSError, ValueError, utils.SizeMismatchError) as error:
             raise ValueError(f"{error} (image id {record.get('image_id')})") from error
         return image
+
+
+def _is_identity(augmentation: T.Augmentation) -> bool:
+    return isinstance(augmentation, T.ResizeShortestEdge) and tuple(augmentation.short_edge_length) in ((0,), (0, 0))
+
+
+def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> None:
+    covered = "no augmentation"
+    if store.has_flips:
+        covered = "the flip from left to right only"
+        augmentations = [a for a in augmentations if not (isinstance(a, T.RandomFlip) and a.horizontal)]
+    if augmentations:
+        names = ", ".join(type(augmentation).__name__ for augmentation in augmentations)
+        raise ValueError(
+            f"token store {store.folder} covers {covered}, but the config asks for {names}: "
+            "set INPUT.MIN_SIZE_TRAIN (0,), INPUT.RANDOM_FLIP none (or horizontal, with a store made with --flip) and "
+            "INPUT.CROP.ENABLED False, or train without stored tokens"
+        )
+
+
+def _placeholder(record: dict[str, Any]) -> np.ndarray:
+    """Return an image of the right size that takes no memory, for augmentations to be drawn by."""
+    return np.broadcast_to(np.uint8(0), (record["height"], record["width"], 3))
+
+
+def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Take the annotations out of a record; return boxes (n, 4) float64 XYXY and classes (n,), crowds left out."""
+    kept = [annotation for annotation in record.pop("annotations", []) if not annotation.get("iscrowd", 0)]
+    classes = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
+    boxes = np.array([annotation["bbox"] for annotation in kept], dtype=float).reshape(-1, 4)
+    modes = np.array([annotation["bbox_mode"] for annotation in kept])
+    for mode in set(modes.tolist()):
+        boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], BoxMode(mode), BoxMode.XYXY_ABS)
+    return boxes, classes
+
+
+def _instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int]) -> Instances:
+    """Return boxes, cut to an image of (height, width), with their classes; those without area are left out."""
+    instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes))
+    instances.gt_boxes.clip(size)
+    return instances[instances.gt_boxes.nonempty(threshold=1e-5)]

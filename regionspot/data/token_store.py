@@ -1,94 +1,284 @@
-"""Frozen features of annotated regions on disk, so that training need not run SAM, nor CLIP, nor read pictures."""
+"""Token stores: frozen features of a data set's annotated regions on disk, so that training need not run SAM."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from regionspot.utils.files import atomic_path
+from regionspot.utils.files import atomic_path, sha256_of_file
+
+FORMAT = "regionspot-tokens-1"
+MANIFEST = "manifest.json"
 
 
 class TokenStore:
-    """Position-aware tokens, and optionally feature maps, of the annotated boxes of a data set.
+    """Random access to a finished store; its shards are memory-mapped, and nothing in them is ever executed.
 
-    One safetensors file: ``image_ids`` (I,), ``offsets`` (I + 1,), ``boxes`` (N, 4) float32 XYXY in the picture's
-    pixels, ``tokens`` (N, D) float16, ``feature_maps`` (I, L, W) float16. Its metadata say of which frozen parts.
+    A store is a folder with ``manifest.json`` and shards ``shard-00000.safetensors``, ... A shard holds, of I images
+    with N regions in all:
+
+    * ``image_ids`` (I,) int64 and ``offsets`` (I + 1,) int64: the regions of image i are offsets[i] to offsets[i + 1];
+    * ``boxes`` (N, 4) float32, XYXY in the pixels of the picture, and ``labels`` (N,) int32, contiguous classes;
+    * ``tokens.<stage>`` (N, D) float16 for each stage, and optionally ``feature_maps`` (I, L, width) float16;
+    * ``flipped_tokens.<stage>`` and ``flipped_feature_maps``, the same of the picture flipped from left to right.
     """
 
-    def __init__(self, path: str | Path, origin: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: str | Path, stage: str = "transformer") -> None:
         """
         Args:
-            path: the file.
-            origin: what the features must be of, as it was given to ``write``; None takes any.
+            folder: the store.
+            stage: whose tokens to read, "prompt_encoder", "transformer" or "mlp".
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a damaged file, or one of another origin.
+            FileNotFoundError: no such store, or a shard is missing.
+            ValueError: unfinished, damaged, or without tokens of this stage.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"token store {path}: no such file; extract the tokens first")
-        try:
-            with safe_open(path, framework="pt") as file:
-                self.origin: dict[str, str] = json.loads((file.metadata() or {}).get("origin", "{}"))
-                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"token store {path} is damaged ({error}); extract the tokens again") from error
-        for key, wanted in (origin or {}).items():
-            if self.origin.get(key) != wanted:
-                raise ValueError(
-                    f"token store {path} is of another {key}: expected {wanted[:40]}, "
-                    f"got {self.origin.get(key, 'none')[:40]}; extract the tokens again"
-                )
-        self.path = str(path)
-        self.rows = {int(image_id): row for row, image_id in enumerate(content["image_ids"])}
-        self.offsets, self.boxes, self.tokens = content["offsets"], content["boxes"], content["tokens"]
-        self.feature_maps: torch.Tensor | None = content.get("feature_maps")
+        self.folder, self.stage = Path(folder), stage
+        self.manifest = read_manifest(self.folder)
+        if stage not in self.manifest["stages"]:
+            raise ValueError(
+                f"token store {folder} has no tokens of stage {stage!r}: expected one of "
+                f"{', '.join(self.manifest['stages'])}; set MODEL.REGIONSPOT.TOKEN_STAGE, or extract this stage"
+            )
+        self._shards = [_open_shard(self.folder / entry["file"]) for entry in self.manifest["shards"]]
+        ids = [shard["image_ids"].numpy() for shard in self._shards] or [np.zeros(0, np.int64)]
+        self._where = np.concatenate([np.stack([np.full(len(x), k), np.arange(len(x))], 1) for k, x in enumerate(ids)])
+        every = np.concatenate(ids)
+        order = np.argsort(every, kind="stable")
+        self.image_ids, self._where = every[order], self._where[order].astype(np.int32)
 
-    def get(self, image_id: int, boxes: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return ``tokens`` (n, D) float32 and, if they are stored, ``feature_map`` (L, W) float32 of an image.
+    def __reduce__(self) -> tuple:
+        return TokenStore, (str(self.folder), self.stage)  # a spawned worker maps the files for itself
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.image_ids)
+
+    @property
+    def has_feature_maps(self) -> bool:
+        return self.manifest["clip"] is not None
+
+    @property
+    def has_flips(self) -> bool:
+        return bool(self.manifest["flip"])
+
+    def get(self, image_id: int, boxes: torch.Tensor, flipped: bool = False) -> dict[str, torch.Tensor]:
+        """Return the features of an image.
 
         Args:
             image_id: the image.
-            boxes: (n, 4) its boxes, which must be those that the tokens were extracted for.
+            boxes: (n, 4) float, XYXY: its boxes in the unflipped picture, which must be those that the tokens were
+                extracted for.
+            flipped: the features of the flipped picture.
+
+        Returns:
+            ``tokens`` (n, D) float32 and, if they are stored, ``feature_map`` (L, width) float32.
 
         Raises:
             KeyError: the image is not in the store.
             ValueError: its boxes are others.
         """
-        if image_id not in self.rows:
-            raise KeyError(f"token store {self.path}: no image {image_id}; was it extracted from the same annotations?")
-        row = self.rows[image_id]
-        start, stop = self.offsets[row], self.offsets[row + 1]
-        if self.boxes[start:stop].shape != boxes.shape or not torch.allclose(self.boxes[start:stop], boxes, atol=0.01):
+        place = int(np.searchsorted(self.image_ids, image_id))
+        if place == len(self.image_ids) or self.image_ids[place] != image_id:
+            raise KeyError(
+                f"token store {self.folder}: no image {image_id}; was it extracted from the same annotations?"
+            )
+        number, row = self._where[place]
+        shard = self._shards[number]
+        start, stop = shard["offsets"][row : row + 2].tolist()
+        stored = shard["boxes"][start:stop]
+        if stored.shape != boxes.shape or not torch.allclose(stored, boxes.float(), atol=0.01):
             raise ValueError(
-                f"token store {self.path}: image {image_id} has other boxes than when the tokens were extracted "
+                f"token store {self.folder}: image {image_id} has other boxes than when the tokens were extracted "
                 f"({stop - start} then, {len(boxes)} now); extract them again"
             )
-        features = {"tokens": self.tokens[start:stop].float()}
-        if self.feature_maps is not None:
-            features["feature_map"] = self.feature_maps[row].float()
+        prefix = "flipped_" if flipped else ""
+        features = {"tokens": shard[f"{prefix}tokens.{self.stage}"][start:stop].float()}
+        if self.has_feature_maps:
+            features["feature_map"] = shard[f"{prefix}feature_maps"][row].float()
         return features
 
-    @staticmethod
-    def write(path: str | Path, images: list[dict[str, Any]], origin: dict[str, str]) -> None:
-        """Write a store.
+    def check_origin(self, expected: dict[str, Any]) -> None:
+        """Refuse the store if it is of other annotations or other frozen parts.
 
         Args:
-            path: the file; it appears whole or not at all.
-            images: for each image ``image_id``, ``boxes``, ``tokens`` and, optionally, ``feature_map``.
-            origin: what the features are of.
+            expected: what training uses, see ``describe_annotations`` and ``regionspot.engine.extract``; of the
+                manifest's entries those that are given here are compared.
+
+        Raises:
+            ValueError: names both.
         """
-        lengths = torch.tensor([0] + [len(image["boxes"]) for image in images])
-        content = {
-            "image_ids": torch.tensor([image["image_id"] for image in images]),
-            "offsets": lengths.cumsum(0),
-            "boxes": torch.cat([image["boxes"] for image in images]).float(),
-            "tokens": torch.cat([image["tokens"] for image in images]).half(),
-        }
-        if images[0].get("feature_map") is not None:
-            content["feature_maps"] = torch.stack([image["feature_map"] for image in images]).half()
-        with atomic_path(path) as temporary:
-            save_file(content, temporary, metadata={"origin": json.dumps(origin)})
+        difference = compare_origins(self.manifest, expected)
+        if difference:
+            raise ValueError(f"token store {self.folder} {difference}; extract the tokens again")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a finished store."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / "origin.json").is_file():
+            raise ValueError(f"token store {folder} is not finished; run tools/extract_tokens.py again, it goes on")
+        raise FileNotFoundError(f"token store {folder}: no {MANIFEST} there; make it with tools/extract_tokens.py")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"stages", "shards", "clip", "flip", "sam", "annotations"} - set(manifest)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"token store: {path} is damaged ({error}); extract the tokens again") from error
+    if manifest.get("format") != FORMAT or missing:
+        raise ValueError(f"token store: {path} is of format {manifest.get('format')!r}, expected {FORMAT!r}")
+    return manifest
+
+
+def compare_origins(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Return how a store's origin differs from what is expected, "" if it does not.
+
+    Both are as in the manifest: plain values, and dicts with a "fingerprint" (that counts) and a "source" (its name).
+    """
+    for key, wanted in expected.items():
+        there = found.get(key)
+        if isinstance(wanted, dict) and isinstance(there, dict):
+            rest = {name for name in wanted if name != "source"}
+            if all(there.get(name) == wanted[name] for name in rest):
+                continue
+        elif there == wanted:
+            continue
+        return f"is of another {key}: expected {_say(wanted)}, got {_say(there)}"
+    return ""
+
+
+def _say(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    others = "".join(f", {key} {item}" for key, item in value.items() if key not in ("source", "fingerprint"))
+    return f"{value.get('source') or 'weights without a name'} ({str(value.get('fingerprint'))[:12]}{others})"
+
+
+def _open_shard(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"token store: shard {path} is missing; copy it again, or extract the tokens again")
+    try:
+        with safe_open(path, framework="pt") as file:  # the tensors are maps of the file, read when they are used
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"token store: shard {path} is damaged ({error}); extract the tokens again") from error
+
+
+class StoreWriter:
+    """Writes a store shard by shard; any number of processes may write to one folder, and be killed at any instant.
+
+    A shard is finished when the small JSON beside it is there; both appear whole or not at all. When all are,
+    ``finish`` gathers the JSONs in the manifest.
+    """
+
+    def __init__(self, folder: str | Path, origin: dict[str, Any], number: int) -> None:
+        """
+        Args:
+            folder: of the store.
+            origin: what the features are of; the manifest begins with it.
+            number: of shards.
+
+        Raises:
+            ValueError: the folder holds a store, finished or not, of another origin.
+        """
+        self.folder, self.number = Path(folder), number
+        self.origin = {"format": FORMAT, **origin, "number of shards": number}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (MANIFEST, "origin.json"):
+            if (self.folder / name).is_file():
+                there = json.loads((self.folder / name).read_text(encoding="utf-8"))
+                difference = compare_origins(there, self.origin)
+                if difference:
+                    raise ValueError(f"{self.folder} holds a token store that {difference}; give another folder")
+        if not self.is_complete():
+            _write_json(self.folder / "origin.json", self.origin)
+
+    def is_complete(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    def path(self, shard: int, suffix: str = ".safetensors") -> Path:
+        return self.folder / f"shard-{shard:05d}{suffix}"
+
+    def is_finished(self, shard: int) -> bool:
+        return self.path(shard, ".json").is_file() or self.is_complete()
+
+    def finished_images(self) -> int:
+        """Return how many of the data set's images need no more work."""
+        return sum(json.loads(path.read_text())["seen"] for path in self.folder.glob("shard-*.json"))
+
+    def write(self, shard: int, content: dict[str, torch.Tensor], seen: int) -> None:
+        """Write a shard: tensors as ``TokenStore`` describes them, of ``seen`` images, with regions or without."""
+        for key, value in content.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{self.path(shard)}: {key} holds NaN or what float16 cannot hold")
+        with atomic_path(self.path(shard)) as temporary:
+            save_file({key: value.contiguous() for key, value in content.items()}, temporary)
+            sha256 = sha256_of_file(temporary)
+        images, boxes = len(content["image_ids"]), len(content["boxes"])
+        entry = {"file": self.path(shard).name, "sha256": sha256, "images": images, "boxes": boxes, "seen": seen}
+        _write_json(self.path(shard, ".json"), entry)
+
+    def finish(self) -> bool:
+        """Write the manifest if all shards are there; return whether the store is complete."""
+        if self.is_complete():
+            return True
+        if not all(self.path(shard, ".json").is_file() for shard in range(self.number)):
+            return False
+        entries = [json.loads(self.path(shard, ".json").read_text()) for shard in range(self.number)]
+        counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
+        _write_json(self.folder / MANIFEST, {**self.origin, **counts, "shards": entries})
+        for leftover in [*self.folder.glob("shard-*.json"), *self.folder.glob(".*"), self.folder / "origin.json"]:
+            leftover.unlink(missing_ok=True)
+        return True
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def pack_images(images: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return a shard's tensors.
+
+    Args:
+        images: for each image ``image_id``, ``boxes`` (n, 4), ``labels`` (n,), and features under the shard's keys:
+            tokens (n, D) and, optionally, feature maps (L, width).
+    """
+    lengths = torch.tensor([0] + [len(image["boxes"]) for image in images])
+    content = {
+        "image_ids": torch.tensor([image["image_id"] for image in images], dtype=torch.int64),
+        "offsets": lengths.cumsum(0),
+        "boxes": torch.cat([torch.zeros(0, 4)] + [image["boxes"].float() for image in images]),
+        "labels": torch.cat([torch.zeros(0, dtype=torch.int32)] + [image["labels"].int() for image in images]),
+    }
+    for key in images[0].keys() - {"image_id", "boxes", "labels"} if images else ():
+        join = torch.stack if "feature_maps" in key else torch.cat
+        content[key] = join([image[key].half().cpu() for image in images])
+    return content
+
+
+def find_damage(folder: str | Path) -> Iterator[str]:
+    """Check a store against its manifest; yield a line for every shard that is missing, changed or superfluous.
+
+    Raises:
+        FileNotFoundError: no store there.
+        ValueError: not finished, or its manifest is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for entry in tqdm(manifest["shards"], desc=f"verifying {folder}", unit="shard"):
+        path = folder / entry["file"]
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif (found := sha256_of_file(path)) != entry["sha256"]:
+            yield f"{path} is damaged: expected SHA-256 {entry['sha256'][:12]}, got {found[:12]}"
+    listed = {entry["file"] for entry in manifest["shards"]}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in listed:
+            yield f"{path} is not in the manifest"

@@ -1,53 +1,227 @@
-"""Extracting frozen features of a data set into a token store."""
+"""Extraction of frozen features into token stores: by any number of processes, and going on where it was stopped."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from regionspot.data.build import build_test_loader
-from regionspot.data.token_store import TokenStore
-from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
+from regionspot.data.token_store import StoreWriter, pack_images
+from regionspot.data.training_set import describe_annotations
+from regionspot.modeling.localizer import check_stages
+from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts
 from regionspot.weights import fingerprint
 
 
-def token_origin(recognizer: RegionRecognizer, dataset_name: str) -> dict[str, str]:
-    """Return what features of a data set by ``recognizer`` depend on."""
+@dataclass
+class Extraction:
+    """What to extract, and how.
+
+    Attributes:
+        stages: of SAM, whose tokens to store.
+        flip: also of the picture flipped from left to right.
+        feature_maps: also CLIP's feature maps (300 kB an image at BB's size).
+        shard_images: images of the data set a shard.
+        batch_size: images encoded at once.
+        workers: processes that read pictures.
+        machine: this machine's number and how many there are, where they share no disk: (0, 1) does all shards.
+    """
+
+    stages: Sequence[str] = ("transformer",)
+    flip: bool = False
+    feature_maps: bool = False
+    shard_images: int = 512
+    batch_size: int = 8
+    workers: int = 0
+    machine: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        check_stages(self.stages, "--stages")
+        for name in ("shard_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
+        if not self.stages or not 0 <= self.machine[0] < self.machine[1]:
+            raise ValueError(f"expected a stage, and a machine rank below the number of machines; got {self}")
+
+
+def describe_sam(recognizer: RegionRecognizer, source: str) -> dict[str, Any]:
+    """Return what tokens depend on: SAM's weights, where they came from, and which of its masks is taken."""
+    weights = fingerprint(recognizer.localizer.sam.state_dict())
+    return {"source": source, "fingerprint": weights, "multimask": recognizer.localizer.multimask}
+
+
+def describe_clip(recognizer: RegionRecognizer, source: str) -> dict[str, Any]:
+    """Return what feature maps depend on: CLIP's image encoder, and which of its outputs are taken."""
+    vision = recognizer.vision_language
     return {
-        "data set": dataset_name,
-        "SAM": fingerprint(recognizer.localizer.sam.state_dict()),
-        "CLIP": fingerprint(recognizer.vision_language.clip_model.visual.state_dict()),
-        "token stage": f"{recognizer.localizer.token_stage}, multimask {recognizer.localizer.multimask}",
-        "CLIP features": recognizer.vision_language.features,
+        "source": source,
+        "fingerprint": fingerprint(vision.clip_model.visual.state_dict()),
+        "part": vision.features,
     }
 
 
-@torch.no_grad()
-def extract_features(cfg: CfgNode, recognizer: RegionRecognizer, dataset_name: str, path: Path) -> None:
-    """Write tokens and feature maps of all annotated boxes of a data set; images without boxes are left out.
+def describe_store(
+    recognizer: RegionRecognizer, sources: dict[str, str], dataset_name: str, extraction: Extraction
+) -> dict[str, Any]:
+    """Return the origin that a store's manifest begins with; ``sources`` name the files of "sam" and "clip_model"."""
+    size = recognizer.localizer.image_size
+    with_maps = extraction.feature_maps and recognizer.vision_language.features != "none"
+    return {
+        "dataset": dataset_name,
+        "annotations": describe_annotations(dataset_name),
+        "sam": describe_sam(recognizer, sources["sam"]),
+        "clip": describe_clip(recognizer, sources["clip_model"]) if with_maps else None,
+        "stages": sorted(extraction.stages),
+        "flip": extraction.flip,
+        "prompt_frame": f"XYXY boxes of the picture, cut to it, in SAM's input of longest side {size}",
+        "image_transform": f"upright by EXIF, RGB, longest side to {size} (PIL, bilinear), padded to a square",
+        "images of a shard": extraction.shard_images,
+    }
 
-    A file that is there and of the same frozen parts is kept.
+
+def extract_tokens(
+    recognizer: RegionRecognizer,
+    sources: dict[str, str],
+    dataset_name: str,
+    folder: str | Path,
+    extraction: Extraction,
+    show_progress: bool = True,
+) -> bool:
+    """Extract features of all annotated regions of a data set; images without any are left out.
+
+    Several processes may do so into one folder at once: each takes the shards that nobody else is at. Shards that
+    are finished are kept. What a shard holds does not depend on who wrote it, nor on what was there before.
+
+    Args:
+        recognizer: with its frozen weights loaded.
+        sources: names of the files that "sam" and "clip_model" came from.
+        dataset_name: a registered data set.
+        folder: of the store.
+        extraction: what to extract.
+        show_progress: a progress bar over all images.
+
+    Returns:
+        Whether the store is complete; if not, others are still at work on it.
     """
-    origin = token_origin(recognizer, dataset_name)
-    if path.is_file():
-        try:
-            TokenStore(path, origin)
-            return
-        except ValueError:
-            pass  # of other parts, or damaged: written anew
-    images = []
-    loader = build_test_loader(cfg, dataset_name, batch_size=16)
-    for batch in tqdm(loader, desc=f"extracting {dataset_name}", unit="batch"):
+    records = _Mapped(DatasetCatalog.get(dataset_name))
+    shards = [
+        range(start, min(start + extraction.shard_images, len(records)))
+        for start in range(0, len(records), extraction.shard_images)
+    ]
+    writer = StoreWriter(folder, describe_store(recognizer, sources, dataset_name, extraction), len(shards))
+    if writer.is_complete():
+        return True
+    done, (rank, machines) = writer.finished_images(), extraction.machine
+    with tqdm(
+        total=len(records), initial=done, desc=f"tokens of {dataset_name}", unit="image", disable=not show_progress
+    ) as bar:
+        worked = True
+        while worked:  # again while a shard was open: who was at it may have been killed
+            worked = False
+            for number, rows in enumerate(shards):
+                if number % machines != rank or writer.is_finished(number):
+                    continue
+                with _claim(writer.path(number, ".lock")) as claimed:
+                    if claimed and not writer.is_finished(number):
+                        content = _extract_shard(recognizer, Subset(records, rows), extraction, bar)
+                        writer.write(number, content, len(rows))
+                        worked = True
+                bar.n = writer.finished_images()
+                bar.refresh()
+    return _finish(writer)
+
+
+def _finish(writer: StoreWriter) -> bool:
+    if writer.is_complete():
+        return True
+    path = writer.folder / ".manifest.lock"
+    with FileLock(path):
+        complete = writer.finish()
+    path.unlink(missing_ok=True)
+    return complete
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Yield whether this process has the lock; it is gone with the process, however that ends."""
+    lock = FileLock(path.with_name(f".{path.name}"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+class _Mapped(Dataset):
+    """A data set's records as the mapper gives them, in the pictures' own frames."""
+
+    def __init__(self, records: Any) -> None:
+        self.records = records
+        self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.mapper(self.records[index])
+
+
+def _extract_shard(
+    recognizer: RegionRecognizer, records: Subset, extraction: Extraction, bar: tqdm
+) -> dict[str, torch.Tensor]:
+    loader = DataLoader(records, extraction.batch_size, num_workers=extraction.workers, collate_fn=list)
+    images: list[dict[str, Any]] = []
+    for batch in loader:
         kept = [inputs for inputs in batch if len(inputs["instances"])]
-        if not kept:
-            continue
-        features = recognizer.encode_images([inputs["image"] for inputs in kept])
-        boxes = [inputs["instances"].gt_boxes.tensor for inputs in kept]
-        located = recognizer.locate(features, [Prompts(boxes=image_boxes) for image_boxes in boxes])
-        for i, inputs in enumerate(kept):
-            feature_map = None if features.feature_map is None else features.feature_map[i].half().cpu()
-            entry = {"image_id": inputs["image_id"], "boxes": boxes[i], "tokens": located[i].tokens.half().cpu()}
-            images.append({**entry, "feature_map": feature_map})
-    TokenStore.write(path, images, origin)
+        entries = [
+            {
+                "image_id": inputs["image_id"],
+                "boxes": inputs["instances"].gt_boxes.tensor,
+                "labels": inputs["instances"].gt_classes,
+            }
+            for inputs in kept
+        ]
+        for flipped in (False, True) if extraction.flip else (False,):
+            pictures = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in kept]
+            boxes = [entry["boxes"] for entry in entries]
+            if flipped:
+                boxes = [_flip(b, picture.shape[2]) for b, picture in zip(boxes, pictures)]
+            for entry, features in zip(entries, _features(recognizer, pictures, boxes, extraction)):
+                entry.update({f"flipped_{key}" if flipped else key: value for key, value in features.items()})
+        images += entries
+        bar.update(len(batch))
+    return pack_images(images)
+
+
+@torch.no_grad()
+def _features(
+    recognizer: RegionRecognizer, pictures: list[torch.Tensor], boxes: list[torch.Tensor], extraction: Extraction
+) -> list[dict[str, torch.Tensor]]:
+    if not pictures:
+        return []
+    embeddings = recognizer.localizer.encode_images(pictures)
+    sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+    prompts = [Prompts(boxes=image_boxes) for image_boxes in boxes]
+    located = recognizer.locate(ImageFeatures(embeddings, None, sizes), prompts, stages=extraction.stages)
+    features = [{f"tokens.{stage}": tokens for stage, tokens in output.stage_tokens.items()} for output in located]
+    maps = recognizer.vision_language.encode_images(pictures) if extraction.feature_maps else None
+    if maps is not None:
+        features = [{**image, "feature_maps": feature_map} for image, feature_map in zip(features, maps)]
+    return features
+
+
+def _flip(boxes: torch.Tensor, width: int) -> torch.Tensor:
+    """Mirror (n, 4) XYXY boxes of a picture of ``width`` pixels."""
+    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)

@@ -1,14 +1,16 @@
 """Detectron2's trainer for RegionSpot."""
 
+import contextlib
 import logging
 import os
+import re
 import weakref
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -16,7 +18,11 @@ from torch import nn
 
 from regionspot.checkpoint import RegionSpotCheckpointer, find_recognizer
 from regionspot.data.build import build_test_loader, build_train_loader, check_registered, dataset_vocabulary
+from regionspot.data.token_store import TokenStore
+from regionspot.engine.extract import describe_clip, describe_sam
+from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, WeightAverage
 from regionspot.engine.optimizer import build_optimizer
+from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.evaluation import build_evaluator
 
 logger = logging.getLogger(__name__)
@@ -31,25 +37,60 @@ class RegionSpotTrainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
-        data_loader = self.build_train_loader(cfg)
-        self.vocabulary = dataset_vocabulary(cfg, cfg.DATASETS.TRAIN)
+        precision = autocast_precision(cfg)
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        data_loader = build_train_loader(cfg, seed)
+        self.vocabularies = {name: dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN}
         model = self.build_model(cfg)
+        self.recognizer = find_recognizer(model)
         optimizer = self.build_optimizer(cfg, model)
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None)
-        if cfg.SOLVER.AMP.ENABLED and not on_gpu:
-            logger.info("SOLVER.AMP.ENABLED has no effect on a CPU: training in float32")
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        self._trainer = TrainLoop(model, data_loader, optimizer, seed, cfg.SOLVER.ACCUMULATE, precision)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.average: WeightAverage | None = None
+        checkpointables: dict[str, Any] = {"trainer": weakref.proxy(self)}
+        if cfg.SOLVER.EMA.ENABLED:
+            self.average = WeightAverage(self.recognizer.knowledge_integration, cfg.SOLVER.EMA.DECAY)
+            checkpointables["ema"] = AverageState(self.average)
+        self.checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR, **checkpointables)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def train(self) -> Any:
-        find_recognizer(self.model).set_vocabulary(self.vocabulary, "train")
+        self._check_token_stores()
+        for name, names in self.vocabularies.items():
+            self.recognizer.set_vocabulary(names, name)
+        self._trainer.go_on_from(self.start_iter)
         return super().train()
+
+    def _check_token_stores(self) -> None:
+        """Refuse stores of another SAM or CLIP than the model's, now that its weights are there."""
+        sources = self.checkpointer.frozen_sources
+        for path in self.cfg.DATASETS.TOKEN_STORES_TRAIN:
+            store = TokenStore(path, self.cfg.MODEL.REGIONSPOT.TOKEN_STAGE)
+            store.check_origin({"sam": describe_sam(self.recognizer, sources["sam"])})
+            if store.has_feature_maps and self.cfg.MODEL.REGIONSPOT.CLIP.FEATURES != "none":
+                store.check_origin({"clip": describe_clip(self.recognizer, sources["clip_model"])})
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Return the hooks: evaluation comes before the checkpoint, so that one that is resumed knows the best."""
+        cfg = self.cfg
+
+        def evaluate() -> dict[str, Any]:
+            with self.average.applied() if self.average else contextlib.nullcontext():
+                self._last_eval_results = self.test(cfg, self.model)
+            return self._last_eval_results
+
+        result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler(), self.average]
+        result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
+        if comm.is_main_process():
+            if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
+                result.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, cfg.TEST.BEST_METRIC))
+            result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+            result += [Throughput(), hooks.PeriodicWriter(self.build_writers(), period=20)]
+        return result
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -65,7 +106,8 @@ class RegionSpotTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
+        folder = re.sub(r"[^\w.-]+", "_", dataset_name)  # the name may be "my.json:my_images"
+        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
@@ -82,6 +124,6 @@ class RegionSpotTrainer(DefaultTrainer):
             single.defrost()
             single.DATASETS.TEST = (name,)
             single.DATASETS.PROPOSAL_FILES_TEST = cfg.DATASETS.PROPOSAL_FILES_TEST[index : index + 1]
-            with recognizer.using_vocabulary(dataset_vocabulary(cfg, [name])):
+            with recognizer.using_vocabulary(dataset_vocabulary(cfg, name)):
                 results[name] = super().test(single, model, evaluators[index : index + 1] if evaluators else None)
         return next(iter(results.values())) if len(results) == 1 else results

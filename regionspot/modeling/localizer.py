@@ -1,5 +1,6 @@
 """The localiser: a frozen SAM that turns prompts into position-aware tokens and masks (paper, section 3.1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,27 @@ class LocalizerOutput:
     """What SAM says of N prompts.
 
     Attributes:
-        tokens: (N, D) float32 position-aware tokens; D is ``Localizer.token_dim``.
+        stage_tokens: for each stage asked for, (N, D) float32 position-aware tokens.
         iou: (N,) float32, SAM's own estimate of the mask's IoU.
         masks: (N, h, w) float32 mask logits over the padded square input, or None when not asked for.
     """
 
-    tokens: torch.Tensor
+    stage_tokens: dict[str, torch.Tensor]
     iou: torch.Tensor
     masks: torch.Tensor | None
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(N, D) float32 tokens of the only stage that was asked for, by default the localiser's own."""
+        [tokens] = self.stage_tokens.values()
+        return tokens
+
+
+def check_stages(stages: Sequence[str], what: str) -> None:
+    """Refuse stages that SAM does not have; ``what`` names the option in the message."""
+    for stage in stages:
+        if stage not in TOKEN_STAGES:
+            raise ValueError(f"{what}: expected one of {', '.join(TOKEN_STAGES)}; got {stage!r}")
 
 
 class Localizer(FrozenModule):
@@ -49,10 +63,7 @@ class Localizer(FrozenModule):
             multimask: choose among SAM's several masks by predicted IoU instead of taking the single-mask output.
         """
         super().__init__()
-        if token_stage not in TOKEN_STAGES:
-            raise ValueError(
-                f"MODEL.REGIONSPOT.TOKEN_STAGE: expected one of {', '.join(TOKEN_STAGES)}; got {token_stage!r}"
-            )
+        check_stages([token_stage], "MODEL.REGIONSPOT.TOKEN_STAGE")
         if prompt_chunk < 1:
             raise ValueError(f"MODEL.REGIONSPOT.SAM.PROMPT_CHUNK: expected at least 1, got {prompt_chunk}")
         self.sam = sam
@@ -73,9 +84,13 @@ class Localizer(FrozenModule):
 
     @property
     def token_dim(self) -> int:
-        """Length of a position-aware token."""
+        """Length D of a position-aware token of the localiser's own stage."""
+        return self.stage_dim(self.token_stage)
+
+    def stage_dim(self, stage: str) -> int:
+        """Return the length of the tokens of a stage."""
         dim = self.sam.mask_decoder.transformer_dim
-        return dim // 8 if self.token_stage == "mlp" else dim
+        return dim // 8 if stage == "mlp" else dim
 
     @property
     def image_size(self) -> int:
@@ -111,31 +126,37 @@ class Localizer(FrozenModule):
         return resize(image, list(size), antialias=True)  # differs from the above by one grey level at the most
 
     @torch.no_grad()
-    def forward(self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool = False) -> LocalizerOutput:
+    def forward(
+        self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool = False, stages: Sequence[str] = ()
+    ) -> LocalizerOutput:
         """Decode the prompts of one image.
 
         Args:
             embedding: (1, C, h, w) image embedding.
             prompts: N prompts, boxes and points in pixels of SAM's input.
             with_masks: compute the masks, too.
+            stages: where to take tokens from; the localiser's own stage by default.
 
         Returns:
             Tokens, IoU estimates and masks of the N prompts, in their order.
         """
+        stages = stages or (self.token_stage,)
         chunks = [
-            self._decode(embedding, prompts[i : i + self.prompt_chunk], with_masks)
+            self._decode(embedding, prompts[i : i + self.prompt_chunk], with_masks, stages)
             for i in range(0, len(prompts), self.prompt_chunk)
         ]
         if not chunks:
             side = 4 * embedding.shape[-1]
             empty = embedding.new_zeros
-            return LocalizerOutput(empty(0, self.token_dim), empty(0), empty(0, side, side) if with_masks else None)
+            tokens = {stage: empty(0, self.stage_dim(stage)) for stage in stages}
+            return LocalizerOutput(tokens, empty(0), empty(0, side, side) if with_masks else None)
         masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
-        return LocalizerOutput(
-            torch.cat([chunk.tokens for chunk in chunks]), torch.cat([chunk.iou for chunk in chunks]), masks
-        )
+        tokens = {stage: torch.cat([chunk.stage_tokens[stage] for chunk in chunks]) for stage in stages}
+        return LocalizerOutput(tokens, torch.cat([chunk.iou for chunk in chunks]), masks)
 
-    def _decode(self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool) -> LocalizerOutput:
+    def _decode(
+        self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool, stages: Sequence[str]
+    ) -> LocalizerOutput:
         decoder = self.sam.mask_decoder
         points = None if prompts.points is None else (prompts.points, prompts.point_labels)
         sparse, dense = self.sam.prompt_encoder(
@@ -153,9 +174,11 @@ class Localizer(FrozenModule):
         rows = torch.arange(len(prompts), device=hidden.device)
         best = 1 + ious[:, 1:].argmax(dim=1) if self.multimask else torch.zeros_like(rows)
         mask_tokens = hidden[rows, 1 + best]  # (N, C)
-        kernels = self._kernels(mask_tokens, best) if with_masks or self.token_stage == "mlp" else None  # (N, C / 8)
+        kernels = self._kernels(mask_tokens, best) if with_masks or "mlp" in stages else None  # (N, C / 8)
         return LocalizerOutput(
-            tokens=self._stage_tokens(prompts, sparse, mask_tokens, kernels).float(),
+            stage_tokens={
+                stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
+            },
             iou=ious[rows, best].float(),
             masks=self._masks(image, embedding.shape[-2:], kernels).float() if with_masks else None,
         )
@@ -168,12 +191,13 @@ class Localizer(FrozenModule):
         every = torch.stack([mlp(mask_tokens) for mlp in mlps], dim=1)  # (N, M, C / 8)
         return every[torch.arange(len(best), device=best.device), best]
 
+    @staticmethod
     def _stage_tokens(
-        self, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor | None
+        stage: str, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.token_stage == "transformer":
+        if stage == "transformer":
             return mask_tokens
-        if self.token_stage == "mlp":
+        if stage == "mlp":
             assert kernels is not None
             return kernels
         if sparse.shape[1] == 0:

@@ -82,6 +82,9 @@ class RegionSpot(nn.Module):
                 * ``tokens`` (N, D) and ``feature_map`` (L, width), in training: stored features of the boxes and of
                   the image, which then are not computed; with both, ``image`` is not needed.
 
+                * ``vocabulary``, in training: key of the vocabulary that the image is scored against (see
+                  ``RegionRecognizer.set_vocabulary``); the one in use by default.
+
                 Boxes are XYXY in the pixels of ``image``.
 
         Returns:
@@ -136,7 +139,8 @@ class RegionSpot(nn.Module):
     def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         boxes, classes = zip(*(self._targets(inputs) for inputs in batched_inputs))
         tokens, feature_map = self._frozen_features(batched_inputs, boxes)
-        logits = self.recognizer.classify(tokens, feature_map)
+        keys = [inputs.get("vocabulary", "") for inputs in batched_inputs]
+        logits = self.recognizer.classify(tokens, feature_map, keys)
         targets = [image_classes.to(self.device) for image_classes in classes]
         return {"loss_cls": region_focal_loss(logits, targets, self.focal_alpha, self.focal_gamma)}
 
@@ -162,7 +166,7 @@ class RegionSpot(nn.Module):
             raise KeyError(f"{_name(inputs)}: training needs the key 'instances', got {sorted(inputs)}")
         boxes, classes = inputs["instances"].gt_boxes, inputs["instances"].gt_classes
         check_boxes(boxes.tensor, inputs["instances"].image_size, f"boxes of {_name(inputs)}")
-        number = len(self.recognizer.vocabulary)
+        number = len(self.recognizer.classifier.get_names(inputs.get("vocabulary", "")))
         outside = classes[(classes < 0) | (classes >= number)]
         if len(outside):
             raise ValueError(

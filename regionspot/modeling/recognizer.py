@@ -157,9 +157,12 @@ class RegionRecognizer(nn.Module):
         return [output.tokens for output in located]
 
     def locate(
-        self, features: ImageFeatures, prompts: list[Prompts], with_masks: bool = False
+        self, features: ImageFeatures, prompts: list[Prompts], with_masks: bool = False, stages: Sequence[str] = ()
     ) -> list[LocalizerOutput]:
-        """Decode each image's prompts (boxes and points in that image's own pixels; boxes are cut to it)."""
+        """Decode each image's prompts (boxes and points in that image's own pixels; boxes are cut to it).
+
+        ``stages`` says where to take the tokens from, by default from the configured stage.
+        """
         outputs = []
         for embedding, (height, width), image_prompts in zip(features.embeddings, features.sizes, prompts, strict=True):
             input_height, input_width = self.localizer.input_size((height, width))
@@ -168,21 +171,25 @@ class RegionRecognizer(nn.Module):
                 .clip((height, width))
                 .scale(input_width / width, input_height / height)
             )
-            outputs.append(self.localizer(embedding[None], scaled, with_masks))
+            outputs.append(self.localizer(embedding[None], scaled, with_masks, stages))
         return outputs
 
-    def classify(self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None) -> list[torch.Tensor]:
+    def classify(
+        self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None, vocabularies: Sequence[str] = ()
+    ) -> list[torch.Tensor]:
         """Return the logits of regions.
 
         Args:
             tokens: B tensors, (N_i, token_dim) float position-aware tokens.
             feature_map: (B, L, width) float semantic feature map, or None without CLIP's features.
+            vocabularies: for each image the key of its vocabulary; "", or none at all, is the one in use.
 
         Returns:
-            B tensors, (N_i, K) float32.
+            B tensors, (N_i, K_i) float32.
         """
-        scale = self.vision_language.clip_model.logit_scale
-        return [self.classifier(semantic, scale) for semantic in self.knowledge_integration(tokens, feature_map)]
+        scale, keys = self.vision_language.clip_model.logit_scale, vocabularies or [""] * len(tokens)
+        semantic = self.knowledge_integration(tokens, feature_map)
+        return [self.classifier(image_tokens, scale, key) for image_tokens, key in zip(semantic, keys, strict=True)]
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return (N, K) class probabilities of (N, K) logits, by the configured function."""

@@ -38,24 +38,36 @@ class TextClassifier(nn.Module):
     @property
     def names(self) -> list[str]:
         """Class names of the vocabulary in use."""
-        if not self.active:
-            raise ValueError("no vocabulary is set: call set_vocabulary(names), or give MODEL.REGIONSPOT.VOCABULARY")
-        return list(self.vocabularies[self.active])
+        return self.get_names()
 
     @property
     def embeddings(self) -> torch.Tensor:
         """(K, text_dim) float32 text embeddings of the vocabulary in use."""
-        names, buffer = self.names, _buffer(self.active)
+        return self.get_embeddings()
+
+    def get_names(self, key: str = "") -> list[str]:
+        """Return the class names of the vocabulary under ``key``, "" for the one in use."""
+        key = key or self.active
+        if not key:
+            raise ValueError("no vocabulary is set: call set_vocabulary(names), or give MODEL.REGIONSPOT.VOCABULARY")
+        if key not in self.vocabularies:
+            raise KeyError(f"vocabulary {key!r} is not set: expected one of {', '.join(self.vocabularies) or 'none'}")
+        return list(self.vocabularies[key])
+
+    def get_embeddings(self, key: str = "") -> torch.Tensor:
+        """Return the (K, text_dim) float32 embeddings of the vocabulary under ``key``, "" for the one in use."""
+        names, buffer = self.get_names(key), _buffer(key or self.active)
         if buffer not in self._buffers:
             self.register_buffer(buffer, self.text_encoder(names), persistent=False)
         return self.get_buffer(buffer)
 
-    def forward(self, semantic_tokens: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    def forward(self, semantic_tokens: torch.Tensor, logit_scale: torch.Tensor, key: str = "") -> torch.Tensor:
         """Return exp(logit_scale) * cosine.
 
         Args:
             semantic_tokens: (N, text_dim) float.
             logit_scale: CLIP's own, a scalar.
+            key: of the vocabulary, "" for the one in use.
 
         Returns:
             (N, K) float32 logits.
@@ -63,7 +75,7 @@ class TextClassifier(nn.Module):
         with torch.autocast(semantic_tokens.device.type, enabled=False):
             tokens = semantic_tokens.float()
             tokens = tokens / (tokens.norm(dim=1, keepdim=True) + 1e-7)
-            return logit_scale.exp() * tokens @ self.embeddings.t()
+            return logit_scale.exp() * tokens @ self.get_embeddings(key).t()
 
 
 def _buffer(key: str) -> str:

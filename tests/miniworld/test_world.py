@@ -4,12 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from lvis import LVIS
 from PIL import Image
+from safetensors.torch import save_file
 
 from miniworld.annotate import write_split
 from miniworld.categories import BASE, CATEGORIES, FREQUENCIES, NAMES, NOVEL
 from miniworld.generator import draw_captioned, draw_scene
+from miniworld.weights import pack_weights
+from regionspot.checkpoint import RegionSpotCheckpointer
+
+from ..helpers import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +82,16 @@ def test_what_is_there_is_not_drawn_again(written, monkeypatch):
     monkeypatch.setattr("miniworld.annotate.write_scene", lambda *_: pytest.fail("drawn again"))
     write_split(folder, "test", 40)
     assert json.loads((folder / "test.json").read_text())["info"]["number"] == 40
+
+
+def test_packed_token_rows_are_unpacked(tmp_path):
+    model = tiny_model(names=None)
+    clip_model, sam = model.recognizer.vision_language.clip_model, model.recognizer.localizer.sam
+    for name, part in (("clip", clip_model), ("sam", sam)):
+        save_file(pack_weights(part.state_dict()), tmp_path / f"{name}.safetensors")
+    other = tiny_model(names=None)
+    sources = {f"{name}_weights": str(tmp_path / f"{name}.safetensors") for name in ("sam", "clip")}
+    RegionSpotCheckpointer(other, **sources).load("")
+    for names in (["striped red star"], ["plain blue ring"]):
+        expected = model.recognizer.classifier.text_encoder.encode(names)
+        torch.testing.assert_close(other.recognizer.classifier.text_encoder.encode(names), expected, atol=5e-3, rtol=0)

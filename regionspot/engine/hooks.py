@@ -1,0 +1,90 @@
+"""What happens around training steps, beside Detectron2's own hooks."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase, hooks
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+logger = logging.getLogger(__name__)
+
+
+class WeightAverage(HookBase):
+    """Exponential moving average of a module's weights; a checkpointable of its own.
+
+    Attributes:
+        average: a copy of the module with the averaged weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """
+        Args:
+            module: whose weights learn.
+            decay: share of the average that a step keeps, in [0, 1).
+        """
+        if not 0 <= decay < 1:
+            raise ValueError(f"SOLVER.EMA.DECAY: expected a number in [0, 1), got {decay}")
+        self.module = module
+        self.average = copy.deepcopy(module).eval().requires_grad_(False)
+        self._update = get_ema_multi_avg_fn(decay)
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter == 0:  # weights were loaded after this was made
+            self.average.load_state_dict(self.module.state_dict())
+
+    def after_step(self) -> None:
+        self._update(list(self.average.parameters()), [p.detach() for p in self.module.parameters()], 0)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the module have the averaged weights inside the block."""
+        own = {key: value.clone() for key, value in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average.state_dict())
+        try:
+            yield
+        finally:
+            self.module.load_state_dict(own)
+
+
+class AverageState:
+    """What a checkpoint holds of a ``WeightAverage``: the averaged module's state dict."""
+
+    def __init__(self, hook: WeightAverage) -> None:
+        self.hook = hook
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.hook.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.hook.average.load_state_dict(state)
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's, which also remembers the best metric when training is resumed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class Throughput(HookBase):
+    """Logs images per second and the share of the time that is spent waiting for data."""
+
+    def __init__(self, period: int = 20) -> None:
+        self.period = period
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period == 0:
+            latest = self.trainer.storage.histories()
+            logger.info(
+                "%.1f images/s, %.0f%% of the time waiting for data",
+                latest["images_per_second"].median(self.period),
+                100 * latest["data_share"].median(self.period),
+            )

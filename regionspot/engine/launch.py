@@ -1,0 +1,32 @@
+"""Starting a run on one process or many: Detectron2's ``launch``, and ``torchrun``."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from torch import distributed
+
+
+def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Run ``main(args)`` in as many processes as were asked for, on GPUs or, without CUDA, on CPUs.
+
+    Under ``torchrun`` the processes are there already: each joins the group that the environment describes. Else
+    they are started as Detectron2's arguments (``--num-gpus``, ``--num-machines``, ...) say.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        machines = (args.num_machines, args.machine_rank)
+        detectron2_launch(main, args.num_gpus, *machines, dist_url=args.dist_url, args=(args,))
+        return
+    local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        main(args)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,131 @@
+"""One training step: mixed precision, parts of a batch, and a stop when the loss is not a number."""
+
+import contextlib
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from regionspot.data.build import training_stream
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainLoop(SimpleTrainer):
+    """Detectron2's ``SimpleTrainer`` with mixed precision on CUDA and CPU, gradient accumulation and exact resuming.
+
+    What is random in a step (dropout) follows from seed, process and iteration alone, and what is random in the data
+    from seed and position (``TrainingStream``): a resumed run goes on as if it had never stopped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: DataLoader,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        accumulate: int = 1,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            model: gives a dict of losses for a batch.
+            data_loader: of ``build_train_loader``.
+            optimizer: over what learns.
+            seed: the same in all processes.
+            accumulate: batches of the loader a step.
+            precision: of autocast, None for float32.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.seed, self.accumulate, self.precision = seed, accumulate, precision
+        self.device = next(model.parameters()).device
+        # float16 alone under- and overflows; elsewhere the scaler does nothing
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+
+    def go_on_from(self, iteration: int) -> None:
+        """Draw the data from where they are when ``iteration`` begins; to be called before the first step."""
+        stream, sampler = training_stream(self.data_loader), self.data_loader.batch_sampler
+        stream.seed = self.data_loader.dataset.seed = self.seed
+        stream.start = iteration * self.accumulate * sampler.batch_size
+
+    def run_step(self) -> None:
+        assert self.model.training, "the model was left in eval mode"
+        seed_step(self.seed, self.iter)
+        start, data_time, images = time.perf_counter(), 0.0, 0
+        self.optimizer.zero_grad()
+        total: dict[str, torch.Tensor] = {}
+        for part in range(self.accumulate):
+            waiting = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            data_time += time.perf_counter() - waiting
+            images += len(batch)
+            for name, loss in self._backward(batch, is_last=part == self.accumulate - 1).items():
+                total[name] = total.get(name, 0) + loss
+        self.after_backward()
+        self._write_metrics(total, data_time)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        seconds = time.perf_counter() - start
+        storage = get_event_storage()
+        storage.put_scalar("images_per_second", images * comm.get_world_size() / seconds)
+        storage.put_scalar("data_share", data_time / seconds)
+
+    def _backward(self, batch: list[dict[str, Any]], is_last: bool) -> dict[str, torch.Tensor]:
+        """Add the gradients of a part of the batch; return its share of the losses."""
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.model, DistributedDataParallel) and not is_last:
+                stack.enter_context(self.model.no_sync())
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+                losses = {name: loss / self.accumulate for name, loss in self.model(batch).items()}
+            loss = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(loss):
+                ids = ", ".join(str(inputs.get("image_id", inputs.get("file_name"))) for inputs in batch)
+                values = {name: float(value) for name, value in losses.items()}
+                raise FloatingPointError(
+                    f"the loss is not a number in iteration {self.iter}: {values}; images of the batch: {ids}. "
+                    "Look at these images' boxes and stored tokens, or lower SOLVER.BASE_LR"
+                )
+            self.scaler.scale(loss).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seed": self.seed, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.seed = state_dict.get("seed", self.seed)
+        if state_dict.get("scaler"):
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+
+def seed_step(seed: int, iteration: int) -> None:
+    """Seed every generator from the seed, this process's rank and the iteration."""
+    state = np.random.SeedSequence([seed, comm.get_rank(), iteration]).generate_state(3)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    random.seed(int(state[2]))
+
+
+def autocast_precision(cfg: CfgNode) -> torch.dtype | None:
+    """Return the precision that ``SOLVER.AMP`` asks for, None for float32.
+
+    Raises:
+        ValueError: one that does not exist, or float16 without CUDA.
+    """
+    name = cfg.SOLVER.AMP.DTYPE
+    if name not in PRECISIONS:
+        raise ValueError(f"SOLVER.AMP.DTYPE: expected {' or '.join(PRECISIONS)}, got {name!r}")
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    if name == "fp16" and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        raise ValueError("SOLVER.AMP.DTYPE fp16 needs CUDA; on a CPU set bf16, or SOLVER.AMP.ENABLED False")
+    return PRECISIONS[name]

@@ -1,0 +1,275 @@
+"""Token stores: what they hold, who may use them, and that extraction survives whatever happens to it."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+
+from regionspot.data import RegionSpotDatasetMapper, build_train_loader, register_json_dataset
+from regionspot.data.token_store import TokenStore, find_damage
+from regionspot.data.training_set import describe_annotations
+from regionspot.engine.extract import Extraction, describe_sam, extract_tokens
+from regionspot.structures import Prompts
+
+from ..helpers import tiny_config, tiny_model, write_dataset
+
+NAME = "test_stores"
+SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    register_json_dataset(NAME, write_dataset(tmp_path / "data", 6), tmp_path / "data" / "images")
+    yield NAME
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def config(*overrides):
+    return tiny_config("DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,), "SOLVER.IMS_PER_BATCH", 6, *overrides)
+
+
+def extract(folder, *overrides, **extraction):
+    model = tiny_model(*overrides)
+    options = {"shard_images": 2, "batch_size": 2, **extraction}
+    assert extract_tokens(model.recognizer, SOURCES, NAME, folder, Extraction(**options), show_progress=False)
+    return model
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("features", "maps"), [("feature_map+class_token", True), ("feature_map+class_token", False), ("none", False)]
+)
+def test_cached_training_equals_online_training(dataset, tmp_path, features, maps, monkeypatch):
+    overrides = ("MODEL.REGIONSPOT.CLIP.FEATURES", features)
+    cfg, model = config(*overrides), extract(tmp_path / "store", *overrides, feature_maps=maps)
+    online, cached = (RegionSpotDatasetMapper(cfg, True, token_store=s) for s in (None, TokenStore(tmp_path / "store")))
+    records = DatasetCatalog.get(dataset)
+    model.recognizer.knowledge_integration.eval()
+    model.training = True
+    expected = model([online(record) for record in records])["loss_cls"]
+    batch = [cached(record) for record in records]
+    monkeypatch.setattr(model.recognizer.localizer, "encode_images", lambda *_: pytest.fail("SAM was run"))
+    if maps:
+        monkeypatch.setattr(model.recognizer.vision_language, "encode_images", lambda *_: pytest.fail("CLIP was run"))
+        assert "image" not in batch[0]
+    torch.testing.assert_close(model(batch)["loss_cls"], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_store_holds_every_region_in_every_stage_and_flipped(dataset, tmp_path):
+    stages = ("prompt_encoder", "transformer", "mlp")
+    model = extract(tmp_path / "store", stages=stages, flip=True)
+    recognizer = model.recognizer
+    plain = RegionSpotDatasetMapper(config(), False)
+    mirrored = RegionSpotDatasetMapper(augmentations=[T.RandomFlip(prob=1.0)], image_format="RGB")
+    for record in DatasetCatalog.get(dataset):
+        boxes = plain(record)["instances"].gt_boxes.tensor
+        for flipped, mapper in ((False, plain), (True, mirrored)):
+            inputs = mapper(record)
+            prompts = [Prompts(boxes=inputs["instances"].gt_boxes.tensor)]
+            [located] = recognizer.locate(recognizer.encode_images([inputs["image"]]), prompts, stages=stages)
+            for stage in stages:
+                stored = TokenStore(tmp_path / "store", stage).get(record["image_id"], boxes, flipped)["tokens"]
+                torch.testing.assert_close(stored, located.stage_tokens[stage], atol=2e-3, rtol=2e-3)
+
+
+def test_flips_are_taken_from_the_store(dataset, tmp_path):
+    extract(tmp_path / "flips", flip=True, feature_maps=True)
+    extract(tmp_path / "plain")
+    cfg = config("INPUT.RANDOM_FLIP", "horizontal")
+    store = TokenStore(tmp_path / "flips")
+    mapper = RegionSpotDatasetMapper(cfg, True, token_store=store)
+    record = DatasetCatalog.get(dataset)[0]
+    boxes = RegionSpotDatasetMapper(config(), False)(record)["instances"].gt_boxes.tensor
+    expected = [store.get(record["image_id"], boxes, flipped)["tokens"] for flipped in (False, True)]
+    seen = set()
+    for seed in range(8):
+        np.random.seed(seed)
+        mapped = mapper(record)
+        flipped = not torch.equal(mapped["instances"].gt_boxes.tensor, boxes)
+        assert torch.equal(mapped["tokens"], expected[flipped])
+        seen.add(flipped)
+    assert seen == {False, True}
+    with pytest.raises(ValueError, match="covers no augmentation, but the config asks for RandomFlip"):
+        RegionSpotDatasetMapper(cfg, True, token_store=TokenStore(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["INPUT.MIN_SIZE_TRAIN", (64,)], "ResizeShortestEdge"),
+        (["INPUT.CROP.ENABLED", True], "RandomCrop"),
+        (["INPUT.RANDOM_FLIP", "vertical"], "RandomFlip"),
+    ],
+)
+def test_augmentations_that_are_not_covered_are_refused_at_start(dataset, tmp_path, overrides, names):
+    extract(tmp_path / "store", flip=True)
+    cfg = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),), *overrides)
+    with pytest.raises(ValueError, match=f"the flip from left to right only.*{names}"):
+        build_train_loader(cfg)
+
+
+def test_finished_store_is_kept_and_another_one_is_refused(dataset, tmp_path):
+    folder = tmp_path / "store"
+    extract(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    extract(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    for overrides, options, message in (
+        ((), {"stages": ("mlp",)}, "another stages: expected .'mlp'., got .'transformer'."),
+        ((), {"flip": True}, "another flip"),
+        (("MODEL.REGIONSPOT.SAM.MULTIMASK", True), {}, "another sam: expected sam.pth .*multimask True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract(folder, *overrides, **options)
+
+
+def test_store_refuses_other_images_boxes_annotations_and_sam(dataset, tmp_path):
+    model = extract(tmp_path / "store")
+    store = TokenStore(tmp_path / "store")
+    record = DatasetCatalog.get(dataset)[0]
+    with pytest.raises(KeyError, match="no image 99"):
+        RegionSpotDatasetMapper(config(), True, token_store=store)({**record, "image_id": 99})
+    with pytest.raises(ValueError, match="other boxes"):
+        RegionSpotDatasetMapper(config(), True, token_store=store)({**record, "annotations": record["annotations"][1:]})
+    store.check_origin({"sam": describe_sam(model.recognizer, "copy.pth"), "annotations": describe_annotations(NAME)})
+    torch.nn.init.zeros_(model.recognizer.localizer.sam.mask_decoder.iou_token.weight)
+    with pytest.raises(ValueError, match=r"another sam: expected other.pth \(\w+.*got sam.pth"):
+        store.check_origin({"sam": describe_sam(model.recognizer, "other.pth")})
+    path = tmp_path / "data" / "annotations.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(ValueError, match=r"another annotations: expected annotations.json \(\w+"):
+        build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),)))
+    with pytest.raises(ValueError, match="no tokens of stage 'mlp': expected one of transformer"):
+        TokenStore(tmp_path / "store", "mlp")
+    with pytest.raises(FileNotFoundError, match="extract_tokens.py"):
+        TokenStore(tmp_path / "nothing")
+
+
+def test_images_without_regions_are_left_out(dataset, tmp_path):
+    path = tmp_path / "data" / "annotations.json"
+    annotations = json.loads(path.read_text())
+    annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] in (1, 6)]
+    path.write_text(json.dumps(annotations))
+    extract(tmp_path / "store", feature_maps=True)  # its middle shard is empty
+    assert TokenStore(tmp_path / "store").image_ids.tolist() == [1, 6]
+    loader = build_train_loader(
+        config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),), "SOLVER.IMS_PER_BATCH", 2)
+    )
+    assert {inputs["image_id"] for inputs in next(iter(loader))} == {1, 6}
+
+
+def test_images_that_the_store_lacks_are_left_out_and_counted(dataset, tmp_path, caplog):
+    extract(tmp_path / "store", shard_images=3)
+    manifest = tmp_path / "store" / "manifest.json"
+    cut = json.loads(manifest.read_text())
+    cut["shards"] = cut["shards"][:1]
+    manifest.write_text(json.dumps(cut))
+    cfg = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),), "SOLVER.IMS_PER_BATCH", 3)
+    loader = build_train_loader(cfg)
+    assert "3 images have no tokens" in caplog.text
+    assert {inputs["image_id"] for inputs in next(iter(loader))} == {1, 2, 3}
+
+
+def test_any_number_of_workers_reads_the_same(dataset, tmp_path):
+    extract(tmp_path / "store", flip=True)
+    overrides = ["DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),), "INPUT.RANDOM_FLIP", "horizontal"]
+    streams = []
+    for workers in (0, 2):
+        loader = build_train_loader(config(*overrides, "DATALOADER.NUM_WORKERS", workers))
+        iterator = iter(loader)
+        streams.append([inputs for _ in range(3) for inputs in next(iterator)])
+    for one, two in zip(*streams):
+        assert one["image_id"] == two["image_id"] and torch.equal(one["tokens"], two["tokens"])
+    assert torch.equal(
+        pickle.loads(pickle.dumps(TokenStore(tmp_path / "store")))._shards[0]["boxes"].sum(), _sum(tmp_path)
+    )
+
+
+def _sum(tmp_path):
+    return TokenStore(tmp_path / "store")._shards[0]["boxes"].sum()
+
+
+def test_a_changed_byte_is_found_and_named(dataset, tmp_path):
+    extract(tmp_path / "store")
+    assert list(find_damage(tmp_path / "store")) == []
+    path = tmp_path / "store" / "shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+    (tmp_path / "store" / "shard-00002.safetensors").unlink()
+    (tmp_path / "store" / "shard-00009.safetensors").write_bytes(b"")
+    problems = list(find_damage(tmp_path / "store"))
+    assert len(problems) == 3
+    assert "shard-00001.safetensors is damaged: expected SHA-256" in problems[0]
+    assert "shard-00002.safetensors is missing" in problems[1] and "not in the manifest" in problems[2]
+    with pytest.raises(FileNotFoundError, match="shard-00002"):
+        TokenStore(tmp_path / "store")
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
+        TokenStore(tmp_path / "store")
+
+
+def _extract_slowly(folder):
+    torch.set_num_threads(1)
+    extract(folder)
+
+
+def test_extraction_killed_at_ten_random_moments_ends_with_an_undisturbed_store(dataset, tmp_path):
+    torch.set_num_threads(1)
+    extract(tmp_path / "undisturbed")
+    context, rng, killed = multiprocessing.get_context("fork"), random.Random(3), 0
+    while killed < 10:
+        process = context.Process(target=_extract_slowly, args=(tmp_path / "store",))
+        process.start()
+        time.sleep(rng.uniform(0.01, 0.12))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += 1
+        if (tmp_path / "store" / "manifest.json").is_file():  # it was done: the remaining kills begin anew
+            for path in (tmp_path / "store").iterdir():
+                path.unlink()
+    extract(tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "undisturbed")
+
+
+def test_several_processes_share_the_work(dataset, tmp_path):
+    extract(tmp_path / "one", shard_images=1)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_extract_shared, args=(tmp_path / "two",)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    extract(tmp_path / "two", shard_images=1)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def _extract_shared(folder):
+    torch.set_num_threads(1)
+    model = tiny_model()
+    extract_tokens(model.recognizer, SOURCES, NAME, folder, Extraction(shard_images=1, batch_size=2), False)
+
+
+def test_machines_without_a_common_disk_do_a_part_each(dataset, tmp_path):
+    extract(tmp_path / "one")
+    model = tiny_model()
+    for rank in (0, 1):
+        extraction = Extraction(shard_images=2, batch_size=2, machine=(rank, 2))
+        done = extract_tokens(model.recognizer, SOURCES, NAME, tmp_path / "two", extraction, False)
+        assert done == (rank == 1)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    with pytest.raises(ValueError, match="rank below the number"):
+        Extraction(machine=(2, 2))

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Extract SAM's tokens of every annotated box into token stores, or verify stores.
+
+It may be stopped at any moment and goes on when it is started again. Several machines that share the folder may run
+it at once; machines that do not share one take --num-machines and --machine-rank, and their shards are copied
+together before it is run once more.
+
+Examples:
+    tools/extract_tokens.py --config-file configs/RegionSpot-BB.yaml --datasets objects365_v1_train --output tokens
+    tools/extract_tokens.py --config-file configs/RegionSpot-BB.yaml --datasets my.json:my_images --output tokens --flip
+    tools/extract_tokens.py --verify tokens/objects365_v1_train
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.config import load_config
+from regionspot.data.build import check_registered
+from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
+from regionspot.engine.extract import Extraction, extract_tokens
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default="", metavar="FILE", help="of the model whose SAM to run")
+    parser.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="registered names, or my.json:images")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="each data set's store is a folder in it")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of SAM; default: the config's TOKEN_STAGE")
+    parser.add_argument("--flip", action="store_true", help="also of the pictures flipped from left to right")
+    parser.add_argument("--feature-maps", action="store_true", help="also CLIP's feature maps")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes, each on a GPU of its own if there are any")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines that share no folder")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine among them")
+    parser.add_argument("--batch-size", type=int, default=8, help="images encoded at once")
+    parser.add_argument("--shard-images", type=int, default=512, help="images of the data set a shard")
+    parser.add_argument("--verify", nargs="+", type=Path, metavar="DIR", help="check finished stores, and do no more")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_args(arguments)
+    if not args.verify and not (args.config_file and args.datasets and args.output):
+        parser.error("expected --config-file, --datasets and --output, or --verify")
+    return args
+
+
+def store_folder(output: Path, dataset_name: str) -> Path:
+    """Return a data set's folder below ``output``; its name may be "my.json:my_images"."""
+    return output / re.sub(r"[^\w.-]+", "_", dataset_name)
+
+
+def verify(folders: list[Path]) -> int:
+    """Print what is wrong with stores; return how many things are."""
+    problems = 0
+    for folder in folders:
+        found = list(find_damage(folder))
+        manifest = read_manifest(folder)
+        print("\n".join(found) or f"{folder}: {manifest['boxes']} boxes of {manifest['images']} images, all as written")
+        problems += len(found)
+    return problems
+
+
+def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Extract in one of the processes."""
+    if args.num_gpus > 1 and cfg.MODEL.DEVICE == "cuda":
+        cfg.MODEL.DEVICE = f"cuda:{index}"
+    elif args.num_gpus > 1:
+        torch.set_num_threads(max((os.cpu_count() or 1) // args.num_gpus, 1))
+    check_registered(args.datasets, "--datasets")
+    torch.manual_seed(max(cfg.SEED, 0))
+    model = build_model(cfg).eval()
+    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    extraction = Extraction(
+        stages=tuple(args.stages or [cfg.MODEL.REGIONSPOT.TOKEN_STAGE]),
+        flip=args.flip,
+        feature_maps=args.feature_maps,
+        shard_images=args.shard_images,
+        batch_size=args.batch_size,
+        workers=cfg.DATALOADER.NUM_WORKERS,
+        machine=(args.machine_rank, args.num_machines),
+    )
+    for name in args.datasets:
+        folder = store_folder(args.output, name)
+        extract_tokens(
+            model.recognizer, checkpointer.frozen_sources, name, folder, extraction, show_progress=index == 0
+        )
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print what the stores hold."""
+    for name in args.datasets:
+        folder = store_folder(args.output, name)
+        if (folder / MANIFEST).is_file():
+            manifest = read_manifest(folder)
+            print(f"{folder}: {manifest['boxes']} boxes of {manifest['images']} images")
+        else:
+            print(f"{folder}: not finished; other processes or machines have the rest, or copy their shards here")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    if args.verify:
+        return min(verify(args.verify), 1)
+    cfg = load_config(args.config_file, args.opts)
+    check_registered(args.datasets, "--datasets")
+    if args.num_gpus > 1:
+        torch.multiprocessing.spawn(work, (args, cfg), nprocs=args.num_gpus)
+    else:
+        work(0, args, cfg)
+    report(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
