@@ -68,7 +68,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         node = cfg.MODEL.REGIONSPOT
         return cls(model, save_dir, sam_weights=node.SAM.WEIGHTS, clip_weights=node.CLIP.WEIGHTS, **checkpointables)
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, is_last: bool = True, **kwargs: Any) -> None:
+        """Save ``name``.pth with what is in ``kwargs``; ``is_last`` makes it the one that training resumes from."""
         if not self.save_dir or not self.save_to_disk:
             return
         state = self.recognizer.state_dict()
@@ -85,7 +86,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         with atomic_path(path) as temporary:
             torch.save(data, temporary)
         logger.info("Saved checkpoint to %s", path)
-        self.tag_last_checkpoint(f"{name}.pth")
+        if is_last:
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with atomic_path(f"{self.save_dir}/last_checkpoint") as temporary:

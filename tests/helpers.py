@@ -91,12 +91,26 @@ def as_inputs(index: int, size: tuple[int, int] = (48, 64), number: int | None =
     }
 
 
-def write_dataset(folder: Path, number: int = 8, category_ids: tuple[int, ...] = (3, 1, 10, 7)) -> Path:
-    """Write drawn scenes as a data set in LVIS format with ids that have gaps; return the annotation file."""
+def write_dataset(
+    folder: Path,
+    number: int = 8,
+    category_ids: tuple[int, ...] = (3, 1, 10, 7),
+    names: list[str] = NAMES,
+    first: int = 0,
+) -> Path:
+    """Write drawn scenes as a data set in LVIS format; return the annotation file.
+
+    Args:
+        folder: of the data set.
+        number: of scenes.
+        category_ids: of the four classes, in the order of ``NAMES``; by default with gaps.
+        names: what the four classes are called.
+        first: index of the first scene.
+    """
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []
     for index in range(number):
-        image, boxes, classes = draw_scene(index)
+        image, boxes, classes = draw_scene(first + index)
         Image.fromarray(image).save(folder / "images" / f"{index}.png")
         present = sorted({category_ids[label] for label in classes})
         images.append(
@@ -123,7 +137,7 @@ def write_dataset(folder: Path, number: int = 8, category_ids: tuple[int, ...] =
             )
     categories = [
         {"id": i, "name": name, "frequency": "rcff"[k], "image_count": 1, "instance_count": 1}
-        for k, (i, name) in enumerate(zip(category_ids, NAMES))
+        for k, (i, name) in enumerate(zip(category_ids, names))
     ]
     path = folder / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))

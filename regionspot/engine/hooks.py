@@ -4,12 +4,16 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase, hooks
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from regionspot.checkpoint import RegionSpotCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +69,16 @@ class AverageState:
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, which also remembers the best metric when training is resumed."""
+    """Detectron2's, which also remembers the best metric when training is resumed, and never saves the *last* one."""
+
+    def __init__(self, eval_period: int, checkpointer: RegionSpotCheckpointer, val_metric: str) -> None:
+        """
+        Args:
+            eval_period: iterations between evaluations.
+            checkpointer: saves ``model_best.pth``.
+            val_metric: such as "bbox/AP"; more is better.
+        """
+        super().__init__(eval_period, SimpleNamespace(save=partial(checkpointer.save, is_last=False)), val_metric)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}

@@ -89,7 +89,7 @@ class TrainLoop(SimpleTrainer):
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
                 ids = ", ".join(str(inputs.get("image_id", inputs.get("file_name"))) for inputs in batch)
-                values = {name: float(value) for name, value in losses.items()}
+                values = {name: value.item() for name, value in losses.items()}
                 raise FloatingPointError(
                     f"the loss is not a number in iteration {self.iter}: {values}; images of the batch: {ids}. "
                     "Look at these images' boxes and stored tokens, or lower SOLVER.BASE_LR"

@@ -1,0 +1,272 @@
+"""The trainer: resuming, averages, precision, accumulation, what it writes, and when it stops."""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.data import register_json_dataset
+from regionspot.engine import RegionSpotTrainer
+from regionspot.engine.extract import Extraction, extract_tokens
+
+from ..helpers import tiny_config, tiny_model, write_dataset
+
+logging.getLogger("detectron2").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A registered data set, its stores, and the frozen weights that they are of."""
+    folder = tmp_path_factory.mktemp("scenes")
+    name = "test_trainer"
+    register_json_dataset(name, write_dataset(folder / "data", 12), folder / "data" / "images", "lvis")
+    recognizer = tiny_model(names=None).recognizer
+    sources = {"sam": str(folder / "sam.pth"), "clip_model": str(folder / "clip.pth")}
+    torch.save(recognizer.localizer.sam.state_dict(), sources["sam"])
+    torch.save(recognizer.vision_language.clip_model.state_dict(), sources["clip_model"])
+    extraction = Extraction(flip=True, feature_maps=True)
+    extract_tokens(recognizer, sources, name, folder / "store", extraction, show_progress=False)
+    yield folder
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def config(scenes, output, *overrides):
+    frozen = ["MODEL.REGIONSPOT.SAM.WEIGHTS", str(scenes / "sam.pth")]
+    frozen += ["MODEL.REGIONSPOT.CLIP.WEIGHTS", str(scenes / "clip.pth")]
+    data = ["DATASETS.TRAIN", ("test_trainer",), "DATASETS.TEST", (), "OUTPUT_DIR", str(output)]
+    store = ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / "store"),)]
+    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 7e-4, "SOLVER.WARMUP_ITERS", 5, "SOLVER.STEPS", ()]
+    return tiny_config(*frozen, *data, *store, *solver, *overrides)
+
+
+def train(scenes, output, *overrides, resume=False):
+    cfg = config(scenes, output, *overrides)
+    output.mkdir(exist_ok=True)
+    torch.manual_seed(cfg.SEED)
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def saved(folder, name="model_final.pth"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same(one, two):
+    """Compare whatever is in a checkpoint, tensors to the bit."""
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for a, b in zip(one, two):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+EXACT = ("SOLVER.MAX_ITER", 40, "SOLVER.CHECKPOINT_PERIOD", 6, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9)
+EXACT += ("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.ACCUMULATE", 2)
+
+
+def _train_in_child(scenes, output, overrides):
+    torch.set_num_threads(1)
+    train(scenes, output, *overrides, resume=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_training_killed_at_five_random_moments_ends_with_the_same_weights(scenes, tmp_path, precision):
+    torch.set_num_threads(1)
+    overrides = (*EXACT, "SOLVER.AMP.ENABLED", precision == "bf16")
+    start = time.perf_counter()
+    train(scenes, tmp_path / "undisturbed", *overrides)
+    seconds = time.perf_counter() - start
+    context, rng, iterations = multiprocessing.get_context("fork"), random.Random(1), []
+    for _ in range(5):
+        process = context.Process(target=_train_in_child, args=(scenes, tmp_path / "killed", overrides))
+        process.start()
+        time.sleep(rng.uniform(0.3, 0.8) * seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        last = tmp_path / "killed" / "last_checkpoint"
+        iterations.append(saved(tmp_path / "killed", last.read_text())["iteration"] if last.is_file() else -1)
+    train(scenes, tmp_path / "killed", *overrides, resume=True)
+    assert max(iterations) > 0  # something was resumed from
+    assert_same(saved(tmp_path / "killed"), saved(tmp_path / "undisturbed"))
+
+
+def test_a_random_seed_is_kept_when_training_goes_on(scenes, tmp_path):
+    overrides = ("SEED", -1, "SOLVER.CHECKPOINT_PERIOD", 5)
+    first = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 5)
+    second = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 10, resume=True)
+    assert first._trainer.seed == second._trainer.seed and second.start_iter == 5
+
+
+def test_a_checkpoint_that_is_cut_while_it_is_written_never_becomes_the_last(scenes, tmp_path, monkeypatch):
+    train(scenes, tmp_path, "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3)
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    save = torch.save
+
+    def cut(data, path, *rest):
+        save(data, path, *rest)
+        os.truncate(path, 1000)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(scenes, tmp_path, "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, resume=True)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert not list(tmp_path.glob(".*.tmp")) and saved(tmp_path, "model_0000005.pth")["iteration"] == 5
+    monkeypatch.undo()
+    assert train(scenes, tmp_path, "SOLVER.MAX_ITER", 6, resume=True).start_iter == 3
+
+
+def test_a_batch_in_parts_equals_a_batch(scenes, tmp_path):
+    overrides = ("SOLVER.MAX_ITER", 8, "MODEL.REGIONSPOT.INTEGRATION.DROPOUT", 0.0)
+    for parts in (1, 2):
+        train(scenes, tmp_path / str(parts), *overrides, "SOLVER.ACCUMULATE", parts)
+    one, two = saved(tmp_path / "1")["model"], saved(tmp_path / "2")["model"]
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=0)  # a seventh of a step
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 4 must be a multiple of the 1 processes times .* 3"):
+        train(scenes, tmp_path, "SOLVER.ACCUMULATE", 3)
+
+
+def test_bfloat16_on_a_cpu_and_what_is_refused(scenes, tmp_path):
+    losses = {}
+    for enabled in (False, True):
+        folder = tmp_path / str(enabled)
+        train(scenes, folder, "SOLVER.MAX_ITER", 40, "SOLVER.AMP.ENABLED", enabled)
+        losses[enabled] = [
+            json.loads(line)["total_loss"] for line in (folder / "metrics.json").read_text().splitlines()
+        ]
+    assert losses[True] != losses[False]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.1)
+    with pytest.raises(ValueError, match="fp16 needs CUDA; on a CPU set bf16"):
+        train(scenes, tmp_path, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "fp16")
+    with pytest.raises(ValueError, match="expected bf16 or fp16, got 'fp8'"):
+        train(scenes, tmp_path, "SOLVER.AMP.DTYPE", "fp8")
+
+
+def test_moving_average_is_kept_evaluated_and_preferred(scenes, tmp_path):
+    overrides = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
+    train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 1)
+    states = [saved(tmp_path, f"model_000000{k}.pth") for k in range(3)]
+    weights = [state["model"]["model.projector.weight"] for state in states]
+    averages = [state["ema"]["projector.weight"] for state in states]
+    for k in (1, 2):
+        torch.testing.assert_close(averages[k], averages[k - 1] / 2 + weights[k] / 2)
+    model = tiny_model(names=None)
+    checkpointer = RegionSpotCheckpointer.from_config(config(scenes, tmp_path), model)
+    checkpointer.load(str(tmp_path / "model_final.pth"))
+    assert torch.equal(model.recognizer.knowledge_integration.projector.weight, averages[2])
+    resumed = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 3, resume=True)
+    module = resumed.recognizer.knowledge_integration
+    assert torch.equal(module.projector.weight, weights[2])
+    with resumed.average.applied():
+        assert torch.equal(module.projector.weight, averages[2])
+    assert torch.equal(module.projector.weight, weights[2])
+
+
+def test_evaluation_while_training_keeps_the_best(scenes, tmp_path):
+    overrides = ["DATASETS.TEST", ("test_trainer",), "TEST.EVAL_PERIOD", 10, "SOLVER.CHECKPOINT_PERIOD", 10]
+    first = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 20)
+    best = saved(tmp_path, "model_best.pth")
+    state = saved(tmp_path, "model_0000009.pth")["trainer"]["hooks"]["BestCheckpointer"]
+    assert state["best_iter"] == 9 and best["iteration"] in (9, 20)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert {"bbox/AP", "images_per_second", "data_share", "lr", "total_loss"} <= set().union(*lines)
+    assert list(tmp_path.glob("events.out.tfevents*"))
+    second = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 20, resume=True)
+    hook = next(h for h in second._hooks if type(h).__name__ == "BestCheckpointer")
+    assert hook.best_metric >= state["best_metric"] and first.max_iter == second.start_iter
+
+
+def test_a_loss_that_is_not_a_number_names_the_images(scenes, tmp_path):
+    cfg = config(scenes, tmp_path, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 12)
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    torch.nn.init.constant_(trainer.recognizer.knowledge_integration.projector.bias, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"in iteration 0.*images of the batch: (\d+, ){11}\d+\."):
+        trainer.train()
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_stores_of_other_frozen_parts_are_refused_before_training(scenes, tmp_path):
+    for key, message in (("SAM", "another sam: expected no name"), ("CLIP", "another clip: expected no name")):
+        with pytest.raises(ValueError, match=message.replace("no name", "weights without a name")):
+            train(scenes, tmp_path, f"MODEL.REGIONSPOT.{key}.WEIGHTS", "", "SEED", 99)
+
+
+VOCABULARIES = {
+    "test_stage_a": ((3, 1, 10, 7), ["red square", "green disc", "blue square", "white disc"]),
+    "test_stage_b": ((0, 1, 2, 3), ["crimson box", "lime coin", "navy box", "snow coin"]),
+    "test_stage_c": ((900, 17, 40, 5), ["ruby", "emerald", "sapphire", "pearl"]),
+}
+
+
+@pytest.fixture
+def three(tmp_path, scenes):
+    """Three data sets with scenes, names and ids of their own, and their stores."""
+    recognizer = tiny_model(names=None).recognizer
+    sources = {"sam": str(scenes / "sam.pth"), "clip_model": str(scenes / "clip.pth")}
+    for number, (name, (ids, names)) in enumerate(VOCABULARIES.items()):
+        path = write_dataset(tmp_path / name, 16, ids, names, first=100 * number)
+        register_json_dataset(name, path, tmp_path / name / "images", "lvis")
+        extraction = Extraction(feature_maps=True)
+        extract_tokens(recognizer, sources, name, tmp_path / f"{name}_store", extraction, show_progress=False)
+    yield tmp_path
+    for name in VOCABULARIES:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def accuracy(trainer, name):
+    """Return how many regions of a data set are given their own class of its own vocabulary."""
+    recognizer, right, number = trainer.recognizer, 0, 0
+    with recognizer.using_vocabulary(list(MetadataCatalog.get(name).thing_classes)):
+        for batch in trainer.build_test_loader(trainer.cfg, name):
+            for inputs in batch:
+                instances = inputs["instances"]
+                features = recognizer.encode_images([inputs["image"]])
+                tokens = recognizer.position_tokens([inputs["image"]], [instances.gt_boxes])
+                with torch.no_grad():
+                    [logits] = recognizer.classify(tokens, features.feature_map)
+                right += int((logits.argmax(dim=1) == instances.gt_classes).sum())
+                number += len(instances)
+    return right / number
+
+
+def test_second_stage_over_three_vocabularies_improves_on_all(three, scenes):
+    def stage(folder, names, *overrides):
+        stores = tuple(str(three / f"{name}_store") for name in names)
+        data = ["DATASETS.TRAIN", names, "DATASETS.TOKEN_STORES_TRAIN", stores, "SOLVER.BASE_LR", 1e-3]
+        trainer = train(scenes, three / folder, *data, "SOLVER.IMS_PER_BATCH", 12, *overrides)
+        trainer.model.eval()
+        return trainer
+
+    first = stage("one", ("test_stage_a",), "SOLVER.MAX_ITER", 20)
+    before = {name: accuracy(first, name) for name in VOCABULARIES}
+    weights = ["MODEL.WEIGHTS", str(three / "one" / "model_final.pth"), "DATASETS.TRAIN_RATIO", (1.0, 1.0, 1.0)]
+    second = stage("two", tuple(VOCABULARIES), "SOLVER.MAX_ITER", 150, *weights)
+    after = {name: accuracy(second, name) for name in VOCABULARIES}
+    assert second.start_iter == 0
+    for name in VOCABULARIES:
+        assert after[name] > before[name] + 0.1, (before, after)
