@@ -143,7 +143,7 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
         raise FileNotFoundError(f"config {str(config_file)!r}: no such file; the shipped ones are in configs/")
     try:
         if config_file:
-            cfg.merge_from_file(str(config_file))
+            cfg.merge_from_file(str(config_file), allow_unsafe=False)  # a config runs no code
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         cfg.merge_from_list(overrides or [])

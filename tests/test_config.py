@@ -14,7 +14,8 @@ from regionspot.modeling.vision_language import CLIP_SIZES, build_clip
 
 from .helpers import ROOT, tiny_config
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+FRAGMENTS = ("Stage1", "Stage2")  # to be put over a model's config
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.stem not in FRAGMENTS]
 
 
 def build_on_meta(path, *overrides):
@@ -35,6 +36,51 @@ def test_trained_parameters_are_as_many_as_in_the_paper(name, millions):
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     assert all(key.startswith("recognizer.knowledge_integration.") for key in trained)
     assert sum(value.numel() for value in trained.values()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def flat(node, prefix=""):
+    """Return a config's values under their whole names."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {name: value for key in node for name, value in flat(node[key], f"{prefix}.{key}".strip(".")).items()}
+
+
+def differences(path, base):
+    one, two = flat(load_config(path)), flat(load_config(base))
+    return {key for key in one if one[key] != two[key]}
+
+
+@pytest.mark.parametrize("folder", ["ablations", "miniworld/ablations"])
+def test_ablations_differ_in_one_thing(folder):
+    bases = {"ablations": "ablations/Base-ablation.yaml", "miniworld/ablations": "miniworld/RegionSpot-mini.yaml"}
+    data = {"DATASETS.TRAIN", "DATASETS.TOKEN_STORES_TRAIN", "DATASETS.TRAIN_RATIO"}
+    paths = [path for path in (ROOT / "configs" / folder).glob("*.yaml") if not path.stem.startswith("Base")]
+    assert len(paths) == 10
+    for path in paths:
+        found = differences(path, ROOT / "configs" / bases[folder])
+        assert found == data if path.stem.startswith("data") else len(found) == 1, path
+
+
+@pytest.mark.parametrize("name", ["BB", "BL", "BL-336"])
+def test_stages_differ_from_the_model_in_the_data_alone(name):
+    for stage in (1, 2):
+        path = ROOT / f"configs/RegionSpot-{name}-stage{stage}.yaml"
+        cfg, found = load_config(path), differences(path, ROOT / f"configs/RegionSpot-{name}.yaml")
+        allowed = ("DATASETS.", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD", "OUTPUT_DIR", "MODEL.WEIGHTS")
+        assert all(key.startswith(allowed) for key in found)
+        assert len(cfg.DATASETS.TOKEN_STORES_TRAIN) == len(cfg.DATASETS.TRAIN) == (1, 3)[stage - 1]
+        recipe = (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.STEPS)
+        assert recipe == (2.5e-5, 450000, 16, (350000, 420000))
+    first = load_config(ROOT / f"configs/RegionSpot-{name}-stage1.yaml").OUTPUT_DIR
+    assert first.removeprefix("./") + "/model_final.pth" == cfg.MODEL.WEIGHTS
+
+
+def test_a_config_runs_no_code(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {tmp_path}/executed']\n")
+    with pytest.raises(ValueError, match="bad.yaml"):
+        load_config(path)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", SAM_SIZES)

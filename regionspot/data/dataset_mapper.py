@@ -92,7 +92,8 @@ class RegionSpotDatasetMapper:
             ValueError: the image is missing, damaged, or of another size than the record says.
         """
         record = copy.copy(record)
-        boxes, classes = read_annotations(record)
+        boxes, classes = _read_annotations(record)
+        record.pop("annotations", None)
         with_image = self.token_store is None or not self.token_store.has_feature_maps
         inputs = T.AugInput(self._read(record) if with_image else _placeholder(record))
         transforms = self.augmentations(inputs)
@@ -101,13 +102,13 @@ class RegionSpotDatasetMapper:
             record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         if self.token_store is not None:
             flips = sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms)
-            kept = _instances(boxes, classes, (record["height"], record["width"]))
+            kept = _to_instances(boxes, classes, (record["height"], record["width"]))
             record.update(self.token_store.get(record["image_id"], kept.gt_boxes.tensor, bool(flips % 2)))
             boxes = kept.gt_boxes.tensor.numpy().astype(float)
             classes = kept.gt_classes.numpy()
             if with_image:  # which may have been decoded at a smaller size
                 boxes *= np.tile([size[1] / record["width"], size[0] / record["height"]], 2)
-        record["instances"] = _instances(transforms.apply_box(boxes), classes, size)
+        record["instances"] = _to_instances(transforms.apply_box(boxes), classes, size)
         if self.proposal_file is not None:
             proposals = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))
             proposals._image_size = tuple(size)
@@ -149,9 +150,14 @@ def _placeholder(record: dict[str, Any]) -> np.ndarray:
     return np.broadcast_to(np.uint8(0), (record["height"], record["width"], 3))
 
 
-def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Take the annotations out of a record; return boxes (n, 4) float64 XYXY and classes (n,), crowds left out."""
-    kept = [annotation for annotation in record.pop("annotations", []) if not annotation.get("iscrowd", 0)]
+def annotated_regions(record: dict[str, Any]) -> Instances:
+    """Return the regions of a record that are learned from: ``gt_boxes`` in the picture's frame, ``gt_classes``."""
+    return _to_instances(*_read_annotations(record), (record["height"], record["width"]))
+
+
+def _read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes (n, 4) float64 XYXY and classes (n,) of a record, crowds left out."""
+    kept = [annotation for annotation in record.get("annotations", []) if not annotation.get("iscrowd", 0)]
     classes = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
     boxes = np.array([annotation["bbox"] for annotation in kept], dtype=float).reshape(-1, 4)
     modes = np.array([annotation["bbox_mode"] for annotation in kept])
@@ -160,7 +166,7 @@ def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return boxes, classes
 
 
-def _instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int]) -> Instances:
+def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int]) -> Instances:
     """Return boxes, cut to an image of (height, width), with their classes; those without area are left out."""
     instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes))
     instances.gt_boxes.clip(size)

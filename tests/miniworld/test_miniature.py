@@ -64,7 +64,8 @@ def demo(tmp_path_factory):
     """The folder of a short demo, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     sizes = ["--train", 200, "--test", 30]
-    return folder, run("miniworld_demo.py", "--output", folder, *sizes, "SOLVER.MAX_ITER", 250)
+    quick = ROOT / "configs" / "quick_schedules" / "RegionSpot-mini-quick.yaml"
+    return folder, run("miniworld_demo.py", "--output", folder, "--config-file", quick, *sizes)
 
 
 def test_demo_learns_and_writes_its_summary(demo):

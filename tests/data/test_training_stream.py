@@ -1,0 +1,168 @@
+"""Which images come when, what is drawn for them, and several data sets in one batch."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from PIL import Image
+
+from regionspot.data import RegionSpotDatasetMapper, build_train_loader, register_json_dataset
+from regionspot.data.build import training_stream
+from regionspot.data.samplers import TrainingStream, balance, build_training_stream
+from regionspot.utils.images import decode_image
+
+from ..helpers import draw_scene, tiny_config, tiny_model, write_dataset
+
+NAMES = ("test_small", "test_large")
+
+
+@pytest.fixture
+def datasets(tmp_path):
+    """Two data sets, of 3 and of 9 images, with names of their own."""
+    for name, number, ids, names in (
+        (NAMES[0], 3, (3, 1, 10, 7), ["a", "b", "c", "d"]),
+        (NAMES[1], 9, (0, 1, 2, 3), ["e", "f", "g", "h"]),
+    ):
+        path = write_dataset(tmp_path / name, number, ids, names)
+        register_json_dataset(name, path, tmp_path / name / "images", "lvis")
+    yield NAMES
+    for name in NAMES:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def take(stream, number):
+    return list(itertools.islice(stream, number))
+
+
+@pytest.mark.parametrize("factors", [None, torch.tensor([1.0, 2.5, 1.0, 0.5, 1.0])])
+def test_stream_is_a_function_of_the_seed_and_goes_on_anywhere(factors):
+    whole = take(TrainingStream(5, 3, factors), 60)
+    assert [position for position, _ in whole] == list(range(60))
+    assert take(TrainingStream(5, 3, factors), 60) == whole != take(TrainingStream(5, 4, factors), 60)
+    for start in (1, 7, 31):
+        stream = TrainingStream(5, 3, factors)
+        stream.start = start
+        assert take(stream, 60 - start) == whole[start:]
+
+
+def test_processes_together_see_what_one_sees(monkeypatch):
+    whole = take(TrainingStream(5, 3), 40)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        halves.append(take(TrainingStream(5, 3), 20))
+    assert sorted(halves[0] + halves[1]) == whole
+
+
+@pytest.mark.parametrize(("ratio", "share"), [((), 3 / 12), ((1.0, 1.0), 1 / 2), ((3.0, 1.0), 3 / 4)])
+def test_shares_of_data_sets(datasets, ratio, share):
+    records = [DatasetCatalog.get(name) for name in datasets]
+    stream = build_training_stream(tiny_config("DATASETS.TRAIN_RATIO", ratio), records, 0)
+    found = np.mean([index < 3 for _, index in take(stream, 6000)])
+    assert found == pytest.approx(share, abs=0.03)
+
+
+def test_images_with_rare_classes_come_more_often():
+    records = [{"annotations": [{"category_id": 1 if index == 0 else 0}]} for index in range(10)]
+    cfg = tiny_config("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9)
+    counts = collections.Counter(index for _, index in take(build_training_stream(cfg, [records], 0), 6000))
+    assert counts[0] / counts[5] == pytest.approx(3, abs=0.4)  # sqrt(0.9 / 0.1)
+
+
+def test_repeat_factors_are_scaled_to_the_ratio_and_nothing_is_left_out():
+    factors = balance([np.array([1.0, 2.0]), np.ones(6)], (1.0, 1.0))
+    np.testing.assert_allclose(factors, [2, 4, 1, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["DATASETS.TRAIN_RATIO", (1.0,)], "share for each of 2 data sets"),
+        (["DATASETS.TRAIN_RATIO", (1.0, 0.0)], "positive share"),
+        (["DATALOADER.SAMPLER_TRAIN", "Random"], "TrainingSampler or RepeatFactorTrainingSampler, got 'Random'"),
+        (["DATASETS.TOKEN_STORES_TRAIN", ("one",)], "one store for each of 2 data sets"),
+        (["DATALOADER.ASPECT_RATIO_GROUPING", True], "set it to False"),
+        (["INPUT.REDUCED_JPEG", 32], "needs stored tokens"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_at_start(datasets, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(tiny_config("DATASETS.TRAIN", datasets, *overrides))
+
+
+def test_what_is_random_about_a_sample_follows_from_its_position(datasets):
+    overrides = ["DATASETS.TRAIN", datasets, "SOLVER.IMS_PER_BATCH", 4, "INPUT.RANDOM_FLIP", "horizontal"]
+    batches = take(build_train_loader(tiny_config(*overrides), seed=5), 12)
+    for workers, start in ((0, 20), (2, 0), (2, 20)):
+        loader = build_train_loader(tiny_config(*overrides, "DATALOADER.NUM_WORKERS", workers), seed=5)
+        training_stream(loader).start = start
+        for batch, expected in zip(take(loader, 7), batches[start // 4 :]):
+            for inputs, other in zip(batch, expected):
+                assert inputs["vocabulary"] == other["vocabulary"] and torch.equal(inputs["image"], other["image"])
+    flips = {
+        torch.equal(inputs["image"][..., 0], torch.from_numpy(draw_scene(inputs["image_id"] - 1)[0][:, 0]).T)
+        for batch in batches
+        for inputs in batch
+    }
+    assert flips == {True, False}
+
+
+def test_each_image_is_scored_against_its_own_vocabulary(datasets):
+    batch = next(iter(build_train_loader(tiny_config("DATASETS.TRAIN", datasets, "SOLVER.IMS_PER_BATCH", 12))))
+    assert {inputs["vocabulary"] for inputs in batch} == set(datasets)
+    model = tiny_model(names=None)
+    model.set_vocabulary(["a", "b", "c", "d"], NAMES[0])
+    model.set_vocabulary(["e", "f", "g", "h", "one more"], NAMES[1])
+    model.recognizer.knowledge_integration.eval()
+    model.training = True
+    mixed = model(batch)["loss_cls"]
+    alone = []
+    for inputs in batch:
+        model.recognizer.classifier.active = inputs.pop("vocabulary")
+        alone.append(model([inputs])["loss_cls"])
+    torch.testing.assert_close(mixed, torch.stack(alone).mean())
+    batch[0]["vocabulary"] = "unknown"
+    with pytest.raises(KeyError, match="'unknown' is not set: expected one of test_small, test_large"):
+        model(batch)
+
+
+@pytest.mark.parametrize(("least", "side"), [(0, 96), (12, 12), (13, 24), (90, 96)])
+def test_jpeg_is_decoded_at_reduced_size(tmp_path, least, side):
+    picture = Image.fromarray(np.kron(draw_scene(0)[0], np.ones((2, 2, 1), np.uint8)))  # 96 high, 128 wide
+    picture.save(tmp_path / "a.jpg")
+    picture.save(tmp_path / "a.png")
+    image, size = decode_image(tmp_path / "a.jpg", "RGB", least)
+    assert image.shape == (side, side * 4 // 3, 3) and size == (96, 128)
+    assert decode_image(tmp_path / "a.png", "RGB", least)[0].shape == (96, 128, 3)
+
+
+def test_picture_that_lies_on_its_side_keeps_its_upright_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(draw_scene(0, (64, 96))[0]).save(tmp_path / "a.jpg", exif=exif)
+    for least, shape in ((0, (96, 64, 3)), (32, (48, 32, 3))):
+        image, size = decode_image(tmp_path / "a.jpg", "RGB", least)
+        assert image.shape == shape and size == (96, 64)
+
+
+def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeypatch):
+    from regionspot.data.token_store import StoreWriter, TokenStore, pack_images
+
+    Image.fromarray(draw_scene(0)[0]).save(tmp_path / "a.jpg")
+    box, origin = [8.0, 4.0, 40.0, 36.0], {"stages": ["transformer"], "clip": None, "flip": False, "sam": {}}
+    entry = {"image_id": 1, "boxes": torch.tensor([box]), "labels": torch.zeros(1)}
+    writer = StoreWriter(tmp_path / "store", {**origin, "annotations": {}}, 1)
+    writer.write(0, pack_images([{**entry, "tokens.transformer": torch.ones(1, 32)}]), 1)
+    writer.finish()
+    record = {"file_name": str(tmp_path / "a.jpg"), "image_id": 1, "height": 48, "width": 64}
+    record["annotations"] = [{"bbox": box, "bbox_mode": 0, "category_id": 0}]
+    cfg = tiny_config("INPUT.REDUCED_JPEG", 24)
+    mapped = RegionSpotDatasetMapper(cfg, True, token_store=TokenStore(tmp_path / "store"))(record)
+    assert mapped["image"].shape == (3, 24, 32) and mapped["instances"].image_size == (24, 32)
+    assert mapped["instances"].gt_boxes.tensor.tolist() == [[4, 2, 20, 18]] and mapped["tokens"].sum() == 32

@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Import tokens that the authors published, one <image_id>.pth an image, into a token store.
+
+Example:
+    tools/convert_tokens.py --config-file configs/RegionSpot-BB.yaml --tokens their_tokens/objects365 \
+        --dataset objects365_v1_train --output datasets/tokens/objects365_v1_train
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+
+from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.config import load_config
+from regionspot.data.build import check_registered
+from regionspot.engine.convert import convert_tokens
+from regionspot.engine.extract import Extraction, describe_store
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the model whose SAM they are of")
+    parser.add_argument("--tokens", required=True, type=Path, metavar="DIR", help="where the .pth files lie")
+    parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered name, or my.json:images")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the store")
+    parser.add_argument("--shard-images", type=int, default=512, help="images of the data set a shard")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    if not args.tokens.is_dir():
+        raise FileNotFoundError(f"--tokens {args.tokens}: no such folder")
+    cfg = load_config(args.config_file, args.opts)
+    check_registered([args.dataset], "--dataset")
+    torch.manual_seed(max(cfg.SEED, 0))
+    model = build_model(cfg)
+    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    recognizer, stage = model.recognizer, cfg.MODEL.REGIONSPOT.TOKEN_STAGE
+    extraction = Extraction(stages=(stage,), shard_images=args.shard_images)
+    origin = describe_store(recognizer, checkpointer.frozen_sources, args.dataset, extraction)
+    origin["imported from"] = str(args.tokens)
+    counts = convert_tokens(args.tokens, args.dataset, stage, recognizer.localizer.token_dim, args.output, origin)
+    print(f"{args.output}: images " + ", ".join(f"{what} {number}" for what, number in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
