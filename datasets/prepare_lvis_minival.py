@@ -37,14 +37,14 @@ def convert(source: Path, target: Path, image_root: Path) -> JsonDataset:
     kept: dict[str, list[msgspec.Raw]] = {"images": [], "annotations": []}
     ids = set()
     for start, images in file.decode("images", _Image):
-        for raw, image in zip(file.parts["images"][start:], images):
+        for raw, image in zip(file.parts["images"][start : start + len(images)], images):
             if image.coco_url.split("/")[-2:-1] == ["val2017"]:
                 ids.add(image.id)
                 kept["images"].append(raw)
     if not ids:
         raise ValueError(f"{source}: none of its {len(file.parts['images'])} images has a coco_url in val2017")
     for start, annotations in file.decode("annotations", _Annotation):
-        pairs = zip(file.parts["annotations"][start:], annotations)
+        pairs = zip(file.parts["annotations"][start : start + len(annotations)], annotations)
         kept["annotations"].extend(raw for raw, annotation in pairs if annotation.image_id in ids)
     with atomic_path(target) as temporary:
         temporary.write_bytes(msgspec.json.encode({**others, **kept}))
