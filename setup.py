@@ -29,6 +29,7 @@ setup(
         "lvis>=0.5.3",
         "fvcore>=0.1.5",
         "safetensors>=0.4",
+        "msgspec>=0.18",
         "filelock>=3.12",
         "tqdm>=4.65",
     ],
@@ -48,6 +49,7 @@ setup(
             "matplotlib",
         ],
         "demo": ["scikit-image>=0.21"],
-        "dev": ["pytest>=8", "ruff", "mypy", "scikit-image>=0.21"],
+        "prepare": ["pandas>=2.0"],  # datasets/prepare_openimages.py: CSV
+        "dev": ["pytest>=8", "ruff", "mypy", "scikit-image>=0.21", "pandas>=2.0"],
     },
 )

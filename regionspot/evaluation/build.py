@@ -1,7 +1,7 @@
 """The evaluator that belongs to a data set."""
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 
 from regionspot.evaluation.lvis import LVISEvaluator
@@ -13,7 +13,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str) -> Dataset
     Raises:
         ValueError: another type.
     """
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("evaluator_type") is None and dataset_name in DatasetCatalog:
+        DatasetCatalog.get(dataset_name)  # the annotations may say
+    evaluator_type = metadata.get("evaluator_type")
     if evaluator_type == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
     if evaluator_type == "coco":

@@ -5,15 +5,79 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from regionspot.data.datasets.json_dataset import register_json_dataset
+from regionspot.data.datasets.registration import register_json_dataset
+
+SPLITS = ("train", "val", "test")
+
+# name: (annotations, images, evaluator, parts of file_name that count), below the root; {} is each of the splits.
+_TRAIN_AND_VAL: dict[str, tuple[str, str, str, int | None]] = {
+    "objects365_v1_{}": ("objects365/objects365_{}.json", "objects365/{}", "coco", None),
+    # Its file names are "images/v1/patch8/<name>"; on the disk patch8 lies in the split's folder.
+    "objects365_v2_{}": ("objects365_v2/zhiyuan_objv2_{}.json", "objects365_v2/{}", "coco", 2),
+    "v3det_{}": ("v3det/v3det_2023_v1_{}.json", "v3det", "coco", None),
+}
+_SINGLE: dict[str, tuple[str, str, str, int | None]] = {
+    "openimages_v6_train": ("openimages/openimages_v6_train.json", "openimages/train", "coco", None),
+    "openimages_v6_val": ("openimages/openimages_v6_val.json", "openimages/validation", "coco", None),
+    "lvis_v1_minival": ("lvis/lvis_v1_minival.json", "coco", "lvis", None),
+    "miniworld_train": ("miniworld/train.json", "miniworld", "lvis", None),
+    "miniworld_val": ("miniworld/val.json", "miniworld", "lvis", None),
+    "miniworld_test": ("miniworld/test.json", "miniworld", "lvis", None),
+}
+
+# The folder of each ODinW set; {} is "train", "valid" or "test", unless _ODINW_FOLDERS has another name.
+_ODINW = {
+    "AerialMaritimeDrone": "AerialMaritimeDrone/large/{}",
+    "Aquarium": "Aquarium/Aquarium Combined.v2-raw-1024.coco/{}",
+    "CottontailRabbits": "CottontailRabbits/{}",
+    "EgoHands": "EgoHands/generic/{}",
+    "NorthAmericaMushrooms": "NorthAmericaMushrooms/North American Mushrooms.v1-416x416.coco/{}",
+    "Packages": "Packages/Raw/{}",
+    "PascalVOC": "PascalVOC/{}",
+    "Raccoon": "Raccoon/Raccoon.v2-raw.coco/{}",
+    "ShellfishOpenImages": "ShellfishOpenImages/raw/{}",
+    "VehiclesOpenImages": "VehiclesOpenImages/416x416/{}",
+    "pistols": "pistols/export",
+    "pothole": "pothole/{}",
+    "thermalDogsAndPeople": "thermalDogsAndPeople/{}",
+}
+_ODINW_FOLDERS = {
+    ("EgoHands", "val"): "mini_val",
+    ("VehiclesOpenImages", "val"): "mini_val",
+    ("PascalVOC", "test"): "valid",  # it has no test split
+}
+
+
+def odinw_paths(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Return (annotations, folder of the images) of all ODinW splits below ``root``, by registered name."""
+    paths = {}
+    for name, pattern in _ODINW.items():
+        for split in SPLITS:
+            usual = "valid" if split == "val" else split
+            folder = root / "odinw" / pattern.format(_ODINW_FOLDERS.get((name, split), usual))
+            # pistols has one folder for all splits, which are told apart by the file.
+            prefix = "" if "{}" in pattern else f"{split}_"
+            paths[f"odinw_{name}_{split}"] = (folder / f"{prefix}annotations_without_background.json", folder)
+    return paths
 
 
 def register_all(root: Path) -> None:
     """Register every data set under ``root``, but for names that are taken already."""
-    for split in ("train", "val", "test"):
-        name = f"miniworld_{split}"
+    table = dict(_SINGLE)
+    for split in ("train", "val"):
+        for name, (json_file, images, evaluator_type, keep_parts) in _TRAIN_AND_VAL.items():
+            table[name.format(split)] = (json_file.format(split), images.format(split), evaluator_type, keep_parts)
+    for name, (json_file, images, evaluator_type, keep_parts) in table.items():
         if name not in DatasetCatalog:
-            register_json_dataset(name, root / "miniworld" / f"{split}.json", root / "miniworld")
+            register_json_dataset(name, root / json_file, root / images, evaluator_type, keep_parts=keep_parts)
+    for name, (path, folder) in odinw_paths(root).items():
+        if name not in DatasetCatalog:
+            register_json_dataset(name, path, folder, "coco")
 
 
-register_all(Path(os.environ.get("DETECTRON2_DATASETS", "datasets")))
+def datasets_root() -> Path:
+    """Return ``$DETECTRON2_DATASETS``, or "datasets"."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+register_all(datasets_root())

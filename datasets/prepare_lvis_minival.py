@@ -1,0 +1,73 @@
+#!/usr/bin/env python
+"""Make lvis/lvis_v1_minival.json of lvis/lvis_v1_val.json: the images that lie in COCO's val2017, entry by entry."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from regionspot.data.datasets import JsonDataset, read_json_dataset
+from regionspot.data.datasets.json_file import JsonFile, map_file
+from regionspot.utils.files import atomic_path
+
+EXPECTED = 4809  # images
+
+
+class _Image(msgspec.Struct, gc=False):
+    id: int
+    coco_url: str
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    image_id: int
+
+
+def convert(source: Path, target: Path, image_root: Path) -> JsonDataset:
+    """Write those images of ``source`` whose address lies in val2017, with their annotations, all else as it is.
+
+    Raises:
+        FileNotFoundError: no ``source``.
+        ValueError: it is no LVIS JSON, or none of its images lies in val2017.
+    """
+    file = JsonFile(source)
+    others = msgspec.json.decode(map_file(source), type=dict[str, msgspec.Raw])
+    kept: dict[str, list[msgspec.Raw]] = {"images": [], "annotations": []}
+    ids = set()
+    for start, images in file.decode("images", _Image):
+        for raw, image in zip(file.parts["images"][start : start + len(images)], images):
+            if image.coco_url.split("/")[-2:-1] == ["val2017"]:
+                ids.add(image.id)
+                kept["images"].append(raw)
+    if not ids:
+        raise ValueError(f"{source}: none of its {len(file.parts['images'])} images has a coco_url in val2017")
+    for start, annotations in file.decode("annotations", _Annotation):
+        pairs = zip(file.parts["annotations"][start : start + len(annotations)], annotations)
+        kept["annotations"].extend(raw for raw, annotation in pairs if annotation.image_id in ids)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(msgspec.json.encode({**others, **kept}))
+        dataset = read_json_dataset(temporary, image_root)
+        if (len(dataset), len(dataset.boxes)) != (len(kept["images"]), len(kept["annotations"])):
+            raise ValueError(f"{target}: read again it has {len(dataset)} images and {len(dataset.boxes)} boxes")
+    return dataset
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    parser.add_argument("--root", type=Path, default=root, help="default $DETECTRON2_DATASETS, or datasets")
+    args = parser.parse_args(arguments)
+    target = args.root / "lvis" / "lvis_v1_minival.json"
+    dataset = convert(args.root / "lvis" / "lvis_v1_val.json", target, args.root / "coco")
+    if len(dataset) != EXPECTED:
+        print(f"warning: expected {EXPECTED:,} images of LVIS v1, got {len(dataset):,}; is lvis_v1_val.json complete?")
+    print(f"{target}: {len(dataset):,} images, {len(dataset.boxes):,} boxes, {len(dataset.class_names):,} classes")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

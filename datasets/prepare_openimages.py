@@ -1,0 +1,317 @@
+#!/usr/bin/env python
+"""Make COCO JSON of OpenImages v6's boxes: openimages/openimages_v6_{train,val}.json from the official CSVs.
+
+Expected below --root: openimages/class-descriptions-boxable.csv, oidv6-train-annotations-bbox.csv and
+validation-annotations-bbox.csv beside it, and the images in openimages/{train,validation}. The CSVs have no image
+sizes: they are read from the images' headers into openimages/image_sizes_*.npz, where an interrupted run goes on.
+"""
+
+# regionspot is imported where it is needed: the processes that read headers import this file, and need no torch.
+import argparse
+import csv
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+import pandas as pd  # of the fast CSV readers the lightest (11 MB), and at home with the NumPy that is pinned
+from PIL import Image
+from tqdm import tqdm
+
+# split: (annotations, folder of the images)
+SPLITS = {
+    "train": ("oidv6-train-annotations-bbox.csv", "train"),
+    "val": ("validation-annotations-bbox.csv", "validation"),
+}
+SIDES = ["XMin", "XMax", "YMin", "YMax"]
+PIECE = 1 << 16  # entries that are encoded at one time
+MISSING, DAMAGED = (0, 0), (-1, -1)
+ORIENTATION = 0x0112  # EXIF
+
+
+class _Image(msgspec.Struct, gc=False):
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: float
+    iscrowd: int
+
+
+def read_classes(path: Path) -> dict[str, str]:
+    """Return LabelName -> name in the file's order, which is that of the category ids 1, 2, ..."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file) if row and row[0] != "LabelName"]
+    wrong = next((row for row in rows if len(row) != 2), None)
+    classes = {row[0]: row[1] for row in rows if len(row) == 2}
+    if wrong or not rows or len(classes) < len(rows):
+        raise ValueError(f"{path}: expected lines 'LabelName,name', each LabelName once; got {wrong or len(rows)} rows")
+    return classes
+
+
+def read_boxes(path: Path, classes: dict[str, str]) -> pd.DataFrame:
+    """Return the boxes with ``ImageID`` and ``LabelName`` as categories, and sides as fractions of the image."""
+    types: dict[str, Any] = {"ImageID": "category", "LabelName": "category", "IsGroupOf": "int8"}
+    try:
+        boxes = pd.read_csv(
+            path, usecols=[*types, *SIDES], dtype={**types, **dict.fromkeys(SIDES, "float64")}, keep_default_na=False
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: expected OpenImages' columns {', '.join([*types, *SIDES])}; {error}") from error
+    unknown = sorted(set(boxes["LabelName"].cat.categories) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{path}: {len(unknown)} label names are not in class-descriptions-boxable.csv ({', '.join(unknown[:5])}); "
+            "take both files from the same release"
+        )
+    sides = boxes[SIDES].to_numpy()
+    wrong = ~((sides >= -0.1) & (sides <= 1.1)).all(axis=1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"{path}: line {row + 2}: expected sides as fractions of the image, got {sides[row].tolist()}")
+    return boxes
+
+
+def read_header(path: str) -> tuple[int, int]:
+    """Return (width, height) of a picture as it is shown, i.e. turned by its EXIF tag, or MISSING, or DAMAGED."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
+    except FileNotFoundError:
+        return MISSING
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return DAMAGED
+
+
+def read_sizes(folder: Path, names: np.ndarray, cache: Path, workers: int = 1, every: float = 30.0) -> np.ndarray:
+    """Return the images' sizes; those that ``cache`` has are not read again.
+
+    Args:
+        folder: of the images.
+        names: (I,) image ids, sorted.
+        cache: written every so often, and in the end, however it comes.
+        workers: processes.
+        every: seconds between writings.
+
+    Returns:
+        (I, 2) int32 width and height; not positive where the image is missing or damaged.
+    """
+    sizes = np.zeros((len(names), 2), np.int32)
+    if cache.is_file():
+        with np.load(cache) as stored:
+            _, here, there = np.intersect1d(names.astype("S"), stored["names"], return_indices=True)
+            sizes[here] = stored["sizes"][there]
+    todo = np.flatnonzero(sizes[:, 0] == 0)
+    if not len(todo):
+        return sizes
+    last = time.monotonic()
+    try:
+        headers = _headers([str(folder / f"{names[index]}.jpg") for index in todo], workers)
+        for index, size in zip(todo, tqdm(headers, total=len(todo), desc=f"image sizes of {folder.name}")):
+            sizes[index] = size
+            if time.monotonic() - last > every:
+                write_sizes(cache, names, sizes)
+                last = time.monotonic()
+    finally:
+        write_sizes(cache, names, sizes)
+    return sizes
+
+
+def _headers(paths: list[str], workers: int) -> Iterator[tuple[int, int]]:
+    if workers <= 1:
+        yield from map(read_header, paths)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(read_header, paths, chunksize=64)
+
+
+def write_sizes(cache: Path, names: np.ndarray, sizes: np.ndarray) -> None:
+    """Write the sizes that are known to a file that appears whole or not at all."""
+    from regionspot.utils.files import atomic_path
+
+    known = sizes[:, 0] > 0
+    with atomic_path(cache) as temporary, temporary.open("wb") as file:
+        np.savez(file, names=names[known].astype("S"), sizes=sizes[known])
+
+
+def convert(folder: Path, split: str, workers: int = 1, skip_missing: bool = False) -> Path:
+    """Convert a split below ``folder``; return the file, which was read again and has as many images and boxes.
+
+    Image ids are 1, 2, ... in the order of all ImageIDs of the CSV, whether or not some are skipped.
+
+    Raises:
+        FileNotFoundError: no such CSV, or images are missing or damaged.
+        ValueError: a CSV of another form.
+    """
+    annotations, images = SPLITS[split]
+    for path in (folder / annotations, folder / "class-descriptions-boxable.csv"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; it is one of OpenImages' downloads")
+    classes = read_classes(folder / "class-descriptions-boxable.csv")
+    boxes = read_boxes(folder / annotations, classes)
+    order = np.argsort(boxes["ImageID"].cat.categories.to_numpy(str))
+    names = boxes["ImageID"].cat.categories.to_numpy(str)[order]
+    rows = np.argsort(order)[boxes["ImageID"].cat.codes.to_numpy()]  # (M,) into names
+    sizes = read_sizes(folder / images, names, folder / f"image_sizes_{images}.npz", workers)
+    lost = np.flatnonzero(sizes[:, 0] <= 0)
+    if len(lost):
+        what = f"{len(lost)} of {len(names)} images are missing or damaged below {folder / images}: " + ", ".join(
+            f"{names[index]}.jpg" + (" (damaged)" if sizes[index, 0] < 0 else "") for index in lost[:5]
+        )
+        if not skip_missing:
+            raise FileNotFoundError(f"{what}; download them, or leave them out with --skip-missing")
+        print(f"{what}; left out")
+        boxes = boxes[sizes[rows, 0] > 0]
+        rows = rows[sizes[rows, 0] > 0]
+    path = folder / f"openimages_v6_{split}.json"
+    _write(path, folder / images, classes, names, sizes, boxes, rows)
+    return path
+
+
+def _write(
+    path: Path,
+    images: Path,
+    classes: dict[str, str],
+    names: np.ndarray,
+    sizes: np.ndarray,
+    boxes: pd.DataFrame,
+    rows: np.ndarray,
+) -> None:
+    from regionspot.data.datasets import read_json_dataset
+    from regionspot.utils.files import atomic_path
+
+    label_ids = {label: index for index, label in enumerate(classes, 1)}
+    category_ids = np.array([label_ids[label] for label in boxes["LabelName"].cat.categories])
+    kept = np.flatnonzero(sizes[:, 0] > 0)
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            info = {"description": "OpenImages v6, boxes", "categories": "in the order of class-descriptions-boxable"}
+            categories = [{"id": index, "name": name} for index, name in enumerate(classes.values(), 1)]
+            file.write(b'{"info":%b,"licenses":[],' % msgspec.json.encode(info))
+            file.write(b'"categories":%b,"images":[' % msgspec.json.encode(categories))
+            _write_pieces(file, "images", len(kept), lambda part: _images(names, sizes, kept[part]))
+            file.write(b'],"annotations":[')
+            _write_pieces(file, "boxes", len(rows), lambda part: _annotations(part, boxes, rows, sizes, category_ids))
+            file.write(b"]}")
+        found = read_json_dataset(temporary, images)
+        result, expected = (len(found), len(found.boxes), len(found.class_names)), (len(kept), len(rows), len(classes))
+        if result != expected:
+            raise ValueError(f"{path}: read again it has {result} images, boxes and classes; expected {expected}")
+    print(
+        f"{path}: {len(found):,} images, {len(found.boxes):,} boxes ({found.num_crowd:,} of groups, "
+        f"{found.num_degenerate:,} without area), {len(found.class_names)} classes"
+    )
+
+
+def _parts(number: int, what: str) -> Iterator[slice]:
+    """Yield slices of ``PIECE`` entries under a progress bar."""
+    with tqdm(total=number, desc=what, unit="", unit_scale=True) as bar:
+        for start in range(0, number, PIECE):
+            part = slice(start, min(start + PIECE, number))
+            yield part
+            bar.update(part.stop - part.start)
+
+
+def _write_pieces(file: BinaryIO, what: str, number: int, make: Callable[[slice], list[Any]]) -> None:
+    encoder = msgspec.json.Encoder()
+    for part in _parts(number, f"writing {what}"):
+        file.write(b"," * (part.start > 0) + encoder.encode(make(part))[1:-1])
+
+
+def _images(names: np.ndarray, sizes: np.ndarray, indices: np.ndarray) -> list[_Image]:
+    columns = zip((indices + 1).tolist(), names[indices].tolist(), sizes[indices].tolist())
+    return [_Image(image_id, f"{name}.jpg", width, height) for image_id, name, (width, height) in columns]
+
+
+def _annotations(
+    part: slice, boxes: pd.DataFrame, rows: np.ndarray, sizes: np.ndarray, category_ids: np.ndarray
+) -> list[_Annotation]:
+    piece, piece_rows = boxes.iloc[part], rows[part]
+    sides = piece[SIDES].to_numpy().clip(0, 1) * sizes[piece_rows][:, [0, 0, 1, 1]]  # x0, x1, y0, y1 in pixels
+    xywh = np.stack([sides[:, 0], sides[:, 2], sides[:, 1] - sides[:, 0], sides[:, 3] - sides[:, 2]], axis=1).round(3)
+    columns = zip(
+        range(part.start + 1, part.stop + 1),
+        (piece_rows + 1).tolist(),
+        category_ids[piece["LabelName"].cat.codes.to_numpy()].tolist(),
+        xywh.tolist(),
+        (xywh[:, 2] * xywh[:, 3]).round(3).tolist(),
+        (piece["IsGroupOf"].to_numpy() == 1).astype(int).tolist(),  # -1 is "not known"
+    )
+    return [_Annotation(*values) for values in columns]
+
+
+def benchmark(number: int) -> None:
+    """Print time and memory of converting ``number`` generated boxes, without the reading of headers."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, "openimages")
+        folder.mkdir()
+        generate(folder, number)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, __file__, "--root", root, "--splits", "train"], check=True)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        print(f"{number:,} boxes: {seconds:.0f} s, peak {peak:.1f} GiB")
+
+
+def generate(folder: Path, number: int) -> None:
+    """Write a training CSV of OpenImages' shape (8.4 boxes an image, 601 classes) and the sizes of its images."""
+    generator = np.random.default_rng(0)
+    images = max(1, round(number / 8.4))
+    names = np.array([f"{index:016x}" for index in range(images)])
+    write_sizes(folder / "image_sizes_train.npz", names, generator.integers(300, 1025, (images, 2), dtype=np.int32))
+    lines = "".join(f"/m/{index:05x},Class {index}\n" for index in range(601))
+    (folder / "class-descriptions-boxable.csv").write_text(lines)
+    rows = np.concatenate([np.arange(images), generator.integers(0, images, number - images)])  # none without a box
+    rows.sort()
+    with (folder / SPLITS["train"][0]).open("w") as file:
+        file.write("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,")
+        file.write("IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n")
+        for part in _parts(number, "generating boxes"):
+            piece = rows[part]
+            low = generator.random((len(piece), 2)) * 0.8
+            high = low + generator.random((len(piece), 2)) * 0.2
+            labels, groups = generator.integers(0, 601, len(piece)), generator.random(len(piece)) < 0.05
+            columns = zip(piece.tolist(), labels.tolist(), low.tolist(), high.tolist(), groups.tolist())
+            file.writelines(
+                f"{row:016x},xclick,/m/{label:05x},1,{x0:.6f},{x1:.6f},{y0:.6f},{y1:.6f},0,0,{int(group)},0,0\n"
+                for row, label, (x0, y0), (x1, y1), group in columns
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    parser.add_argument("--root", type=Path, default=root, help="default $DETECTRON2_DATASETS, or datasets")
+    parser.add_argument("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS), help="default: both")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read image headers")
+    parser.add_argument("--skip-missing", action="store_true", help="leave out images that are missing or damaged")
+    parser.add_argument("--benchmark", type=int, metavar="N", help="only measure the conversion of N generated boxes")
+    args = parser.parse_args(arguments)
+    if args.benchmark:
+        benchmark(args.benchmark)
+        return
+    for split in args.splits:
+        convert(args.root / "openimages", split, args.workers, args.skip_missing)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,127 @@
+"""Reading COCO and LVIS JSON of any size: typed, piece by piece, with errors that say where."""
+
+import mmap
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+
+PIECE = 1 << 16  # entries that are Python objects at one time
+
+Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Entry = TypeVar("Entry")
+
+
+class CategoryEntry(msgspec.Struct, gc=False):
+    """What is read of an entry of ``categories``."""
+
+    id: Id
+    name: str
+    frequency: str | None = None
+
+
+class ImageEntry(msgspec.Struct, gc=False):
+    """What is read of an entry of ``images``; height and width in pixels."""
+
+    id: Id
+    height: Size
+    width: Size
+    file_name: str | None = None
+    coco_url: str | None = None
+    neg_category_ids: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class AnnotationEntry(msgspec.Struct, gc=False):
+    """What is read of an entry of ``annotations``; ``bbox`` is XYWH in the image's pixels."""
+
+    image_id: Id
+    category_id: Id
+    bbox: tuple[float, float, float, float] | None = None
+    iscrowd: int | bool = 0
+    id: int | str | None = None
+
+
+class _Parts(msgspec.Struct):
+    images: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    annotations: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    categories: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+
+
+class JsonFile:
+    """An annotation file: the bytes of each entry stay where they are on the disk until a piece is decoded."""
+
+    def __init__(self, path: str | Path) -> None:
+        """
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON, or ``images``, ``annotations`` or ``categories`` is missing or no list.
+        """
+        self.path = Path(path)
+        buffer = map_file(self.path)
+        try:
+            parts = msgspec.json.decode(buffer, type=_Parts)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"annotations {path}: expected COCO or LVIS JSON; {_say(error)}") from error
+        except msgspec.DecodeError as error:
+            raise ValueError(f"annotations {path}: not valid JSON ({error}{_excerpt(buffer, error)})") from error
+        missing = [name for name in parts.__struct_fields__ if getattr(parts, name) is msgspec.UNSET]
+        if missing:
+            raise ValueError(f"annotations {path}: expected COCO or LVIS JSON, but {', '.join(missing)} is missing")
+        self.parts: dict[str, list[msgspec.Raw]] = {name: getattr(parts, name) for name in parts.__struct_fields__}
+
+    def decode(self, part: str, entry_type: type[Entry]) -> Iterator[tuple[int, list[Entry]]]:
+        """Yield (index of the first, entries) for each piece of a part of the file.
+
+        Args:
+            part: "images", "annotations" or "categories".
+            entry_type: what each entry is decoded as; keys that it does not know are ignored.
+
+        Raises:
+            ValueError: an entry lacks a key or has a value of a wrong type.
+        """
+        entries = self.parts[part]
+        decoder = msgspec.json.Decoder(list[entry_type])  # type: ignore[valid-type]
+        for start in range(0, len(entries), PIECE):
+            try:
+                yield start, decoder.decode(b"[%b]" % b",".join(entries[start : start + PIECE]))
+            except msgspec.ValidationError as error:
+                raise ValueError(f"annotations {self.path}: {_say(error, part, start)}") from error
+
+
+def map_file(path: str | Path) -> memoryview:
+    """Return a file's bytes, without a byte order mark, mapped from the disk.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an empty file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"annotations {path}: no such file")
+    with Path(path).open("rb") as file:
+        try:
+            buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except ValueError as error:
+            raise ValueError(f"annotations {path}: not valid JSON (the file is empty)") from error
+    return buffer[3:] if buffer[:3] == b"\xef\xbb\xbf" else buffer
+
+
+def _say(error: msgspec.ValidationError, part: str = "", start: int = 0) -> str:
+    """Return msgspec's words with the place in the file, "annotations[70000].bbox: expected ...", first."""
+    message, _, place = str(error).partition(" - at ")
+    place = place.strip("`").removeprefix("$")
+    if found := re.match(r"\[(\d+)\](.*)", place) if part else None:
+        place = f"{part}[{start + int(found[1])}]{found[2]}"
+    place = place.removeprefix(".") or "the file"
+    return f"{place}: {message[0].lower()}{message[1:]}"
+
+
+def _excerpt(buffer: memoryview, error: msgspec.DecodeError) -> str:
+    found = re.search(r"byte (\d+)", str(error))
+    if not found:
+        return ""
+    position = int(found[1])
+    text = bytes(buffer[max(0, position - 20) : position + 20]).decode("utf-8", "replace")
+    return f", near {text!r}; NaN and Infinity are not JSON" if text else ""

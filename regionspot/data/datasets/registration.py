@@ -1,0 +1,70 @@
+"""Registering annotation files with Detectron2's catalogs."""
+
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from regionspot.data.datasets.json_dataset import load_json_dataset
+
+SPEC_FORM = "expected 'annotations.json:folder_of_images', such as 'my.json:my_images'"
+
+
+def register_json_dataset(
+    name: str,
+    json_file: str | Path,
+    image_root: str | Path,
+    evaluator_type: str | None = None,
+    *,
+    keep_parts: int | None = None,
+) -> None:
+    """Register annotations in COCO or LVIS format; the file is first read when the data set is first used.
+
+    Args:
+        name: what the data set is called in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json_file: the annotations.
+        image_root: folder that ``file_name`` (or the end of ``coco_url``) is relative to.
+        evaluator_type: "lvis" or "coco"; None for what the file has: LVIS where categories have ``frequency`` and
+            images ``neg_category_ids``, else COCO. It is in the metadata once the file was read.
+        keep_parts: how many parts of each ``file_name`` count, from its end: 2 makes "patch8/a.jpg" of
+            "images/v1/patch8/a.jpg". None keeps all.
+
+    Raises:
+        ValueError: another evaluator, or ``keep_parts`` below 1.
+    """
+    if evaluator_type not in ("lvis", "coco", None):
+        raise ValueError(f"data set {name!r}: expected evaluator_type 'lvis', 'coco' or None, got {evaluator_type!r}")
+    if keep_parts is not None and keep_parts < 1:
+        raise ValueError(f"data set {name!r}: expected keep_parts of at least 1, or None, got {keep_parts}")
+    DatasetCatalog.register(name, lambda: load_json_dataset(name, json_file, image_root, keep_parts=keep_parts))
+    metadata = MetadataCatalog.get(name).set(json_file=str(json_file), image_root=str(image_root))
+    if evaluator_type is not None:
+        metadata.set(evaluator_type=evaluator_type)
+
+
+def register_from_spec(name: str) -> bool:
+    """Register a data set that is given as "path/to/my.json:path/to/images", under exactly that name.
+
+    Args:
+        name: an entry of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
+
+    Returns:
+        Whether ``name`` is of that form; any other is left to the catalog.
+
+    Raises:
+        FileNotFoundError: the file or the folder is not there.
+        ValueError: a JSON file without a folder of images.
+    """
+    json_file, separator, image_root = name.rpartition(".json:")
+    if not separator:
+        if name.endswith(".json") and name not in DatasetCatalog:
+            raise ValueError(f"data set {name!r} names no images: {SPEC_FORM}")
+        return False
+    if name in DatasetCatalog:
+        return True
+    path, folder = Path(f"{json_file}.json").expanduser(), Path(image_root).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data set {name!r}: annotations {path}: no such file; {SPEC_FORM}")
+    if not image_root or not folder.is_dir():
+        raise FileNotFoundError(f"data set {name!r}: images {image_root!r}: no such folder; {SPEC_FORM}")
+    register_json_dataset(name, path.absolute(), folder.absolute())
+    return True
