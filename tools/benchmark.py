@@ -4,14 +4,19 @@
 Examples:
     tools/benchmark.py model --config-file configs/RegionSpot-BB.yaml
     tools/benchmark.py text --config-file configs/RegionSpot-BB.yaml --names 20
+    tools/benchmark.py data --config-file configs/RegionSpot-BB.yaml --workers 0 1 2
+    tools/benchmark.py memory --config-file configs/RegionSpot-BB.yaml SOLVER.IMS_PER_BATCH 4
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import clip
 import torch
+from benchmark_data import benchmark_data, benchmark_memory
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
@@ -110,28 +115,56 @@ def benchmark_text(recognizer: RegionRecognizer, number: int, repeats: int) -> l
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     model = commands.add_parser("model", help="every part on one image")
     model.add_argument("--boxes", type=int, default=100, help="boxes in the image")
     text = commands.add_parser("text", help="text embeddings of a vocabulary")
     text.add_argument("--names", type=int, default=20, help="class names")
-    for command in (model, text):
+    data = commands.add_parser("data", help="the loader alone, on drawn pictures of 640 x 480 with 10 boxes")
+    data.add_argument("--images", type=int, default=1000, help="in the drawn data set")
+    data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loading processes")
+    memory = commands.add_parser("memory", help="memory of training from a large annotation file")
+    memory.add_argument("--boxes", type=int, default=1_000_000, help="in the annotation file, 10 an image")
+    memory.add_argument("--workers", type=int, default=4, help="loading processes")
+    memory.add_argument("--iterations", type=int, default=10, help="training steps")
+    for command in (model, text, data, memory):
         command.add_argument("--config-file", required=True, metavar="FILE")
-        command.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
         command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args(arguments)
-    recognizer = build(load_config(args.config_file, args.opts))
+    for command in (model, text):
+        command.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
+    return parser.parse_args(arguments)
+
+
+def report_data(args: argparse.Namespace, cfg: CfgNode) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if args.what == "memory":
+            rows = benchmark_memory(cfg, Path(folder), args.boxes, args.workers, args.iterations)
+            print(tabulate(rows, headers=["memory of all processes together", ""], disable_numparse=True))
+            return
+        steps, loaders = benchmark_data(cfg, Path(folder), args.images, args.workers)
+    headers = ["step, in one process", "images/s", "times as fast as the plain way"]
+    print(tabulate(steps, headers=headers, disable_numparse=True), end="\n\n")
+    headers = ["loader alone, images/s", *(f"{number} workers" for number in args.workers)]
+    print(tabulate(loaders, headers=headers, disable_numparse=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    cfg = load_config(args.config_file, args.opts)
+    if args.what in ("data", "memory"):
+        report_data(args, cfg)
+        return
+    recognizer = build(cfg)
     if args.what == "model":
         rows = benchmark_model(recognizer, args.boxes, args.repeats)
     else:
         rows = benchmark_text(recognizer, args.names, args.repeats)
     device = recognizer.vision_language.pixel_mean.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
-    print(
-        tabulate(rows, headers=["part", "parameters", "time", "times as fast as the plain way"], disable_numparse=True)
-    )
+    headers = ["part", "parameters", "time", "times as fast as the plain way"]
+    print(tabulate(rows, headers=headers, disable_numparse=True))
     print(f"on {where}")
 
 

@@ -49,5 +49,9 @@ def main(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    return default_argument_parser(epilog=__doc__).parse_args(arguments)
+
+
 if __name__ == "__main__":
-    launch(main, default_argument_parser(epilog=__doc__).parse_args())
+    launch(main, parse_arguments())

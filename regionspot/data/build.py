@@ -1,5 +1,6 @@
 """Data loaders, and the vocabularies that belong to data sets."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
+from regionspot.data.datasets import register_from_spec
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, build_training_stream
 from regionspot.data.training_set import TrainingSet, open_training_images
@@ -91,11 +93,16 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1) -> A
 
 
 def check_registered(names: Sequence[str], key: str) -> None:
-    """Refuse names that are not registered and data sets whose annotation file is missing."""
+    """Refuse names that are not registered and data sets whose annotation file is missing.
+
+    A name of the form "my.json:my_images" is a data set by itself and is registered here.
+    """
     for name in names:
-        if name not in DatasetCatalog:
+        if name not in DatasetCatalog and not register_from_spec(name):
+            close = difflib.get_close_matches(name, list(DatasetCatalog), 5, 0.3)
             raise KeyError(
-                f"{key}: data set {name!r} is not registered; registered are {', '.join(sorted(DatasetCatalog)[:40])}"
+                f"{key}: data set {name!r} is not registered; do you mean {', '.join(close) or 'my.json:my_images'}? "
+                "A file of your own is named annotations.json:folder_of_images"
             )
         json_file = MetadataCatalog.get(name).get("json_file")
         if json_file and not Path(json_file).is_file():

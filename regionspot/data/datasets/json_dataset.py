@@ -72,7 +72,7 @@ class JsonDataset(Dataset):
         self.image_root = str(image_root)
         self.image_ids, self.heights, self.widths = images.ids, images.heights, images.widths
         self._names, self._name_ends = images.names, images.name_ends
-        self.class_names = [category.name for category in categories]
+        self.class_names = [category.class_name for category in categories]
         self.id_mapping = {category.id: label for label, category in enumerate(categories)}
         self.evaluator_type = evaluator_type
 

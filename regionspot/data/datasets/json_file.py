@@ -21,6 +21,12 @@ class CategoryEntry(msgspec.Struct, gc=False):
     id: Id
     name: str
     frequency: str | None = None
+    synonyms: list[str] | None = None
+
+    @property
+    def class_name(self) -> str:
+        """The first of LVIS's synonyms, as in Detectron2's metadata (it differs from the name once); else the name."""
+        return self.synonyms[0] if self.synonyms else self.name
 
 
 class ImageEntry(msgspec.Struct, gc=False):

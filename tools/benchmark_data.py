@@ -1,0 +1,185 @@
+"""The loader alone, and the memory of training from a large annotation file; commands of tools/benchmark.py."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from tqdm import tqdm
+
+from regionspot.data import build_train_loader, register_json_dataset
+from regionspot.data.dataset_mapper import annotated_regions
+from regionspot.data.token_store import StoreWriter, TokenStore, pack_images
+from regionspot.data.training_set import describe_annotations
+from regionspot.engine import RegionSpotTrainer
+from regionspot.utils.images import decode_image
+
+DATASET = "benchmark_train"
+SIZE = (480, 640)
+
+
+def write_dataset(folder: Path, images: int, boxes: int, pictures: int = 64) -> None:
+    """Write and register a data set like COCO: JPEGs of 640 x 480, of which ``pictures`` are used in turn."""
+    rng, (height, width) = np.random.default_rng(0), SIZE
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for index in range(min(pictures, images)):
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"{index}.jpg", quality=90)
+    with (folder / "annotations.json").open("w") as file:
+        records = [
+            {"id": i, "file_name": f"{i % pictures}.jpg", "height": height, "width": width} for i in range(images)
+        ]
+        categories = [{"id": i, "name": f"thing {i}"} for i in range(365)]
+        file.write(f'{{"images": {json.dumps(records)}, "categories": {json.dumps(categories)}, "annotations": [')
+        for index in tqdm(range(images * boxes), desc="drawing annotations", unit="box", unit_scale=True):
+            x, y, w, h = (float(v) for v in (rng.uniform((0, 0, 8, 8), (500, 360, 140, 120))).round(2))
+            outline = [x, y, x + w, y, x + w, y + h, x + w / 2, y + h, x, y + h / 2]
+            entry = {"id": index, "image_id": index // boxes, "category_id": int(rng.integers(365)), "iscrowd": 0}
+            entry |= {"bbox": [x, y, w, h], "area": w * h, "segmentation": [outline]}
+            file.write(("," if index else "") + json.dumps(entry))
+        file.write("]}")
+    if DATASET in DatasetCatalog:
+        DatasetCatalog.remove(DATASET)
+        MetadataCatalog.remove(DATASET)
+    register_json_dataset(DATASET, folder / "annotations.json", folder / "images", "coco")
+
+
+def write_store(folder: Path, dim: int, shard_images: int = 512, maps: tuple[int, int] | None = None) -> None:
+    """Write a store of random tokens for the data set, and of feature maps of a size (L, width) if one is given."""
+    records = DatasetCatalog.get(DATASET)
+    number = -(-len(records) // shard_images)
+    origin: dict[str, Any] = {
+        "dataset": DATASET,
+        "annotations": describe_annotations(DATASET),
+        "sam": {},
+        "flip": False,
+    }
+    writer = StoreWriter(folder, {**origin, "clip": {} if maps else None, "stages": ["transformer"]}, number)
+    for shard in tqdm(range(number), desc="writing tokens", unit="shard"):
+        images = []
+        for index in range(shard * shard_images, min((shard + 1) * shard_images, len(records))):
+            regions = annotated_regions(records[index])
+            entry = {"image_id": records[index]["image_id"], "boxes": regions.gt_boxes.tensor}
+            entry |= {"labels": regions.gt_classes, "tokens.transformer": torch.randn(len(regions), dim)}
+            images.append(entry | ({"feature_maps": torch.randn(*maps)} if maps else {}))
+        writer.write(shard, pack_images(images), len(images))
+    writer.finish()
+
+
+def per_second(calls: Iterator[Any], number: int, seconds: float = 3.0) -> float:
+    """Return how many of the calls are made a second, in ``number`` calls or some seconds, after one batch of them."""
+    next(calls)
+    start, done = time.perf_counter(), 0
+    for _ in itertools.islice(calls, number):
+        done += 1
+        if time.perf_counter() - start > seconds:
+            break
+    return done / (time.perf_counter() - start)
+
+
+def steps(folder: Path, reduced: int) -> list[tuple[str, float, float | None]]:
+    """Return what each step of the mapper does a second in one process, and the plain way to do the same."""
+    records = DatasetCatalog.get(DATASET)
+    store = TokenStore(folder / "tokens")
+    (folder / "pth").mkdir(exist_ok=True)
+    regions = [annotated_regions(records[i]).gt_boxes.tensor for i in range(len(records))]
+    for index, boxes in enumerate(regions):
+        torch.save({"mask_tokens": store.get(index, boxes)["tokens"].half()[:, None]}, folder / "pth" / f"{index}.pth")
+    order = itertools.cycle(np.random.default_rng(1).permutation(len(records)).tolist())
+
+    def decode(size: int) -> Iterator[Any]:
+        return (decode_image(records[i]["file_name"], "RGB", size) for i in order)
+
+    whole = per_second(decode(0), 2000)
+    loads = (torch.load(folder / "pth" / f"{i}.pth", weights_only=True) for i in order)
+    return [
+        ("record with its boxes", per_second((annotated_regions(records[i]) for i in order), 20000), None),
+        ("picture", whole, None),
+        (f"picture reduced to {reduced} px or more", per_second(decode(reduced), 2000), whole),
+        ("stored tokens", per_second((store.get(i, regions[i]) for i in order), 20000), per_second(loads, 20000)),
+    ]
+
+
+def benchmark_data(cfg: CfgNode, folder: Path, images: int, workers: list[int]) -> tuple[list[tuple], list[tuple]]:
+    """Return rows of the mapper's steps, and of the loader's images a second for numbers of workers."""
+    write_dataset(folder, images, boxes=10)
+    reduced = 224
+    write_store(folder / "tokens", dim=256)
+    write_store(folder / "maps", dim=256, maps=(197, 768))
+    measured = steps(folder, reduced)
+    rows = [(name, f"{rate:.0f}", f"{rate / plain:.2f}" if plain else "") for name, rate, plain in measured]
+    tokens = ["DATASETS.TOKEN_STORES_TRAIN", (str(folder / "tokens"),)]
+    ways: dict[str, list[Any]] = {
+        "SAM in the loop: whole pictures": [],
+        "stored tokens": tokens,
+        "stored tokens, reduced JPEGs": [*tokens, "INPUT.REDUCED_JPEG", reduced],
+        "stored tokens and feature maps": ["DATASETS.TOKEN_STORES_TRAIN", (str(folder / "maps"),)],
+    }
+    loaders = []
+    for name, overrides in ways.items():
+        rates = []
+        for number in workers:
+            single = cfg.clone()
+            single.merge_from_list([*overrides, "DATALOADER.NUM_WORKERS", number, "DATASETS.TRAIN", (DATASET,)])
+            batches = iter(build_train_loader(single))
+            rates.append(per_second(batches, 10**6, seconds=4) * single.SOLVER.IMS_PER_BATCH)
+            del batches
+        loaders.append((name, *(f"{rate:.0f}" for rate in rates)))
+    return rows, loaders
+
+
+def memory_of_processes() -> float:
+    """Return the memory of this process and its children in bytes; what they share counts once (Linux)."""
+    total, pending = 0, [Path("/proc/self")]
+    while pending:
+        process = pending.pop()
+        try:
+            rollup = (process / "smaps_rollup").read_text()
+            children = (process / "task" / process.resolve().name / "children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024
+        pending += [Path("/proc") / child for child in children]
+    return total
+
+
+class _MeasuredTrainer(RegionSpotTrainer):
+    """Looks at the memory after every step."""
+
+    most = 0.0
+
+    def _check_token_stores(self) -> None:
+        """The tokens are random: they are of no SAM."""
+
+    def run_step(self) -> None:
+        super().run_step()
+        self.most = max(self.most, memory_of_processes())
+
+
+def benchmark_memory(cfg: CfgNode, folder: Path, boxes: int, workers: int, iterations: int) -> list[tuple[str, str]]:
+    """Train from the store of a large annotation file; return the memory when it was loaded and at the most."""
+    write_dataset(folder, boxes // 10, boxes=10)
+    write_store(folder / "tokens", dim=256, shard_images=2048)
+    cfg = cfg.clone()
+    data = ["DATASETS.TRAIN", (DATASET,), "DATASETS.TEST", (), "DATASETS.TOKEN_STORES_TRAIN", (str(folder / "tokens"),)]
+    cfg.merge_from_list([*data, "DATALOADER.NUM_WORKERS", workers, "OUTPUT_DIR", str(folder / "output")])
+    before, start = memory_of_processes(), time.perf_counter()
+    loader = build_train_loader(cfg)
+    seconds, loaded = time.perf_counter() - start, memory_of_processes()
+    del loader
+    trainer = _MeasuredTrainer(cfg)
+    trainer.vocabularies = {DATASET: [f"thing {index}" for index in range(365)]}
+    trainer.train()
+    giga = 1 / 2**30
+    return [
+        ("before anything is loaded", f"{before * giga:.2f} GB"),
+        (f"{boxes} boxes loaded, in {seconds:.1f} s", f"{loaded * giga:.2f} GB"),
+        (f"training with {workers} workers, at the most", f"{trainer.most * giga:.2f} GB"),
+    ]
