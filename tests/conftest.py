@@ -1,4 +1,7 @@
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from regionspot.data import register_json_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -7,3 +10,19 @@ def cache_folder(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("REGIONSPOT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def register():
+    """Return a function that registers data sets as ``register_json_dataset`` does; they are forgotten afterwards."""
+    names = []
+
+    def add(name, *args, **kwargs):
+        names.append(name)
+        register_json_dataset(name, *args, **kwargs)
+        return name
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

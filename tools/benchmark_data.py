@@ -166,10 +166,14 @@ class _MeasuredTrainer(RegionSpotTrainer):
 def benchmark_memory(cfg: CfgNode, folder: Path, boxes: int, workers: int, iterations: int) -> list[tuple[str, str]]:
     """Train from the store of a large annotation file; return the memory when it was loaded and at the most."""
     write_dataset(folder, boxes // 10, boxes=10)
-    write_store(folder / "tokens", dim=256, shard_images=2048)
+    node = cfg.MODEL.REGIONSPOT.SAM
+    dim = node.CUSTOM.PROMPT_DIM if node.NAME == "custom" else 256
+    write_store(folder / "tokens", dim, shard_images=2048)
     cfg = cfg.clone()
     data = ["DATASETS.TRAIN", (DATASET,), "DATASETS.TEST", (), "DATASETS.TOKEN_STORES_TRAIN", (str(folder / "tokens"),)]
-    cfg.merge_from_list([*data, "DATALOADER.NUM_WORKERS", workers, "OUTPUT_DIR", str(folder / "output")])
+    schedule = ["SOLVER.MAX_ITER", iterations, "DATALOADER.NUM_WORKERS", workers, "OUTPUT_DIR", str(folder / "output")]
+    names = ["MODEL.REGIONSPOT.CLIP.TEMPLATES", "none"]  # how the embeddings come about does not matter here
+    cfg.merge_from_list([*data, *schedule, *names])
     before, start = memory_of_processes(), time.perf_counter()
     loader = build_train_loader(cfg)
     seconds, loaded = time.perf_counter() - start, memory_of_processes()

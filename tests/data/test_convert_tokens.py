@@ -5,9 +5,9 @@ import logging
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
-from regionspot.data import RegionSpotDatasetMapper, build_train_loader, register_json_dataset
+from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.token_store import TokenStore
 from regionspot.engine.convert import convert_tokens
 from regionspot.engine.extract import Extraction, describe_store
@@ -19,7 +19,7 @@ SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}
 
 
 @pytest.fixture
-def dataset(tmp_path):
+def dataset(tmp_path, register):
     """Six scenes; the first image also has a crowd and a box without area."""
     path = write_dataset(tmp_path / "data", 6)
     content = json.loads(path.read_text())
@@ -27,11 +27,9 @@ def dataset(tmp_path):
     content["annotations"].insert(1, {**first, "id": 100, "iscrowd": 1})
     content["annotations"].insert(0, {**first, "id": 101, "bbox": [5, 5, 0, 3]})
     path.write_text(json.dumps(content))
-    register_json_dataset(NAME, path, tmp_path / "data" / "images", "lvis")
+    register(NAME, path, tmp_path / "data" / "images", "lvis")
     (tmp_path / "tokens").mkdir()
-    yield content
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+    return content
 
 
 def write_files(folder, content, keep=lambda annotation: True, shape=(1, 32)):

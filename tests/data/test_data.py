@@ -6,25 +6,9 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from regionspot.data import RegionSpotDatasetMapper, dataset_vocabulary, register_json_dataset
+from regionspot.data import RegionSpotDatasetMapper, dataset_vocabulary
 
 from ..helpers import NAMES, draw_scene, tiny_config, write_dataset
-
-
-@pytest.fixture
-def register():
-    """Register data sets under names that are forgotten afterwards."""
-    names = []
-
-    def add(name, json_file, root, **kwargs):
-        names.append(name)
-        register_json_dataset(name, json_file, root, **kwargs)
-        return name
-
-    yield add
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize("ids", [(0, 1, 2, 3), (1, 2, 3, 4), (90, 5, 17, 1000)])

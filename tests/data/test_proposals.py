@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from regionspot.data import build_test_loader, register_json_dataset
+from regionspot.data import build_test_loader
 from regionspot.data.proposals import ProposalFile
 
 from ..helpers import tiny_config, tiny_model, write_dataset
@@ -14,11 +13,8 @@ NAME = "test_proposals"
 
 
 @pytest.fixture
-def dataset(tmp_path):
-    register_json_dataset(NAME, write_dataset(tmp_path / "data", 6), tmp_path / "data" / "images")
-    yield NAME
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+def dataset(tmp_path, register):
+    return register(NAME, write_dataset(tmp_path / "data", 6), tmp_path / "data" / "images")
 
 
 def config(*overrides):

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 
-from regionspot.data import RegionSpotDatasetMapper, build_train_loader, register_json_dataset
+from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.token_store import TokenStore, find_damage
 from regionspot.data.training_set import describe_annotations
 from regionspot.engine.extract import Extraction, describe_sam, extract_tokens
@@ -27,11 +27,8 @@ SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}
 
 
 @pytest.fixture
-def dataset(tmp_path):
-    register_json_dataset(NAME, write_dataset(tmp_path / "data", 6), tmp_path / "data" / "images")
-    yield NAME
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+def dataset(tmp_path, register):
+    return register(NAME, write_dataset(tmp_path / "data", 6), tmp_path / "data" / "images")
 
 
 def config(*overrides):

@@ -6,11 +6,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 from PIL import Image
 
-from regionspot.data import RegionSpotDatasetMapper, build_train_loader, register_json_dataset
+from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.build import training_stream
 from regionspot.data.samplers import TrainingStream, balance, build_training_stream
 from regionspot.utils.images import decode_image
@@ -21,18 +21,15 @@ NAMES = ("test_small", "test_large")
 
 
 @pytest.fixture
-def datasets(tmp_path):
+def datasets(tmp_path, register):
     """Two data sets, of 3 and of 9 images, with names of their own."""
     for name, number, ids, names in (
         (NAMES[0], 3, (3, 1, 10, 7), ["a", "b", "c", "d"]),
         (NAMES[1], 9, (0, 1, 2, 3), ["e", "f", "g", "h"]),
     ):
         path = write_dataset(tmp_path / name, number, ids, names)
-        register_json_dataset(name, path, tmp_path / name / "images", "lvis")
-    yield NAMES
-    for name in NAMES:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        register(name, path, tmp_path / name / "images", "lvis")
+    return NAMES
 
 
 def take(stream, number):

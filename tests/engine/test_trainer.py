@@ -223,19 +223,16 @@ VOCABULARIES = {
 
 
 @pytest.fixture
-def three(tmp_path, scenes):
+def three(tmp_path, scenes, register):
     """Three data sets with scenes, names and ids of their own, and their stores."""
     recognizer = tiny_model(names=None).recognizer
     sources = {"sam": str(scenes / "sam.pth"), "clip_model": str(scenes / "clip.pth")}
     for number, (name, (ids, names)) in enumerate(VOCABULARIES.items()):
         path = write_dataset(tmp_path / name, 16, ids, names, first=100 * number)
-        register_json_dataset(name, path, tmp_path / name / "images", "lvis")
+        register(name, path, tmp_path / name / "images", "lvis")
         extraction = Extraction(feature_maps=True)
         extract_tokens(recognizer, sources, name, tmp_path / f"{name}_store", extraction, show_progress=False)
-    yield tmp_path
-    for name in VOCABULARIES:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return tmp_path
 
 
 def accuracy(trainer, name):
