@@ -25,8 +25,24 @@ def add_regionspot_config(cfg: CfgNode) -> None:
 
     # Class probabilities from logits: "softmax" over the vocabulary or "sigmoid".
     node.SCORE_FUNCTION = "softmax"
+    # Score of a detection: "product" of the proposal's score (if it has one) and the class probability, or either
+    # alone: "class" or "proposal" (which goes to the best class).
+    node.SCORE_RULE = "product"
+    # Best classes of a region that may become detections; -1 for all.
+    node.LABELS_PER_BOX = -1
     # Detections scoring below this are dropped; TEST.DETECTIONS_PER_IMAGE bounds their number.
     node.SCORE_THRESH_TEST = 0.0
+    # Class-wise non-maximum suppression above this IoU; 1 for none.
+    node.NMS_THRESH_TEST = 1.0
+    # A region whose best class is less probable than THRESHOLD (tools/calibrate_unknown.py finds one), or that is
+    # likest one of the BACKGROUND names ("sky", "wall", ...), is "unknown" instead of something wrong.
+    node.UNKNOWN = CfgNode()
+    node.UNKNOWN.THRESHOLD = 0.0
+    node.UNKNOWN.BACKGROUND = ()
+    # CLIP on crops (MODEL.META_ARCHITECTURE CropBaseline): mask crops instead of box crops; crops encoded at once.
+    node.CROP = CfgNode()
+    node.CROP.MASKED = False
+    node.CROP.BATCH_SIZE = 64
 
     _add_sam_config(node)
     _add_clip_config(node)

@@ -79,7 +79,8 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
         summary.update(experiment.recognise_scenes(recognizer, scenes, jittered=True).accuracies("jittered_"))
     with stage("crops", "the same regions by CLIP on box crops and on mask crops"):
         for kind in ("box", "mask"):
-            crops = experiment.recognise_crops(recognizer, scenes, masked=kind == "mask")
+            baseline = experiment.crop_recognizer(recognizer, masked=kind == "mask")
+            crops = experiment.recognise_scenes(baseline, scenes)
             summary.update(crops.accuracies(f"crop_{kind}_"))
     with stage("lvis", "LVIS AP of boxes and masks, by true boxes and by a proposal file"):
         summary.update(experiment.average_precision(cfg, model, "test"))

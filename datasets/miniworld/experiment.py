@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from torch.nn import functional as F
+from detectron2.structures import Boxes
 
 from miniworld.categories import BASE, NAMES, NOVEL
 from miniworld.generator import SIZE, Scene, draw_scene
@@ -21,6 +21,8 @@ from regionspot.config import load_config
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
+from regionspot.modeling.crop_baseline import CropRecognizer
+from regionspot.modeling.localizer import LocalizerOutput
 from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
 from regionspot.utils.files import atomic_path
@@ -111,8 +113,9 @@ def recognise_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
     results, rng = RegionResults(), np.random.default_rng(5)
     for scene in scenes:
         boxes = jitter(scene.boxes, rng) if jittered else scene.boxes
-        features, tokens, mask_tensor = locate_boxes(recognizer, scene, boxes)
-        results.logits += recognizer.classify([tokens], features.feature_map)
+        features, located, mask_tensor = locate_boxes(recognizer, scene, boxes)
+        regions = [Boxes(torch.from_numpy(boxes))]
+        results.logits += recognizer.region_logits([to_tensor(scene)], regions, features, [located])
         results.targets += scene.classes.tolist()
         masks = mask_tensor.cpu().numpy()
         overlap, union = (masks & scene.masks).sum(axis=(1, 2)), (masks | scene.masks).sum(axis=(1, 2))
@@ -120,42 +123,26 @@ def recognise_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
     return results
 
 
-@torch.no_grad()
-def recognise_crops(recognizer: RegionRecognizer, scenes: list[Scene], masked: bool) -> RegionResults:
-    """CLIP on crops: each box is cut out, brought to CLIP's square and compared with the names.
-
-    Args:
-        recognizer: whose CLIP and, for masks, whose SAM to use.
-        scenes: what to classify.
-        masked: blank what is not under SAM's mask of the box (with CLIP's mean colour).
-    """
-    recognizer.set_vocabulary(NAMES)
-    results, clip_model = RegionResults(), recognizer.vision_language.clip_model
-    mean = recognizer.vision_language.pixel_mean.cpu() * 255
-    for scene in scenes:
-        image = to_tensor(scene).float()
-        pictures = [image] * len(scene.boxes)
-        if masked:
-            _, _, masks = locate_boxes(recognizer, scene, scene.boxes)
-            pictures = [torch.where(mask, image, mean) for mask in masks.cpu()]
-        crops = [
-            picture[:, int(y0) : int(y1), int(x0) : int(x1)] for picture, (x0, y0, x1, y1) in zip(pictures, scene.boxes)
-        ]
-        seen = clip_model.encode_image(torch.stack([recognizer.vision_language.preprocess(crop) for crop in crops]))
-        results.logits.append((F.normalize(seen.float(), dim=1) @ recognizer.classifier.embeddings.t()).cpu())
-        results.targets += scene.classes.tolist()
-    return results
+def crop_recognizer(recognizer: RegionRecognizer, masked: bool) -> CropRecognizer:
+    """Return CLIP on box crops or mask crops, over the same frozen parts."""
+    return CropRecognizer(
+        localizer=recognizer.localizer,
+        vision_language=recognizer.vision_language,
+        knowledge_integration=recognizer.knowledge_integration,
+        text_encoder=recognizer.classifier.text_encoder,
+        masked=masked,
+    ).eval()
 
 
 def locate_boxes(
     recognizer: RegionRecognizer, scene: Scene, boxes: np.ndarray, scale: int = 1
-) -> tuple[ImageFeatures, torch.Tensor, torch.Tensor]:
-    """Return a scene's features and, for (N, 4) boxes, tokens (N, D) and bool masks at ``scale`` times its size."""
+) -> tuple[ImageFeatures, LocalizerOutput, torch.Tensor]:
+    """Return a scene's features and, for (N, 4) boxes, what SAM says and bool masks at ``scale`` times its size."""
     features = recognizer.encode_images([to_tensor(scene)])
     [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(boxes))], with_masks=True)
     assert located.masks is not None
     masks = recognizer.localizer.upsample_masks(located.masks, (SIZE, SIZE), (SIZE * scale, SIZE * scale))
-    return features, located.tokens, masks
+    return features, located, masks
 
 
 def to_tensor(scene: Scene) -> torch.Tensor:

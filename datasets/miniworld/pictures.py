@@ -22,13 +22,13 @@ def draw_predictions(recognizer: RegionRecognizer, scenes: list[Scene]) -> dict[
     recognizer.set_vocabulary(NAMES)
     pictures = {}
     for index, scene in enumerate(scenes):
-        features, tokens, masks = locate_boxes(recognizer, scene, scene.boxes, SCALE)
-        [logits] = recognizer.classify([tokens], features.feature_map)
+        features, located, masks = locate_boxes(recognizer, scene, scene.boxes, SCALE)
+        [logits] = recognizer.classify([located.tokens], features.feature_map)
         labels = [describe(guess, true) for guess, true in zip(logits.argmax(dim=1).tolist(), scene.classes.tolist())]
         large = np.asarray(Image.fromarray(scene.image).resize((SIZE * SCALE, SIZE * SCALE), Image.Resampling.BICUBIC))
         pictures[f"scene_{index}"] = draw_labels(large, scene.boxes * SCALE, masks.cpu().numpy(), labels)
         if index == 0 and features.feature_map is not None:
-            maps = cross_attention(recognizer.knowledge_integration, tokens, features.feature_map)
+            maps = cross_attention(recognizer.knowledge_integration, located.tokens, features.feature_map)
             for region in range(min(2, len(maps))):
                 pictures[f"attention_{region}"] = overlay(
                     large, maps[region].cpu().numpy(), scene.boxes[region] * SCALE

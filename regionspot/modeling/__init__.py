@@ -1,7 +1,8 @@
 """The model. Importing this package registers its parts with Detectron2."""
 
 from regionspot.modeling.backbones import ClipImageEncoder, SamImageEncoder
+from regionspot.modeling.crop_baseline import CropBaseline
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
 
-__all__ = ["ClipImageEncoder", "RegionRecognizer", "RegionSpot", "SamImageEncoder"]
+__all__ = ["CropBaseline", "ClipImageEncoder", "RegionRecognizer", "RegionSpot", "SamImageEncoder"]

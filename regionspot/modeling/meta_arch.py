@@ -28,7 +28,7 @@ class RegionSpot(nn.Module):
         *,
         recognizer: RegionRecognizer,
         input_format: str = "RGB",
-        mask_on: bool = False,
+        masks: str = "",
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
     ) -> None:
@@ -36,7 +36,8 @@ class RegionSpot(nn.Module):
         Args:
             recognizer: the model proper.
             input_format: channel order of the images, "RGB" or "BGR".
-            mask_on: whether inference gives ``pred_masks``.
+            masks: what inference gives masks as: "bitmask" (``pred_masks``, which Detectron2's evaluators take),
+                "rle" (``pred_masks_rle``, for ours: one for all detections of a box) or "".
             focal_alpha: of the training loss.
             focal_gamma: of the training loss.
         """
@@ -45,7 +46,7 @@ class RegionSpot(nn.Module):
             raise ValueError(f"INPUT.FORMAT: expected RGB or BGR, got {input_format!r}")
         self.recognizer = recognizer
         self.input_format = input_format
-        self.mask_on = mask_on
+        self.masks = masks
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.register_load_state_dict_pre_hook(_translate_released_keys)
@@ -55,7 +56,7 @@ class RegionSpot(nn.Module):
         return {
             "recognizer": RegionRecognizer(cfg),
             "input_format": cfg.INPUT.FORMAT,
-            "mask_on": cfg.MODEL.MASK_ON,
+            "masks": "bitmask" if cfg.MODEL.MASK_ON else "",
             "focal_alpha": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_ALPHA,
             "focal_gamma": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_GAMMA,
         }
@@ -88,8 +89,8 @@ class RegionSpot(nn.Module):
                 Boxes are XYXY in the pixels of ``image``.
 
         Returns:
-            In training ``{"loss_cls": scalar}``; else for each image ``{"instances": Instances}`` as
-            ``RegionRecognizer.forward`` describes them.
+            In training ``{"loss_cls": scalar}``; else for each image ``{"instances": Instances, "regions":
+            Instances}``: detections and all regions, as ``RegionRecognizer.recognise`` describes them.
 
         Raises:
             KeyError: an image comes without boxes.
@@ -106,10 +107,10 @@ class RegionSpot(nn.Module):
             for inputs, image in zip(batched_inputs, images)
         ]
         with torch.no_grad():
-            results = self.recognizer(
-                images, [boxes for boxes, _ in regions], [scores for _, scores in regions], sizes, self.mask_on
+            results = self.recognizer.recognise(
+                images, [boxes for boxes, _ in regions], [scores for _, scores in regions], sizes, self.masks
             )
-        return [{"instances": instances} for instances in results]
+        return [{"instances": detections, "regions": regions} for detections, regions in results]
 
     def _image(self, inputs: dict[str, Any]) -> torch.Tensor:
         image = inputs["image"]

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from regionspot.modeling.inference import SCORE_FUNCTIONS, class_probabilities, select_detections
+from regionspot.modeling.inference import DetectionRule, encode_masks
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizer import Localizer, LocalizerOutput
 from regionspot.modeling.text_classifier import TextClassifier
@@ -20,6 +20,8 @@ from regionspot.modeling.text_encoder import TextEncoder
 from regionspot.modeling.vision_language import VisionLanguageModel
 from regionspot.structures import Prompts
 from regionspot.vocabulary import load_vocabulary
+
+BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the classifier
 
 
 @dataclass
@@ -49,9 +51,8 @@ class RegionRecognizer(nn.Module):
         knowledge_integration: KnowledgeIntegration,
         text_encoder: TextEncoder,
         vocabulary: list[str] | None = None,
-        score_function: str = "softmax",
-        score_thresh: float = 0.0,
-        top_k: int = 100,
+        rule: DetectionRule | None = None,
+        background: list[str] | None = None,
     ) -> None:
         """
         Args:
@@ -60,22 +61,18 @@ class RegionRecognizer(nn.Module):
             knowledge_integration: the trained module.
             text_encoder: encoder of class names, over the same CLIP.
             vocabulary: class names to start with.
-            score_function: "softmax" or "sigmoid".
-            score_thresh: detections scoring lower are dropped.
-            top_k: detections per image at the most.
+            rule: how detections follow from logits.
+            background: names of what is no object: a region that is likest one of them is unknown.
         """
         super().__init__()
-        if score_function not in SCORE_FUNCTIONS:
-            raise ValueError(
-                f"MODEL.REGIONSPOT.SCORE_FUNCTION: expected {' or '.join(SCORE_FUNCTIONS)}; got {score_function!r}"
-            )
         self.localizer = localizer
         self.vision_language = vision_language
         self.knowledge_integration = knowledge_integration
         self.classifier = TextClassifier(text_encoder)
-        self.score_function = score_function
-        self.score_thresh = score_thresh
-        self.top_k = top_k
+        self.rule = rule or DetectionRule()
+        self.rule.background = len(background or [])
+        if background:
+            self.classifier.add(BACKGROUND, background)
         if vocabulary:  # encoded when first needed: CLIP's weights are still to come
             self.classifier.add("default", vocabulary)
             self.classifier.active = "default"
@@ -95,9 +92,8 @@ class RegionRecognizer(nn.Module):
                 vision_language.clip_model, node.CLIP.TEMPLATES, node.CLIP.NAME_STYLE, node.CLIP.TEXT_BATCH_SIZE
             ),
             "vocabulary": load_vocabulary(node.VOCABULARY) if node.VOCABULARY else None,
-            "score_function": node.SCORE_FUNCTION,
-            "score_thresh": node.SCORE_THRESH_TEST,
-            "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "rule": DetectionRule.from_config(cfg),
+            "background": list(node.UNKNOWN.BACKGROUND),
         }
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
@@ -175,7 +171,11 @@ class RegionRecognizer(nn.Module):
         return outputs
 
     def classify(
-        self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None, vocabularies: Sequence[str] = ()
+        self,
+        tokens: list[torch.Tensor],
+        feature_map: torch.Tensor | None,
+        vocabularies: Sequence[str] = (),
+        with_background: bool = False,
     ) -> list[torch.Tensor]:
         """Return the logits of regions.
 
@@ -183,17 +183,26 @@ class RegionRecognizer(nn.Module):
             tokens: B tensors, (N_i, token_dim) float position-aware tokens.
             feature_map: (B, L, width) float semantic feature map, or None without CLIP's features.
             vocabularies: for each image the key of its vocabulary; "", or none at all, is the one in use.
+            with_background: also the logits of the background's names, behind the others.
 
         Returns:
             B tensors, (N_i, K_i) float32.
         """
-        scale, keys = self.vision_language.clip_model.logit_scale, vocabularies or [""] * len(tokens)
+        keys = vocabularies or [""] * len(tokens)
         semantic = self.knowledge_integration(tokens, feature_map)
-        return [self.classifier(image_tokens, scale, key) for image_tokens, key in zip(semantic, keys, strict=True)]
+        return [self.score(x, key, with_background) for x, key in zip(semantic, keys, strict=True)]
+
+    def score(self, semantic_tokens: torch.Tensor, key: str = "", with_background: bool = False) -> torch.Tensor:
+        """Return the (N, K) logits of (N, text_dim) semantic tokens against the vocabulary under ``key``."""
+        scale = self.vision_language.clip_model.logit_scale
+        logits = self.classifier(semantic_tokens, scale, key)
+        if with_background and self.rule.background:
+            logits = torch.cat([logits, self.classifier(semantic_tokens, scale, BACKGROUND)], dim=1)
+        return logits
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return (N, K) class probabilities of (N, K) logits, by the configured function."""
-        return class_probabilities(logits, self.score_function)
+        return self.rule.probabilities(logits)
 
     def forward(
         self,
@@ -201,7 +210,7 @@ class RegionRecognizer(nn.Module):
         boxes: list[Boxes],
         proposal_scores: list[torch.Tensor | None] | None = None,
         output_sizes: list[tuple[int, int]] | None = None,
-        with_masks: bool = False,
+        masks: str = "",
     ) -> list[Instances]:
         """Recognise the boxes of images.
 
@@ -210,36 +219,87 @@ class RegionRecognizer(nn.Module):
             boxes: B ``Boxes``, N_i each, XYXY in the image's own pixels; N_i may be 0.
             proposal_scores: for each image (N_i,) float scores of its boxes in [0, 1], or None.
             output_sizes: (height, width) that boxes and masks are wanted in; the images' own by default.
-            with_masks: give ``pred_masks``, too.
+            masks: "bitmask" gives ``pred_masks``, too, "rle" ``pred_masks_rle``, "" neither.
 
         Returns:
             B ``Instances``, best first, with ``pred_boxes``, ``scores``, ``pred_classes``, ``region_indices`` (the
-            row of the box) and, if asked for, ``pred_masks`` (bool, at output size).
+            row of the box) and, if asked for, ``pred_masks`` (bool, at output size) or ``pred_masks_rle`` (COCO's
+            compressed RLE; the detections of a box share one). An unknown region is of class K, one behind the last.
+        """
+        return [detections for detections, _ in self.recognise(images, boxes, proposal_scores, output_sizes, masks)]
+
+    def recognise(
+        self,
+        images: list[torch.Tensor],
+        boxes: list[Boxes],
+        proposal_scores: list[torch.Tensor | None] | None = None,
+        output_sizes: list[tuple[int, int]] | None = None,
+        masks: str = "",
+    ) -> list[tuple[Instances, Instances]]:
+        """Recognise the boxes of images; arguments as for ``forward``.
+
+        Returns:
+            For each image the detections, as ``forward`` gives them, and all its regions: ``Instances`` in the order
+            of the boxes with ``pred_boxes``, ``top_classes`` and ``top_scores`` (N, up to 5; class probabilities) and
+            ``unknown`` (N,) bool.
         """
         features = self.encode_images(images)
-        located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], with_masks)
-        logits = self.classify([output.tokens for output in located], features.feature_map)
+        located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], bool(masks))
+        logits = self.region_logits(images, boxes, features, located)
         results = []
         for i, (image_logits, output) in enumerate(zip(logits, located)):
             size = features.sizes[i]
             wanted = output_sizes[i] if output_sizes else size
-            scores = self.probabilities(image_logits)
-            if proposal_scores and (given := proposal_scores[i]) is not None:
-                scores = scores * given.to(scores)[:, None]
-            scaled = boxes[i].clone()
+            scaled = boxes[i].to(image_logits.device).clone()
             scaled.scale(wanted[1] / size[1], wanted[0] / size[0])
             scaled.clip(wanted)
-            instances = select_detections(
-                scaled.tensor.to(scores.device), scores, wanted, self.top_k, self.score_thresh
-            )
+            given = proposal_scores[i] if proposal_scores else None
+            detections, regions = self._detect(scaled, image_logits, given, wanted)
             if output.masks is not None:
-                instances.pred_masks = self._region_masks(output.masks, instances.region_indices, size, wanted)
-            results.append(instances)
+                self._add_masks(detections, output.masks, size, wanted, masks)
+            results.append((detections, regions))
         return results
 
-    def _region_masks(
-        self, masks: torch.Tensor, regions: torch.Tensor, size: tuple[int, int], wanted: tuple[int, int]
-    ) -> torch.Tensor:
+    def region_logits(
+        self,
+        images: list[torch.Tensor],
+        boxes: list[Boxes],
+        features: ImageFeatures,
+        located: list[LocalizerOutput],
+    ) -> list[torch.Tensor]:
+        """Return (N_i, K + background) logits of each image's regions; a baseline may have another way to them."""
+        return self.classify([output.tokens for output in located], features.feature_map, with_background=True)
+
+    def _detect(
+        self, boxes: Boxes, logits: torch.Tensor, proposal_scores: torch.Tensor | None, size: tuple[int, int]
+    ) -> tuple[Instances, Instances]:
+        every, rule = self.rule.probabilities(logits), self.rule
+        unknown = rule.is_unknown(every)
+        known = every[:, : every.shape[1] - rule.background]
+        scores = rule.scores(known, proposal_scores)
+        if unknown.any():
+            doubt = 1 - known.amax(dim=1) if proposal_scores is None else proposal_scores.to(known)
+            scores = torch.where(unknown[:, None], -1, scores)
+            scores = torch.cat([scores, torch.where(unknown, doubt, -1)[:, None]], dim=1)  # (N, K + 1)
+        top = known.topk(min(5, known.shape[1]), dim=1)
+        fields = {"pred_boxes": boxes, "top_classes": top.indices, "top_scores": top.values, "unknown": unknown}
+        return rule.select(boxes.tensor, scores, size), Instances(size, **fields)
+
+    def _add_masks(
+        self,
+        detections: Instances,
+        masks: torch.Tensor,
+        size: tuple[int, int],
+        wanted: tuple[int, int],
+        kind: str,
+        chunk: int = 16,
+    ) -> None:
         """Bring the masks of the regions that were kept to full size, each once however many classes it has."""
-        unique, inverse = regions.unique(return_inverse=True)
-        return self.localizer.upsample_masks(masks[unique], size, wanted)[inverse]
+        unique, inverse = detections.region_indices.unique(return_inverse=True)
+        if kind == "bitmask":
+            detections.pred_masks = self.localizer.upsample_masks(masks[unique], size, wanted)[inverse]
+            return
+        rles: list[dict] = []
+        for part in unique.split(chunk):  # no more than a chunk is ever at full size
+            rles += encode_masks(self.localizer.upsample_masks(masks[part], size, wanted))
+        detections.pred_masks_rle = [rles[i] for i in inverse.tolist()]

@@ -1,0 +1,53 @@
+"""CLIP on crops is what CLIP itself says of the crops."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch.nn import functional as F
+
+from regionspot.modeling import CropBaseline
+
+from ..helpers import NAMES, as_inputs, tiny_config
+
+
+def baseline(*overrides):
+    torch.manual_seed(0)
+    model = build_model(tiny_config("MODEL.META_ARCHITECTURE", "CropBaseline", *overrides)).eval()
+    model.set_vocabulary(NAMES)
+    assert isinstance(model, CropBaseline)
+    return model
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("batch", [2, 64])
+def test_equals_clip_itself(masked, batch):
+    model = baseline("MODEL.REGIONSPOT.CROP.MASKED", masked, "MODEL.REGIONSPOT.CROP.BATCH_SIZE", batch)
+    batch = [as_inputs(3, (48, 64)), as_inputs(4, (60, 40)), as_inputs(5, (50, 50), 0)]
+    outputs = model(batch)
+    vision, clip_model = model.recognizer.vision_language, model.recognizer.vision_language.clip_model
+    for inputs, output in zip(batch, outputs):
+        boxes = inputs["instances"].gt_boxes
+        masks = None
+        if masked and len(boxes):
+            model.masks = "bitmask"
+            [every] = model.recognizer([inputs["image"]], [boxes], masks="bitmask")
+            masks = [every.pred_masks[every.region_indices == i][0] for i in range(len(boxes))]
+        for i, (x0, y0, x1, y1) in enumerate(boxes.tensor.int().tolist()):
+            crop = inputs["image"][:, y0:y1, x0:x1].float()
+            if masks is not None:
+                crop = torch.where(masks[i][y0:y1, x0:x1], crop, vision.pixel_mean * 255)
+            with torch.no_grad():
+                seen = F.normalize(clip_model.encode_image(vision.preprocess(crop)[None]), dim=1)
+                logits = clip_model.logit_scale.exp() * seen @ model.recognizer.classifier.embeddings.t()
+            expected = logits.softmax(dim=1)[0].sort(descending=True)
+            torch.testing.assert_close(output["regions"].top_scores[i], expected.values, atol=1e-5, rtol=0)
+            assert output["regions"].top_classes[i, 0] == expected.indices[0]
+        assert len(output["instances"]) == len(boxes) * len(NAMES)
+
+
+def test_boxes_at_the_border_and_of_less_than_a_pixel_have_a_crop():
+    model = baseline()
+    inputs = as_inputs(0)
+    inputs["instances"].gt_boxes.tensor[:2] = torch.tensor([[63.2, 47.1, 63.4, 47.2], [-5.0, -5, 0.4, 0.4]])
+    [output] = model([inputs])
+    assert output["instances"].scores.isfinite().all()
