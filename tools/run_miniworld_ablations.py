@@ -10,13 +10,16 @@ Example:
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from tabulate import tabulate
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "datasets"))
@@ -44,18 +47,35 @@ ROWS = [
 COLUMNS = ("base_top1", "novel_top1", "novel_top1_novel_vocabulary", "AP", "APr")
 
 
-def run(name: str, seed: int, args: argparse.Namespace, scenes: list) -> dict[str, Any]:
-    """Return the numbers of a config and seed, from the file if it was run before."""
-    path = args.output / "results" / f"{name.replace('/', '-')}-{seed}.json"
-    if not path.is_file():
-        output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
-        cfg = experiment.miniworld_config(ROOT / "configs" / "miniworld" / f"{name}.yaml", output, seed, args.opts)
-        model = experiment.train(cfg, args.output / "features")
-        numbers = experiment.recognise_scenes(model.recognizer, scenes).accuracies()
-        numbers.update(experiment.average_precision(cfg, model, "test"))
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(numbers))
-    return json.loads(path.read_text())
+def run(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train and evaluate a config with a seed, in a process of its own."""
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
+    draw_data(args.output / "data", {"train": args.train, "test": args.test}, 1)  # they are there: this registers them
+    output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
+    cfg = experiment.miniworld_config(ROOT / "configs" / "miniworld" / f"{name}.yaml", output, seed, args.opts)
+    model = experiment.train(cfg, args.output / "features")
+    numbers = experiment.recognise_scenes(model.recognizer, experiment.test_scenes("test", args.test)).accuracies()
+    numbers.update(experiment.average_precision(cfg, model, "test"))
+    with atomic_path(result_path(name, seed, args)) as temporary:
+        temporary.write_text(json.dumps(numbers))
+
+
+def result_path(name: str, seed: int, args: argparse.Namespace) -> Path:
+    return args.output / "results" / f"{name.replace('/', '-')}-{seed}.json"
+
+
+def table(args: argparse.Namespace) -> str:
+    """Return mean and spread of what has been run."""
+    lines = []
+    for name, what, paper in ROWS:
+        paths = [path for seed in range(args.seeds) if (path := result_path(name, seed, args)).is_file()]
+        numbers = [json.loads(path.read_text()) for path in paths]
+        scale = {column: 1 if column.startswith("AP") else 100 for column in COLUMNS}
+        values = [[scale[column] * n[column] for n in numbers] for column in COLUMNS]
+        lines.append([what, *(f"{np.mean(v):.1f} ± {np.std(v):.1f}" if v else "" for v in values), paper])
+    headers = ["", "base top-1", "novel top-1", "novel of novel names", "AP", "APr", "the paper's AP"]
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:
@@ -64,23 +84,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=3200, help="training scenes")
     parser.add_argument("--test", type=int, default=200, help="test scenes")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.workers)
-    scenes = experiment.test_scenes("test", args.test)
-    lines = []
-    for name, what, paper in ROWS:
-        numbers = [run(name, seed, args, scenes) for seed in range(args.seeds)]
-        scale = {column: 1 if column.startswith("AP") else 100 for column in COLUMNS}
-        values = {column: [scale[column] * n[column] for n in numbers] for column in COLUMNS}
-        lines.append([what, *(f"{np.mean(v):.1f} ± {np.std(v):.1f}" for v in values.values()), paper])
-        headers = ["", "base top-1", "novel top-1", "novel of novel names", "AP", "APr", "the paper's AP"]
-        text = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-        with atomic_path(args.output / "table.md") as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-        print(f"\n{text}\n", flush=True)
+    draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.jobs)
+    tasks = [(name, seed) for name, _, _ in ROWS for seed in range(args.seeds)]
+    tasks = [task for task in tasks if not result_path(*task, args).is_file()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        runs = [pool.submit(run, *task, args) for task in tasks]
+        for done in tqdm(as_completed(runs), total=len(runs), desc="ablations", unit="run"):
+            done.result()
+            with atomic_path(args.output / "table.md") as temporary:
+                temporary.write_text(table(args) + "\n", encoding="utf-8")
+    print(f"\n{table(args)}")
 
 
 if __name__ == "__main__":
