@@ -69,7 +69,10 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         return cls(model, save_dir, sam_weights=node.SAM.WEIGHTS, clip_weights=node.CLIP.WEIGHTS, **checkpointables)
 
     def save(self, name: str, is_last: bool = True, **kwargs: Any) -> None:
-        """Save ``name``.pth with what is in ``kwargs``; ``is_last`` makes it the one that training resumes from."""
+        """Save ``name``.pth with what is in ``kwargs``.
+
+        ``is_last`` makes it the one that training resumes from; one that is not holds no state of the training.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         state = self.recognizer.state_dict()
@@ -80,10 +83,11 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
                 for part, prefix in FROZEN.items()
             },
         }
-        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        kept = self.checkpointables if is_last else {k: v for k, v in self.checkpointables.items() if k == "ema"}
+        data.update({key: value.state_dict() for key, value in kept.items()})
         data.update(kwargs)
         path = f"{self.save_dir}/{name}.pth"
-        with atomic_path(path) as temporary:
+        with atomic_path(path, sync=True) as temporary:
             torch.save(data, temporary)
         logger.info("Saved checkpoint to %s", path)
         if is_last:

@@ -44,6 +44,7 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.CROP.MASKED = False
     node.CROP.BATCH_SIZE = 64
 
+    _add_proposal_config(node)
     _add_sam_config(node)
     _add_clip_config(node)
 
@@ -64,6 +65,30 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     _add_training_config(cfg)
 
 
+def _add_proposal_config(node: CfgNode) -> None:
+    node.PROPOSALS = CfgNode()
+    # Where boxes come from at inference: "gt" (the annotated ones), "file" (DATASETS.PROPOSAL_FILES_TEST),
+    # "sam_automatic" (SAM's own masks by a grid of points), "detector", or "auto": a file if there is one, else gt.
+    node.PROPOSALS.SOURCE = "auto"
+    # Best boxes kept of an image, of any source but gt; -1 for all.
+    node.PROPOSALS.TOP_K = -1
+
+    # Arguments of segment_anything's SamAutomaticMaskGenerator.
+    node.PROPOSALS.SAM_AUTOMATIC = CfgNode()
+    node.PROPOSALS.SAM_AUTOMATIC.POINTS_PER_SIDE = 32
+    node.PROPOSALS.SAM_AUTOMATIC.PRED_IOU_THRESH = 0.88
+    node.PROPOSALS.SAM_AUTOMATIC.STABILITY_SCORE_THRESH = 0.95
+    node.PROPOSALS.SAM_AUTOMATIC.BOX_NMS_THRESH = 0.7
+
+    # A config of any Detectron2 detector (a path, or a name in its model zoo), its weights ("" for those of the
+    # config), what to take of it, "boxes" or "rpn", and overrides of its config ("KEY", value, ...).
+    node.PROPOSALS.DETECTOR = CfgNode()
+    node.PROPOSALS.DETECTOR.CONFIG_FILE = ""
+    node.PROPOSALS.DETECTOR.WEIGHTS = ""
+    node.PROPOSALS.DETECTOR.OUTPUT = "boxes"
+    node.PROPOSALS.DETECTOR.OPTS = ()
+
+
 def _add_training_config(cfg: CfgNode) -> None:
     # Token stores of the training sets (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM
     # in the loop.
@@ -81,12 +106,16 @@ def _add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATE = 1
     # Mixed precision (SOLVER.AMP.ENABLED): "bf16" or, on CUDA only, "fp16".
     cfg.SOLVER.AMP.DTYPE = "bf16"
+    # The last checkpoints that are kept beside model_final and model_best; 0 keeps all.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 5
     # Exponential moving average of the trained weights; evaluation, the best checkpoint and inference use it.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
+    # "fixed" evaluates LVIS by fixed AP (10,000 detections a class over the data set) in place of the standard AP.
+    cfg.TEST.PROTOCOL = ""
     # The metric by which model_best.pth is kept while training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with
-    # several test sets, "lvis_v1_val/bbox/AP"; "" keeps none.
+    # several test sets, "lvis_v1_val/bbox/AP" (by default the first set's); "" keeps none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
 
 

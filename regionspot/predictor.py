@@ -14,6 +14,8 @@ from regionspot.modeling.localizer import LocalizerOutput
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts, check_boxes
 
+UNKNOWN = "unknown"
+
 
 @dataclass
 class RegionPredictions:
@@ -22,7 +24,7 @@ class RegionPredictions:
     Attributes:
         boxes: (N, 4) float32, XYXY, original pixels: the given boxes, or those around the masks.
         classes: (N,) int64, index of the best class in ``vocabulary``.
-        labels: N names of the best classes.
+        labels: N names of the best classes, "unknown" for unknown regions.
         scores: (N,) float32, probability of the best class.
         top_classes: (N, k) int64, the k best classes, best first.
         top_scores: (N, k) float32, their probabilities.
@@ -30,6 +32,7 @@ class RegionPredictions:
         iou: (N,) float32, SAM's own estimate of the mask's IoU.
         masks: (N, H, W) bool, original pixels; None when not asked for.
         vocabulary: K class names.
+        unknown: (N,) bool, regions of no class (``MODEL.REGIONSPOT.UNKNOWN``).
     """
 
     boxes: np.ndarray
@@ -42,6 +45,7 @@ class RegionPredictions:
     iou: np.ndarray
     masks: np.ndarray | None
     vocabulary: list[str]
+    unknown: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -126,7 +130,7 @@ class RegionSpotPredictor:
         if vocabulary is not None:
             self.set_vocabulary(vocabulary)
         [output] = self.recognizer.locate(self._features, [prompts], with_masks or prompts.boxes is None)
-        [logits] = self.recognizer.classify([output.tokens], self._features.feature_map)
+        [logits] = self.recognizer.classify([output.tokens], self._features.feature_map, with_background=True)
         return self._predictions(prompts, output, logits, top_k, with_masks)
 
     def _prompts(
@@ -196,23 +200,26 @@ class RegionSpotPredictor:
             if output.masks is None
             else self.recognizer.localizer.upsample_masks(output.masks, size, size).cpu().numpy()
         )
-        top_scores, top_classes = self.recognizer.probabilities(logits).topk(min(top_k, logits.shape[1]), dim=1)
+        names = self.vocabulary
+        probabilities = self.recognizer.probabilities(logits)
+        unknown = self.recognizer.rule.is_unknown(probabilities)
+        top_scores, top_classes = probabilities[:, : len(names)].topk(min(top_k, len(names)), dim=1)
         boxes = prompts.clip(size).boxes
         if boxes is None:
             assert masks is not None
             boxes = torch.from_numpy(boxes_of_masks(masks))
-        names = self.vocabulary
         return RegionPredictions(
             boxes=boxes.cpu().numpy(),
             classes=top_classes[:, 0].cpu().numpy(),
-            labels=[names[i] for i in top_classes[:, 0].tolist()],
+            labels=[UNKNOWN if u else names[i] for i, u in zip(top_classes[:, 0].tolist(), unknown.tolist())],
             scores=top_scores[:, 0].cpu().numpy(),
             top_classes=top_classes.cpu().numpy(),
             top_scores=top_scores.cpu().numpy(),
-            logits=logits.cpu().numpy(),
+            logits=logits[:, : len(names)].cpu().numpy(),
             iou=output.iou.cpu().numpy(),
             masks=masks if with_masks else None,
             vocabulary=names,
+            unknown=unknown.cpu().numpy(),
         )
 
 

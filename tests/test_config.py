@@ -20,7 +20,9 @@ CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.s
 
 def build_on_meta(path, *overrides):
     with torch.device("meta"):
-        return build_model(load_config(path, ["MODEL.DEVICE", "meta", *overrides]))
+        return build_model(
+            load_config(path, ["MODEL.DEVICE", "meta", "MODEL.REGIONSPOT.PROPOSALS.SOURCE", "auto", *overrides])
+        )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -26,6 +26,7 @@ from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
+from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 
 
@@ -42,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine among them")
     parser.add_argument("--batch-size", type=int, default=8, help="images encoded at once")
     parser.add_argument("--shard-images", type=int, default=512, help="images of the data set a shard")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out pictures that cannot be read")
     parser.add_argument("--verify", nargs="+", type=Path, metavar="DIR", help="check finished stores, and do no more")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args(arguments)
@@ -59,8 +61,12 @@ def verify(folders: list[Path]) -> int:
     """Print what is wrong with stores; return how many things are."""
     problems = 0
     for folder in folders:
-        found = list(find_damage(folder))
-        manifest = read_manifest(folder)
+        try:
+            found, manifest = list(find_damage(folder)), read_manifest(folder)
+        except (FileNotFoundError, ValueError) as error:
+            print(error)
+            problems += 1
+            continue
         print("\n".join(found) or f"{folder}: {manifest['boxes']} boxes of {manifest['images']} images, all as written")
         problems += len(found)
     return problems
@@ -68,6 +74,7 @@ def verify(folders: list[Path]) -> int:
 
 def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
     """Extract in one of the processes."""
+    fork_workers()
     if args.num_gpus > 1 and cfg.MODEL.DEVICE == "cuda":
         cfg.MODEL.DEVICE = f"cuda:{index}"
     elif args.num_gpus > 1:
@@ -83,6 +90,7 @@ def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
         feature_maps=args.feature_maps,
         shard_images=args.shard_images,
         batch_size=args.batch_size,
+        skip_damaged=args.skip_damaged,
         workers=cfg.DATALOADER.NUM_WORKERS,
         machine=(args.machine_rank, args.num_machines),
     )

@@ -11,6 +11,8 @@ Examples:
 """
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -23,6 +25,7 @@ from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer, launch
+from regionspot.utils.files import atomic_path
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -43,7 +46,12 @@ def main(args: argparse.Namespace) -> Any:
         model = build_model(cfg)
         checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return RegionSpotTrainer.test(cfg, model)
+        results = RegionSpotTrainer.test(cfg, model)
+        if comm.is_main_process():
+            several = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
+            with atomic_path(Path(cfg.OUTPUT_DIR) / "results.json") as temporary:
+                temporary.write_text(json.dumps(several, indent=1))
+        return results
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()

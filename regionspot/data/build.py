@@ -1,15 +1,17 @@
 """Data loaders, and the vocabularies that belong to data sets."""
 
 import difflib
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.utils import comm
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.datasets import register_from_spec
@@ -17,6 +19,8 @@ from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, build_training_stream
 from regionspot.data.training_set import TrainingSet, open_training_images
 from regionspot.vocabulary import load_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
@@ -37,6 +41,8 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
             f"DATASETS.TOKEN_STORES_TRAIN: expected one store for each of {len(names)} data sets, or none; "
             f"got {len(stores)}"
         )
+    if any(not path for path in stores):
+        raise ValueError("DATASETS.TOKEN_STORES_TRAIN: expected a folder for each data set, got an empty name")
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         raise ValueError(
             "DATALOADER.ASPECT_RATIO_GROUPING: images are brought to squares, so it gains nothing and keeps a resumed "
@@ -45,6 +51,11 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
     images, mappers = zip(
         *(open_training_images(cfg, name, stores[i] if stores else "") for i, name in enumerate(names))
     )
+    if len({mapper.token_store.has_feature_maps for mapper in mappers if mapper.token_store}) > 1:
+        raise ValueError(
+            "DATASETS.TOKEN_STORES_TRAIN: some stores hold feature maps and some do not; extract all with "
+            "--feature-maps, or all without"
+        )
     stream = build_training_stream(cfg, images, seed)
     return DataLoader(
         TrainingSet(images, mappers, seed),
@@ -79,17 +90,69 @@ def local_batch_size(cfg: CfgNode) -> int:
     return total // (world * accumulate)
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1) -> Any:
-    """Return Detectron2's test loader over ``dataset_name``.
+def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip: Collection[int] = ()) -> Any:
+    """Return Detectron2's test loader over ``dataset_name``, without the images whose ids are in ``skip``.
 
-    Annotated boxes stay with the images. ``DATASETS.PROPOSAL_FILES_TEST``, one file for each of ``DATASETS.TEST``,
-    gives other boxes to recognise.
+    Annotated boxes stay with the images; with a proposal file (see ``proposal_source``) its boxes are beside them,
+    and what the file has for the data set is logged.
+
+    Raises:
+        ValueError: not as many files as data sets, or a file that does not fit; KeyError, FileNotFoundError: unknown
+            data sets, missing files.
     """
     check_registered([dataset_name], "DATASETS.TEST")
-    files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
-    proposals = ProposalFile(files[dataset_name]) if dataset_name in files else None
+    source, path = proposal_source(cfg, dataset_name)
+    records = DatasetCatalog.get(dataset_name)
+    proposals = open_proposals(path, records) if source == "file" else None
     mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
-    return build_detection_test_loader(cfg, dataset_name, mapper=mapper, batch_size=batch_size)
+    if skip:
+        ids = image_ids(records)
+        records = Subset(records, [index for index, image_id in enumerate(ids.tolist()) if image_id not in skip])
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return build_detection_test_loader(records, mapper=mapper, batch_size=batch_size, num_workers=workers)
+
+
+def image_ids(records: Any) -> np.ndarray:
+    """Return the (I,) image ids of a data set's records, without making the records where they are in arrays."""
+    ids = getattr(records, "image_ids", None)
+    return np.array([record["image_id"] for record in records]) if ids is None else ids
+
+
+def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
+    """Return where the boxes of a test set come from, "gt", "file", "sam_automatic" or "detector", and the file.
+
+    Raises:
+        ValueError: a file is asked for and none is given, or files and test sets differ in number.
+    """
+    source, files = cfg.MODEL.REGIONSPOT.PROPOSALS.SOURCE, cfg.DATASETS.PROPOSAL_FILES_TEST
+    if files and len(files) != len(cfg.DATASETS.TEST):
+        raise ValueError(
+            f"DATASETS.PROPOSAL_FILES_TEST: expected one file for each of {len(cfg.DATASETS.TEST)} test sets, or none; "
+            f"got {len(files)}"
+        )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS: Detectron2 would run what a pickle asks for; expected False, which reads "
+            "DATASETS.PROPOSAL_FILES_TEST safely"
+        )
+    path = dict(zip(cfg.DATASETS.TEST, files)).get(dataset_name, "")
+    if source == "file" and not path:
+        raise ValueError("MODEL.REGIONSPOT.PROPOSALS.SOURCE file: give DATASETS.PROPOSAL_FILES_TEST, one a test set")
+    if source == "auto":
+        source = "file" if path else "gt"
+    return source, path if source == "file" else ""
+
+
+def open_proposals(path: str, records: Any) -> ProposalFile:
+    """Open a proposal file and log what it has for a data set."""
+    proposals, ids = ProposalFile(path), image_ids(records)
+    if hasattr(records, "heights"):
+        sizes = np.stack([records.heights, records.widths], axis=1)
+    else:
+        sizes = np.array([(record["height"], record["width"]) for record in records]).reshape(-1, 2)
+    summary = proposals.summarise(ids, sizes)
+    logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
+    return proposals
 
 
 def check_registered(names: Sequence[str], key: str) -> None:

@@ -92,7 +92,7 @@ class RegionSpotDatasetMapper:
             ValueError: the image is missing, damaged, or of another size than the record says.
         """
         record = copy.copy(record)
-        boxes, classes = _read_annotations(record)
+        boxes, classes = read_annotations(record)
         record.pop("annotations", None)
         with_image = self.token_store is None or not self.token_store.has_feature_maps
         inputs = T.AugInput(self._read(record) if with_image else _placeholder(record))
@@ -104,11 +104,11 @@ class RegionSpotDatasetMapper:
             flips = sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms)
             kept = _to_instances(boxes, classes, (record["height"], record["width"]))
             record.update(self.token_store.get(record["image_id"], kept.gt_boxes.tensor, bool(flips % 2)))
-            boxes = kept.gt_boxes.tensor.numpy().astype(float)
-            classes = kept.gt_classes.numpy()
+            boxes, classes = kept.gt_boxes.tensor.numpy().astype(float), kept.gt_classes.numpy()
             if with_image:  # which may have been decoded at a smaller size
                 boxes *= np.tile([size[1] / record["width"], size[0] / record["height"]], 2)
-        record["instances"] = _to_instances(transforms.apply_box(boxes), classes, size)
+        # with stored tokens the boxes were chosen above, and each has its token
+        record["instances"] = _to_instances(transforms.apply_box(boxes), classes, size, self.token_store is None)
         if self.proposal_file is not None:
             proposals = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))
             proposals._image_size = tuple(size)
@@ -152,10 +152,10 @@ def _placeholder(record: dict[str, Any]) -> np.ndarray:
 
 def annotated_regions(record: dict[str, Any]) -> Instances:
     """Return the regions of a record that are learned from: ``gt_boxes`` in the picture's frame, ``gt_classes``."""
-    return _to_instances(*_read_annotations(record), (record["height"], record["width"]))
+    return _to_instances(*read_annotations(record), (record["height"], record["width"]))
 
 
-def _read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes (n, 4) float64 XYXY and classes (n,) of a record, crowds left out."""
     kept = [annotation for annotation in record.get("annotations", []) if not annotation.get("iscrowd", 0)]
     classes = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
@@ -166,8 +166,15 @@ def _read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return boxes, classes
 
 
-def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int]) -> Instances:
+def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int], only_areas: bool = True) -> Instances:
     """Return boxes, cut to an image of (height, width), with their classes; those without area are left out."""
     instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes))
     instances.gt_boxes.clip(size)
-    return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
+    return instances[instances.gt_boxes.nonempty(threshold=1e-5)] if only_areas else instances
+
+
+def has_area(boxes: np.ndarray, size: tuple[int, int]) -> list[bool]:
+    """Tell which (n, 4) XYXY boxes have area inside an image of (height, width)."""
+    cut = Boxes(torch.as_tensor(boxes))
+    cut.clip(size)
+    return cut.nonempty(threshold=1e-5).tolist()

@@ -39,9 +39,55 @@ class TrainingStream(Sampler):
         if self.repeat_factors is None:
             sampler: Sampler = TrainingSampler(self.size, seed=self.seed)
         else:
-            sampler = RepeatFactorTrainingSampler(self.repeat_factors, seed=self.seed)
+            sampler = _RepeatSampler(self.repeat_factors, seed=self.seed)
         positions = itertools.count(comm.get_rank(), comm.get_world_size())
         return itertools.islice(zip(positions, sampler), self.start, None)
+
+
+class _RepeatSampler(RepeatFactorTrainingSampler):
+    """Detectron2's, with an epoch of millions of images drawn in no time."""
+
+    def _get_epoch_indices(self, generator: torch.Generator) -> torch.Tensor:
+        draws = torch.rand(len(self._frac_part), generator=generator)
+        repeats = self._int_part + (draws < self._frac_part).float()
+        return torch.repeat_interleave(torch.arange(len(repeats)), repeats.long())
+
+
+def category_repeat_factors(labels: np.ndarray, images: np.ndarray, number: int, cfg: CfgNode) -> np.ndarray:
+    """Return each image's repeat factor by its rarest class, as Detectron2's repeat-factor sampling has it.
+
+    Args:
+        labels: (M,) classes of the regions.
+        images: (M,) in which image each is.
+        number: of images.
+        cfg: with ``DATALOADER.REPEAT_THRESHOLD`` and ``REPEAT_SQRT``.
+
+    Returns:
+        (number,) float64, 1 or more.
+    """
+    pairs = np.unique(np.stack([images, labels]), axis=1)  # classes of each image, once
+    frequency = np.bincount(pairs[1]) / number
+    with np.errstate(divide="ignore"):
+        factor = cfg.DATALOADER.REPEAT_THRESHOLD / frequency
+    factor = np.maximum(np.sqrt(factor) if cfg.DATALOADER.REPEAT_SQRT else factor, 1)
+    result = np.ones(number)
+    np.maximum.at(result, pairs[0], factor[pairs[1]])
+    return result
+
+
+def _region_labels(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes of a data set's regions, and in which of its images each is."""
+    indices = getattr(dataset, "indices", None)
+    records = dataset if indices is None else dataset.dataset
+    if hasattr(records, "offsets"):  # arrays: no record is made
+        of = np.repeat(np.arange(len(records)), np.diff(records.offsets))
+        rank = np.full(len(records), -1)
+        rank[np.arange(len(records)) if indices is None else indices] = np.arange(len(dataset))
+        kept = rank[of] >= 0
+        return records.labels[kept].astype(np.int64), rank[of][kept]
+    numbers = [[a["category_id"] for a in dataset[index]["annotations"]] for index in range(len(dataset))]
+    labels = np.array([label for image in numbers for label in image], np.int64)
+    return labels, np.repeat(np.arange(len(dataset)), [len(image) for image in numbers])
 
 
 def build_training_stream(cfg: CfgNode, datasets: Sequence[Any], seed: int) -> TrainingStream:
@@ -65,11 +111,7 @@ def build_training_stream(cfg: CfgNode, datasets: Sequence[Any], seed: int) -> T
     if not ratio and not by_class:
         return TrainingStream(size, seed)
     factors = [
-        RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        ).numpy()
-        if by_class
-        else np.ones(len(dataset))
+        category_repeat_factors(*_region_labels(dataset), len(dataset), cfg) if by_class else np.ones(len(dataset))
         for dataset in datasets
     ]
     return TrainingStream(size, seed, torch.from_numpy(balance(factors, ratio)).float())

@@ -1,6 +1,7 @@
 """Token stores: frozen features of a data set's annotated regions on disk, so that training need not run SAM."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from regionspot.utils.files import atomic_path, sha256_of_file
 
 FORMAT = "regionspot-tokens-1"
 MANIFEST = "manifest.json"
+REMEDY = "delete this shard and run tools/extract_tokens.py again, which makes it anew"
 
 
 class TokenStore:
@@ -126,14 +128,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if (folder / "origin.json").is_file():
             raise ValueError(f"token store {folder} is not finished; run tools/extract_tokens.py again, it goes on")
         raise FileNotFoundError(f"token store {folder}: no {MANIFEST} there; make it with tools/extract_tokens.py")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"stages", "shards", "clip", "flip", "sam", "annotations"} - set(manifest)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"token store: {path} is damaged ({error}); extract the tokens again") from error
-    if manifest.get("format") != FORMAT or missing:
+    manifest = _read_json(path)
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"token store: {path} is of format {manifest.get('format')!r}, expected {FORMAT!r}")
+    shards = manifest.get("shards")
+    whole = {"stages", "clip", "flip", "sam", "annotations", "images", "boxes"} <= set(manifest)
+    if not whole or not isinstance(shards, list) or not all(_is_entry(entry) for entry in shards):
+        raise ValueError(f"token store: {path} is damaged: it lacks what a manifest has; extract the tokens again")
     return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"token store: {path} is damaged ({error}); extract the tokens again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"token store: {path} is damaged: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _is_entry(entry: Any) -> bool:
+    kinds = {"file": str, "sha256": str, "bytes": int, "images": int, "boxes": int, "seen": int}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def compare_origins(found: dict[str, Any], expected: dict[str, Any]) -> str:
@@ -162,12 +179,15 @@ def _say(value: Any) -> str:
 
 def _open_shard(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"token store: shard {path} is missing; copy it again, or extract the tokens again")
+        raise FileNotFoundError(f"token store: shard {path} is missing; copy it again, or run extract_tokens.py again")
     try:
         with safe_open(path, framework="pt") as file:  # the tensors are maps of the file, read when they are used
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"token store: shard {path} is damaged ({error}); extract the tokens again") from error
+        raise ValueError(f"token store: shard {path} is damaged ({error}); {REMEDY}") from error
+    if not {"image_ids", "offsets", "boxes", "labels"} <= set(content):
+        raise ValueError(f"token store: {path} is no shard: it holds {', '.join(sorted(content)[:4])}; {REMEDY}")
+    return content
 
 
 class StoreWriter:
@@ -192,10 +212,11 @@ class StoreWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST, "origin.json"):
             if (self.folder / name).is_file():
-                there = json.loads((self.folder / name).read_text(encoding="utf-8"))
-                difference = compare_origins(there, self.origin)
+                difference = compare_origins(_read_json(self.folder / name), self.origin)
                 if difference:
                     raise ValueError(f"{self.folder} holds a token store that {difference}; give another folder")
+        if self.is_complete():
+            self._reopen()
         if not self.is_complete():
             _write_json(self.folder / "origin.json", self.origin)
 
@@ -206,11 +227,33 @@ class StoreWriter:
         return self.folder / f"shard-{shard:05d}{suffix}"
 
     def is_finished(self, shard: int) -> bool:
-        return self.path(shard, ".json").is_file() or self.is_complete()
+        return self._entry(shard) is not None or self.is_complete()
 
     def finished_images(self) -> int:
-        """Return how many of the data set's images need no more work."""
-        return sum(json.loads(path.read_text())["seen"] for path in self.folder.glob("shard-*.json"))
+        """Return how many of the data set's images need no more work, as far as it is not complete."""
+        return sum(entry["seen"] for shard in range(self.number) if (entry := self._entry(shard)))
+
+    def _entry(self, shard: int) -> dict[str, Any] | None:
+        """Return what the manifest will say of a finished shard, None of one that is not."""
+        try:
+            entry = _read_json(self.path(shard, ".json"))
+            whole = _is_entry(entry) and self.path(shard).stat().st_size == entry["bytes"]
+        except (FileNotFoundError, ValueError):  # not there (any more)
+            return None
+        return entry if whole else None
+
+    def _reopen(self) -> None:
+        """Take a finished store apart if shards of it are missing or cut, so that they are made anew."""
+        entries = read_manifest(self.folder)["shards"]
+        whole = [
+            (path := self.folder / entry["file"]).is_file() and path.stat().st_size == entry["bytes"]
+            for entry in entries
+        ]
+        if not all(whole):
+            for shard, (entry, is_whole) in enumerate(zip(entries, whole)):
+                if is_whole:
+                    _write_json(self.path(shard, ".json"), entry)
+            (self.folder / MANIFEST).unlink()
 
     def write(self, shard: int, content: dict[str, torch.Tensor], seen: int) -> None:
         """Write a shard: tensors as ``TokenStore`` describes them, of ``seen`` images, with regions or without."""
@@ -219,23 +262,30 @@ class StoreWriter:
                 raise ValueError(f"{self.path(shard)}: {key} holds NaN or what float16 cannot hold")
         with atomic_path(self.path(shard)) as temporary:
             save_file({key: value.contiguous() for key, value in content.items()}, temporary)
-            sha256 = sha256_of_file(temporary)
-        images, boxes = len(content["image_ids"]), len(content["boxes"])
-        entry = {"file": self.path(shard).name, "sha256": sha256, "images": images, "boxes": boxes, "seen": seen}
+            sha256, size = sha256_of_file(temporary), temporary.stat().st_size
+        counts = {"images": len(content["image_ids"]), "boxes": len(content["boxes"]), "seen": seen}
+        entry = {"file": self.path(shard).name, "sha256": sha256, "bytes": size, **counts}
         _write_json(self.path(shard, ".json"), entry)
 
     def finish(self) -> bool:
         """Write the manifest if all shards are there; return whether the store is complete."""
-        if self.is_complete():
-            return True
-        if not all(self.path(shard, ".json").is_file() for shard in range(self.number)):
-            return False
-        entries = [json.loads(self.path(shard, ".json").read_text()) for shard in range(self.number)]
-        counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
-        _write_json(self.folder / MANIFEST, {**self.origin, **counts, "shards": entries})
-        for leftover in [*self.folder.glob("shard-*.json"), *self.folder.glob(".*"), self.folder / "origin.json"]:
+        if not self.is_complete():
+            entries = [entry for shard in range(self.number) if (entry := self._entry(shard))]
+            if len(entries) < self.number and not self.is_complete():
+                return False
+            if not self.is_complete():
+                counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
+                _write_json(self.folder / MANIFEST, {**self.origin, **counts, "shards": entries})
+        leftovers = [*self.folder.glob("shard-*.json"), *self.folder.glob(".shard-*.tmp"), self.folder / "origin.json"]
+        for leftover in leftovers:
             leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.locks, ignore_errors=True)
         return True
+
+    @property
+    def locks(self) -> Path:
+        """Folder of the locks that processes hold while they work."""
+        return self.folder / ".locks"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -275,9 +325,9 @@ def find_damage(folder: str | Path) -> Iterator[str]:
     for entry in tqdm(manifest["shards"], desc=f"verifying {folder}", unit="shard"):
         path = folder / entry["file"]
         if not path.is_file():
-            yield f"{path} is missing"
+            yield f"{path} is missing: run tools/extract_tokens.py again, which makes it anew"
         elif (found := sha256_of_file(path)) != entry["sha256"]:
-            yield f"{path} is damaged: expected SHA-256 {entry['sha256'][:12]}, got {found[:12]}"
+            yield f"{path} is damaged: expected SHA-256 {entry['sha256'][:12]}, got {found[:12]}; {REMEDY}"
     listed = {entry["file"] for entry in manifest["shards"]}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in listed:

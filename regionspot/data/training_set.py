@@ -60,6 +60,8 @@ def open_training_images(cfg: CfgNode, name: str, store_path: str = "") -> tuple
     records = DatasetCatalog.get(name)
     numbers = _region_numbers(records)
     kept = numbers > 0
+    if store is not None and not all(key in records[0] for key in ("height", "width")):
+        raise ValueError(f"data set {name!r}: its records need height and width, for stored tokens")
     if store is not None:
         ids = getattr(records, "image_ids", None)
         ids = np.array([record["image_id"] for record in records]) if ids is None else ids

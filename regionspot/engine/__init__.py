@@ -1,6 +1,6 @@
 """Training and evaluation runs."""
 
-from regionspot.engine.launch import launch
+from regionspot.engine.launch import fork_workers, launch
 from regionspot.engine.trainer import RegionSpotTrainer
 
-__all__ = ["RegionSpotTrainer", "launch"]
+__all__ = ["RegionSpotTrainer", "fork_workers", "launch"]

@@ -1,19 +1,20 @@
 """Import of tokens that the authors published: one ``<image_id>.pth`` an image."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
-from regionspot.data.dataset_mapper import annotated_regions
+from regionspot.data.dataset_mapper import annotated_regions, has_area, read_annotations
 from regionspot.data.token_store import StoreWriter, pack_images
 from regionspot.weights import load_checkpoint_file
 
 logger = logging.getLogger(__name__)
 
-OUTCOMES = ("imported", "done before", "without regions", "without a file", "damaged", "of other regions")
+OUTCOMES = ("imported", "without regions", "without a file", "damaged", "of other regions")
 
 
 def convert_tokens(
@@ -34,29 +35,28 @@ def convert_tokens(
 
     Returns:
         Numbers of images: "imported", "without regions", "without a file", "damaged" and "of other regions", of which
-        only the first are in the store; "done before" are in shards that an earlier run finished.
+        only the first are in the store.
 
     Raises:
-        ValueError: nothing could be imported.
+        ValueError: nothing could be imported, or there is a finished store.
     """
     counts = dict.fromkeys(OUTCOMES, 0)
     records = DatasetCatalog.get(dataset_name)
     size = origin["images of a shard"]
     writer = StoreWriter(folder, origin, -(-len(records) // size))
+    if writer.is_complete():
+        raise ValueError(f"{folder} holds a finished store already; delete it first, or give another folder")
     with tqdm(total=len(records), desc=f"tokens of {dataset_name}", unit="image") as bar:
         for number in range(writer.number):
             images, rows = [], range(number * size, min((number + 1) * size, len(records)))
-            if writer.is_finished(number):
-                counts["done before"] += len(rows)
-                bar.update(len(rows))
-                continue
             for index in rows:
                 what, entry = _convert(records[index], Path(token_folder), dataset_name, stage, dim)
                 counts[what] += 1
                 images += [entry] if entry else []
                 bar.update()
             writer.write(number, pack_images(images), len(rows))
-    if not counts["imported"] and not counts["done before"]:
+    if not counts["imported"]:
+        shutil.rmtree(folder)
         raise ValueError(f"{token_folder}: no file fits data set {dataset_name!r}; {counts}. Is it the right data set?")
     writer.finish()
     return counts
@@ -95,10 +95,10 @@ def _matching_rows(record: dict[str, Any], dataset_name: str, classes: list[int]
     mapping = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
     raw = {contiguous: category for category, contiguous in mapping.items()}
     annotations = record["annotations"]
-    alone = [annotated_regions({**record, "annotations": [annotation]}) for annotation in annotations]
-    learned = [len(regions) > 0 for regions in alone]
-    assert sum(learned) == number
     single = [not annotation.get("iscrowd", 0) for annotation in annotations]
+    boxes, _ = read_annotations({"annotations": [{**annotation, "iscrowd": 0} for annotation in annotations]})
+    learned = [a and b for a, b in zip(single, has_area(boxes, (record["height"], record["width"])))]
+    assert sum(learned) == number
     for present in ([True] * len(annotations), single, learned):
         rows = [i for i, there in enumerate(present) if there]
         if [raw[annotations[i]["category_id"]] for i in rows] == classes:

@@ -1,17 +1,20 @@
 """Extraction of frozen features into token stores: by any number of processes, and going on where it was stopped."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from regionspot.data.build import image_ids
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.token_store import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations
@@ -19,6 +22,8 @@ from regionspot.modeling.localizer import check_stages
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts
 from regionspot.weights import fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Extraction:
         shard_images: images of the data set a shard.
         batch_size: images encoded at once.
         workers: processes that read pictures.
+        skip_damaged: leave out pictures that cannot be read, with a warning, instead of an error at the end.
         machine: this machine's number and how many there are, where they share no disk: (0, 1) does all shards.
     """
 
@@ -41,6 +47,7 @@ class Extraction:
     shard_images: int = 512
     batch_size: int = 8
     workers: int = 0
+    skip_damaged: bool = False
     machine: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
@@ -110,8 +117,13 @@ def extract_tokens(
 
     Returns:
         Whether the store is complete; if not, others are still at work on it.
+
+    Raises:
+        ValueError: image ids that are no integers or not unique; or pictures that cannot be read, which is said when
+            all other shards are done.
     """
-    records = _Mapped(DatasetCatalog.get(dataset_name))
+    records = _Mapped(DatasetCatalog.get(dataset_name), extraction.skip_damaged)
+    check_image_ids(image_ids(records.records), dataset_name)
     shards = [
         range(start, min(start + extraction.shard_images, len(records)))
         for start in range(0, len(records), extraction.shard_images)
@@ -119,7 +131,7 @@ def extract_tokens(
     writer = StoreWriter(folder, describe_store(recognizer, sources, dataset_name, extraction), len(shards))
     if writer.is_complete():
         return True
-    done, (rank, machines) = writer.finished_images(), extraction.machine
+    done, failures = writer.finished_images(), {}
     with tqdm(
         total=len(records), initial=done, desc=f"tokens of {dataset_name}", unit="image", disable=not show_progress
     ) as bar:
@@ -127,32 +139,43 @@ def extract_tokens(
         while worked:  # again while a shard was open: who was at it may have been killed
             worked = False
             for number, rows in enumerate(shards):
-                if number % machines != rank or writer.is_finished(number):
+                ours = number % extraction.machine[1] == extraction.machine[0]
+                if not ours or number in failures or writer.is_finished(number):
                     continue
-                with _claim(writer.path(number, ".lock")) as claimed:
+                with _claim(writer.locks / f"{number}.lock") as claimed:
                     if claimed and not writer.is_finished(number):
-                        content = _extract_shard(recognizer, Subset(records, rows), extraction, bar)
+                        try:
+                            content = _extract_shard(recognizer, Subset(records, rows), extraction, bar)
+                        except ValueError as error:
+                            failures[number] = str(error).strip().splitlines()[-1]
+                            continue
                         writer.write(number, content, len(rows))
                         worked = True
-                bar.n = writer.finished_images()
-                bar.refresh()
-    return _finish(writer)
+                if not writer.is_complete():
+                    bar.n = writer.finished_images()
+                    bar.refresh()
+    if failures:
+        raise ValueError(
+            f"{len(failures)} of {len(shards)} shards of {dataset_name} are not done: {'; '.join(failures.values())}. "
+            "Mend the pictures and run again, or leave them out with --skip-damaged"
+        )
+    return writer.finish()
 
 
-def _finish(writer: StoreWriter) -> bool:
-    if writer.is_complete():
-        return True
-    path = writer.folder / ".manifest.lock"
-    with FileLock(path):
-        complete = writer.finish()
-    path.unlink(missing_ok=True)
-    return complete
+def check_image_ids(ids: np.ndarray, dataset_name: str) -> None:
+    """Refuse image ids that a store cannot hold."""
+    if len(ids) and (not np.issubdtype(ids.dtype, np.signedinteger)):
+        raise ValueError(f"data set {dataset_name!r}: expected integers of 64 bits as image ids, got {ids[0]!r}")
+    values, counts = np.unique(ids, return_counts=True)
+    if len(values) < len(ids):
+        raise ValueError(f"data set {dataset_name!r}: image id {values[counts.argmax()]} occurs {counts.max()} times")
 
 
 @contextmanager
 def _claim(path: Path) -> Iterator[bool]:
     """Yield whether this process has the lock; it is gone with the process, however that ends."""
-    lock = FileLock(path.with_name(f".{path.name}"))
+    path.parent.mkdir(exist_ok=True)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -167,15 +190,21 @@ def _claim(path: Path) -> Iterator[bool]:
 class _Mapped(Dataset):
     """A data set's records as the mapper gives them, in the pictures' own frames."""
 
-    def __init__(self, records: Any) -> None:
-        self.records = records
+    def __init__(self, records: Any, skip_damaged: bool) -> None:
+        self.records, self.skip_damaged = records, skip_damaged
         self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB")
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.mapper(self.records[index])
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        try:
+            return self.mapper(self.records[index])
+        except ValueError as error:
+            if not self.skip_damaged:
+                raise
+            logger.warning("left out: %s", error)
+            return None
 
 
 def _extract_shard(
@@ -184,7 +213,7 @@ def _extract_shard(
     loader = DataLoader(records, extraction.batch_size, num_workers=extraction.workers, collate_fn=list)
     images: list[dict[str, Any]] = []
     for batch in loader:
-        kept = [inputs for inputs in batch if len(inputs["instances"])]
+        kept = [inputs for inputs in batch if inputs is not None and len(inputs["instances"])]
         entries = [
             {
                 "image_id": inputs["image_id"],

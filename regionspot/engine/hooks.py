@@ -36,9 +36,10 @@ class WeightAverage(HookBase):
         self.module = module
         self.average = copy.deepcopy(module).eval().requires_grad_(False)
         self._update = get_ema_multi_avg_fn(decay)
+        self.was_loaded = False
 
     def before_train(self) -> None:
-        if self.trainer.start_iter == 0:  # weights were loaded after this was made
+        if not self.was_loaded:  # weights were loaded after this was made
             self.average.load_state_dict(self.module.state_dict())
 
     def after_step(self) -> None:
@@ -66,6 +67,7 @@ class AverageState:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.hook.average.load_state_dict(state)
+        self.hook.was_loaded = True
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

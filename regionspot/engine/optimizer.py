@@ -36,7 +36,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def clip_gradients(*_: object) -> None:  # a hook, so that a gradient scaler has unscaled before
-            nn.utils.clip_grad_norm_(parameters, clipping.CLIP_VALUE)
+            norm = nn.utils.clip_grad_norm_(parameters, clipping.CLIP_VALUE)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the gradient's norm is {norm.item()}")
 
         optimizer.register_step_pre_hook(clip_gradients)
     return optimizer

@@ -63,16 +63,21 @@ class TrainLoop(SimpleTrainer):
         start, data_time, images = time.perf_counter(), 0.0, 0
         self.optimizer.zero_grad()
         total: dict[str, torch.Tensor] = {}
+        self._ids: list[str] = []
         for part in range(self.accumulate):
             waiting = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - waiting
             images += len(batch)
+            self._ids += [str(inputs.get("image_id", inputs.get("file_name"))) for inputs in batch]
             for name, loss in self._backward(batch, is_last=part == self.accumulate - 1).items():
                 total[name] = total.get(name, 0) + loss
         self.after_backward()
         self._write_metrics(total, data_time)
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except FloatingPointError as error:
+            raise self._not_a_number(str(error)) from error
         self.scaler.update()
         seconds = time.perf_counter() - start
         storage = get_event_storage()
@@ -88,14 +93,15 @@ class TrainLoop(SimpleTrainer):
                 losses = {name: loss / self.accumulate for name, loss in self.model(batch).items()}
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
-                ids = ", ".join(str(inputs.get("image_id", inputs.get("file_name"))) for inputs in batch)
-                values = {name: value.item() for name, value in losses.items()}
-                raise FloatingPointError(
-                    f"the loss is not a number in iteration {self.iter}: {values}; images of the batch: {ids}. "
-                    "Look at these images' boxes and stored tokens, or lower SOLVER.BASE_LR"
-                )
+                raise self._not_a_number(str({name: value.item() for name, value in losses.items()}))
             self.scaler.scale(loss).backward()
         return {name: value.detach() for name, value in losses.items()}
+
+    def _not_a_number(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"not a number in iteration {self.iter}: {what}; images of the batch: {', '.join(self._ids)}. "
+            "Look at these images' boxes and stored tokens, or lower SOLVER.BASE_LR"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seed": self.seed, "scaler": self.scaler.state_dict()}

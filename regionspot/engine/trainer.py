@@ -6,24 +6,32 @@ import os
 import re
 import weakref
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from torch import nn
 
 from regionspot.checkpoint import RegionSpotCheckpointer, find_recognizer
-from regionspot.data.build import build_test_loader, build_train_loader, check_registered, dataset_vocabulary
+from regionspot.data.build import (
+    build_test_loader,
+    build_train_loader,
+    check_registered,
+    dataset_vocabulary,
+    proposal_source,
+)
 from regionspot.data.token_store import TokenStore
+from regionspot.engine.evaluate import evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, WeightAverage
 from regionspot.engine.optimizer import build_optimizer
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
-from regionspot.evaluation import build_evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +44,7 @@ class RegionSpotTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-        check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+        check_tests(cfg)
         precision = autocast_precision(cfg)
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         data_loader = build_train_loader(cfg, seed)
@@ -57,6 +65,9 @@ class RegionSpotTrainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+        if comm.is_main_process():  # what a run that was killed while it wrote has left
+            for leftover in Path(cfg.OUTPUT_DIR).glob(".*.pth.*.tmp"):
+                leftover.unlink()
 
     def train(self) -> Any:
         self._check_token_stores()
@@ -74,6 +85,13 @@ class RegionSpotTrainer(DefaultTrainer):
             if store.has_feature_maps and self.cfg.MODEL.REGIONSPOT.CLIP.FEATURES != "none":
                 store.check_origin({"clip": describe_clip(self.recognizer, sources["clip_model"])})
 
+    def after_train(self) -> None:
+        """Run the hooks; those that evaluate only after a training that reached its end."""
+        self.storage.iter = self.iter
+        for hook in self._hooks:
+            if self.iter >= self.max_iter or not isinstance(hook, (hooks.EvalHook, BestCheckpointer)):
+                hook.after_train()
+
     def build_hooks(self) -> list[HookBase | None]:
         """Return the hooks: evaluation comes before the checkpoint, so that one that is resumed knows the best."""
         cfg = self.cfg
@@ -87,8 +105,9 @@ class RegionSpotTrainer(DefaultTrainer):
         result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
         if comm.is_main_process():
             if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
-                result.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, cfg.TEST.BEST_METRIC))
-            result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+                result.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(cfg)))
+            kept = cfg.SOLVER.CHECKPOINTS_KEPT if cfg.SOLVER.CHECKPOINTS_KEPT > 0 else None
+            result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=kept))
             result += [Throughput(), hooks.PeriodicWriter(self.build_writers(), period=20)]
         return result
 
@@ -105,25 +124,52 @@ class RegionSpotTrainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        folder = re.sub(r"[^\w.-]+", "_", dataset_name)  # the name may be "my.json:my_images"
-        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
-
-    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
         """Evaluate on each of ``DATASETS.TEST`` against that data set's own vocabulary.
 
+        Args:
+            cfg: the config.
+            model: the model.
+            evaluators: one for each test set, in place of ours, such as Detectron2's own.
+
         Returns:
-            Metrics; under the data sets' names where there are several.
+            Metrics; under the data sets' names where there are several, and then with "average" of the ODinW sets.
         """
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
-        recognizer = find_recognizer(model)
-        results = OrderedDict()
+        results: dict[str, Any] = OrderedDict()
         for index, name in enumerate(cfg.DATASETS.TEST):
-            single = cfg.clone()
-            single.defrost()
-            single.DATASETS.TEST = (name,)
-            single.DATASETS.PROPOSAL_FILES_TEST = cfg.DATASETS.PROPOSAL_FILES_TEST[index : index + 1]
-            with recognizer.using_vocabulary(dataset_vocabulary(cfg, name)):
-                results[name] = super().test(single, model, evaluators[index : index + 1] if evaluators else None)
-        return next(iter(results.values())) if len(results) == 1 else results
+            with find_recognizer(model).using_vocabulary(dataset_vocabulary(cfg, name)):
+                if evaluators:
+                    results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluators[index])
+                    continue
+                folder = re.sub(r"[^\w.-]+", "_", name)  # the name may be "my.json:my_images"
+                results[name] = evaluate_dataset(cfg, model, name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
+        if len(results) == 1:
+            return next(iter(results.values()))
+        odinw = [result["bbox"]["AP"] for name, result in results.items() if name.startswith("odinw_") and result]
+        if odinw:
+            results["odinw_average"] = {"bbox": {"AP": sum(odinw) / len(odinw)}}
+        return results
+
+
+def check_tests(cfg: CfgNode) -> None:
+    """Refuse test sets, their files and vocabularies that an evaluation, hours later, would stumble over."""
+    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+    for name in cfg.DATASETS.TEST:
+        source, path = proposal_source(cfg, name)
+        if source == "file" and not Path(path).is_file():
+            raise FileNotFoundError(f"DATASETS.PROPOSAL_FILES_TEST: {path}: no such file")
+        dataset_vocabulary(cfg, name)
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind not in ("lvis", "coco"):
+            raise ValueError(
+                f"data set {name!r}: expected evaluator_type 'lvis' or 'coco' in its metadata, got {kind!r}"
+            )
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """Return the name of ``TEST.BEST_METRIC`` in the log; of several test sets the first's, if it names none."""
+    names, metric = cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC
+    if len(names) < 2 or metric.startswith((*(f"{name}/" for name in names), "odinw_average/")):
+        return metric
+    return f"{names[0]}/{metric}"

@@ -83,5 +83,5 @@ class CropBaseline(RegionSpot):
     """CLIP on box crops or mask crops (paper, table 1), on the same boxes, vocabulary and evaluators as RegionSpot."""
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        return {**super().from_config(cfg), "recognizer": CropRecognizer(cfg)}
+    def build_recognizer(cls, cfg: CfgNode) -> RegionRecognizer:
+        return CropRecognizer(cfg)

@@ -1,6 +1,7 @@
 """From logits to detections: scores, the best (box, class) pairs, masks as RLE."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +119,17 @@ class DetectionRule:
         instances.pred_classes = classes
         instances.region_indices = regions
         return instances
+
+
+class RleMasks(list):
+    """COCO's RLEs of detections, which ``Instances`` can index as it does tensors; those of a box are one object."""
+
+    def __getitem__(self, item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            rows = item.nonzero().flatten() if item.dtype == torch.bool else item
+            return RleMasks(super(RleMasks, self).__getitem__(row) for row in rows.tolist())
+        found = super().__getitem__(item)
+        return RleMasks(found) if isinstance(item, slice) else found
 
 
 def encode_masks(masks: torch.Tensor) -> list[dict]:

@@ -1,6 +1,6 @@
 """RegionSpot as a Detectron2 meta-architecture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from regionspot.modeling.key_layout import translate_released_keys
 from regionspot.modeling.losses import region_focal_loss
+from regionspot.modeling.proposal_sources import build_proposal_source
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import check_boxes
 
@@ -29,6 +30,8 @@ class RegionSpot(nn.Module):
         recognizer: RegionRecognizer,
         input_format: str = "RGB",
         masks: str = "",
+        proposal_source: Callable[[list[torch.Tensor]], list[Instances]] | None = None,
+        top_k_proposals: int = -1,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
     ) -> None:
@@ -38,6 +41,8 @@ class RegionSpot(nn.Module):
             input_format: channel order of the images, "RGB" or "BGR".
             masks: what inference gives masks as: "bitmask" (``pred_masks``, which Detectron2's evaluators take),
                 "rle" (``pred_masks_rle``, for ours: one for all detections of a box) or "".
+            proposal_source: finds the boxes of RGB images at inference, in place of those that come with them.
+            top_k_proposals: proposals kept of an image, best first; -1 for all.
             focal_alpha: of the training loss.
             focal_gamma: of the training loss.
         """
@@ -47,19 +52,28 @@ class RegionSpot(nn.Module):
         self.recognizer = recognizer
         self.input_format = input_format
         self.masks = masks
+        self.proposal_source = proposal_source
+        self.top_k_proposals = top_k_proposals
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.register_load_state_dict_pre_hook(_translate_released_keys)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        recognizer = cls.build_recognizer(cfg)
         return {
-            "recognizer": RegionRecognizer(cfg),
+            "recognizer": recognizer,
+            "proposal_source": build_proposal_source(cfg, recognizer.localizer),
+            "top_k_proposals": cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K,
             "input_format": cfg.INPUT.FORMAT,
             "masks": "bitmask" if cfg.MODEL.MASK_ON else "",
             "focal_alpha": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_ALPHA,
             "focal_gamma": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_GAMMA,
         }
+
+    @classmethod
+    def build_recognizer(cls, cfg: CfgNode) -> RegionRecognizer:
+        return RegionRecognizer(cfg)
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +115,9 @@ class RegionSpot(nn.Module):
         if self.training:
             return self._losses(batched_inputs)
         images = [self._image(inputs) for inputs in batched_inputs]
+        if self.proposal_source is not None:
+            found = self.proposal_source(images)
+            batched_inputs = [{**inputs, "proposals": x} for inputs, x in zip(batched_inputs, found)]
         regions = [self._regions(inputs) for inputs in batched_inputs]
         sizes = [
             (int(inputs.get("height", image.shape[1])), int(inputs.get("width", image.shape[2])))
@@ -118,8 +135,7 @@ class RegionSpot(nn.Module):
             raise ValueError(f"{_name(inputs)}: expected shape (3, H, W), got {tuple(image.shape)}")
         return image if self.input_format == "RGB" else image.flip(0)
 
-    @staticmethod
-    def _regions(inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:
+    def _regions(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:
         """Return an image's boxes and, where they have them, their scores."""
         if "proposals" in inputs:
             proposals, scores = inputs["proposals"], None
@@ -128,6 +144,12 @@ class RegionSpot(nn.Module):
             elif proposals.has("objectness_logits"):
                 scores = proposals.objectness_logits.sigmoid()
             boxes = proposals.proposal_boxes
+            if 0 <= self.top_k_proposals < len(boxes):
+                if scores is None:
+                    boxes = boxes[: self.top_k_proposals]
+                else:
+                    scores, best = scores.topk(self.top_k_proposals)
+                    boxes = boxes[best]
         elif "instances" in inputs:
             boxes, scores = inputs["instances"].gt_boxes, None
         else:

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from regionspot.modeling.inference import DetectionRule, encode_masks
+from regionspot.modeling.inference import DetectionRule, RleMasks, encode_masks
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizer import Localizer, LocalizerOutput
 from regionspot.modeling.text_classifier import TextClassifier
@@ -302,4 +302,4 @@ class RegionRecognizer(nn.Module):
         rles: list[dict] = []
         for part in unique.split(chunk):  # no more than a chunk is ever at full size
             rles += encode_masks(self.localizer.upsample_masks(masks[part], size, wanted))
-        detections.pred_masks_rle = [rles[i] for i in inverse.tolist()]
+        detections.pred_masks_rle = RleMasks(rles[i] for i in inverse.tolist())

@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_left_out_and_counted(dataset, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         counts = convert(tmp_path)
     assert counts == {
-        "imported": 2, "done before": 0, "without regions": 0, "without a file": 1, "damaged": 2, "of other regions": 1
+        "imported": 2, "without regions": 0, "without a file": 1, "damaged": 2, "of other regions": 1
     }  # fmt: skip
     for name in ("3.pth", "4.pth", "5.pth"):
         assert name in caplog.text
@@ -105,4 +105,8 @@ def test_a_file_that_would_run_code_is_not_run(dataset, tmp_path):
 
 def test_a_folder_of_another_data_set_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="no file fits data set 'test_convert'"):
+        convert(tmp_path)
+    write_files(tmp_path / "tokens", dataset)
+    assert convert(tmp_path)["imported"] == 6  # nothing of the failed import is in the way
+    with pytest.raises(ValueError, match="finished store already"):
         convert(tmp_path)

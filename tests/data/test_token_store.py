@@ -17,7 +17,7 @@ from detectron2.data import transforms as T
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.token_store import TokenStore, find_damage
 from regionspot.data.training_set import describe_annotations
-from regionspot.engine.extract import Extraction, describe_sam, extract_tokens
+from regionspot.engine.extract import Extraction, check_image_ids, describe_sam, extract_tokens
 from regionspot.structures import Prompts
 
 from ..helpers import tiny_config, tiny_model, write_dataset
@@ -270,3 +270,54 @@ def test_machines_without_a_common_disk_do_a_part_each(dataset, tmp_path):
     assert content(tmp_path / "two") == content(tmp_path / "one")
     with pytest.raises(ValueError, match="rank below the number"):
         Extraction(machine=(2, 2))
+
+
+def test_a_store_that_lost_a_shard_is_mended(dataset, tmp_path):
+    extract(tmp_path / "store")
+    before = content(tmp_path / "store")
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    (tmp_path / "store" / "shard-00002.safetensors").write_bytes(b"cut")
+    extract(tmp_path / "store")
+    assert content(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"format": "regionspot-tokens-1", "shards": [{}]}'])
+def test_damaged_manifests_are_said_to_be_so(dataset, tmp_path, text):
+    extract(tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").write_text(text)
+    for use in (TokenStore, lambda folder: list(find_damage(folder)), extract):
+        with pytest.raises(ValueError, match=r"manifest.json is (damaged|of format)|holds a token store"):
+            use(tmp_path / "store")
+
+
+def test_pictures_that_cannot_be_read(dataset, tmp_path, caplog):
+    picture = tmp_path / "data" / "images" / "2.png"
+    whole = picture.read_bytes()
+    extract(tmp_path / "whole")
+    picture.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"1 of 3 shards of test_stores are not done: .*2\.png.*--skip-damaged"):
+        extract(tmp_path / "store")
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2  # the others are done
+    extract(tmp_path / "skipped", skip_damaged=True)
+    assert TokenStore(tmp_path / "skipped").image_ids.tolist() == [1, 2, 4, 5, 6] and "2.png" in caplog.text
+    picture.write_bytes(whole)
+    extract(tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("ids", "message"), [(["a", "b"], "expected integers"), ([1, 1], "image id 1 occurs 2 times")])
+def test_image_ids_that_a_store_cannot_hold_are_refused_first(ids, message):
+    with pytest.raises(ValueError, match=message):
+        check_image_ids(np.array(ids), "mine")
+
+
+def test_a_thin_box_at_the_border_keeps_its_token_when_flipped(dataset, tmp_path):
+    path = tmp_path / "data" / "annotations.json"
+    annotations = json.loads(path.read_text())
+    annotations["annotations"][0]["bbox"] = [0, 5, 2e-5, 10]
+    path.write_text(json.dumps(annotations))
+    extract(tmp_path / "store", flip=True)
+    store = TokenStore(tmp_path / "store")
+    mapper = RegionSpotDatasetMapper(augmentations=[T.RandomFlip(prob=1.0)], image_format="RGB", token_store=store)
+    mapped = mapper(DatasetCatalog.get(dataset)[0])
+    assert len(mapped["tokens"]) == len(mapped["instances"])

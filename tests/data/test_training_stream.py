@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from PIL import Image
+from torch.utils.data import Subset
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.build import training_stream
@@ -70,6 +72,18 @@ def test_images_with_rare_classes_come_more_often():
     cfg = tiny_config("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9)
     counts = collections.Counter(index for _, index in take(build_training_stream(cfg, [records], 0), 6000))
     assert counts[0] / counts[5] == pytest.approx(3, abs=0.4)  # sqrt(0.9 / 0.1)
+
+
+def test_repeat_factors_are_detectron2s(datasets):
+    cfg = tiny_config("DATALOADER.REPEAT_THRESHOLD", 0.9, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    records = DatasetCatalog.get(datasets[1])
+    for subset in (records, Subset(records, np.array([1, 4, 7, 8]))):
+        expected = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(list(subset), 0.9)
+        for dataset in (subset, [subset[i] for i in range(len(subset))]):
+            stream = build_training_stream(cfg, [dataset], 0)
+            torch.testing.assert_close(stream.repeat_factors, expected)
+    ours, theirs = take(stream, 60), take(RepeatFactorTrainingSampler(expected, seed=0), 60)
+    assert [index for _, index in ours] == theirs
 
 
 def test_repeat_factors_are_scaled_to_the_ratio_and_nothing_is_left_out():

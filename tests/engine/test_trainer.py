@@ -190,6 +190,7 @@ def test_evaluation_while_training_keeps_the_best(scenes, tmp_path):
     best = saved(tmp_path, "model_best.pth")
     state = saved(tmp_path, "model_0000009.pth")["trainer"]["hooks"]["BestCheckpointer"]
     assert state["best_iter"] == 9 and best["iteration"] in (9, 20)
+    assert set(best) == {"model", "frozen", "iteration"}  # what is needed to recognise, and no more
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert {"bbox/AP", "images_per_second", "data_share", "lr", "total_loss"} <= set().union(*lines)
@@ -204,7 +205,7 @@ def test_a_loss_that_is_not_a_number_names_the_images(scenes, tmp_path):
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=False)
     torch.nn.init.constant_(trainer.recognizer.knowledge_integration.projector.bias, float("nan"))
-    with pytest.raises(FloatingPointError, match=r"in iteration 0.*images of the batch: (\d+, ){11}\d+\."):
+    with pytest.raises(FloatingPointError, match=r"not a number in iteration 0.*images of the batch: (\d+, ){11}\d+\."):
         trainer.train()
     assert not list(tmp_path.glob("*.pth"))
 
@@ -267,3 +268,53 @@ def test_second_stage_over_three_vocabularies_improves_on_all(three, scenes):
     assert second.start_iter == 0
     for name in VOCABULARIES:
         assert after[name] > before[name] + 0.1, (before, after)
+
+
+def test_average_that_is_switched_on_later_starts_from_the_trained_weights(scenes, tmp_path):
+    train(scenes, tmp_path, "SOLVER.MAX_ITER", 5)
+    weight = saved(tmp_path)["model"]["model.projector.weight"]
+    overrides = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.999)
+    second = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 6, resume=True)
+    torch.testing.assert_close(second.average.average.projector.weight, weight, atol=1e-4, rtol=0)
+
+
+def test_gradient_that_is_not_a_number_names_the_images(scenes, tmp_path):
+    trainer = RegionSpotTrainer(config(scenes, tmp_path, "SOLVER.MAX_ITER", 3))
+    trainer.resume_or_load(resume=False)
+    weight = trainer.recognizer.knowledge_integration.projector.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match="iteration 0: the gradient's norm is .*images of the batch"):
+        trainer.train()
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["DATASETS.PROPOSAL_FILES_TEST", ("no.json",)], FileNotFoundError, "no.json: no such file"),
+        (["DATASETS.PROPOSAL_FILES_TEST", ("a.json", "b.json")], ValueError, "one file for each of 1 test sets"),
+        (["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "file"], ValueError, "give DATASETS.PROPOSAL_FILES_TEST"),
+        (["MODEL.REGIONSPOT.VOCABULARY", "a,b"], ValueError, "has 2 names, but test_trainer has 4"),
+    ],
+)
+def test_what_is_wrong_with_the_evaluation_is_said_before_training(scenes, tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message):
+        RegionSpotTrainer(config(scenes, tmp_path, "DATASETS.TEST", ("test_trainer",), *overrides))
+
+
+def test_no_evaluation_follows_a_training_that_failed(scenes, tmp_path, monkeypatch):
+    cfg = config(scenes, tmp_path, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ("test_trainer",))
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    torch.nn.init.constant_(trainer.recognizer.knowledge_integration.projector.bias, float("nan"))
+    monkeypatch.setattr(RegionSpotTrainer, "test", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+
+
+def test_old_checkpoints_and_leftovers_are_removed(scenes, tmp_path):
+    (tmp_path / ".model_0000001.pth.0123.tmp").write_bytes(b"cut")
+    train(scenes, tmp_path, "SOLVER.MAX_ITER", 9, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINTS_KEPT", 2)
+    names = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert names == ["model_0000007.pth", "model_0000008.pth", "model_final.pth"]
+    assert not list(tmp_path.glob(".*.tmp"))

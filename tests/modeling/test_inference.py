@@ -89,6 +89,8 @@ def test_masks_of_a_box_are_one_rle():
     assert not detections.has("pred_masks") and len(detections) == len(bitmasks)
     for mask, rle in zip(bitmasks.pred_masks, detections.pred_masks_rle):
         assert np.array_equal(mask_api.decode({**rle, "counts": rle["counts"].encode()}), mask.numpy())
+    best = detections[detections.scores > detections.scores.median()]
+    assert [id(rle) for rle in best.pred_masks_rle] == [id(rle) for rle in detections.pred_masks_rle[: len(best)]]
     number = len({id(rle) for rle in detections.pred_masks_rle})
     assert number == len(inputs["instances"]) < len(detections)
     assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []

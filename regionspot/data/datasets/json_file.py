@@ -70,9 +70,9 @@ class JsonFile:
         try:
             parts = msgspec.json.decode(buffer, type=_Parts)
         except msgspec.ValidationError as error:
-            raise ValueError(f"annotations {path}: expected COCO or LVIS JSON; {_say(error)}") from error
+            raise ValueError(f"annotations {path}: expected COCO or LVIS JSON; {describe_error(error)}") from error
         except msgspec.DecodeError as error:
-            raise ValueError(f"annotations {path}: not valid JSON ({error}{_excerpt(buffer, error)})") from error
+            raise ValueError(f"annotations {path}: not valid JSON ({error}{excerpt(buffer, error)})") from error
         missing = [name for name in parts.__struct_fields__ if getattr(parts, name) is msgspec.UNSET]
         if missing:
             raise ValueError(f"annotations {path}: expected COCO or LVIS JSON, but {', '.join(missing)} is missing")
@@ -94,27 +94,31 @@ class JsonFile:
             try:
                 yield start, decoder.decode(b"[%b]" % b",".join(entries[start : start + PIECE]))
             except msgspec.ValidationError as error:
-                raise ValueError(f"annotations {self.path}: {_say(error, part, start)}") from error
+                raise ValueError(f"annotations {self.path}: {describe_error(error, part, start)}") from error
 
 
-def map_file(path: str | Path) -> memoryview:
+def map_file(path: str | Path, what: str = "annotations") -> memoryview:
     """Return a file's bytes, without a byte order mark, mapped from the disk.
+
+    Args:
+        path: the file.
+        what: it holds, for the errors.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an empty file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"annotations {path}: no such file")
+        raise FileNotFoundError(f"{what} {path}: no such file")
     with Path(path).open("rb") as file:
         try:
             buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except ValueError as error:
-            raise ValueError(f"annotations {path}: not valid JSON (the file is empty)") from error
+            raise ValueError(f"{what} {path}: not valid JSON (the file is empty)") from error
     return buffer[3:] if buffer[:3] == b"\xef\xbb\xbf" else buffer
 
 
-def _say(error: msgspec.ValidationError, part: str = "", start: int = 0) -> str:
+def describe_error(error: msgspec.ValidationError, part: str = "", start: int = 0) -> str:
     """Return msgspec's words with the place in the file, "annotations[70000].bbox: expected ...", first."""
     message, _, place = str(error).partition(" - at ")
     place = place.strip("`").removeprefix("$")
@@ -124,7 +128,8 @@ def _say(error: msgspec.ValidationError, part: str = "", start: int = 0) -> str:
     return f"{place}: {message[0].lower()}{message[1:]}"
 
 
-def _excerpt(buffer: memoryview, error: msgspec.DecodeError) -> str:
+def excerpt(buffer: memoryview, error: msgspec.DecodeError) -> str:
+    """Return where in the file, in words, JSON ends that is no JSON; "" if msgspec does not know."""
     found = re.search(r"byte (\d+)", str(error))
     if not found:
         return ""

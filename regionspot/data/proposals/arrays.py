@@ -1,0 +1,147 @@
+"""Proposals of many images as a few arrays, the same whatever file they come from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LIMIT = 1e9  # no image has as many pixels a side: what is as large, like infinity and NaN, is no coordinate
+PIECE = 1 << 20  # rows that are worked on at one time, for the memory's sake
+_ROUNDING = 1e-4  # probabilities that a float32 softmax put beside [0, 1]
+
+
+@dataclass(frozen=True)
+class ProposalArrays:
+    """The boxes of I images, N in all; those of image i are rows ``offsets[i]`` to ``offsets[i + 1]``, in file order.
+
+    Attributes:
+        image_ids: (I,) int64, increasing.
+        offsets: (I + 1,) int64.
+        boxes: (N, 4) float32, XYXY in the pixels of the original image, finite; not cut to it.
+        scores: (N,) float32 in [0, 1], or None.
+        labels: (N,) int64 as in the file, or None.
+        rles: (N,) compressed COCO RLEs ``{"size": [h, w], "counts": str}`` (None for a box without), or None.
+        scores_from: what the file's scores were, "none", "probabilities" or "logits".
+        num_not_finite: boxes that were left out because a coordinate or the score is NaN or infinite.
+    """
+
+    image_ids: np.ndarray
+    offsets: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    rles: list[dict[str, Any] | None] | None = field(default=None, repr=False)
+    scores_from: str = "none"
+    num_not_finite: int = 0
+
+    def rows(self, index: int) -> slice:
+        """Return the rows of the ``index``-th image."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def keep(self, kept: np.ndarray) -> "ProposalArrays":
+        """Return the rows where ``kept``, (N,) bool, is set; images that lose all stay, with none."""
+        if kept.all():
+            return self
+        return replace(
+            self,
+            offsets=np.concatenate([[0], kept.cumsum()])[self.offsets],
+            boxes=self.boxes[kept],
+            scores=_take(self.scores, kept),
+            labels=_take(self.labels, kept),
+            rles=None if self.rles is None else [self.rles[row] for row in np.flatnonzero(kept)],
+        )
+
+
+def gather_images(
+    path: Path,
+    image_ids: np.ndarray,
+    lengths: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    are_logits: bool = False,
+) -> ProposalArrays:
+    """Return the proposals of a file that has them image by image.
+
+    Args:
+        path: the file, for messages.
+        image_ids: (I,) int64 in any order.
+        lengths: (I,) int64, how many of the rows that follow are each image's.
+        boxes: (N, 4) float32 XYXY; may hold NaN and infinity.
+        scores: (N,) float, probabilities or logits; may hold NaN and infinity.
+        labels: (N,) int64.
+        are_logits: the file says that the scores are logits.
+
+    Raises:
+        ValueError: an image id is there twice.
+    """
+    order = np.argsort(image_ids, kind="stable")
+    image_ids, ordered = image_ids[order], lengths[order]
+    twice = np.flatnonzero(np.diff(image_ids) == 0)
+    if len(twice):
+        raise ValueError(f"proposals {path}: image id {image_ids[twice[0]]} occurs twice; expected once each")
+    offsets = np.concatenate([[0], ordered.cumsum()]).astype(np.int64)
+    if (np.diff(order) < 0).any():
+        starts = (lengths.cumsum() - lengths)[order]
+        rows = np.repeat(starts - offsets[:-1], ordered) + np.arange(len(boxes))
+        boxes, scores, labels = boxes[rows], _take(scores, rows), _take(labels, rows)
+    return _finish(ProposalArrays(image_ids, offsets, boxes, scores, labels), are_logits)
+
+
+def gather_rows(
+    row_ids: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    rles: list[dict[str, Any] | None] | None = None,
+) -> ProposalArrays:
+    """Return the proposals of a file that has them one by one.
+
+    ``row_ids`` (N,) int64 are the boxes' image ids. For the memory's sake the arrays are ordered where they are.
+    """
+    if (np.diff(row_ids) < 0).any():
+        order = np.argsort(row_ids, kind="stable")
+        for column in (row_ids, boxes, scores, labels):
+            if column is not None:
+                column[:] = column[order]
+        rles = None if rles is None else [rles[row] for row in order]
+    starts = np.flatnonzero(np.diff(row_ids, prepend=row_ids[:1] - 1)) if len(row_ids) else np.zeros(0, np.int64)
+    offsets = np.append(starts, len(row_ids)).astype(np.int64)
+    return _finish(ProposalArrays(row_ids[starts], offsets, boxes, scores, labels, rles), False)
+
+
+def pieces(number: int) -> Iterator[slice]:
+    """Yield slices that cover ``number`` rows."""
+    return (slice(start, min(start + PIECE, number)) for start in range(0, number, PIECE))
+
+
+def _take(column: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if column is None else column[rows]
+
+
+def _finish(arrays: ProposalArrays, are_logits: bool) -> ProposalArrays:
+    """Leave out what is not finite and turn scores into probabilities in float32."""
+    kept = np.empty(len(arrays.boxes), bool)
+    for part in pieces(len(kept)):
+        kept[part] = (np.abs(arrays.boxes[part]) < LIMIT).all(axis=1)  # False of NaN
+        if arrays.scores is not None:
+            kept[part] &= np.abs(arrays.scores[part]) < LIMIT
+    arrays = replace(arrays.keep(kept), num_not_finite=len(kept) - int(kept.sum()))
+    if arrays.scores is None:
+        return arrays
+    probabilities, are_logits = _as_probabilities(arrays.scores, are_logits)
+    return replace(arrays, scores=probabilities, scores_from="logits" if are_logits else "probabilities")
+
+
+def _as_probabilities(scores: np.ndarray, are_logits: bool) -> tuple[np.ndarray, bool]:
+    """Return (N,) float32 in [0, 1], and whether the scores were logits: if one is outside [0, 1], all are."""
+    if len(scores) and not (scores.min() >= -_ROUNDING and scores.max() <= 1 + _ROUNDING):
+        are_logits = True
+    result = np.empty(len(scores), np.float32)
+    for part in pieces(len(scores)):
+        values = scores[part].astype(np.float64)
+        with np.errstate(over="ignore"):
+            result[part] = 1 / (1 + np.exp(-values)) if are_logits else np.clip(values, 0, 1)
+    return result, are_logits

@@ -1,0 +1,54 @@
+"""Fewer proposals: the best of each image, without those that overlap."""
+
+import numpy as np
+import torch
+from torchvision.ops import batched_nms, nms
+
+from regionspot.data.proposals.arrays import ProposalArrays
+
+
+def select_proposals(
+    proposals: ProposalArrays, top_k: int | None = None, nms_iou: float | None = None, min_score: float | None = None
+) -> ProposalArrays:
+    """Return the proposals of each image that are left, in their order.
+
+    Args:
+        proposals: of many images.
+        top_k: the best of each image, after what follows; of equal scores the first.
+        nms_iou: drop boxes that overlap a better one (of the same label, if there are labels) by more than this IoU.
+        min_score: drop boxes that score lower.
+
+    Raises:
+        ValueError: a number that makes no sense, or the proposals have no scores.
+    """
+    if top_k is None and nms_iou is None and min_score is None:
+        return proposals
+    if proposals.scores is None:
+        raise ValueError("top-k, NMS and a least score need scores, which the file has none of; convert it without")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top-k: expected 1 or more, got {top_k}")
+    for name, value in (("the IoU of NMS", nms_iou), ("the least score", min_score)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    kept = np.ones(len(proposals.boxes), bool) if min_score is None else proposals.scores >= np.float32(min_score)
+    for index in range(len(proposals.image_ids)):
+        rows = proposals.rows(index)
+        left = np.flatnonzero(kept[rows]) + rows.start
+        if nms_iou is not None:
+            left = left[_suppress(proposals, left, nms_iou)]
+        if top_k is not None:
+            left = left[np.argsort(-proposals.scores[left], kind="stable")[:top_k]]
+        kept[rows] = False
+        kept[left] = True
+    return proposals.keep(kept)
+
+
+def _suppress(proposals: ProposalArrays, rows: np.ndarray, iou: float) -> np.ndarray:
+    """Return the indices into ``rows`` that survive NMS, increasing."""
+    assert proposals.scores is not None
+    boxes = torch.from_numpy(proposals.boxes[rows]).double()  # batched_nms moves boxes far away from each other
+    scores = torch.from_numpy(proposals.scores[rows])
+    if proposals.labels is None:
+        return nms(boxes, scores.double(), iou).sort().values.numpy()
+    _, labels = np.unique(proposals.labels[rows], return_inverse=True)
+    return batched_nms(boxes, scores.double(), torch.from_numpy(labels), iou).sort().values.numpy()

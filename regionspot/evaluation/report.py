@@ -1,0 +1,80 @@
+"""What an evaluation comes to: metrics by task, tables, and files."""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from regionspot.evaluation.coco_metrics import coco_metrics, coco_per_class, coco_recalls, run_coco_evaluation
+from regionspot.evaluation.ground_truth import GroundTruth
+from regionspot.evaluation.lvis_metrics import run_lvis_evaluation
+from regionspot.evaluation.results import Results
+from regionspot.utils.files import atomic_path
+
+
+@dataclass
+class Outcome:
+    """What one task came to, in percent: metrics, recalls, AP of category ids, and how many annotations these have."""
+
+    metrics: dict[str, float]
+    recalls: dict[str, float]
+    per_class: dict[int, float]
+    numbers: dict[int, int]
+
+
+def evaluate_task(
+    truth: GroundTruth,
+    results: Results,
+    task: str,
+    metric: str,
+    max_dets: int = 300,
+    segm_areas: str = "masks",
+) -> Outcome:
+    """Evaluate detections.
+
+    Args:
+        truth: the annotations.
+        results: the detections.
+        task: "bbox" or "segm".
+        metric: "lvis", "fixed" or "coco".
+        max_dets: detections of an image that count, with "lvis"; -1 for all.
+        segm_areas: see ``run_lvis_evaluation``.
+    """
+    if metric == "coco":
+        coco = run_coco_evaluation(truth, results, task)
+        return Outcome(coco_metrics(coco), coco_recalls(coco), *coco_per_class(coco))
+    lvis = run_lvis_evaluation(truth, results, task, metric, max_dets, segm_areas=segm_areas)
+    numbers = dict(zip(lvis.category_ids.tolist(), lvis.num_annotations.tolist()))
+    return Outcome(lvis.metrics(), lvis.average_recalls(), lvis.per_class(), numbers)
+
+
+def format_table(rows: dict[str, dict[str, float]]) -> str:
+    """Return a table of metrics in percent, with a row for each task."""
+    headers = ["", *next(iter(rows.values()))]
+    return tabulate([[task, *values.values()] for task, values in rows.items()], headers=headers, floatfmt=".3f")
+
+
+def write_outcomes(folder: Path, truth: GroundTruth, outcomes: dict[str, Outcome], **more: object) -> None:
+    """Write metrics.json, with null where nothing is annotated and ``more`` beside, and per_class_<task>.csv."""
+    metrics = {task: without_nan(outcome.metrics) for task, outcome in outcomes.items()}
+    for task, outcome in outcomes.items():
+        with (
+            atomic_path(folder / f"per_class_{task}.csv") as path,
+            path.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(["category_id", "name", "frequency", "annotations", "AP"])
+            for category, name, frequency in zip(truth.category_ids.tolist(), truth.class_names, truth.frequencies):
+                value = outcome.per_class[category]
+                shown = "" if math.isnan(value) else repr(value)
+                writer.writerow([category, name, frequency or "", outcome.numbers[category], shown])
+    with atomic_path(folder / "metrics.json") as path:
+        path.write_text(json.dumps({**metrics, **more}, indent=1) + "\n")
+
+
+def without_nan(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Return metrics with None in place of NaN, which JSON does not have."""
+    return {key: None if math.isnan(value) else value for key, value in metrics.items()}

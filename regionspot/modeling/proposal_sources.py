@@ -1,0 +1,145 @@
+"""Boxes that a model finds itself: SAM's automatic masks, or any Detectron2 detector."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from segment_anything import SamAutomaticMaskGenerator
+from torch import nn
+
+from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
+from regionspot.modeling.frozen import FrozenModule
+from regionspot.modeling.localizer import Localizer
+
+SOURCES = ("auto", "gt", "file", "sam_automatic", "detector")
+
+
+class SamAutomaticProposals:
+    """The boxes of the masks that SAM finds by a grid of points; their score is SAM's own estimate of the IoU."""
+
+    def __init__(self, localizer: Localizer, **settings: Any) -> None:
+        """
+        Args:
+            localizer: whose SAM to use.
+            settings: of ``SamAutomaticMaskGenerator``: ``points_per_side``, ``pred_iou_thresh``, ...
+        """
+        self.generator = SamAutomaticMaskGenerator(localizer.sam, **settings)
+
+    def __call__(self, images: Sequence[torch.Tensor]) -> list[Instances]:
+        """Return ``proposal_boxes`` (XYXY, pixels of the image) and ``scores`` of (3, H, W) RGB images in [0, 255]."""
+        results = []
+        for image in images:
+            pixels = image.permute(1, 2, 0).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+            masks = self.generator.generate(np.ascontiguousarray(pixels))
+            boxes = torch.tensor([mask["bbox"] for mask in masks], dtype=torch.float32).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2] + 1  # the generator's boxes end at the last pixel inside
+            scores = torch.tensor([mask["predicted_iou"] for mask in masks], dtype=torch.float32).clamp(0, 1)
+            results.append(to_proposals(boxes, scores, (image.shape[1], image.shape[2])))
+        return results
+
+
+class DetectorProposals(FrozenModule):
+    """The boxes of a Detectron2 detector, or the proposals of its RPN; the detector is frozen and never saved."""
+
+    def __init__(self, detector_cfg: CfgNode, output: str = "boxes") -> None:
+        """
+        Args:
+            detector_cfg: of the detector, with its weights.
+            output: "boxes" for its detections, whatever their classes, or "rpn" for the proposals of its RPN.
+
+        Raises:
+            ValueError: another output, or a detector without an RPN.
+        """
+        super().__init__()
+        if output not in ("boxes", "rpn"):
+            raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT: expected boxes or rpn, got {output!r}")
+        self.detector = build_model(detector_cfg)
+        SafeDetectionCheckpointer(self.detector).load(detector_cfg.MODEL.WEIGHTS)
+        if output == "rpn" and not isinstance(getattr(self.detector, "proposal_generator", None), nn.Module):
+            raise ValueError(
+                f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT rpn: {type(self.detector).__name__} has no RPN; take boxes"
+            )
+        self.output, self.image_format = output, detector_cfg.INPUT.FORMAT
+        sizes = (detector_cfg.INPUT.MIN_SIZE_TEST, detector_cfg.INPUT.MAX_SIZE_TEST)
+        self.resize = T.ResizeShortestEdge([sizes[0], sizes[0]], sizes[1])
+        self.freeze()
+
+    @torch.no_grad()
+    def forward(self, images: Sequence[torch.Tensor]) -> list[Instances]:
+        """Return ``proposal_boxes`` (XYXY, pixels of the image) and ``scores`` of (3, H, W) RGB images in [0, 255]."""
+        inputs = [self._input(image) for image in images]
+        if self.output == "boxes":
+            found = [output["instances"] for output in self.detector(inputs)]
+            return [to_proposals(x.pred_boxes.tensor, x.scores, x.image_size) for x in found]
+        batch = self.detector.preprocess_image(inputs)
+        proposals, _ = self.detector.proposal_generator(batch, self.detector.backbone(batch.tensor), None)
+        results = []
+        for proposal, image in zip(proposals, images):
+            size = (image.shape[1], image.shape[2])
+            boxes = proposal.proposal_boxes.clone()
+            boxes.scale(size[1] / proposal.image_size[1], size[0] / proposal.image_size[0])
+            results.append(to_proposals(boxes.tensor, proposal.objectness_logits.sigmoid(), size))
+        return results
+
+    def _input(self, image: torch.Tensor) -> dict[str, Any]:
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        pixels = pixels[..., ::-1] if self.image_format == "BGR" else pixels
+        resized = self.resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        return {"image": tensor, "height": image.shape[1], "width": image.shape[2]}
+
+
+def to_proposals(boxes: torch.Tensor, scores: torch.Tensor, size: tuple[int, int]) -> Instances:
+    """Return proposals, cut to an image of (height, width); those without area are left out."""
+    proposals = Instances(size, proposal_boxes=Boxes(boxes), scores=scores)
+    proposals.proposal_boxes.clip(size)
+    return proposals[proposals.proposal_boxes.nonempty()]
+
+
+def build_proposal_source(cfg: CfgNode, localizer: Localizer) -> SamAutomaticProposals | DetectorProposals | None:
+    """Return what finds boxes by ``MODEL.REGIONSPOT.PROPOSALS.SOURCE``, None where they come with the images.
+
+    Raises:
+        ValueError: another source.
+        FileNotFoundError: no such detector config.
+    """
+    node = cfg.MODEL.REGIONSPOT.PROPOSALS
+    if node.SOURCE not in SOURCES:
+        raise ValueError(
+            f"MODEL.REGIONSPOT.PROPOSALS.SOURCE: expected one of {', '.join(SOURCES)}; got {node.SOURCE!r}"
+        )
+    if node.SOURCE == "sam_automatic":
+        settings = {key.lower(): value for key, value in node.SAM_AUTOMATIC.items()}
+        return SamAutomaticProposals(localizer, **settings)
+    if node.SOURCE == "detector":
+        return DetectorProposals(detector_config(cfg), node.DETECTOR.OUTPUT)
+    return None
+
+
+def detector_config(cfg: CfgNode) -> CfgNode:
+    """Return the config of the detector that ``MODEL.REGIONSPOT.PROPOSALS.DETECTOR`` names."""
+    node = cfg.MODEL.REGIONSPOT.PROPOSALS.DETECTOR
+    path, weights = node.CONFIG_FILE, node.WEIGHTS
+    if not Path(path).is_file():
+        try:
+            path = model_zoo.get_config_file(path)
+            weights = weights or model_zoo.get_checkpoint_url(node.CONFIG_FILE)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.CONFIG_FILE {node.CONFIG_FILE!r}: no such file, and no config of "
+                "Detectron2's model zoo, such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+            ) from error
+    detector = get_cfg()
+    detector.merge_from_file(path, allow_unsafe=False)
+    detector.merge_from_list(list(node.OPTS))
+    detector.MODEL.DEVICE = cfg.MODEL.DEVICE
+    if weights:
+        detector.MODEL.WEIGHTS = weights
+    return detector

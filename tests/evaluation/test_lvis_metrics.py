@@ -1,0 +1,218 @@
+"""Our LVIS evaluation says what the lvis package says."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.lvis_metrics import evaluate_lvis, run_lvis_evaluation
+from regionspot.evaluation.results_file import read_results
+
+from .reference import assert_same, best_of_each_class, lvis_says, make_world, write_world
+
+KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"]
+HOSTILE = {
+    "plain": {},
+    "ties": {"ties": True},
+    "more than 300 an image": {"detections": 450, "images": 3},
+    "more than 300 an image, ties": {"detections": 450, "images": 3, "ties": True},
+    "crowded": {"categories": 2, "truths": 40, "near": 0.95, "images": 4},
+    "crowded, ties": {"categories": 1, "truths": 40, "near": 1.0, "images": 3, "ties": True},
+    "all ignored": {"ignored": 1.0},
+    "few": {"detections": 1, "near": 1.0},
+    "many categories": {"categories": 60},
+    "no frequent": {"frequencies": "rc"},
+    "mostly empty": {"empty": 0.8},
+}
+
+
+def compare(folder, world, predictions, task, max_dets=300):
+    annotations, results = write_world(folder, world, predictions)
+    theirs, their_classes = lvis_says(annotations, predictions, task, max_dets)
+    evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results), task, max_dets=max_dets)
+    ours = evaluation.metrics()
+    assert list(ours) == KEYS
+    recalls = {key.replace(f"@{max_dets}", "@300"): value for key, value in evaluation.average_recalls().items()}
+    assert_same(ours | recalls, theirs)
+    assert_same(evaluation.per_class(), their_classes)
+    return ours
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes_as_lvis(tmp_path, kind, seed):
+    world, predictions = make_world(seed, **HOSTILE[kind])
+    compare(tmp_path, world, predictions, "bbox")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HOSTILE if "300" not in kind])
+def test_masks_as_lvis(tmp_path, kind):
+    world, predictions = make_world(11, masks=True, **{"detections": 12, **HOSTILE[kind]})
+    compare(tmp_path, world, predictions, "segm")
+    compare(tmp_path / "boxes", world, predictions, "bbox")
+
+
+@pytest.mark.parametrize("max_dets", [1, 7, -1])
+def test_limits_as_lvis(tmp_path, max_dets):
+    world, predictions = make_world(5, ties=True)
+    annotations, results = write_world(tmp_path, world, predictions)
+    theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets)
+    ours = evaluate_lvis(read_ground_truth(annotations), read_results(results), max_dets=max_dets)
+    assert_same(ours, {key: theirs[key] for key in KEYS})
+
+
+def test_the_world_is_not_trivial(tmp_path):
+    world, predictions = make_world(3, images=20, detections=60)
+    values = compare(tmp_path, world, predictions, "bbox")
+    assert all(0 < value < 100 for value in values.values())
+    assert len(set(values.values())) == len(values)
+
+
+def test_masks_with_areas_of_boxes_as_lvis_does_alone(tmp_path):
+    world, predictions = make_world(4, masks=True, images=12)
+    annotations, results = write_world(tmp_path, world, predictions)
+    theirs, _ = lvis_says(annotations, predictions, "segm", without_boxes=False)
+    truth, read = read_ground_truth(annotations), read_results(results)
+    ours = run_lvis_evaluation(truth, read, "segm", segm_areas="boxes").metrics()
+    assert_same(ours, {key: theirs[key] for key in KEYS})
+    assert ours["APs"] != evaluate_lvis(truth, read, "segm")["APs"]
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_masks_without_boxes_as_lvis(tmp_path, task):
+    world, predictions = make_world(6, masks=True)
+    for entry in predictions:
+        del entry["bbox"]
+    compare(tmp_path, world, predictions, task)
+
+
+def test_annotation_id_zero_as_lvis(tmp_path, caplog):
+    world, predictions = make_world(3, images=4, truths=2, categories=2, near=1.0)
+    for entry in world["annotations"]:
+        entry["id"] -= 1
+    compare(tmp_path, world, predictions, "bbox")
+    assert "number from 1" in caplog.text
+
+
+def test_integer_scores_and_unknown_negatives(tmp_path):
+    world, predictions = make_world(8)
+    for index, entry in enumerate(predictions):
+        entry["score"] = index % 3 - 1
+    world["images"][0]["neg_category_ids"].append(99999)
+    compare(tmp_path, world, predictions, "bbox")
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+@pytest.mark.parametrize("limit", [3, 10_000])
+def test_fixed_ap_is_lvis_ap_of_the_best_of_each_class(tmp_path, task, limit):
+    world, predictions = make_world(7, masks=task == "segm", ties=True, detections=30)
+    annotations, results = write_world(tmp_path, world, predictions)
+    theirs, _ = lvis_says(annotations, best_of_each_class(predictions, limit), task, max_dets=-1)
+    truth, read = read_ground_truth(annotations), read_results(results)
+    evaluation = run_lvis_evaluation(truth, read, task, "fixed", dets_per_class=limit)
+    assert_same(evaluation.metrics(), {key: theirs[key] for key in KEYS})
+    assert list(evaluation.average_recalls()) == ["AR", "ARs", "ARm", "ARl"]
+    if limit == 10_000:
+        assert_same(evaluate_lvis(truth, read, task, protocol="fixed"), evaluation.metrics())
+
+
+def test_fixed_ap_has_no_limit_per_image(tmp_path):
+    world, predictions = make_world(9, images=2, detections=500, empty=0)
+    annotations, results = write_world(tmp_path, world, predictions)
+    truth, read = read_ground_truth(annotations), read_results(results)
+    theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets=-1)
+    assert_same(evaluate_lvis(truth, read, protocol="fixed"), {key: theirs[key] for key in KEYS})
+    assert evaluate_lvis(truth, read, protocol="fixed") != evaluate_lvis(truth, read, max_dets=20)
+
+
+def test_no_detection_is_zero_and_said(tmp_path, caplog):
+    world, _ = make_world(1, frequencies="rc")
+    annotations, results = write_world(tmp_path, world, [])
+    values = evaluate_lvis(read_ground_truth(annotations), read_results(results))
+    assert values["AP"] == 0
+    assert np.isnan(values["APf"])
+    assert "no detection" in caplog.text
+    assert evaluate_lvis(read_ground_truth(annotations), read_results(results), "segm")["AP"] == 0
+
+
+def test_detections_of_unverified_categories_are_said(tmp_path, caplog):
+    world, predictions = make_world(1)
+    for image in world["images"]:
+        image["neg_category_ids"] = []
+    judged = {(entry["image_id"], entry["category_id"]) for entry in world["annotations"]}
+    others = [entry for entry in predictions if (entry["image_id"], entry["category_id"]) not in judged]
+    annotations, results = write_world(tmp_path, world, others)
+    with caplog.at_level(logging.WARNING):
+        evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results))
+    assert (evaluation.num_detections, evaluation.num_judged) == (len(others), 0)
+    assert "annotated for" in caplog.text
+
+
+def test_counts(tmp_path):
+    world, predictions = make_world(2, ignored=0.3)
+    annotations, results = write_world(tmp_path, world, predictions)
+    evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results), max_dets=5)
+    counted = [entry for entry in world["annotations"] if entry["area"] > 0 and not entry.get("ignore")]
+    for category, number in zip(evaluation.category_ids, evaluation.num_annotations):
+        assert number == sum(entry["category_id"] == category for entry in counted)
+    by_image = np.unique([entry["image_id"] for entry in predictions], return_counts=True)[1]
+    assert evaluation.num_images_with_detections == len(by_image)
+    assert evaluation.num_limited == np.minimum(by_image, 5).sum()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "words"),
+    [
+        ("categories", "frequency", "frequency"),
+        ("images", "neg_category_ids", "neg_category_ids"),
+        ("images", "not_exhaustive_category_ids", "not_exhaustive_category_ids"),
+    ],
+)
+def test_other_annotations_are_refused(tmp_path, part, key, words):
+    world, predictions = make_world(0)
+    del world[part][-1][key]
+    annotations, results = write_world(tmp_path, world, predictions)
+    with pytest.raises(ValueError, match=f"{words}.*protocol coco"):
+        evaluate_lvis(read_ground_truth(annotations), read_results(results))
+
+
+@pytest.mark.parametrize("wrong", [{"task": "boxes"}, {"protocol": "coco"}, {"max_dets": 0}])
+def test_other_arguments_are_refused(tmp_path, wrong):
+    annotations, results = write_world(tmp_path, *make_world(0))
+    with pytest.raises(ValueError, match="expected"):
+        evaluate_lvis(read_ground_truth(annotations), read_results(results), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"segmentation": [[1, 2, 3]]}, "polygons"),
+        ({"segmentation": {"size": [5, 5], "counts": "0"}}, "annotations.0.*RLE is damaged"),
+        ({"segmentation": {"size": [5, 5], "counts": [25]}}, "height and width"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "polygons"),
+        ({"bbox": None}, "no bbox"),
+        ({"id": 2}, "id 2 occurs 2 times"),
+        ({"image_id": 424242}, "image id 424242 is not in the file"),
+        ({"category_id": 424242}, "category id 424242 is not in the file"),
+    ],
+)
+def test_wrong_annotations_are_refused(tmp_path, change, words):
+    world, predictions = make_world(0, masks=True, empty=0, near=1.0, images=3)
+    world["annotations"][0] |= change
+    annotations, results = write_world(tmp_path, world, predictions)
+    with pytest.raises(ValueError, match=words) as error:
+        evaluate_lvis(read_ground_truth(annotations), read_results(results), "segm")
+    assert str(annotations) in str(error.value)
+
+
+def test_uncompressed_masks_of_annotations(tmp_path):
+    world, predictions = make_world(2, masks=True, near=1.0)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in world["images"]}
+    for entry in world["annotations"]:
+        height, width = sizes[entry["image_id"]]
+        cut = min(int(entry["bbox"][0]) * height, height * width - 1)
+        if entry["id"] % 2:
+            entry["segmentation"] = {"size": [height, width], "counts": [cut, height * width - cut]}
+    compare(tmp_path, json.loads(json.dumps(world)), predictions, "segm")

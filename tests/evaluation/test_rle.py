@@ -1,0 +1,68 @@
+"""Which texts are masks."""
+
+import random
+
+import numpy as np
+import pycocotools.mask as mask_utils
+import pytest
+
+from regionspot.evaluation.rle import check_rles
+
+
+def is_mask(text, pixels):
+    """Read it as pycocotools' C code does, one sign after the other."""
+    counts, position = [], 0
+    while position < len(text):
+        value, digit, more = 0, 0, True
+        while more:
+            if position >= len(text) or not 48 <= text[position] < 112 or digit == 7:
+                return False
+            sign = text[position] - 48
+            value |= (sign & 31) << (5 * digit)
+            more = bool(sign & 32)
+            position, digit = position + 1, digit + 1
+        if sign & 16:
+            value -= 1 << (5 * digit)
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return all(0 <= count < 2**32 for count in counts) and sum(counts) == pixels
+
+
+def damaged_mask(rng):
+    height, width = rng.randrange(1, 40), rng.randrange(1, 40)
+    drawn = np.random.default_rng(rng.randrange(10**9)).random((height, width)) < rng.choice([0, 0.1, 0.5, 1])
+    text = bytearray(mask_utils.encode(np.asfortranarray(drawn.astype(np.uint8)))["counts"])
+    if rng.random() < 0.2:
+        text[rng.randrange(len(text))] = rng.choice([rng.randrange(256), rng.randrange(48, 112)])
+    if rng.random() < 0.1:
+        text += bytes(rng.randrange(48, 112) for _ in range(rng.randrange(20)))
+    return {"size": [height, width], "counts": bytes(text)}
+
+
+def test_the_first_damaged_mask_is_named():
+    rng = random.Random(0)
+    found = []
+    for _ in range(600):
+        rles = [damaged_mask(rng) for _ in range(rng.randrange(1, 6))]
+        good = [is_mask(rle["counts"], rle["size"][0] * rle["size"][1]) for rle in rles]
+        found += good
+        if all(good):
+            check_rles(rles, str)
+        else:
+            with pytest.raises(ValueError, match=f"^{good.index(False)}: the mask's RLE is damaged"):
+                check_rles(rles, str)
+    assert 300 < sum(found) < len(found) - 300
+
+
+@pytest.mark.parametrize("number", [255, 256, 257, 600])
+def test_many_masks(number):
+    rle = mask_utils.encode(np.ones((30, 20), np.uint8, order="F"))
+    check_rles([rle] * number, str)
+    with pytest.raises(ValueError, match=f"^{number - 1}: "):
+        check_rles([rle] * (number - 1) + [{**rle, "size": [30, 21]}], str)
+
+
+def test_sizes_that_are_expected():
+    rle = mask_utils.encode(np.ones((30, 20), np.uint8, order="F"))
+    check_rles([rle], str, np.array([[30, 20]]))
+    with pytest.raises(ValueError, match=r"height and width \[20, 30\], got \[30, 20\]"):
+        check_rles([rle], str, np.array([[20, 30]]))

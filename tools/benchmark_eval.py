@@ -1,0 +1,150 @@
+"""Our LVIS evaluation against the lvis package, in time and memory; a command of tools/benchmark.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+CATEGORIES = 1203
+SIZE = (480, 640)
+HEADERS = ["case", "ours", "memory", "lvis", "memory", "times as fast", "times less memory"]
+
+# Run in a process of its own, so that the memory is its own. Importing is not counted: it costs the same once.
+_PRELUDE = """
+import json, re, sys, time
+def peak():  # of this program; getrusage would count the one that started it, too
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmHWM:\\s+(\\d+)", file.read())[1]) * 1024
+"""
+_OURS = """
+from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.lvis_metrics import run_lvis_evaluation
+from regionspot.evaluation.results_file import read_results
+before, start = peak(), time.perf_counter()
+truth, results = read_ground_truth(sys.argv[1]), read_results(sys.argv[2])
+metrics = run_lvis_evaluation(truth, results, sys.argv[3], segm_areas="boxes").metrics()  # as lvis
+"""
+_LVIS = """
+import lvis, logging, numpy
+from lvis import LVISEval
+numpy.float = float  # the package is older than NumPy 1.24
+before, start = peak(), time.perf_counter()
+evaluation = LVISEval(sys.argv[1], sys.argv[2], sys.argv[3])
+evaluation.run()
+metrics = {key: value * 100 for key, value in evaluation.get_results().items() if "AR" not in key}
+"""
+_EPILOGUE = """
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "before": before, "peak": peak(), "metrics": metrics}))
+"""
+
+
+def write_case(folder: Path, images: int, detections: int, masks: bool = False, seed: int = 0) -> tuple[Path, Path]:
+    """Write annotations like LVIS val's (12 boxes an image, 3 classes and 15 verified ones) and detections.
+
+    A tenth of the detections lie about an annotation; of the others half are of classes that the image was verified
+    for, half of any.
+
+    Returns:
+        The annotation file and the file of results.
+    """
+    import pycocotools.mask as mask_utils
+
+    rng, (height, width) = np.random.default_rng(seed), SIZE
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[dict] = []
+    annotations: list[dict] = []
+    with (folder / "results.json").open("w") as file:
+        file.write("[")
+        for image in tqdm(range(1, images + 1), desc="drawing detections", unit="image"):
+            verified = (rng.choice(CATEGORIES, 18, replace=False) + 1).tolist()
+            corner = rng.uniform(0, 0.7, (12, 2)) * (width, height)
+            truths = np.hstack([corner, rng.uniform(0.02, 0.3, (12, 2)) * (width, height)]).round(2)
+            labels = rng.choice(verified[:3], 12)
+            for (x, y, w, h), label in zip(truths.tolist(), labels.tolist()):
+                entry = {"id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": [x, y, w, h]}
+                outline = [x, y, x + w, y, x + w, y + h, x, y + h]
+                annotations.append(entry | {"area": w * h, "segmentation": [outline]})
+            record = {"id": image, "height": height, "width": width, "file_name": f"{image}.jpg"}
+            verified_absent = {"neg_category_ids": verified[3:], "not_exhaustive_category_ids": verified[:1]}
+            records.append(record | verified_absent)
+
+            near = rng.integers(12, size=detections)
+            boxes = truths[near] * np.exp(rng.normal(0, 0.08, (detections, 4)))
+            kind = rng.random(detections)
+            category = np.where(kind < 0.55, rng.choice(verified, detections), rng.integers(1, CATEGORIES, detections))
+            category = np.where(kind < 0.1, labels[near], category)
+            boxes[kind >= 0.1, :2] = rng.uniform(0, 0.7, ((kind >= 0.1).sum(), 2)) * (width, height)
+            scores = rng.random(detections)
+            rles = mask_utils.frPyObjects(boxes, height, width) if masks else []
+            entries = []
+            for index, values in enumerate(zip(boxes.tolist(), category.tolist(), scores.tolist())):
+                entry = {"image_id": image, "category_id": values[1], "bbox": values[0], "score": values[2]}
+                if masks:
+                    entry["segmentation"] = {"size": [height, width], "counts": rles[index]["counts"].decode()}
+                entries.append(json.dumps(entry))
+            file.write(("," if image > 1 else "") + ",".join(entries))
+        file.write("]")
+    frequencies = rng.choice(["r", "c", "f"], CATEGORIES, p=[0.28, 0.38, 0.34]).tolist()
+    categories = [{"id": i + 1, "name": f"thing {i}", "frequency": f} for i, f in enumerate(frequencies)]
+    content = {"images": records, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder / "annotations.json", folder / "results.json"
+
+
+def measure(what: str, annotations: Path, results: Path, task: str) -> dict:
+    """Evaluate in a process of its own; return seconds, bytes "before" (imports alone) and "peak", and the metrics."""
+    code = _PRELUDE + (_OURS if what == "ours" else _LVIS) + _EPILOGUE
+    command = [sys.executable, "-c", code, str(annotations), str(results), task]
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def benchmark_eval(
+    folder: Path, images: int, detections: int, tasks: list[str], against_lvis: bool = True
+) -> list[tuple[str, ...]]:
+    """Return rows of a table: what, seconds and memory of ours and of lvis, and how many times as good ours is.
+
+    Args:
+        folder: for the generated files.
+        images: of the data set.
+        detections: an image.
+        tasks: "bbox", "segm".
+        against_lvis: whether lvis is measured, too.
+    """
+    rows = []
+    for number in (detections, max(1, detections // 100)):
+        paths = write_case(folder / str(number), images, number, "segm" in tasks)
+        for task in tasks:
+            ours = measure("ours", *paths, task)
+            row = [f"{task}, {images} images, {images * number} detections", *_cells(ours)]
+            if against_lvis:
+                theirs = measure("lvis", *paths, task)
+                _same(ours["metrics"], theirs["metrics"])
+                row += [*_cells(theirs), *_ratios(ours, theirs)]
+            rows.append(tuple(row))
+    return rows
+
+
+def _cells(run: dict) -> list[str]:
+    added, total = (run["peak"] - run["before"]) / 2**30, run["peak"] / 2**30
+    return [f"{run['seconds']:.2f} s", f"{added:.2f} GB ({total:.2f})"]
+
+
+def _ratios(ours: dict, theirs: dict) -> list[str]:
+    def added(run: dict) -> float:
+        return run["peak"] - run["before"]
+
+    return [f"{theirs['seconds'] / ours['seconds']:.1f}", f"{added(theirs) / max(added(ours), 1):.1f}"]
+
+
+def _same(ours: dict, theirs: dict) -> None:
+    for key, value in ours.items():
+        expected = float("nan") if theirs[key] < 0 else theirs[key]
+        if not np.isclose(value, expected, rtol=0, atol=1e-9, equal_nan=True):
+            raise RuntimeError(f"{key}: ours {value}, lvis {expected}")

@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Turn a file of proposals of any form into any other, and keep only the best of each image if asked to.
+
+The input's form is recognised by its content. Forms: glip ({image_id: {boxes, scores, labels}}), coco (COCO results),
+detectron2 (its pickle), safetensors (ours: small, and there at once).
+
+Example:
+    tools/convert_proposals.py glip_lvis_val.json glip_lvis_val.safetensors --nms 0.7 --top-k 300
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from regionspot.data.proposals import FORMS, ProposalFile, select_proposals, write_proposals
+
+SUFFIXES = {".json": "glip", ".pkl": "detectron2", ".pickle": "detectron2", ".safetensors": "safetensors"}
+
+
+def convert(source: Path, target: Path, form: str, top_k: int | None, nms: float | None, least: float | None) -> str:
+    """Write ``target`` and return a line about it."""
+    proposals = ProposalFile(source, with_masks=form == "coco")
+    kept = select_proposals(proposals.arrays, top_k, nms, least)
+    write_proposals(target, form, kept)
+    return (
+        f"{target} ({form}): {len(kept.boxes)} boxes of {len(kept.image_ids)} images, of {len(proposals.boxes)} in "
+        f"{source} ({proposals.form}); {kept.num_not_finite} NaN or infinite left out; scores: {kept.scores_from}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="INPUT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    parser.add_argument("--to", choices=FORMS, help="by default as OUTPUT's suffix says; .json is glip")
+    parser.add_argument("--top-k", type=int, metavar="K", help="the K best boxes of each image")
+    parser.add_argument(
+        "--nms", type=float, metavar="IOU", help="drop boxes over a better one of the same label, if any"
+    )
+    parser.add_argument("--min-score", type=float, metavar="S", help="drop boxes that score lower")
+    args = parser.parse_args(arguments)
+    form = args.to or SUFFIXES.get(args.output.suffix.lower())
+    if form is None:
+        parser.error(f"{args.output}: expected one of the suffixes {', '.join(SUFFIXES)}, or --to FORM")
+    try:
+        print(convert(args.input, args.output, form, args.top_k, args.nms, args.min_score))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

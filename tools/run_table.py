@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Run the rows of one of the paper's tables whose inputs are on the disk, and print ours beside the paper's.
+
+What a row needs is in its config (configs/tables): weights, annotations, images, proposal files. Rows that lack
+something are listed with what they lack. A row that was run is not run again; one that was cut goes on.
+
+Example:
+    tools/run_table.py table1 --output output/tables
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from tabulate import tabulate
+
+from regionspot.config import load_config
+from regionspot.data.build import check_registered
+from regionspot.weights import KNOWN_WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ROOT / "configs" / "tables"
+
+
+def missing_inputs(cfg: CfgNode) -> list[str]:
+    """Return what a config names that is not there; known weights of SAM and CLIP are fetched when needed."""
+    node = cfg.MODEL.REGIONSPOT
+    files = [*cfg.DATASETS.PROPOSAL_FILES_TEST, cfg.MODEL.WEIGHTS]
+    files += [source for source in (node.SAM.WEIGHTS, node.CLIP.WEIGHTS) if source not in KNOWN_WEIGHTS]
+    missing = [path for path in files if path and "://" not in path and not Path(path).is_file()]
+    for name in cfg.DATASETS.TEST:
+        try:
+            check_registered([name], "DATASETS.TEST")
+        except (KeyError, FileNotFoundError) as error:
+            missing.append(str(error.args[0]))
+            continue
+        folder = Path(MetadataCatalog.get(name).image_root)
+        if not folder.is_dir():
+            missing.append(f"images {folder}")
+    return missing
+
+
+def run_row(config: Path, output: Path, overrides: list[str], arguments: list[str]) -> dict[str, Any]:
+    """Evaluate a config, unless it was evaluated before; return its metrics by test set."""
+    done = output / "results.json"
+    if not done.is_file():
+        command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(config), "--eval-only"]
+        subprocess.run([*command, *arguments, *overrides, "OUTPUT_DIR", str(output)], check=True)
+    return json.loads(done.read_text())
+
+
+def average(results: dict[str, Any], task: str, key: str) -> float | None:
+    """Return a metric, averaged over the test sets where there are several."""
+    values = [sets[task][key] for sets in results.values() if key in sets.get(task, {})]
+    return sum(values) / len(values) if values else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(path.stem for path in TABLES.glob("*.json")))
+    parser.add_argument("--output", type=Path, default=Path("output/tables"), metavar="DIR")
+    parser.add_argument("--num-gpus", default="1", help="processes")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides for all rows")
+    args = parser.parse_args(arguments)
+    table = json.loads((TABLES / f"{args.table}.json").read_text())
+    lines = []
+    for row in table["rows"]:
+        config = TABLES / f"{row['config']}.yaml"
+        missing = missing_inputs(load_config(config, args.opts))
+        cells = ["" for _ in ("APr", "APc", "APf", "AP")]
+        if missing:
+            print(f"{row['what']}: not run, missing: {'; '.join(missing)}")
+        else:
+            output = args.output / row["config"]
+            results = run_row(config, output, args.opts, ["--num-gpus", args.num_gpus, "--dist-url", "auto"])
+            found = [average(results, row["task"], key) for key in ("APr", "APc", "APf", "AP")]
+            cells = ["" if value is None else f"{value:.1f}" for value in found]
+        paper = [str(row["paper"].get(key, "")) for key in ("APr", "APc", "APf", "AP")]
+        lines.append([row["what"], *(f"{ours or '-'} / {theirs or '-'}" for ours, theirs in zip(cells, paper))])
+    print(f"\n{table['note']}\n")
+    print(tabulate(lines, headers=["ours / the paper's", "APr", "APc", "APf", "AP"], disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
