@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("table", choices=sorted(path.stem for path in TABLES.glob("*.json")))
     parser.add_argument("--output", type=Path, default=Path("output/tables"), metavar="DIR")
     parser.add_argument("--num-gpus", default="1", help="processes")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides for all rows")
-    args = parser.parse_args(arguments)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides for all rows")
+    args = parser.parse_intermixed_args(arguments)
     table = json.loads((TABLES / f"{args.table}.json").read_text())
     lines = []
     for row in table["rows"]:

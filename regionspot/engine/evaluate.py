@@ -16,7 +16,7 @@ from regionspot.checkpoint import find_recognizer
 from regionspot.data.build import build_test_loader, proposal_source
 from regionspot.data.training_set import describe_annotations
 from regionspot.evaluation import Protocol, build_evaluator
-from regionspot.evaluation.protocol import short_hash
+from regionspot.evaluation.protocol import ANNOTATED, short_hash
 from regionspot.modeling import RegionSpot
 from regionspot.utils.files import sha256_of_file
 from regionspot.weights import fingerprint
@@ -94,4 +94,4 @@ def _describe_boxes(cfg: CfgNode, name: str) -> str:
         weights = Path(detector.WEIGHTS)
         digest = f" {weights.name} ({sha256_of_file(weights)[:12]})" if weights.is_file() else ""
         return f"{detector.OUTPUT} of {Path(detector.CONFIG_FILE).stem}{digest}{best}"
-    return "annotated"
+    return ANNOTATED

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 METRICS = ("lvis", "fixed", "coco")
+ANNOTATED = "annotated"  # boxes that are the annotated ones
 
 
 @dataclass

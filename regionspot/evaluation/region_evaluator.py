@@ -15,7 +15,7 @@ from detectron2.structures import BoxMode
 from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
-from regionspot.evaluation.protocol import Protocol
+from regionspot.evaluation.protocol import ANNOTATED, Protocol
 from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
 from regionspot.evaluation.results import Results
 from regionspot.evaluation.results_file import write_results
@@ -72,7 +72,7 @@ class RegionEvaluator(DatasetEvaluator):
                 predictions.regions = [rows[id(rle)] for rle in detections.pred_masks_rle]
                 predictions.rles = [rle["counts"] for rle in unique.values()]
                 predictions.size = detections.image_size
-            if "proposals" not in image and "instances" in image:
+            if self.protocol.boxes == ANNOTATED:
                 predictions.targets = image["instances"].gt_classes.tolist()
                 predictions.top = output["regions"].top_classes.tolist()
             self.log.append(predictions)

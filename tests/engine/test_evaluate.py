@@ -1,0 +1,289 @@
+"""Evaluation: what it says of itself, that it survives kills, and boxes from every source."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
+
+from regionspot.data import build_test_loader
+from regionspot.engine import RegionSpotTrainer
+from regionspot.evaluation import read_results
+from regionspot.evaluation.accuracy import region_accuracy
+from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
+
+from ..helpers import ROOT, TINY, draw_scene, tiny_config, tiny_model, write_dataset
+
+sys.path.insert(0, str(ROOT / "tools"))
+import calibrate_unknown  # noqa: E402
+import run_table  # noqa: E402
+
+NAME = "test_evaluate"
+
+
+@pytest.fixture
+def dataset(tmp_path, register):
+    return register(NAME, write_dataset(tmp_path / "data", 10), tmp_path / "data" / "images")
+
+
+def config(tmp_path, *overrides):
+    fixed = ["DATASETS.TEST", (NAME,), "OUTPUT_DIR", str(tmp_path / "out"), "MODEL.MASK_ON", True]
+    return tiny_config(*fixed, *overrides)
+
+
+def evaluate(tmp_path, *overrides):
+    cfg = config(tmp_path, *overrides)
+    return RegionSpotTrainer.test(cfg, tiny_model(*overrides, "MODEL.MASK_ON", True, names=None))
+
+
+def written(tmp_path, name="metrics.json"):
+    return (tmp_path / "out" / "inference" / NAME / name).read_text()
+
+
+def test_results_say_what_they_are(dataset, tmp_path):
+    metrics = evaluate(tmp_path)
+    assert list(metrics) == ["bbox", "segm", "region"] and list(metrics["bbox"])[-3:] == ["APr", "APc", "APf"]
+    found = json.loads(written(tmp_path))
+    assert found["bbox"] == {k: None if np.isnan(v) else v for k, v in metrics["bbox"].items()}
+    for part in (
+        "protocol: lvis on test_evaluate (",
+        "boxes: annotated",
+        "labels per box: all",
+        "detections per image: 300",
+        "score: product, softmax",
+        "vocabulary: 4 names (",
+        "templates: 1 (",
+        "checkpoint: RegionSpot no file (",
+        "images: 10 of 10",
+    ):
+        assert part in found["protocol"]
+    results = read_results(tmp_path / "out" / "inference" / NAME / "lvis_instances_results.json")
+    regions = sum(len(draw_scene(i)[1]) for i in range(10))
+    assert len(results) == 4 * regions and len(results.rles) == regions
+    rows = written(tmp_path, "per_class_bbox.csv").splitlines()
+    assert len(rows) == 5 and rows[0] == "category_id,name,frequency,annotations,AP"
+
+
+def test_detectron2s_evaluator_agrees(dataset, tmp_path):
+    MetadataCatalog.get(NAME).set(evaluator_type="coco")
+    cfg, model = config(tmp_path), tiny_model("MODEL.MASK_ON", True, names=None)
+    ours = RegionSpotTrainer.test(cfg, model)
+    theirs = RegionSpotTrainer.test(cfg, model, [COCOEvaluator(NAME, output_dir=str(tmp_path), use_fast_impl=False)])
+    for task in ("bbox", "segm"):
+        for key in ("AP", "AP50", "AP75"):
+            assert ours[task][key] == pytest.approx(theirs[task][key], abs=1e-9)
+
+
+def test_fixed_ap_and_coco_ap_and_what_is_no_protocol(dataset, tmp_path):
+    evaluate(tmp_path, "TEST.PROTOCOL", "fixed")
+    assert "protocol: fixed on" in written(tmp_path)
+
+
+def _evaluate_slowly(tmp_path):
+    torch.set_num_threads(1)
+    evaluate(tmp_path)
+
+
+def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, tmp_path):
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    evaluate(tmp_path)
+    seconds = time.perf_counter() - start
+    names = ("metrics.json", "lvis_instances_results.json", "per_class_segm.csv")
+    expected = [written(tmp_path, name) for name in names]
+    context, rng, seen = multiprocessing.get_context("fork"), random.Random(2), []
+    other = tmp_path / "killed"
+    for _ in range(5):
+        process = context.Process(target=_evaluate_slowly, args=(other,))
+        process.start()
+        time.sleep(rng.uniform(0.3, 0.9) * seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        paths = list((other / "out" / "inference" / NAME).glob("predictions.0.jsonl"))
+        seen.append(len(paths[0].read_bytes().splitlines()) if paths else 0)
+    evaluate(other)
+    assert max(seen) > 0  # something was gone on from
+    assert [(other / "out" / "inference" / NAME / name).read_text() for name in names] == expected
+    assert not list((other / "out" / "inference" / NAME).glob("predictions.*"))
+
+
+def test_predictions_of_another_model_do_not_count(dataset, tmp_path):
+    log = PredictionLog(tmp_path, "one")
+    assert log.open() == set()
+    log.append(ImagePredictions(image_id=7, classes=[1], scores=[0.1 + 0.2], boxes=[[1.0, 2.0, 3.0, 4.0]]))
+    with (tmp_path / "predictions.3.jsonl").open("wb") as file:  # of another process, cut off while written
+        file.write(b'{"image_id":9,"classes":[],"scores":[],"boxes":[]}\n{"image_id":10,"cla')
+    again = PredictionLog(tmp_path, "one")
+    assert again.open() == {7, 9}
+    assert [image.image_id for image in again.gather()] == [7, 9] and again.gather()[0].scores == [0.1 + 0.2]
+    assert PredictionLog(tmp_path, "two").open() == set()
+
+
+def test_region_accuracy():
+    images = [
+        ImagePredictions(1, [], [], [], targets=[0, 1], top=[[0, 1, 2], [0, 1, 2]]),
+        ImagePredictions(2, [], [], [], targets=[2], top=[[0, 1, 3]]),
+    ]
+    found = region_accuracy(images, ["r", "f", "f", "c"])
+    assert found["top1"] == pytest.approx(100 / 3) and found["top5"] == pytest.approx(200 / 3)
+    assert found["top1_r"] == 100 and found["top1_f"] == 0 and found["top5_f"] == 50 and np.isnan(found["top1_c"])
+    assert set(region_accuracy(images, ["", "", "", ""])) == {"top1", "top5"}
+
+
+def boxes_of(model, tmp_path, *overrides):
+    """Return for each image the boxes that the model recognised."""
+    outputs = [output for batch in build_test_loader(config(tmp_path, *overrides), NAME) for output in model(batch)]
+    return [output["regions"].pred_boxes.tensor for output in outputs]
+
+
+def test_sam_finds_regions_itself(dataset, tmp_path):
+    settings = {"PRED_IOU_THRESH": -10.0, "STABILITY_SCORE_THRESH": -1.0, "POINTS_PER_SIDE": 3}
+    overrides = ["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "sam_automatic"]
+    overrides += [p for k, v in settings.items() for p in (f"MODEL.REGIONSPOT.PROPOSALS.SAM_AUTOMATIC.{k}", v)]
+    model = tiny_model(*overrides)
+    found = boxes_of(model, tmp_path, *overrides)
+    masks = model.proposal_source.generator.generate(draw_scene(0)[0])
+    expected = torch.tensor([mask["bbox"] for mask in masks]).float()
+    assert len(found[0]) == len(masks) > 0
+    torch.testing.assert_close(found[0][:, :2], expected[:, :2])
+    evaluate(tmp_path, *overrides, "MODEL.REGIONSPOT.PROPOSALS.TOP_K", 2)
+    assert "SAM's automatic masks (points_per_side 3, " in written(tmp_path) and "best 2" in written(tmp_path)
+    assert "region" not in json.loads(written(tmp_path))
+
+
+@pytest.fixture
+def detector(tmp_path):
+    """A small Faster R-CNN with random weights: its config, and the model."""
+    cfg = get_cfg()
+    changes = {"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64, "DEVICE": "cpu", "ROI_HEADS.NUM_CLASSES": 3}
+    changes |= {"RPN.POST_NMS_TOPK_TEST": 20, "ROI_HEADS.SCORE_THRESH_TEST": 0.0}
+    cfg.merge_from_list([part for key, value in changes.items() for part in (f"MODEL.{key}", value)])
+    cfg.merge_from_list(
+        ["INPUT.MIN_SIZE_TEST", 96, "TEST.DETECTIONS_PER_IMAGE", 5, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
+    )
+    cfg.merge_from_list(
+        [
+            "MODEL.BACKBONE.NAME",
+            "build_resnet_fpn_backbone",
+            "MODEL.RESNETS.OUT_FEATURES",
+            ["res2", "res3", "res4", "res5"],
+        ]
+    )
+    cfg.merge_from_list(
+        [
+            "MODEL.FPN.IN_FEATURES",
+            ["res2", "res3", "res4", "res5"],
+            "MODEL.RPN.IN_FEATURES",
+            ["p2", "p3", "p4", "p5", "p6"],
+        ]
+    )
+    cfg.merge_from_list(
+        [
+            "MODEL.ANCHOR_GENERATOR.SIZES",
+            [[8], [16], [32], [64], [128]],
+            "MODEL.ROI_HEADS.IN_FEATURES",
+            ["p2", "p3", "p4", "p5"],
+        ]
+    )
+    cfg.merge_from_list(
+        [
+            "MODEL.ROI_BOX_HEAD.NAME",
+            "FastRCNNConvFCHead",
+            "MODEL.ROI_BOX_HEAD.NUM_FC",
+            1,
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
+            7,
+        ]
+    )
+    torch.manual_seed(3)
+    model = build_model(cfg).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
+    arrays = {key: value.numpy() for key, value in model.state_dict().items()}
+    (tmp_path / "detector.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "a test"}))
+    cfg.MODEL.WEIGHTS = str(tmp_path / "detector.pth")
+    (tmp_path / "detector.yaml").write_text(cfg.dump())
+    return tmp_path / "detector.yaml", model
+
+
+@pytest.mark.parametrize("weights", ["detector.pth", "detector.pkl"])
+def test_boxes_of_a_detector(dataset, detector, tmp_path, weights):
+    path, plain = detector
+    node = "MODEL.REGIONSPOT.PROPOSALS"
+    overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(path)]
+    overrides += [f"{node}.DETECTOR.WEIGHTS", str(tmp_path / weights)]
+    found = boxes_of(tiny_model(*overrides), tmp_path, *overrides)
+    for index in range(10):
+        image = np.ascontiguousarray(draw_scene(index)[0][..., ::-1])  # BGR, as DefaultPredictor has it
+        large = T.ResizeShortestEdge([96, 96], 1333).get_transform(image).apply_image(image)
+        with torch.no_grad():
+            [output] = plain([{"image": torch.as_tensor(large.transpose(2, 0, 1).copy()), "height": 48, "width": 64}])
+        torch.testing.assert_close(found[index], output["instances"].pred_boxes.tensor, atol=1e-3, rtol=0)
+    evaluate(tmp_path, *overrides)
+    assert f"boxes: boxes of detector {weights} (" in written(tmp_path)
+    rpn = [*overrides, f"{node}.DETECTOR.OUTPUT", "rpn"]
+    boxes = boxes_of(tiny_model(*rpn), tmp_path, *rpn)
+    assert all(0 < len(image) <= 20 and image[:, 2].max() > 32 for image in boxes)
+
+
+def test_detectors_that_are_not_there_or_would_run_code(dataset, detector, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"model": Evil(), "__author__": "evil"}))
+    node = "MODEL.REGIONSPOT.PROPOSALS"
+    base = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE"]
+    with pytest.raises(ValueError, match="evil.pkl"):
+        tiny_model(*base, str(detector[0]), f"{node}.DETECTOR.WEIGHTS", str(tmp_path / "evil.pkl"))
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileNotFoundError, match="no config of Detectron2's model zoo"):
+        tiny_model(*base, "no.yaml")
+    with pytest.raises(ValueError, match="expected boxes or rpn, got 'masks'"):
+        tiny_model(*base, str(detector[0]), f"{node}.DETECTOR.OUTPUT", "masks")
+    with pytest.raises(ValueError, match="expected one of auto, gt, file, sam_automatic, detector; got 'grid'"):
+        tiny_model(f"{node}.SOURCE", "grid")
+
+
+def test_threshold_that_keeps_a_share_of_regions(dataset, tmp_path, capsys):
+    arguments = ["--config-file", str(TINY), "--dataset", NAME]
+    thresholds = [calibrate_unknown.main([*arguments, "--keep", str(keep)]) for keep in (0.9, 0.5)]
+    assert thresholds[0] < thresholds[1] and "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", ["table1", "table6", "released", "odinw", "sam_automatic"])
+def test_tables_list_what_is_missing(table, tmp_path, capsys):
+    run_table.main([table, "--output", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert output.count("not run, missing:") == len(
+        json.loads((run_table.TABLES / f"{table}.json").read_text())["rows"]
+    )
+    if table == "table1":
+        assert "- / 56.6" in output and "weights/regionspot_bl.pth" in output and "lvis_v1_val" in output
+
+
+def test_a_row_of_a_table_is_run_once(dataset, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"one": {"bbox": {"AP": 10.0}}, "two": {"bbox": {"AP": 20.0}}}))
+    results = run_table.run_row(TINY, tmp_path, [], [])
+    assert run_table.average(results, "bbox", "AP") == 15 and run_table.average(results, "segm", "AP") is None
+
+
+def test_odinw_sets_are_averaged(tmp_path, register):
+    names = ("odinw_One_test", "odinw_Two_test")
+    for first, name in enumerate(names):
+        register(name, write_dataset(tmp_path / name, 4, first=10 * first), tmp_path / name / "images", "coco")
+    cfg = tiny_config("DATASETS.TEST", names, "OUTPUT_DIR", str(tmp_path))
+    results = RegionSpotTrainer.test(cfg, tiny_model(names=None))
+    expected = np.mean([results[name]["bbox"]["AP"] for name in names])
+    assert results["odinw_average"]["bbox"]["AP"] == pytest.approx(expected) and len(DatasetCatalog.get(names[0])) == 4
