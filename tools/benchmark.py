@@ -18,7 +18,7 @@ from pathlib import Path
 import clip
 import torch
 from benchmark_data import benchmark_data, benchmark_memory
-from benchmark_eval import HEADERS, benchmark_eval
+from benchmark_eval import HEADERS, benchmark_eval, benchmark_masks
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
@@ -161,6 +161,8 @@ def report_eval(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = benchmark_eval(Path(folder), args.images, args.detections, args.task, not args.without_lvis)
     print(tabulate(rows, headers=HEADERS[: len(rows[0])], disable_numparse=True))
+    headers = ["masks of an image", "ours", "memory", "one a detection", *HEADERS[4:]]
+    print("\n" + tabulate([benchmark_masks()], headers=headers, disable_numparse=True))
     print("memory: at the peak, what was added to the imports (and with them); the metrics agree to 1e-9")
 
 

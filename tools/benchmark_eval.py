@@ -1,6 +1,7 @@
 """Our LVIS evaluation against the lvis package, in time and memory; a command of tools/benchmark.py."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,36 @@ metrics = {key: value * 100 for key, value in evaluation.get_results().items() i
 _EPILOGUE = """
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "before": before, "peak": peak(), "metrics": metrics}))
+"""
+
+# The masks of an image's detections, from SAM's logits to RLE: of each box once and in chunks, or of each detection.
+_MASKS = """
+import torch
+from types import SimpleNamespace
+import numpy as np
+from detectron2.structures import Instances
+from pycocotools import mask as mask_api
+from regionspot.config import load_config
+from regionspot.modeling import RegionRecognizer
+from regionspot.modeling.localizer import Localizer
+from regionspot.modeling.sam import SAM_SIZES, build_sam
+with torch.device("meta"):
+    sam = build_sam(SAM_SIZES["vit_b"])
+localizer = Localizer(sam=sam)
+boxes, detections, size = int(sys.argv[1]), int(sys.argv[2]), (480, 640)
+torch.manual_seed(0)
+masks = torch.nn.functional.interpolate(torch.randn(boxes, 1, 8, 8), (256, 256), mode="bicubic")[:, 0]
+found = Instances(size, region_indices=torch.arange(detections) % boxes)
+localizer.upsample_masks(masks[:2], size, size)  # the first call of everything costs more
+before, start = peak(), time.perf_counter()
+if sys.argv[3] == "ours":
+    RegionRecognizer._add_masks(SimpleNamespace(localizer=localizer), found, masks, size, size, "rle")
+    rles = list(found.pred_masks_rle)
+else:
+    full = localizer.upsample_masks(masks[found.region_indices], size, size, chunk=detections)
+    rles = [mask_api.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8)) for mask in full]
+    rles = [{**rle, "counts": rle["counts"].decode()} for rle in rles]
+metrics = {str(i): hash(rle["counts"]) for i, rle in enumerate(rles)}
 """
 
 
@@ -148,3 +179,20 @@ def _same(ours: dict, theirs: dict) -> None:
         expected = float("nan") if theirs[key] < 0 else theirs[key]
         if not np.isclose(value, expected, rtol=0, atol=1e-9, equal_nan=True):
             raise RuntimeError(f"{key}: ours {value}, lvis {expected}")
+
+
+def benchmark_masks(boxes: int = 100, detections: int = 300) -> tuple[str, ...]:
+    """Return the table's row of the masks of an image's detections, beside a full-size mask for each of them."""
+    runs = []
+    for way in ("ours", "each"):
+        command = [sys.executable, "-c", _PRELUDE + _MASKS + _EPILOGUE, str(boxes), str(detections), way]
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        root = Path(__file__).parents[1]
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, cwd=root, env=environment
+        ).stdout
+        runs.append(json.loads(output.splitlines()[-1]))
+    if runs[0]["metrics"] != runs[1]["metrics"]:
+        raise RuntimeError("the masks of both ways differ")
+    what = f"masks of {detections} detections of {boxes} boxes, 480 x 640"
+    return (what, *_cells(runs[0]), *_cells(runs[1]), *_ratios(*runs))
