@@ -70,6 +70,9 @@ def _add_proposal_config(node: CfgNode) -> None:
     # Where boxes come from at inference: "gt" (the annotated ones), "file" (DATASETS.PROPOSAL_FILES_TEST),
     # "sam_automatic" (SAM's own masks by a grid of points), "detector", or "auto": a file if there is one, else gt.
     node.PROPOSALS.SOURCE = "auto"
+    # DATASETS.PROPOSAL_FILES_TRAIN, one file a training set, gives boxes to learn from beside the annotated ones: those
+    # of at least this IoU with an annotated box are regions of its class.
+    node.PROPOSALS.IOU_THRESH_TRAIN = 0.5
     # Best boxes kept of an image, of any source but gt; -1 for all.
     node.PROPOSALS.TOP_K = -1
 

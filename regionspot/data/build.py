@@ -48,9 +48,14 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
             "DATALOADER.ASPECT_RATIO_GROUPING: images are brought to squares, so it gains nothing and keeps a resumed "
             "run from going on exactly; set it to False"
         )
-    images, mappers = zip(
-        *(open_training_images(cfg, name, stores[i] if stores else "") for i, name in enumerate(names))
-    )
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
+    if proposals and len(proposals) != len(names):
+        raise ValueError(
+            f"DATASETS.PROPOSAL_FILES_TRAIN: expected one file for each of {len(names)} data sets, or none; "
+            f"got {len(proposals)}"
+        )
+    files = zip(names, stores or [""] * len(names), proposals or [""] * len(names))
+    images, mappers = zip(*(open_training_images(cfg, *parts) for parts in files))
     if len({mapper.token_store.has_feature_maps for mapper in mappers if mapper.token_store}) > 1:
         raise ValueError(
             "DATASETS.TOKEN_STORES_TRAIN: some stores hold feature maps and some do not; extract all with "

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
@@ -28,6 +28,7 @@ class RegionSpotDatasetMapper:
         proposal_file: ProposalFile | None = None,
         vocabulary: str = "",
         reduced_size: int = 0,
+        match_iou: float = 0.0,
     ) -> None:
         """
         Args:
@@ -35,14 +36,18 @@ class RegionSpotDatasetMapper:
             image_format: "RGB" or "BGR".
             token_store: stored features of the annotated boxes; images are then flipped from left to right only, and
                 only if the store covers that.
-            proposal_file: boxes to recognise in place of the annotated ones.
+            proposal_file: boxes to recognise in place of the annotated ones; in training, boxes to learn from beside
+                them.
             vocabulary: key of the vocabulary that the regions are scored against, "" for the one in use.
             reduced_size: let a JPEG be decoded at a smaller size whose shorter side is at least this; 0 does not. For
                 stored tokens only: SAM needs the whole image.
+            match_iou: in training, a proposal of at least this IoU with an annotated box is a region of its class.
 
         Raises:
-            ValueError: augmentations that the stored tokens do not cover.
+            ValueError: augmentations, or proposals, that the stored tokens do not cover.
         """
+        if token_store is not None and proposal_file is not None:
+            raise ValueError("stored tokens are of annotated boxes: leave out them, or PROPOSAL_FILES_TRAIN")
         if token_store is not None:
             _check_coverage(augmentations, token_store)
         elif reduced_size:
@@ -53,6 +58,7 @@ class RegionSpotDatasetMapper:
         self.proposal_file = proposal_file
         self.vocabulary = vocabulary
         self.reduced_size = reduced_size
+        self.match_iou = match_iou
 
     @classmethod
     def from_config(
@@ -74,6 +80,7 @@ class RegionSpotDatasetMapper:
             "proposal_file": proposal_file,
             "vocabulary": vocabulary,
             "reduced_size": cfg.INPUT.REDUCED_JPEG if is_train else 0,
+            "match_iou": cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN if is_train else 0.0,
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +120,10 @@ class RegionSpotDatasetMapper:
             proposals = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))
             proposals._image_size = tuple(size)
             proposals.proposal_boxes = Boxes(transforms.apply_box(proposals.proposal_boxes.tensor.numpy()))
-            record["proposals"] = proposals
+            if self.match_iou:
+                record["instances"] = _add_matched(record["instances"], proposals.proposal_boxes, self.match_iou)
+            else:
+                record["proposals"] = proposals
         if self.vocabulary:
             record["vocabulary"] = self.vocabulary
         return record
@@ -171,6 +181,15 @@ def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int],
     instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes))
     instances.gt_boxes.clip(size)
     return instances[instances.gt_boxes.nonempty(threshold=1e-5)] if only_areas else instances
+
+
+def _add_matched(instances: Instances, proposals: Boxes, match_iou: float) -> Instances:
+    """Return annotated regions and, behind them, the proposals that match one, with its class."""
+    if not len(instances) or not len(proposals):
+        return instances
+    best, index = pairwise_iou(instances.gt_boxes, proposals).max(dim=0)
+    matched = Instances(instances.image_size, gt_boxes=proposals, gt_classes=instances.gt_classes[index])
+    return Instances.cat([instances, matched[best >= match_iou]])
 
 
 def has_area(boxes: np.ndarray, size: tuple[int, int]) -> list[bool]:

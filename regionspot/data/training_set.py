@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from torch.utils.data import Dataset, Subset
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
+from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
 from regionspot.utils.files import sha256_of_file
 
@@ -42,19 +43,23 @@ class TrainingSet(Dataset):
         return self.mappers[part](self.datasets[part][index - int(self.starts[part])])
 
 
-def open_training_images(cfg: CfgNode, name: str, store_path: str = "") -> tuple[Any, RegionSpotDatasetMapper]:
+def open_training_images(
+    cfg: CfgNode, name: str, store_path: str = "", proposals: str = ""
+) -> tuple[Any, RegionSpotDatasetMapper]:
     """Return the images of a data set that there is something to learn from, and their mapper.
 
     Args:
         cfg: the config.
         name: a registered data set.
         store_path: its token store, "" for none; images that it lacks are left out with a warning.
+        proposals: a file of boxes to learn from beside the annotated ones, "" for none.
 
     Raises:
         ValueError: nothing to learn from, or a store of other annotations.
     """
     store = TokenStore(store_path, cfg.MODEL.REGIONSPOT.TOKEN_STAGE) if store_path else None
-    mapper = RegionSpotDatasetMapper(cfg, True, token_store=store, vocabulary=name)
+    file = ProposalFile(proposals) if proposals else None
+    mapper = RegionSpotDatasetMapper(cfg, True, token_store=store, proposal_file=file, vocabulary=name)
     if store is not None:
         store.check_origin({"annotations": describe_annotations(name)})
     records = DatasetCatalog.get(name)

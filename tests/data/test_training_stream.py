@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -177,3 +178,19 @@ def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeyp
     mapped = RegionSpotDatasetMapper(cfg, True, token_store=TokenStore(tmp_path / "store"))(record)
     assert mapped["image"].shape == (3, 24, 32) and mapped["instances"].image_size == (24, 32)
     assert mapped["instances"].gt_boxes.tensor.tolist() == [[4, 2, 20, 18]] and mapped["tokens"].sum() == 32
+
+
+def test_proposals_that_match_are_learned_from(datasets, tmp_path):
+    record = DatasetCatalog.get(NAMES[0])[0]
+    image, boxes, _ = draw_scene(0)
+    near, far = boxes[1] + 1, [0, 0, 3, 3]
+    (tmp_path / "p.json").write_text(json.dumps({"1": {"boxes": [near.tolist(), far]}}))
+    files = ("DATASETS.TRAIN", (NAMES[0],), "DATASETS.PROPOSAL_FILES_TRAIN", (str(tmp_path / "p.json"),))
+    batch = next(iter(build_train_loader(tiny_config(*files, "SOLVER.IMS_PER_BATCH", 3))))
+    [mapped] = [inputs for inputs in batch if inputs["image_id"] == 1]
+    plain = RegionSpotDatasetMapper(tiny_config(), True)(record)["instances"]
+    expected = torch.cat([plain.gt_boxes.tensor, torch.from_numpy(near)[None]])
+    assert torch.equal(mapped["instances"].gt_boxes.tensor, expected) and "proposals" not in mapped
+    assert mapped["instances"].gt_classes.tolist() == [*plain.gt_classes.tolist(), plain.gt_classes[1].item()]
+    with pytest.raises(ValueError, match="PROPOSAL_FILES_TRAIN: expected one file for each of 2 data sets"):
+        build_train_loader(tiny_config(*files, "DATASETS.TRAIN", datasets))
