@@ -9,7 +9,7 @@ import numpy as np
 
 from regionspot.data.datasets.json_file import AnnotationEntry, CategoryEntry, Id, ImageEntry, JsonFile
 from regionspot.evaluation.results import Results
-from regionspot.evaluation.rle import check_rles, compress_rle, encode_polygons
+from regionspot.evaluation.rle import check_rles, compress_rle, encode_polygons, sizes_of
 
 FREQUENCIES = ("r", "c", "f")
 
@@ -121,7 +121,7 @@ class GroundTruth:
             ValueError: a detection has no mask, or one of another size than its image.
         """
         regions, rles = results.require_masks()
-        sizes = np.array([rle["size"] for rle in rles], np.int64).reshape(-1, 2)
+        sizes = sizes_of(rles)
         wrong = (sizes[regions] != self.sizes[images]).any(axis=1)
         if wrong.any():
             index = int(wrong.argmax())

@@ -241,8 +241,11 @@ def _iou_of_masks(ground_truth: GroundTruth, results: Results, detections: _Dete
     areas, boxes = np.zeros(len(truths.rows)), np.zeros((len(truths.rows), 4))
     areas[needed], boxes[needed] = areas_of(masks), boxes_of(masks)
     at = dict(zip(needed.tolist(), masks))
+    compared = np.unique(regions[detections.rows[np.isin(detections.keys, truths.keys)]])
+    mask_boxes = np.zeros((len(rles), 4))
+    mask_boxes[compared] = boxes_of([rles[region] for region in compared.tolist()])
     return MaskIou(
-        regions[detections.rows], results.mask_areas, results.mask_boxes, rles.__getitem__, at.__getitem__, areas, boxes
+        regions[detections.rows], results.mask_areas, mask_boxes, rles.__getitem__, at.__getitem__, areas, boxes
     )
 
 

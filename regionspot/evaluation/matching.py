@@ -81,7 +81,7 @@ class MaskIou:
     Args:
         regions: (D,) int64, each detection's mask.
         mask_areas: (R,) float64, of all masks.
-        mask_boxes: (R, 4) float64 XYWH, around them.
+        mask_boxes: (R, 4) float64 XYWH, around them; of those that are compared.
         rle_of: returns the RLE of a mask.
         truth_of: returns the RLE of a ground truth.
         truth_areas, truth_boxes: (G,) and (G, 4), of the ground truths.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from regionspot.evaluation.rle import areas_of, boxes_of, check_rles
+from regionspot.evaluation.rle import areas_of, check_rles
 
 
 @dataclass(eq=False)
@@ -80,11 +80,6 @@ class Results:
     def mask_areas(self) -> np.ndarray:
         """(len(rles),) float64, pixels."""
         return areas_of(self.rles or [])
-
-    @cached_property
-    def mask_boxes(self) -> np.ndarray:
-        """(len(rles), 4) float64 XYWH around the masks, pixels."""
-        return boxes_of(self.rles or [])
 
     def areas(self, task: str, segm_areas: str = "masks") -> np.ndarray:
         """Return (D,) float64 pixels: what small, medium and large mean of detections.

@@ -1,15 +1,16 @@
 """Files of results: COCO's and LVIS's JSON, and the same entries one a line."""
 
+import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from regionspot.data.datasets.json_file import Id, describe_error, excerpt, map_file
 from regionspot.evaluation.results import Results
-from regionspot.evaluation.rle import boxes_of, check_rles, compress_rle
+from regionspot.evaluation.rle import PackedMasks, boxes_of, check_rles, compress_rle, is_size
 from regionspot.utils.files import atomic_path
 
 _PIECE = 1 << 14  # entries that are Python objects at one time
@@ -22,6 +23,11 @@ class _Entry(msgspec.Struct, gc=False):
     score: float
     bbox: tuple[float, float, float, float] | None = None
     segmentation: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Mask(msgspec.Struct, gc=False):
+    size: tuple[int, int]
+    counts: str | list[int]
 
 
 def read_results(path: str | Path) -> Results:
@@ -66,6 +72,7 @@ def _pieces_of_list(buffer: memoryview, name: str) -> Iterator[list[_Entry]]:
         raise ValueError(f"{name}: not valid JSON ({error}{hint})") from error
     decoder = msgspec.json.Decoder(list[_Entry])
     for start in range(0, len(entries), _PIECE):
+        _let_go(buffer)
         try:
             yield decoder.decode(b"[%b]" % b",".join(entries[start : start + _PIECE]))
         except msgspec.DecodeError as error:
@@ -92,6 +99,13 @@ def _pieces_of_lines(buffer: memoryview, name: str) -> Iterator[list[_Entry]]:
             ) from error
         yield entries
         done, start = done + len(entries), end
+        _let_go(buffer)
+
+
+def _let_go(buffer: memoryview) -> None:
+    """Tell the system that what was read of a mapped file need not stay in memory; it reads it anew if asked."""
+    if hasattr(mmap, "MADV_DONTNEED") and isinstance(buffer.obj, mmap.mmap):
+        buffer.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def _end_of_line(buffer: memoryview, position: int) -> int:
@@ -130,16 +144,17 @@ class _Columns:
         self.name = name
         self.number = 0
         self.pieces: dict[str, list[np.ndarray]] = {key: [] for key in ("image", "category", "score", "box", "region")}
-        self.rles: list[dict] = []
+        self.rles = PackedMasks()
         self.has_boxes: bool | None = None
         self.has_masks = False
         self._image: int | None = None
         self._known: dict[bytes, int] = {}  # segmentations of the image at hand, and where they are in rles
-        self._size: list[int] = []
+        self._decoder = msgspec.json.Decoder(list[_Mask])
+        self._size: tuple[int, int] | None = None  # the last one that was right
 
     def add(self, entries: list[_Entry]) -> None:
         number = len(entries)
-        regions = [self._region(index, entry) for index, entry in enumerate(entries)]
+        regions = self._regions(entries)
         if self.has_boxes is None and entries:
             self.has_boxes = entries[0].bbox is not None
         for index, entry in enumerate(entries):
@@ -157,34 +172,48 @@ class _Columns:
         self.pieces["region"].append(np.array(regions, np.int64))
         self.number += number
 
-    def _region(self, index: int, entry: _Entry) -> int:
-        raw = entry.segmentation
-        if isinstance(raw, msgspec.UnsetType) or bytes(raw) == b"null":
-            return -1
-        self.has_masks = True
-        if entry.image_id != self._image:
-            self._image, self._known = entry.image_id, {}
-        text = bytes(raw)
-        if text not in self._known:
-            self._known[text] = len(self.rles)
-            self.rles.append(self._mask(text, f"{self.name}: entry {self.number + index}"))
-        return self._known[text]
+    def _regions(self, entries: list[_Entry]) -> list[int]:
+        """Return each entry's mask, -1 for none, and add those that are new."""
+        regions: list[int] = []
+        texts: list[bytes] = []
+        users: list[int] = []
+        for index, entry in enumerate(entries):
+            raw = entry.segmentation
+            text = b"null" if isinstance(raw, msgspec.UnsetType) else bytes(raw)
+            if text == b"null":
+                regions.append(-1)
+                continue
+            if entry.image_id != self._image:
+                self._image, self._known = entry.image_id, {}
+            region = self._known.get(text, -1)
+            if region < 0:
+                region = self._known[text] = len(self.rles) + len(texts)
+                texts.append(text)
+                users.append(index)
+            regions.append(region)
+        self.has_masks |= max(regions, default=-1) >= 0
+        masks: list[_Mask | None] = [None] * len(texts)  # then one by one, to say which is wrong
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            masks = [*self._decoder.decode(b"[%b]" % b",".join(texts))]
+        for index, text, mask in zip(users, texts, masks):
+            self._add_mask(mask, text, f"{self.name}: entry {self.number + index}")
+        return regions
 
-    def _mask(self, text: bytes, say: str) -> dict:
-        try:
-            rle: Any = msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
-            raise ValueError(f"{say}: segmentation is not valid JSON ({error})") from error
-        if not isinstance(rle, dict):
-            raise ValueError(f"{say}: expected a segmentation as RLE {{size, counts}}, got {type(rle).__name__}")
-        if isinstance(rle.get("counts"), list):
-            return compress_rle(rle, say)
-        counts, size = rle.get("counts"), rle.get("size")
-        if size == self._size:
-            size = self._size  # one object for all masks of an image
-        elif isinstance(size, list):
-            self._size = size
-        return {"size": size, "counts": counts.encode(errors="replace") if isinstance(counts, str) else counts}
+    def _add_mask(self, mask: _Mask | None, text: bytes, say: str) -> None:
+        if mask is None:
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                mask = msgspec.json.decode(text, type=_Mask)
+        if mask is not None and isinstance(mask.counts, list):
+            rle = compress_rle({"size": mask.size, "counts": mask.counts}, say)
+            self.rles.append(rle["size"], rle["counts"])
+        elif mask is not None and mask.counts and (mask.size == self._size or is_size(mask.size)):
+            self._size = mask.size
+            self.rles.append(mask.size, str(mask.counts).encode(errors="replace"))
+        else:
+            raise ValueError(
+                f"{say}: expected a mask as compressed RLE, {{'size': [height, width], 'counts': '...'}}, of less than "
+                f"2^32 pixels, got {text[:60].decode(errors='replace')!r}"
+            )
 
     def results(self) -> Results:
         def column(key: str, dtype: type = np.int64) -> np.ndarray:

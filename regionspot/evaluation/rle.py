@@ -1,5 +1,6 @@
 """COCO's run-length encoded masks: checked before C code reads them, which crashes or hangs on wrong ones."""
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,45 @@ BATCH = 256  # masks that are decoded at one time
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
 _MAX_POLYGON = 1e6  # pixels; pycocotools walks along every side of a polygon
 _MAX_DIGITS = 7  # of 5 bits: what a count of 32 bits and its difference to another may need
+
+
+class PackedMasks(Sequence[dict]):
+    """Compressed RLEs that lie in one piece of memory; an item is made when it is asked for."""
+
+    def __init__(self) -> None:
+        self._counts = bytearray()
+        self._ends = array("q", [0])
+        self._sizes = array("q")
+
+    def append(self, size: Sequence[int], counts: bytes) -> None:
+        """Add a mask of (height, width) pixels."""
+        self._counts += counts
+        self._ends.append(len(self._counts))
+        self._sizes.extend(size)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return ``{"size": [height, width], "counts": bytes}``, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # negative ones count from the end; IndexError
+        return {"size": self._sizes[2 * index : 2 * index + 2].tolist(), "counts": self.counts(index)}
+
+    def counts(self, index: int) -> bytes:
+        """Return what a mask's runs are written as."""
+        return bytes(self._counts[self._ends[index] : self._ends[index + 1]])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int64 heights and widths, pixels."""
+        return np.array(self._sizes, np.int64).reshape(-1, 2)
+
+
+def sizes_of(rles: Sequence[dict]) -> np.ndarray:
+    """Return (len(rles), 2) int64 heights and widths, pixels."""
+    return rles.sizes if isinstance(rles, PackedMasks) else np.array([r["size"] for r in rles], np.int64).reshape(-1, 2)
 
 
 def check_rles(rles: Sequence[dict], say: Callable[[int], str], sizes: np.ndarray | None = None) -> None:
@@ -24,13 +64,13 @@ def check_rles(rles: Sequence[dict], say: Callable[[int], str], sizes: np.ndarra
         ValueError: counts that are no run lengths or do not sum to height * width, or another size.
     """
     for start in range(0, len(rles), BATCH):
-        part = rles[start : start + BATCH]
-        found = np.empty((len(part), 2), np.int64)
-        texts = []
-        for index, rle in enumerate(part):
-            size, text = _size_and_counts(rle, say, start + index)
-            found[index] = size
-            texts.append(text)
+        stop = min(start + BATCH, len(rles))
+        if isinstance(rles, PackedMasks):  # whose sizes and types are known to be right
+            texts = [rles.counts(index) for index in range(start, stop)]
+            found = np.array(rles._sizes[2 * start : 2 * stop], np.int64).reshape(-1, 2)
+        else:
+            both = [_size_and_counts(rles[index], say, index) for index in range(start, stop)]
+            texts, found = [text for _, text in both], np.array([size for size, _ in both], np.int64)
         wrong = _wrong_counts(texts, found.prod(axis=1))
         if wrong.any():
             index = int(wrong.argmax())
@@ -48,15 +88,17 @@ def check_rles(rles: Sequence[dict], say: Callable[[int], str], sizes: np.ndarra
             )
 
 
-def compress_rle(rle: Any, say: str) -> dict:
+def compress_rle(rle: dict, say: str) -> dict:
     """Return an uncompressed RLE, ``{"size": [height, width], "counts": [run, ...]}``, compressed.
 
     Raises:
         ValueError: it is not of this form, or the runs do not sum to height * width; ``say`` begins the message.
     """
-    size, counts = rle.get("size"), rle.get("counts")
+    size: Any = rle.get("size")
+    counts: Any = rle.get("counts")
+    size = list(size) if isinstance(size, (list, tuple)) else size
     good = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
-    if not good or not _is_size(size) or sum(counts) != size[0] * size[1]:
+    if not good or not is_size(size) or sum(counts) != size[0] * size[1]:
         raise ValueError(f"{say}: expected RLE whose counts sum to height x width, got size {size} and other counts")
     return mask_utils.frPyObjects({"size": size, "counts": counts}, *size)
 
@@ -93,7 +135,8 @@ def boxes_of(rles: Sequence[dict]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float64) if parts else np.zeros((0, 4))
 
 
-def _is_size(size: Any) -> bool:
+def is_size(size: Any) -> bool:
+    """Return whether it is a height and a width in pixels that pycocotools can count."""
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         return False
     return (
@@ -107,7 +150,7 @@ def _size_and_counts(rle: Any, say: Callable[[int], str], index: int) -> tuple[S
     counts = rle.get("counts") if isinstance(rle, dict) else None
     if isinstance(counts, str) and counts.isascii():
         counts = counts.encode()
-    if not isinstance(counts, bytes) or not counts or not _is_size(size):
+    if not isinstance(counts, bytes) or not counts or not is_size(size):
         raise ValueError(
             f"{say(index)}: expected a mask as compressed RLE, {{'size': [height, width], 'counts': '...'}}, "
             f"of at most 2^32 pixels, got {str(rle)[:80]}"

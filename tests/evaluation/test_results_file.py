@@ -121,7 +121,7 @@ WRONG_ENTRIES = {
     "words in the box": ({"bbox": [1, 2, 3, "4"]}, r"entry 1.bbox"),
     "negative width": ({"bbox": [1, 2, -3, 4]}, r"entry 1: .*width and height >= 0, got"),
     "no box, but others": ({"bbox": None}, r"entry 1 has no bbox"),
-    "polygon": ({"segmentation": [[1, 2, 3, 4, 5, 6]]}, r"entry 1: expected a segmentation as RLE"),
+    "polygon": ({"segmentation": [[1, 2, 3, 4, 5, 6]]}, r"entry 1: expected a mask as compressed RLE"),
     "no counts": ({"segmentation": {"size": [9, 9]}}, r"entry 1: expected a mask as compressed RLE"),
     "no size": ({"segmentation": {"counts": "00"}}, r"entry 1: expected a mask as compressed RLE"),
     "no text": ({"segmentation": {"size": [3, 3], "counts": ""}}, r"entry 1: expected a mask"),
