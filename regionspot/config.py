@@ -115,7 +115,8 @@ def _add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
-    # "fixed" evaluates LVIS by fixed AP (10,000 detections a class over the data set) in place of the standard AP.
+    # "fixed" evaluates LVIS by fixed AP (10,000 detections a class over the data set) in place of the standard AP; it
+    # wants many detections of an image: raise TEST.DETECTIONS_PER_IMAGE, or set it to -1.
     cfg.TEST.PROTOCOL = ""
     # The metric by which model_best.pth is kept while training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with
     # several test sets, "lvis_v1_val/bbox/AP" (by default the first set's); "" keeps none.

@@ -51,6 +51,8 @@ def run_row(config: Path, output: Path, overrides: list[str], arguments: list[st
     if not done.is_file():
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(config), "--eval-only"]
         subprocess.run([*command, *arguments, *overrides, "OUTPUT_DIR", str(output)], check=True)
+    for path in sorted(output.glob("inference/*/metrics.json")):
+        print(json.loads(path.read_text())["protocol"])
     return json.loads(done.read_text())
 
 

@@ -113,6 +113,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip
     if skip:
         ids = image_ids(records)
         records = Subset(records, [index for index, image_id in enumerate(ids.tolist()) if image_id not in skip])
+    if not len(records):  # Detectron2's sampler wants an image at the least
+        return []
     workers = cfg.DATALOADER.NUM_WORKERS
     return build_detection_test_loader(records, mapper=mapper, batch_size=batch_size, num_workers=workers)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 
@@ -40,7 +41,8 @@ class RegionEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: a registered data set whose metadata have ``json_file``.
+            dataset_name: a registered data set; without ``json_file`` in its metadata it is written in COCO's format,
+                as Detectron2's evaluator does.
             output_dir: for the predictions, ``metrics.json`` and the tables.
             protocol: what to evaluate, and by which rules.
             tasks: "bbox", "segm".
@@ -48,6 +50,9 @@ class RegionEvaluator(DatasetEvaluator):
         """
         self.metadata = MetadataCatalog.get(dataset_name)
         self.output_dir, self.protocol, self.tasks, self.of = Path(output_dir), protocol, tasks, of
+        self.json_file = Path(self.metadata.get("json_file") or self.output_dir / "annotations.json")
+        if not self.metadata.get("json_file"):
+            convert_to_coco_json(dataset_name, str(self.json_file), allow_cached=False)
         self.log = PredictionLog(output_dir, protocol.identity() + " ".join(tasks))
         self.finished = self.log.open()
 
@@ -83,7 +88,7 @@ class RegionEvaluator(DatasetEvaluator):
         if images is None:
             self.log.remove()
             return None
-        results, truth = self._to_results(images), read_ground_truth(self.metadata.json_file)
+        results, truth = self._to_results(images), read_ground_truth(self.json_file)
         write_results(results, self.output_dir / f"{self.metadata.evaluator_type}_instances_results.json")
         line, limit = self.protocol.line(len(images), self.of), self.protocol.detections_per_image
         outcomes = {task: evaluate_task(truth, results, task, self.protocol.metric, limit) for task in self.tasks}
@@ -98,7 +103,9 @@ class RegionEvaluator(DatasetEvaluator):
         return metrics
 
     def _to_results(self, images: list[ImagePredictions]) -> Results:
-        to_category = {label: category for category, label in self.metadata.thing_dataset_id_to_contiguous_id.items()}
+        mapping = self.metadata.get("thing_dataset_id_to_contiguous_id")
+        labels = range(len(self.metadata.thing_classes))
+        to_category = {label: category for category, label in (mapping or dict(zip(labels, labels))).items()}
         numbers = [len(image.classes) for image in images]
         starts = np.cumsum([0] + [len(image.rles) for image in images])
         classes = itertools.chain.from_iterable(image.classes for image in images)

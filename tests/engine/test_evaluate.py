@@ -119,6 +119,19 @@ def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, 
     assert not list((other / "out" / "inference" / NAME).glob("predictions.*"))
 
 
+def test_nothing_is_left_to_do_but_the_metrics(dataset, tmp_path, monkeypatch):
+    """The run was cut between its last image and the metrics."""
+    evaluate(tmp_path)
+    expected = written(tmp_path)
+    monkeypatch.setattr("regionspot.evaluation.region_evaluator.read_ground_truth", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("regionspot.modeling.meta_arch.RegionSpot.forward", lambda *_: pytest.fail("recognised again"))
+    evaluate(tmp_path)
+    assert written(tmp_path) == expected
+
+
 def test_predictions_of_another_model_do_not_count(dataset, tmp_path):
     log = PredictionLog(tmp_path, "one")
     assert log.open() == set()
@@ -287,3 +300,20 @@ def test_odinw_sets_are_averaged(tmp_path, register):
     results = RegionSpotTrainer.test(cfg, tiny_model(names=None))
     expected = np.mean([results[name]["bbox"]["AP"] for name in names])
     assert results["odinw_average"]["bbox"]["AP"] == pytest.approx(expected) and len(DatasetCatalog.get(names[0])) == 4
+
+
+def test_a_data_set_of_detectron2s_own_kind_is_evaluated(dataset, tmp_path):
+    records = [dict(record) for record in DatasetCatalog.get(NAME)]
+    for record in records:  # annotations as Detectron2's data sets have them
+        for annotation in record["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    DatasetCatalog.register("test_list", lambda: records)
+    MetadataCatalog.get("test_list").set(thing_classes=["a", "b", "c", "d"], evaluator_type="coco")
+    try:
+        cfg = config(tmp_path, "DATASETS.TEST", ("test_list",))
+        results = RegionSpotTrainer.test(cfg, tiny_model("MODEL.MASK_ON", True, names=None))
+    finally:
+        DatasetCatalog.remove("test_list")
+        MetadataCatalog.remove("test_list")
+    assert results["bbox"]["AP50"] > 0 and set(results) == {"bbox", "segm", "region"}

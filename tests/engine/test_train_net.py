@@ -114,7 +114,11 @@ def test_evaluation_on_one_process_and_on_two(folder, tmp_path):
     overrides = ["MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path, "MODEL.MASK_ON", "True"]
     overrides += ["DATASETS.TEST", f"('{folder}/my.json:{folder}/my_images',)", *frozen(folder)]
     two = run(tmp_path, sys.executable, ROOT / "tools/train_net.py", *options, *overrides)
+    [written] = (tmp_path / "inference").glob("*/metrics.json")
+    by_two = written.read_text()
+    torch.set_num_threads(1)
     one = run_here(folder, "--eval-only", overrides=overrides)
+    assert written.read_text() == by_two  # to the last digit
     rows = [line.split("copypaste: ")[1] for line in two.splitlines() if "copypaste: " in line]
     assert rows[0] == "Task: bbox" and rows[3] == "Task: segm" and rows[1].endswith("APr,APc,APf")
     for row, task in ((2, "bbox"), (5, "segm")):
