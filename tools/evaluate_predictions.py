@@ -43,10 +43,17 @@ def protocol_line(truth: GroundTruth, results: Results, args: argparse.Namespace
 def run(args: argparse.Namespace) -> None:
     truth, results = read_ground_truth(args.annotations), read_results(args.predictions)
     args.protocol = args.protocol or ("lvis" if truth.is_lvis else "coco")
+    asked = bool(args.task)
     args.task = args.task or (["bbox", "segm"] if results.regions is not None else ["bbox"])
-    outcomes = {
-        task: evaluate_task(truth, results, task, args.protocol, args.max_dets, args.segm_areas) for task in args.task
-    }
+    outcomes = {}
+    for task in args.task:
+        try:
+            outcomes[task] = evaluate_task(truth, results, task, args.protocol, args.max_dets, args.segm_areas)
+        except ValueError as error:
+            if asked or task == "bbox":
+                raise
+            print(f"masks are not evaluated: {error}", file=sys.stderr)
+    args.task = list(outcomes)
     print(protocol_line(truth, results, args))
     for part in ("metrics", "recalls"):
         print(format_table({task: getattr(outcome, part) for task, outcome in outcomes.items()}), end="\n\n")

@@ -47,10 +47,15 @@ def missing_inputs(cfg: CfgNode) -> list[str]:
 
 def run_row(config: Path, output: Path, overrides: list[str], arguments: list[str]) -> dict[str, Any]:
     """Evaluate a config, unless it was evaluated before; return its metrics by test set."""
-    done = output / "results.json"
-    if not done.is_file():
+    done, identity = output / "results.json", output / "row.identity"
+    cfg = load_config(config, overrides)
+    files = [Path(path) for path in (cfg.MODEL.WEIGHTS, *cfg.DATASETS.PROPOSAL_FILES_TEST) if Path(path).is_file()]
+    wanted = cfg.dump() + "".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n" for path in files)
+    if not (done.is_file() and identity.is_file() and identity.read_text() == wanted):
+        done.unlink(missing_ok=True)
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(config), "--eval-only"]
         subprocess.run([*command, *arguments, *overrides, "OUTPUT_DIR", str(output)], check=True)
+        identity.write_text(wanted)
     for path in sorted(output.glob("inference/*/metrics.json")):
         print(json.loads(path.read_text())["protocol"])
     return json.loads(done.read_text())
@@ -58,7 +63,7 @@ def run_row(config: Path, output: Path, overrides: list[str], arguments: list[st
 
 def average(results: dict[str, Any], task: str, key: str) -> float | None:
     """Return a metric, averaged over the test sets where there are several."""
-    values = [sets[task][key] for sets in results.values() if key in sets.get(task, {})]
+    values = [sets[task][key] for sets in results.values() if sets.get(task, {}).get(key) is not None]
     return sum(values) / len(values) if values else None
 
 

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.modeling import build_model
@@ -25,6 +26,7 @@ from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer, launch
+from regionspot.evaluation.report import without_nan
 from regionspot.utils.files import atomic_path
 
 
@@ -43,6 +45,7 @@ def main(args: argparse.Namespace) -> Any:
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: expected the name of a registered data set")
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+        torch.manual_seed(max(cfg.SEED, 0))  # what has no weights is random, and the same in all processes
         model = build_model(cfg)
         checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -50,7 +53,10 @@ def main(args: argparse.Namespace) -> Any:
         if comm.is_main_process():
             several = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
             with atomic_path(Path(cfg.OUTPUT_DIR) / "results.json") as temporary:
-                temporary.write_text(json.dumps(several, indent=1))
+                tables = {
+                    name: {task: without_nan(values) for task, values in sets.items()} for name, sets in several.items()
+                }
+                temporary.write_text(json.dumps(tables, indent=1))
         return results
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

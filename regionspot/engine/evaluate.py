@@ -1,6 +1,7 @@
 """Evaluation of a model on a data set, by a protocol that is stated."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,17 @@ from detectron2.utils import comm
 from torch import nn
 
 from regionspot.checkpoint import find_recognizer
-from regionspot.data.build import build_test_loader, proposal_source
+from regionspot.data.build import build_test_loader, image_ids, proposal_source
 from regionspot.data.training_set import describe_annotations
+from regionspot.engine.extract import check_image_ids
 from regionspot.evaluation import Protocol, build_evaluator
-from regionspot.evaluation.protocol import ANNOTATED, short_hash
+from regionspot.evaluation.protocol import ANNOTATED, METRICS, short_hash
 from regionspot.modeling import RegionSpot
+from regionspot.modeling.proposal_sources import detector_config
 from regionspot.utils.files import sha256_of_file
 from regionspot.weights import fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str | Path) -> dict[str, Any]:
@@ -35,6 +40,7 @@ def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str 
         Metrics in percent, by task; {} but in the main process.
     """
     records = DatasetCatalog.get(name)
+    check_image_ids(image_ids(records), name)
     protocol = describe_protocol(cfg, model, name)
     evaluator = build_evaluator(cfg, name, output_dir, protocol, len(records))
     loader = build_test_loader(cfg, name, skip=evaluator.finished)
@@ -62,22 +68,59 @@ def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
     node, recognizer = cfg.MODEL.REGIONSPOT, find_recognizer(model)
     annotations = describe_annotations(name)
     encoder = recognizer.classifier.text_encoder
-    kind = MetadataCatalog.get(name).evaluator_type
-    weights = Path(cfg.MODEL.WEIGHTS).name or "no file"
+    metric = choose_metric(cfg, name)
+    weights, architecture = Path(cfg.MODEL.WEIGHTS).name or "no file", cfg.MODEL.META_ARCHITECTURE
+    if architecture == "CropBaseline":
+        architecture += " on mask crops" if node.CROP.MASKED else " on box crops"
     rule = f"{node.SCORE_RULE}, {node.SCORE_FUNCTION}, above {node.SCORE_THRESH_TEST}, NMS {node.NMS_THRESH_TEST}"
     if node.UNKNOWN.THRESHOLD or node.UNKNOWN.BACKGROUND:
-        rule += f", unknown below {node.UNKNOWN.THRESHOLD} or {len(node.UNKNOWN.BACKGROUND)} background names"
+        background = short_hash(json.dumps(list(node.UNKNOWN.BACKGROUND)))
+        rule += f", unknown below {node.UNKNOWN.THRESHOLD} or {len(node.UNKNOWN.BACKGROUND)} names ({background})"
     return Protocol(
         dataset=f"{name} ({annotations['fingerprint'][:12]})",
-        metric="fixed" if kind == "lvis" and cfg.TEST.PROTOCOL == "fixed" else kind,
+        metric=metric,
         boxes=_describe_boxes(cfg, name),
         labels_per_box=node.LABELS_PER_BOX,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         score=rule,
         vocabulary=f"{len(recognizer.vocabulary)} names ({short_hash(json.dumps(recognizer.vocabulary))})",
         templates=f"{len(encoder.templates)} ({short_hash(json.dumps([*encoder.templates, node.CLIP.NAME_STYLE]))})",
-        checkpoint=f"{cfg.MODEL.META_ARCHITECTURE} {weights} ({fingerprint(recognizer.state_dict())[:12]})",
+        checkpoint=f"{architecture} {weights} ({fingerprint(recognizer.state_dict())[:12]})",
+        config=_hash_config(cfg),
     )
+
+
+def _hash_config(cfg: CfgNode) -> str:
+    """Return a hash of what the config says of model and input, wherever the model runs."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = ""
+    return short_hash(cfg.MODEL.dump() + cfg.INPUT.dump())
+
+
+def choose_metric(cfg: CfgNode, name: str) -> str:
+    """Return how a data set is judged: by ``TEST.PROTOCOL``, or as its metadata say.
+
+    Raises:
+        ValueError: another protocol, one of LVIS for a set of another kind, or metadata that name no evaluator.
+    """
+    metadata, asked = MetadataCatalog.get(name), cfg.TEST.PROTOCOL
+    if not metadata.get("evaluator_type") and metadata.get("json_file"):
+        DatasetCatalog.get(name)  # the file says it
+    kind = metadata.get("evaluator_type") or ("" if metadata.get("json_file") else "coco")
+    if asked not in ("", *METRICS):
+        raise ValueError(f"TEST.PROTOCOL: expected {', '.join(METRICS)} or nothing, got {asked!r}")
+    if kind not in ("lvis", "coco"):
+        raise ValueError(f"data set {name!r}: expected evaluator_type lvis or coco in its metadata, got {kind!r}")
+    if asked in ("lvis", "fixed") and kind != "lvis":
+        raise ValueError(f"TEST.PROTOCOL {asked}: data set {name!r} is no LVIS data set; leave it empty, or set coco")
+    if asked == "fixed" and cfg.TEST.DETECTIONS_PER_IMAGE >= 0:
+        logger.warning(
+            "TEST.PROTOCOL fixed with %d detections an image: fixed AP has no such limit; set "
+            "TEST.DETECTIONS_PER_IMAGE -1 (or more of them)",
+            cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+    return asked or kind
 
 
 def _describe_boxes(cfg: CfgNode, name: str) -> str:
@@ -90,8 +133,12 @@ def _describe_boxes(cfg: CfgNode, name: str) -> str:
         settings = ", ".join(f"{key.lower()} {value}" for key, value in node.SAM_AUTOMATIC.items())
         return f"SAM's automatic masks ({settings}){best}"
     if source == "detector":
-        detector = node.DETECTOR
-        weights = Path(detector.WEIGHTS)
-        digest = f" {weights.name} ({sha256_of_file(weights)[:12]})" if weights.is_file() else ""
-        return f"{detector.OUTPUT} of {Path(detector.CONFIG_FILE).stem}{digest}{best}"
+        detector = detector_config(cfg)
+        weights = Path(detector.MODEL.WEIGHTS)
+        digest = sha256_of_file(weights) if weights.is_file() else short_hash(detector.MODEL.WEIGHTS)
+        detector.MODEL.DEVICE = ""
+        return (
+            f"{node.DETECTOR.OUTPUT} of {Path(node.DETECTOR.CONFIG_FILE).stem} (config {short_hash(detector.dump())}, "
+            f"weights {weights.name} {digest[:12]}){best}"
+        )
     return ANNOTATED

@@ -9,9 +9,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
@@ -27,7 +27,7 @@ from regionspot.data.build import (
     proposal_source,
 )
 from regionspot.data.token_store import TokenStore
-from regionspot.engine.evaluate import evaluate_dataset
+from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, WeightAverage
 from regionspot.engine.optimizer import build_optimizer
@@ -146,9 +146,11 @@ class RegionSpotTrainer(DefaultTrainer):
                 results[name] = evaluate_dataset(cfg, model, name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
         if len(results) == 1:
             return next(iter(results.values()))
-        odinw = [result["bbox"]["AP"] for name, result in results.items() if name.startswith("odinw_") and result]
-        if odinw:
-            results["odinw_average"] = {"bbox": {"AP": sum(odinw) / len(odinw)}}
+        odinw = [result for name, result in results.items() if name.startswith("odinw_") and result]
+        if odinw:  # sets without annotations do not count
+            tasks = [task for task in ("bbox", "segm") if all(task in result for result in odinw)]
+            average = {task: float(np.nanmean([result[task]["AP"] for result in odinw])) for task in tasks}
+            results["odinw_average"] = {task: {"AP": value} for task, value in average.items()}
         return results
 
 
@@ -160,11 +162,7 @@ def check_tests(cfg: CfgNode) -> None:
         if source == "file" and not Path(path).is_file():
             raise FileNotFoundError(f"DATASETS.PROPOSAL_FILES_TEST: {path}: no such file")
         dataset_vocabulary(cfg, name)
-        kind = MetadataCatalog.get(name).get("evaluator_type")
-        if kind not in ("lvis", "coco"):
-            raise ValueError(
-                f"data set {name!r}: expected evaluator_type 'lvis' or 'coco' in its metadata, got {kind!r}"
-            )
+        choose_metric(cfg, name)
 
 
 def best_metric(cfg: CfgNode) -> str:

@@ -106,6 +106,10 @@ class PredictionLog:
 
 
 def _read(content: bytes) -> list[ImagePredictions]:
-    decoder = msgspec.json.Decoder(ImagePredictions)
-    lines = content.split(b"\n")
-    return [decoder.decode(line) for line in lines[:-1]]  # what is behind the last line end was cut off
+    decoder, images = msgspec.json.Decoder(ImagePredictions), []
+    for line in content.split(b"\n")[:-1]:  # what is behind the last line end was cut off
+        try:
+            images.append(decoder.decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            logger.warning("a line of predictions is damaged: its image is recognised again")
+    return images

@@ -22,6 +22,7 @@ class Protocol:
         vocabulary: number of names, and their hash.
         templates: which prompt templates, and their hash.
         checkpoint: where the weights are from, and their hash.
+        config: hash of all that the config says of model and input.
     """
 
     dataset: str
@@ -33,6 +34,7 @@ class Protocol:
     vocabulary: str
     templates: str
     checkpoint: str
+    config: str
 
     def line(self, images: int, of: int) -> str:
         """Return the line that stands above a table of ``images`` evaluated images of ``of``."""
@@ -41,7 +43,7 @@ class Protocol:
         return (
             f"protocol: {self.metric} on {self.dataset}; boxes: {self.boxes}; labels per box: {labels}; detections "
             f"per image: {detections}; score: {self.score}; vocabulary: {self.vocabulary}; templates: "
-            f"{self.templates}; checkpoint: {self.checkpoint}; images: {images} of {of}"
+            f"{self.templates}; checkpoint: {self.checkpoint}; config: {self.config}; images: {images} of {of}"
         )
 
     def identity(self) -> str:

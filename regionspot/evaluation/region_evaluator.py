@@ -23,6 +23,8 @@ from regionspot.evaluation.results_file import write_results
 
 logger = logging.getLogger(__name__)
 
+LVIS_LIMIT = 300  # detections of an image that LVIS AP counts
+
 
 class RegionEvaluator(DatasetEvaluator):
     """Evaluates a data set by its protocol, and leaves the predictions as COCO results for any other tool.
@@ -60,10 +62,9 @@ class RegionEvaluator(DatasetEvaluator):
         """Nothing to forget: what was written before counts."""
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Write the predictions of a batch, see ``RegionSpot.forward``; unknown regions are no detections."""
+        """Write the predictions of a batch, see ``RegionSpot.forward``."""
         for image, output in zip(inputs, outputs):
             detections = output["instances"].to(torch.device("cpu"))
-            detections = detections[detections.pred_classes < len(self.metadata.thing_classes)]
             boxes = detections.pred_boxes.tensor.numpy()
             predictions = ImagePredictions(
                 image_id=image["image_id"],
@@ -88,10 +89,19 @@ class RegionEvaluator(DatasetEvaluator):
         if images is None:
             self.log.remove()
             return None
+        kind = "coco" if self.protocol.metric == "coco" else "lvis"
         results, truth = self._to_results(images), read_ground_truth(self.json_file)
-        write_results(results, self.output_dir / f"{self.metadata.evaluator_type}_instances_results.json")
+        write_results(results, self.output_dir / f"{kind}_instances_results.json")
         line, limit = self.protocol.line(len(images), self.of), self.protocol.detections_per_image
-        outcomes = {task: evaluate_task(truth, results, task, self.protocol.metric, limit) for task in self.tasks}
+        limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
+        outcomes = {}
+        for task in self.tasks:
+            try:
+                outcomes[task] = evaluate_task(truth, results, task, self.protocol.metric, limit)
+            except ValueError as error:
+                if task == "bbox":
+                    raise
+                logger.warning("masks are not evaluated: %s", error)  # such as annotations without masks
         metrics = OrderedDict({task: outcome.metrics for task, outcome in outcomes.items()})
         logger.info("%s\n%s", line, format_table(metrics))
         more: dict[str, object] = {"protocol": line}

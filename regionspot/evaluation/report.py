@@ -40,7 +40,7 @@ def evaluate_task(
         results: the detections.
         task: "bbox" or "segm".
         metric: "lvis", "fixed" or "coco".
-        max_dets: detections of an image that count, with "lvis"; -1 for all.
+        max_dets: detections of an image that count, with "lvis": LVIS AP is of 300 at the most; -1 for all.
         segm_areas: see ``run_lvis_evaluation``.
     """
     if metric == "coco":

@@ -9,7 +9,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
+from detectron2.modeling import ProposalNetwork, build_model
 from detectron2.structures import Boxes, Instances
 from segment_anything import SamAutomaticMaskGenerator
 from torch import nn
@@ -62,10 +62,11 @@ class DetectorProposals(FrozenModule):
             raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT: expected boxes or rpn, got {output!r}")
         self.detector = build_model(detector_cfg)
         SafeDetectionCheckpointer(self.detector).load(detector_cfg.MODEL.WEIGHTS)
+        kind = type(self.detector).__name__
         if output == "rpn" and not isinstance(getattr(self.detector, "proposal_generator", None), nn.Module):
-            raise ValueError(
-                f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT rpn: {type(self.detector).__name__} has no RPN; take boxes"
-            )
+            raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT rpn: {kind} has no RPN; take boxes")
+        if output == "boxes" and isinstance(self.detector, ProposalNetwork):
+            raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT boxes: {kind} has an RPN alone; take rpn")
         self.output, self.image_format = output, detector_cfg.INPUT.FORMAT
         sizes = (detector_cfg.INPUT.MIN_SIZE_TEST, detector_cfg.INPUT.MAX_SIZE_TEST)
         self.resize = T.ResizeShortestEdge([sizes[0], sizes[0]], sizes[1])
@@ -78,6 +79,9 @@ class DetectorProposals(FrozenModule):
         if self.output == "boxes":
             found = [output["instances"] for output in self.detector(inputs)]
             return [to_proposals(x.pred_boxes.tensor, x.scores, x.image_size) for x in found]
+        if isinstance(self.detector, ProposalNetwork):  # its proposals are in the image's frame already
+            found = [output["proposals"] for output in self.detector(inputs)]
+            return [to_proposals(x.proposal_boxes.tensor, x.objectness_logits.sigmoid(), x.image_size) for x in found]
         batch = self.detector.preprocess_image(inputs)
         proposals, _ = self.detector.proposal_generator(batch, self.detector.backbone(batch.tensor), None)
         results = []

@@ -224,7 +224,7 @@ class RegionRecognizer(nn.Module):
         Returns:
             B ``Instances``, best first, with ``pred_boxes``, ``scores``, ``pred_classes``, ``region_indices`` (the
             row of the box) and, if asked for, ``pred_masks`` (bool, at output size) or ``pred_masks_rle`` (COCO's
-            compressed RLE; the detections of a box share one). An unknown region is of class K, one behind the last.
+            compressed RLE; the detections of a box share one). An unknown region has no detection.
         """
         return [detections for detections, _ in self.recognise(images, boxes, proposal_scores, output_sizes, masks)]
 
@@ -277,10 +277,7 @@ class RegionRecognizer(nn.Module):
         unknown = rule.is_unknown(every)
         known = every[:, : every.shape[1] - rule.background]
         scores = rule.scores(known, proposal_scores)
-        if unknown.any():
-            doubt = 1 - known.amax(dim=1) if proposal_scores is None else proposal_scores.to(known)
-            scores = torch.where(unknown[:, None], -1, scores)
-            scores = torch.cat([scores, torch.where(unknown, doubt, -1)[:, None]], dim=1)  # (N, K + 1)
+        scores = torch.where(unknown[:, None], -1, scores)
         top = known.topk(min(5, known.shape[1]), dim=1)
         fields = {"pred_boxes": boxes, "top_classes": top.indices, "top_scores": top.values, "unknown": unknown}
         return rule.select(boxes.tensor, scores, size), Instances(size, **fields)

@@ -20,6 +20,7 @@ from detectron2.modeling import build_model
 
 from regionspot.data import build_test_loader
 from regionspot.engine import RegionSpotTrainer
+from regionspot.engine.evaluate import describe_protocol
 from regionspot.evaluation import read_results
 from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
@@ -86,9 +87,47 @@ def test_detectron2s_evaluator_agrees(dataset, tmp_path):
             assert ours[task][key] == pytest.approx(theirs[task][key], abs=1e-9)
 
 
-def test_fixed_ap_and_coco_ap_and_what_is_no_protocol(dataset, tmp_path):
-    evaluate(tmp_path, "TEST.PROTOCOL", "fixed")
-    assert "protocol: fixed on" in written(tmp_path)
+def test_fixed_ap_and_coco_ap_and_what_is_no_protocol(dataset, tmp_path, register):
+    for protocol in ("fixed", "coco"):
+        metrics = evaluate(tmp_path, "TEST.PROTOCOL", protocol)
+        assert f"protocol: {protocol} on" in written(tmp_path) and ("APr" in metrics["bbox"]) == (protocol == "fixed")
+    with pytest.raises(ValueError, match="TEST.PROTOCOL: expected lvis, fixed, coco or nothing, got 'fixd'"):
+        evaluate(tmp_path, "TEST.PROTOCOL", "fixd")
+    register("test_coco", tmp_path / "data" / "annotations.json", tmp_path / "data" / "images", "coco")
+    with pytest.raises(ValueError, match="is no LVIS data set"):
+        evaluate(tmp_path, "TEST.PROTOCOL", "fixed", "DATASETS.TEST", ("test_coco",))
+
+
+def test_identity_knows_all_that_predictions_depend_on(dataset, tmp_path):
+    model, lines = tiny_model(), set()
+    changes = [[], ["MODEL.REGIONSPOT.CROP.MASKED", True], ["INPUT.MIN_SIZE_TEST", 32], ["INPUT.FORMAT", "BGR"]]
+    changes += [["MODEL.REGIONSPOT.UNKNOWN.BACKGROUND", (name,)] for name in ("sky", "wall")]
+    for overrides in changes:
+        lines.add(describe_protocol(config(tmp_path, *overrides), model, NAME).identity())
+    assert len(lines) == len(changes)
+    assert describe_protocol(config(tmp_path, "OUTPUT_DIR", "elsewhere"), model, NAME).identity() in lines
+
+
+def test_lvis_ap_is_of_300_detections_at_the_most(dataset, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(
+        "regionspot.evaluation.region_evaluator.evaluate_task", lambda *args: limits.append(args[-1]) or 1 / 0
+    )
+    for number in (20, 1000, -1):
+        with pytest.raises(ZeroDivisionError):
+            evaluate(tmp_path, "TEST.DETECTIONS_PER_IMAGE", number)
+    assert limits == [20, 300, 300]
+
+
+def test_boxes_are_evaluated_where_masks_are_not_annotated(tmp_path, register, caplog):
+    path = write_dataset(tmp_path / "data", 4)
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    path.write_text(json.dumps(content))
+    register(NAME, path, tmp_path / "data" / "images", "coco")
+    metrics = evaluate(tmp_path)
+    assert set(metrics) == {"bbox", "region"} and "masks are not evaluated" in caplog.text
 
 
 def _evaluate_slowly(tmp_path):
@@ -137,6 +176,7 @@ def test_predictions_of_another_model_do_not_count(dataset, tmp_path):
     assert log.open() == set()
     log.append(ImagePredictions(image_id=7, classes=[1], scores=[0.1 + 0.2], boxes=[[1.0, 2.0, 3.0, 4.0]]))
     with (tmp_path / "predictions.3.jsonl").open("wb") as file:  # of another process, cut off while written
+        file.write(b"\0\0\0\n")
         file.write(b'{"image_id":9,"classes":[],"scores":[],"boxes":[]}\n{"image_id":10,"cla')
     again = PredictionLog(tmp_path, "one")
     assert again.open() == {7, 9}
@@ -244,10 +284,22 @@ def test_boxes_of_a_detector(dataset, detector, tmp_path, weights):
             [output] = plain([{"image": torch.as_tensor(large.transpose(2, 0, 1).copy()), "height": 48, "width": 64}])
         torch.testing.assert_close(found[index], output["instances"].pred_boxes.tensor, atol=1e-3, rtol=0)
     evaluate(tmp_path, *overrides)
-    assert f"boxes: boxes of detector {weights} (" in written(tmp_path)
+    assert "boxes: boxes of detector (config " in written(tmp_path) and f"weights {weights} " in written(tmp_path)
     rpn = [*overrides, f"{node}.DETECTOR.OUTPUT", "rpn"]
     boxes = boxes_of(tiny_model(*rpn), tmp_path, *rpn)
     assert all(0 < len(image) <= 20 and image[:, 2].max() > 32 for image in boxes)
+
+
+def test_proposals_of_a_network_that_is_an_rpn_alone(dataset, detector, tmp_path):
+    node = "MODEL.REGIONSPOT.PROPOSALS"
+    overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(detector[0])]
+    overrides += [f"{node}.DETECTOR.OPTS", ("MODEL.META_ARCHITECTURE", "ProposalNetwork")]
+    overrides += [f"{node}.DETECTOR.OUTPUT", "rpn"]
+    faster = boxes_of(tiny_model(*overrides[:4], *overrides[-2:]), tmp_path, *overrides)
+    for alone, whole in zip(boxes_of(tiny_model(*overrides), tmp_path, *overrides), faster):
+        torch.testing.assert_close(alone, whole, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="ProposalNetwork has an RPN alone; take rpn"):
+        tiny_model(*overrides, f"{node}.DETECTOR.OUTPUT", "boxes")
 
 
 def test_detectors_that_are_not_there_or_would_run_code(dataset, detector, tmp_path):
@@ -286,10 +338,20 @@ def test_tables_list_what_is_missing(table, tmp_path, capsys):
         assert "- / 56.6" in output and "weights/regionspot_bl.pth" in output and "lvis_v1_val" in output
 
 
-def test_a_row_of_a_table_is_run_once(dataset, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"one": {"bbox": {"AP": 10.0}}, "two": {"bbox": {"AP": 20.0}}}))
-    results = run_table.run_row(TINY, tmp_path, [], [])
-    assert run_table.average(results, "bbox", "AP") == 15 and run_table.average(results, "segm", "AP") is None
+def test_a_row_of_a_table_is_run_once(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, check):
+        calls.append(command)
+        (tmp_path / "results.json").write_text(
+            json.dumps({"one": {"bbox": {"AP": 10.0}}, "two": {"bbox": {"AP": 20.0, "APm": None}}})
+        )
+
+    monkeypatch.setattr(run_table.subprocess, "run", run)
+    for overrides, number in (([], 1), ([], 1), (["TEST.DETECTIONS_PER_IMAGE", "7"], 2)):
+        results = run_table.run_row(TINY, tmp_path, overrides, [])
+        assert len(calls) == number
+    assert run_table.average(results, "bbox", "AP") == 15 and run_table.average(results, "bbox", "APm") is None
 
 
 def test_odinw_sets_are_averaged(tmp_path, register):
@@ -309,7 +371,7 @@ def test_a_data_set_of_detectron2s_own_kind_is_evaluated(dataset, tmp_path):
             x, y, w, h = annotation["bbox"]
             annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     DatasetCatalog.register("test_list", lambda: records)
-    MetadataCatalog.get("test_list").set(thing_classes=["a", "b", "c", "d"], evaluator_type="coco")
+    MetadataCatalog.get("test_list").set(thing_classes=["a", "b", "c", "d"])
     try:
         cfg = config(tmp_path, "DATASETS.TEST", ("test_list",))
         results = RegionSpotTrainer.test(cfg, tiny_model("MODEL.MASK_ON", True, names=None))
