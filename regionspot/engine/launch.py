@@ -28,16 +28,17 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     if on_gpu:
         torch.cuda.set_device(local_rank)
     distributed.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        main(args)
-    finally:
-        distributed.destroy_process_group()
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    _run(main, args)
 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     fork_workers()
-    return main(args)
+    result = main(args)
+    if distributed.is_initialized():  # a process that leaves with the group's threads at work may be aborted
+        comm.synchronize()
+        distributed.destroy_process_group()
+    return result
 
 
 def fork_workers() -> None:
