@@ -14,7 +14,6 @@ Examples:
 import argparse
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from regionspot.data.build import check_registered
 from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot.utils.files import folder_name
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,8 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def store_folder(output: Path, dataset_name: str) -> Path:
-    """Return a data set's folder below ``output``; its name may be "my.json:my_images"."""
-    return output / re.sub(r"[^\w.-]+", "_", dataset_name)
+    """Return a data set's folder below ``output``."""
+    return output / folder_name(dataset_name)
 
 
 def verify(folders: list[Path]) -> int:

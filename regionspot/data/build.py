@@ -17,7 +17,7 @@ from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.datasets import register_from_spec
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, build_training_stream
-from regionspot.data.training_set import TrainingSet, open_training_images
+from regionspot.data.training_set import TrainingSet, image_ids, open_training_images
 from regionspot.vocabulary import load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -117,12 +117,6 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip
         return []
     workers = cfg.DATALOADER.NUM_WORKERS
     return build_detection_test_loader(records, mapper=mapper, batch_size=batch_size, num_workers=workers)
-
-
-def image_ids(records: Any) -> np.ndarray:
-    """Return the (I,) image ids of a data set's records, without making the records where they are in arrays."""
-    ids = getattr(records, "image_ids", None)
-    return np.array([record["image_id"] for record in records]) if ids is None else ids
 
 
 def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:

@@ -68,9 +68,7 @@ def open_training_images(
     if store is not None and not all(key in records[0] for key in ("height", "width")):
         raise ValueError(f"data set {name!r}: its records need height and width, for stored tokens")
     if store is not None:
-        ids = getattr(records, "image_ids", None)
-        ids = np.array([record["image_id"] for record in records]) if ids is None else ids
-        without = kept & ~np.isin(ids, store.image_ids)
+        without = kept & ~np.isin(image_ids(records), store.image_ids)
         if without.any():
             logger.warning("%s: %d images have no tokens in %s: left out", name, without.sum(), store_path)
         kept &= ~without
@@ -79,6 +77,12 @@ def open_training_images(
     logger.info("%s: %d images with %d regions; %s", name, kept.sum(), numbers[kept].sum(), _left_out(records, numbers))
     images = records if isinstance(records, Dataset) else DatasetFromList(records, copy=True)
     return Subset(images, np.flatnonzero(kept)), mapper  # type: ignore[arg-type]
+
+
+def image_ids(records: Any) -> np.ndarray:
+    """Return the (I,) image ids of a data set's records, without making the records where they are in arrays."""
+    ids = getattr(records, "image_ids", None)
+    return np.array([record["image_id"] for record in records]) if ids is None else ids
 
 
 def _left_out(records: Any, numbers: np.ndarray) -> str:

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from regionspot.checkpoint import find_recognizer
-from regionspot.data.build import build_test_loader, image_ids, proposal_source
-from regionspot.data.training_set import describe_annotations
+from regionspot.data.build import build_test_loader, proposal_source
+from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.engine.extract import check_image_ids
 from regionspot.evaluation import Protocol, build_evaluator
 from regionspot.evaluation.protocol import ANNOTATED, METRICS, short_hash

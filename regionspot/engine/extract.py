@@ -14,10 +14,9 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from regionspot.data.build import image_ids
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.token_store import StoreWriter, pack_images
-from regionspot.data.training_set import describe_annotations
+from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.modeling.localizer import check_stages
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts

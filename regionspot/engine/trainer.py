@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -26,12 +25,12 @@ from regionspot.data.build import (
     dataset_vocabulary,
     proposal_source,
 )
-from regionspot.data.token_store import TokenStore
 from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, WeightAverage
 from regionspot.engine.optimizer import build_optimizer
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
+from regionspot.utils.files import folder_name
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +77,15 @@ class RegionSpotTrainer(DefaultTrainer):
 
     def _check_token_stores(self) -> None:
         """Refuse stores of another SAM or CLIP than the model's, now that its weights are there."""
+        stores = [mapper.token_store for mapper in self._trainer.data_loader.dataset.mappers if mapper.token_store]
+        if not stores:
+            return
         sources = self.checkpointer.frozen_sources
-        for path in self.cfg.DATASETS.TOKEN_STORES_TRAIN:
-            store = TokenStore(path, self.cfg.MODEL.REGIONSPOT.TOKEN_STAGE)
-            store.check_origin({"sam": describe_sam(self.recognizer, sources["sam"])})
-            if store.has_feature_maps and self.cfg.MODEL.REGIONSPOT.CLIP.FEATURES != "none":
-                store.check_origin({"clip": describe_clip(self.recognizer, sources["clip_model"])})
+        expected = {"sam": describe_sam(self.recognizer, sources["sam"])}
+        if stores[0].has_feature_maps and self.cfg.MODEL.REGIONSPOT.CLIP.FEATURES != "none":  # as all of them
+            expected["clip"] = describe_clip(self.recognizer, sources["clip_model"])
+        for store in stores:
+            store.check_origin(expected)
 
     def after_train(self) -> None:
         """Run the hooks; those that evaluate only after a training that reached its end."""
@@ -142,8 +144,8 @@ class RegionSpotTrainer(DefaultTrainer):
                 if evaluators:
                     results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluators[index])
                     continue
-                folder = re.sub(r"[^\w.-]+", "_", name)  # the name may be "my.json:my_images"
-                results[name] = evaluate_dataset(cfg, model, name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
+                folder = os.path.join(cfg.OUTPUT_DIR, "inference", folder_name(name))
+                results[name] = evaluate_dataset(cfg, model, name, folder)
         if len(results) == 1:
             return next(iter(results.values()))
         odinw = [result for name, result in results.items() if name.startswith("odinw_") and result]

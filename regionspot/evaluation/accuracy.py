@@ -20,14 +20,8 @@ def region_accuracy(images: Sequence[ImagePredictions], frequencies: Sequence[st
         "top1", "top5", and where there are frequencies "top1_r", "top5_r", ...; NaN for a group without regions.
     """
     targets = np.array([target for image in images for target in image.targets], np.int64)
-    ranks = np.array(
-        [
-            top.index(target) if target in top else len(top)
-            for image in images
-            for target, top in zip(image.targets, image.top)
-        ]
-    )
-    found = np.array([target in top for image in images for target, top in zip(image.targets, image.top)])
+    pairs = [pair for image in images for pair in zip(image.targets, image.top)]
+    ranks = np.array([top.index(target) if target in top else np.inf for target, top in pairs])
     groups = np.array(frequencies)[targets]
     result = {}
     for group, suffix in GROUPS.items():
@@ -35,6 +29,6 @@ def region_accuracy(images: Sequence[ImagePredictions], frequencies: Sequence[st
             continue
         rows = groups == group if group else np.ones(len(targets), bool)
         for k in (1, 5):
-            right = found[rows] & (ranks[rows] < k)
+            right = ranks[rows] < k
             result[f"top{k}{suffix}"] = float(100 * right.mean()) if rows.any() else float("nan")
     return result

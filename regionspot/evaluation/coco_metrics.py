@@ -99,11 +99,8 @@ def _complete(dataset: dict[str, Any]) -> dict[str, Any]:
 
 
 def _coco(dataset: dict[str, Any]) -> COCO:
-    """Return annotations as pycocotools knows them; ``info``, ``iscrowd`` and ``id`` may be missing."""
+    """Return annotations as pycocotools knows them; ``info`` may be missing."""
     dataset.setdefault("info", {})
-    for index, annotation in enumerate(dataset["annotations"], 1):
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("id", index)
     coco = COCO()
     coco.dataset = dataset
     coco.createIndex()

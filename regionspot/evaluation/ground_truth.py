@@ -100,8 +100,7 @@ class GroundTruth:
         )
         found = []
         for what, ids, known, remedy in columns:
-            position = np.searchsorted(known, ids)
-            wrong = (np.append(known, 0)[position] != ids) | (position == len(known))
+            position, wrong = _look_up(known, ids)
             if wrong.any():
                 index = int(wrong.argmax())
                 raise ValueError(
@@ -181,10 +180,8 @@ class GroundTruth:
         present = [ids if has_one else [] for ids, has_one in zip(lists, has)]
         ids = np.array([i for part in present for i in part], np.int64)
         images = np.repeat(np.arange(len(lists)), [len(part) for part in present])
-        categories = np.searchsorted(self.category_ids, ids)
-        known = np.append(self.category_ids, 0)[categories] == ids
-        known &= categories < len(self.category_ids)
-        return np.unique(categories[known] * len(lists) + images[known]), all(has) and bool(lists)
+        categories, wrong = _look_up(self.category_ids, ids)
+        return np.unique(categories[~wrong] * len(lists) + images[~wrong]), all(has) and bool(lists)
 
     def _read_annotations(self) -> None:
         number = len(self._file.parts["annotations"])
@@ -216,9 +213,7 @@ class GroundTruth:
             )
 
     def _find(self, start: int, ids: list[int], what: str, known: np.ndarray) -> np.ndarray:
-        array = np.array(ids, np.int64)
-        position = np.searchsorted(known, array)
-        wrong = (np.append(known, 0)[position] != array) | (position == len(known))
+        position, wrong = _look_up(known, np.array(ids, np.int64))
         if wrong.any():
             index = int(wrong.argmax())
             raise ValueError(
@@ -230,6 +225,12 @@ class GroundTruth:
         twice = ids[1:][np.diff(ids) == 0]  # ascending
         if len(twice):
             raise ValueError(f"annotations {self.path}: {part}: id {twice[0]} is there twice; expected once each")
+
+
+def _look_up(known: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where in the ascending ``known`` each id is, and (N,) bool: it is not there."""
+    position = np.searchsorted(known, ids)
+    return position, (np.append(known, 0)[position] != ids) | (position == len(known))
 
 
 def read_ground_truth(path: str | Path) -> GroundTruth:

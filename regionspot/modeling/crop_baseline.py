@@ -45,7 +45,7 @@ class CropRecognizer(RegionRecognizer):
     ) -> list[torch.Tensor]:
         logits = []
         for i, (image, image_boxes) in enumerate(zip(images, boxes)):
-            masks = self._masks(features, i, image_boxes) if self.masked else None
+            masks = self._masks(features, i, image_boxes, located[i].masks) if self.masked else None
             parts = [
                 self._encode([self._crop(image, box, None if masks is None else masks[n]) for n, box in part])
                 for part in _chunks(list(enumerate(image_boxes.tensor.tolist())), self.batch_size)
@@ -54,12 +54,17 @@ class CropRecognizer(RegionRecognizer):
             logits.append(self.score(torch.cat(parts or empty), with_background=True))
         return logits
 
-    def _masks(self, features: ImageFeatures, index: int, boxes: Boxes) -> list[torch.Tensor]:
-        single = ImageFeatures(features.embeddings[index : index + 1], None, [features.sizes[index]])
-        [output] = self.locate(single, [Prompts(boxes=boxes.tensor)], with_masks=True)
-        assert output.masks is not None
+    def _masks(
+        self, features: ImageFeatures, index: int, boxes: Boxes, masks: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Return each box's mask at the image's size, from SAM's logits ``masks`` if they were decoded before."""
+        if masks is None:
+            single = ImageFeatures(features.embeddings[index : index + 1], None, [features.sizes[index]])
+            [output] = self.locate(single, [Prompts(boxes=boxes.tensor)], with_masks=True)
+            masks = output.masks
+        assert masks is not None
         size = features.sizes[index]
-        return list(self.localizer.upsample_masks(output.masks, size, size))
+        return list(self.localizer.upsample_masks(masks, size, size))
 
     def _crop(self, image: torch.Tensor, box: list[float], mask: torch.Tensor | None) -> torch.Tensor:
         height, width = image.shape[-2:]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def folder_name(dataset_name: str) -> str:
+    """Return what a data set's folder is called; its name may be "path/to/my.json:my_images"."""
+    return re.sub(r"[^\w.-]+", "_", dataset_name)
 
 
 def sha256_of_file(path: str | Path) -> str:
