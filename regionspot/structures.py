@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from detectron2.structures import Boxes
 
 
 @dataclass
@@ -91,3 +92,23 @@ def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "b
         if mask.any():
             index = int(mask.nonzero()[0])
             raise ValueError(f"{what}: number {index}, {boxes[index].tolist()}, {problem}")
+
+
+def check_classes(classes: torch.Tensor, number: int, what: str) -> None:
+    """Refuse (N,) int64 ``classes`` of regions that are outside a vocabulary of ``number`` names."""
+    outside = classes[(classes < 0) | (classes >= number)]
+    if len(outside):
+        raise ValueError(
+            f"{what}: class {int(outside[0])} is outside the vocabulary of {number} names; "
+            "set the data set's own vocabulary"
+        )
+
+
+def best_boxes(boxes: Boxes, scores: torch.Tensor | None, top_k: int) -> tuple[Boxes, torch.Tensor | None]:
+    """Return the ``top_k`` best boxes and their scores; the first ones without scores, all for -1."""
+    if not 0 <= top_k < len(boxes):
+        return boxes, scores
+    if scores is None:
+        return boxes[:top_k], None
+    scores, best = scores.topk(top_k)
+    return boxes[best], scores

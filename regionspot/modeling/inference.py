@@ -1,5 +1,6 @@
 """From logits to detections: scores, the best (box, class) pairs, masks as RLE."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import batched_nms
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
 from pycocotools import mask as mask_api
 
 SCORE_FUNCTIONS = {"softmax": lambda logits: logits.softmax(dim=1), "sigmoid": torch.sigmoid}
@@ -119,6 +120,55 @@ class DetectionRule:
         instances.pred_classes = classes
         instances.region_indices = regions
         return instances
+
+
+class RegionMasks(ROIMasks):
+    """SAM's masks of detections: logits that are brought to full size when they are asked for, each region's once.
+
+    ``Instances`` can hold and index them, and ``detector_postprocess`` takes them as it takes other ``ROIMasks``,
+    though they are no masks relative to boxes.
+    """
+
+    def __init__(self, logits: torch.Tensor, rows: torch.Tensor, upsample: Callable[..., torch.Tensor]) -> None:
+        """
+        Args:
+            logits: (R, h, w) float, SAM's mask logits of all regions of the image.
+            rows: (N,) int64, the region of each detection.
+            upsample: ``Localizer.upsample_masks`` of the image.
+        """
+        self.logits, self.rows, self.upsample = logits, rows, upsample
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """(N, h, w) float mask logits of the detections."""
+        return self.logits[self.rows]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def to(self, device: torch.device) -> "RegionMasks":
+        return RegionMasks(self.logits.to(device), self.rows.to(device), self.upsample)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: Any) -> "RegionMasks":
+        rows = self.rows[[item]] if isinstance(item, int) else self.rows[item]
+        return RegionMasks(self.logits, rows, self.upsample)
+
+    def to_bitmasks(self, boxes: Boxes, height: int, width: int, threshold: float = 0.5) -> BitMasks:
+        """Return the masks at an output of (height, width); ``boxes`` and ``threshold`` are not needed."""
+        unique, inverse = self.rows.unique(return_inverse=True)
+        return BitMasks(self.upsample(self.logits[unique], output_size=(height, width))[inverse])
+
+    def to_rles(self, height: int, width: int, chunk: int = 16) -> "RleMasks":
+        """Return the masks at an output of (height, width) as RLEs; no more than a chunk is ever at full size."""
+        unique, inverse = self.rows.unique(return_inverse=True)
+        rles: list[dict] = []
+        for part in unique.split(chunk):
+            rles += encode_masks(self.upsample(self.logits[part], output_size=(height, width)))
+        return RleMasks(rles[i] for i in inverse.tolist())
 
 
 class RleMasks(list):

@@ -10,10 +10,9 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from regionspot.modeling.key_layout import translate_released_keys
-from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.proposal_sources import build_proposal_source
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.structures import check_boxes
+from regionspot.structures import best_boxes, check_boxes, check_classes
 
 
 @META_ARCH_REGISTRY.register()
@@ -32,8 +31,6 @@ class RegionSpot(nn.Module):
         masks: str = "",
         proposal_source: Callable[[list[torch.Tensor]], list[Instances]] | None = None,
         top_k_proposals: int = -1,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
     ) -> None:
         """
         Args:
@@ -43,8 +40,6 @@ class RegionSpot(nn.Module):
                 "rle" (``pred_masks_rle``, for ours: one for all detections of a box) or "".
             proposal_source: finds the boxes of RGB images at inference, in place of those that come with them.
             top_k_proposals: proposals kept of an image, best first; -1 for all.
-            focal_alpha: of the training loss.
-            focal_gamma: of the training loss.
         """
         super().__init__()
         if input_format not in ("RGB", "BGR"):
@@ -54,8 +49,6 @@ class RegionSpot(nn.Module):
         self.masks = masks
         self.proposal_source = proposal_source
         self.top_k_proposals = top_k_proposals
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
         self.register_load_state_dict_pre_hook(_translate_released_keys)
 
     @classmethod
@@ -67,8 +60,6 @@ class RegionSpot(nn.Module):
             "top_k_proposals": cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K,
             "input_format": cfg.INPUT.FORMAT,
             "masks": "bitmask" if cfg.MODEL.MASK_ON else "",
-            "focal_alpha": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_ALPHA,
-            "focal_gamma": cfg.MODEL.REGIONSPOT.LOSS.FOCAL_GAMMA,
         }
 
     @classmethod
@@ -143,13 +134,7 @@ class RegionSpot(nn.Module):
                 scores = proposals.scores
             elif proposals.has("objectness_logits"):
                 scores = proposals.objectness_logits.sigmoid()
-            boxes = proposals.proposal_boxes
-            if 0 <= self.top_k_proposals < len(boxes):
-                if scores is None:
-                    boxes = boxes[: self.top_k_proposals]
-                else:
-                    scores, best = scores.topk(self.top_k_proposals)
-                    boxes = boxes[best]
+            boxes, scores = best_boxes(proposals.proposal_boxes, scores, self.top_k_proposals)
         elif "instances" in inputs:
             boxes, scores = inputs["instances"].gt_boxes, None
         else:
@@ -163,9 +148,8 @@ class RegionSpot(nn.Module):
         boxes, classes = zip(*(self._targets(inputs) for inputs in batched_inputs))
         tokens, feature_map = self._frozen_features(batched_inputs, boxes)
         keys = [inputs.get("vocabulary", "") for inputs in batched_inputs]
-        logits = self.recognizer.classify(tokens, feature_map, keys)
         targets = [image_classes.to(self.device) for image_classes in classes]
-        return {"loss_cls": region_focal_loss(logits, targets, self.focal_alpha, self.focal_gamma)}
+        return self.recognizer.losses(tokens, feature_map, targets, keys)
 
     def _frozen_features(
         self, batched_inputs: list[dict[str, Any]], boxes: Sequence[Boxes]
@@ -190,12 +174,7 @@ class RegionSpot(nn.Module):
         boxes, classes = inputs["instances"].gt_boxes, inputs["instances"].gt_classes
         check_boxes(boxes.tensor, inputs["instances"].image_size, f"boxes of {_name(inputs)}")
         number = len(self.recognizer.classifier.get_names(inputs.get("vocabulary", "")))
-        outside = classes[(classes < 0) | (classes >= number)]
-        if len(outside):
-            raise ValueError(
-                f"{_name(inputs)}: class {int(outside[0])} is outside the vocabulary of {number} names; "
-                "set the data set's own vocabulary"
-            )
+        check_classes(classes, number, _name(inputs))
         return boxes, classes
 
 

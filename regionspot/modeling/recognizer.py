@@ -6,15 +6,17 @@ The meta-architecture, the predictor and every other way in use this one impleme
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from regionspot.modeling.inference import DetectionRule, RleMasks, encode_masks
+from regionspot.modeling.inference import DetectionRule, RegionMasks
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizer import Localizer, LocalizerOutput
+from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.text_classifier import TextClassifier
 from regionspot.modeling.text_encoder import TextEncoder
 from regionspot.modeling.vision_language import VisionLanguageModel
@@ -53,6 +55,8 @@ class RegionRecognizer(nn.Module):
         vocabulary: list[str] | None = None,
         rule: DetectionRule | None = None,
         background: list[str] | None = None,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
     ) -> None:
         """
         Args:
@@ -63,6 +67,8 @@ class RegionRecognizer(nn.Module):
             vocabulary: class names to start with.
             rule: how detections follow from logits.
             background: names of what is no object: a region that is likest one of them is unknown.
+            focal_alpha: of the training loss.
+            focal_gamma: of the training loss.
         """
         super().__init__()
         self.localizer = localizer
@@ -71,6 +77,8 @@ class RegionRecognizer(nn.Module):
         self.classifier = TextClassifier(text_encoder)
         self.rule = rule or DetectionRule()
         self.rule.background = len(background or [])
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
         if background:
             self.classifier.add(BACKGROUND, background)
         if vocabulary:  # encoded when first needed: CLIP's weights are still to come
@@ -94,6 +102,8 @@ class RegionRecognizer(nn.Module):
             "vocabulary": load_vocabulary(node.VOCABULARY) if node.VOCABULARY else None,
             "rule": DetectionRule.from_config(cfg),
             "background": list(node.UNKNOWN.BACKGROUND),
+            "focal_alpha": node.LOSS.FOCAL_ALPHA,
+            "focal_gamma": node.LOSS.FOCAL_GAMMA,
         }
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
@@ -200,6 +210,24 @@ class RegionRecognizer(nn.Module):
             logits = torch.cat([logits, self.classifier(semantic_tokens, scale, BACKGROUND)], dim=1)
         return logits
 
+    def losses(
+        self,
+        tokens: list[torch.Tensor],
+        feature_map: torch.Tensor | None,
+        classes: list[torch.Tensor],
+        vocabularies: Sequence[str] = (),
+    ) -> dict[str, torch.Tensor]:
+        """Return ``{"loss_cls": scalar}`` of regions whose classes are known (paper, section 3.4).
+
+        Args:
+            tokens: as for ``classify``; ``position_tokens`` gives them.
+            feature_map: as for ``classify``; ``vision_language.encode_images`` gives it.
+            classes: B tensors, (N_i,) int64, the regions' indices in their image's vocabulary.
+            vocabularies: as for ``classify``.
+        """
+        logits = self.classify(tokens, feature_map, vocabularies)
+        return {"loss_cls": region_focal_loss(logits, classes, self.focal_alpha, self.focal_gamma)}
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return (N, K) class probabilities of (N, K) logits, by the configured function."""
         return self.rule.probabilities(logits)
@@ -211,6 +239,7 @@ class RegionRecognizer(nn.Module):
         proposal_scores: list[torch.Tensor | None] | None = None,
         output_sizes: list[tuple[int, int]] | None = None,
         masks: str = "",
+        classes: torch.Tensor | None = None,
     ) -> list[Instances]:
         """Recognise the boxes of images.
 
@@ -219,14 +248,17 @@ class RegionRecognizer(nn.Module):
             boxes: B ``Boxes``, N_i each, XYXY in the image's own pixels; N_i may be 0.
             proposal_scores: for each image (N_i,) float scores of its boxes in [0, 1], or None.
             output_sizes: (height, width) that boxes and masks are wanted in; the images' own by default.
-            masks: "bitmask" gives ``pred_masks``, too, "rle" ``pred_masks_rle``, "" neither.
+            masks: "bitmask" and "lazy" give ``pred_masks``, too, "rle" ``pred_masks_rle``, "" neither.
+            classes: (K,) bool, which classes of the vocabulary may become detections; all by default.
 
         Returns:
             B ``Instances``, best first, with ``pred_boxes``, ``scores``, ``pred_classes``, ``region_indices`` (the
-            row of the box) and, if asked for, ``pred_masks`` (bool, at output size) or ``pred_masks_rle`` (COCO's
-            compressed RLE; the detections of a box share one). An unknown region has no detection.
+            row of the box) and, if asked for, ``pred_masks`` (bool, at output size; "lazy": a ``RegionMasks``, which
+            Detectron2's ``detector_postprocess`` takes) or ``pred_masks_rle`` (COCO's compressed RLE; the detections
+            of a box share one). An unknown region has no detection.
         """
-        return [detections for detections, _ in self.recognise(images, boxes, proposal_scores, output_sizes, masks)]
+        results = self.recognise(images, boxes, proposal_scores, output_sizes, masks, classes)
+        return [detections for detections, _ in results]
 
     def recognise(
         self,
@@ -235,6 +267,7 @@ class RegionRecognizer(nn.Module):
         proposal_scores: list[torch.Tensor | None] | None = None,
         output_sizes: list[tuple[int, int]] | None = None,
         masks: str = "",
+        classes: torch.Tensor | None = None,
     ) -> list[tuple[Instances, Instances]]:
         """Recognise the boxes of images; arguments as for ``forward``.
 
@@ -254,9 +287,10 @@ class RegionRecognizer(nn.Module):
             scaled.scale(wanted[1] / size[1], wanted[0] / size[0])
             scaled.clip(wanted)
             given = proposal_scores[i] if proposal_scores else None
-            detections, regions = self._detect(scaled, image_logits, given, wanted)
+            detections, regions = self._detect(scaled, image_logits, given, wanted, classes)
             if output.masks is not None:
-                self._add_masks(detections, output.masks, size, wanted, masks)
+                upsample = partial(self.localizer.upsample_masks, image_size=size)
+                _add_masks(detections, RegionMasks(output.masks, detections.region_indices, upsample), masks)
             results.append((detections, regions))
         return results
 
@@ -271,32 +305,29 @@ class RegionRecognizer(nn.Module):
         return self.classify([output.tokens for output in located], features.feature_map, with_background=True)
 
     def _detect(
-        self, boxes: Boxes, logits: torch.Tensor, proposal_scores: torch.Tensor | None, size: tuple[int, int]
+        self,
+        boxes: Boxes,
+        logits: torch.Tensor,
+        proposal_scores: torch.Tensor | None,
+        size: tuple[int, int],
+        classes: torch.Tensor | None,
     ) -> tuple[Instances, Instances]:
         every, rule = self.rule.probabilities(logits), self.rule
         unknown = rule.is_unknown(every)
         known = every[:, : every.shape[1] - rule.background]
         scores = rule.scores(known, proposal_scores)
         scores = torch.where(unknown[:, None], -1, scores)
+        if classes is not None:
+            scores = torch.where(classes.to(scores.device), scores, -1)
         top = known.topk(min(5, known.shape[1]), dim=1)
         fields = {"pred_boxes": boxes, "top_classes": top.indices, "top_scores": top.values, "unknown": unknown}
         return rule.select(boxes.tensor, scores, size), Instances(size, **fields)
 
-    def _add_masks(
-        self,
-        detections: Instances,
-        masks: torch.Tensor,
-        size: tuple[int, int],
-        wanted: tuple[int, int],
-        kind: str,
-        chunk: int = 16,
-    ) -> None:
-        """Bring the masks of the regions that were kept to full size, each once however many classes it has."""
-        unique, inverse = detections.region_indices.unique(return_inverse=True)
-        if kind == "bitmask":
-            detections.pred_masks = self.localizer.upsample_masks(masks[unique], size, wanted)[inverse]
-            return
-        rles: list[dict] = []
-        for part in unique.split(chunk):  # no more than a chunk is ever at full size
-            rles += encode_masks(self.localizer.upsample_masks(masks[part], size, wanted))
-        detections.pred_masks_rle = RleMasks(rles[i] for i in inverse.tolist())
+
+def _add_masks(detections: Instances, masks: RegionMasks, kind: str) -> None:
+    if kind == "rle":
+        detections.pred_masks_rle = masks.to_rles(*detections.image_size)
+    elif kind == "lazy":
+        detections.pred_masks = masks
+    else:
+        detections.pred_masks = masks.to_bitmasks(detections.pred_boxes, *detections.image_size).tensor
