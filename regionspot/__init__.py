@@ -14,9 +14,18 @@ with warnings.catch_warnings():  # setuptools, about a module that clip imports
     import clip as _clip  # noqa: F401
 
 from regionspot.config import add_regionspot_config
-from regionspot.modeling import RegionRecognizer, RegionSpot
+from regionspot.modeling import RegionRecognizer, RegionSpot, RegionSpotROIHeads, freeze_host, load_recognizer
 from regionspot.predictor import RegionPredictions, RegionSpotPredictor
 
 __version__ = "0.1.0"
 
-__all__ = ["RegionPredictions", "RegionRecognizer", "RegionSpot", "RegionSpotPredictor", "add_regionspot_config"]
+__all__ = [
+    "RegionPredictions",
+    "RegionRecognizer",
+    "RegionSpot",
+    "RegionSpotPredictor",
+    "RegionSpotROIHeads",
+    "add_regionspot_config",
+    "freeze_host",
+    "load_recognizer",
+]

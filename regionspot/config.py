@@ -45,6 +45,7 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.CROP.BATCH_SIZE = 64
 
     _add_proposal_config(node)
+    _add_head_config(node)
     _add_sam_config(node)
     _add_clip_config(node)
 
@@ -90,6 +91,29 @@ def _add_proposal_config(node: CfgNode) -> None:
     node.PROPOSALS.DETECTOR.WEIGHTS = ""
     node.PROPOSALS.DETECTOR.OUTPUT = "boxes"
     node.PROPOSALS.DETECTOR.OPTS = ()
+
+
+def _add_head_config(node: CfgNode) -> None:
+    # RegionSpot as the head of another detector (MODEL.ROI_HEADS.NAME RegionSpotROIHeads). As of any such head
+    # thresholds are MODEL.ROI_HEADS.{SCORE,NMS}_THRESH_TEST, masks come with MODEL.MASK_ON, and MODEL.WEIGHTS is the
+    # host's file; PROPOSALS.TOP_K bounds the boxes of an image, SAM.PROMPT_CHUNK how many are decoded at once. With
+    # VOCABULARY "" the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
+    node.HEAD = CfgNode()
+    # A RegionSpot checkpoint, released or one's own, read when the model is built; "" leaves the attention random.
+    node.HEAD.WEIGHTS = ""
+    # False: the host learns, too, by its own losses. True: nothing but the attention module does.
+    node.HEAD.FREEZE_HOST = True
+    # Boxes to recognise: "proposals" as the host's RPN gives them, or "refined" by the host's own box regression.
+    node.HEAD.BOXES = "proposals"
+    # Their scores: "objectness" of the RPN, or "foreground" of the host's box head (with "refined" only).
+    node.HEAD.BOX_SCORE = "objectness"
+    # Of two boxes with more IoU than this only the better is recognised, whatever it shows; 1 for none.
+    node.HEAD.BOX_NMS_THRESH = 1.0
+    # The host's own ROI heads, for "refined" and HOST_VOCABULARY: StandardROIHeads, CascadeROIHeads, Res5ROIHeads.
+    node.HEAD.HOST = "StandardROIHeads"
+    # The classes that the host knows, in its order, in any form that VOCABULARY takes. Of these names detections are
+    # the host's, of all others RegionSpot's; "" takes RegionSpot's for all.
+    node.HEAD.HOST_VOCABULARY = ""
 
 
 def _add_training_config(cfg: CfgNode) -> None:

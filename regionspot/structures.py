@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 
 
 @dataclass
@@ -104,8 +104,21 @@ def check_classes(classes: torch.Tensor, number: int, what: str) -> None:
         )
 
 
-def best_boxes(boxes: Boxes, scores: torch.Tensor | None, top_k: int) -> tuple[Boxes, torch.Tensor | None]:
-    """Return the ``top_k`` best boxes and their scores; the first ones without scores, all for -1."""
+def read_proposals(proposals: Instances, top_k: int = -1) -> tuple[Boxes, torch.Tensor | None]:
+    """Return the best boxes of an image and their scores.
+
+    Args:
+        proposals: with ``proposal_boxes`` and, optionally, ``scores`` in [0, 1] or ``objectness_logits``.
+        top_k: how many; of those without scores the first, -1 for all.
+
+    Returns:
+        N boxes and (N,) float scores in [0, 1], or None without scores.
+    """
+    boxes, scores = proposals.proposal_boxes, None
+    if proposals.has("scores"):
+        scores = proposals.scores
+    elif proposals.has("objectness_logits"):
+        scores = proposals.objectness_logits.sigmoid()
     if not 0 <= top_k < len(boxes):
         return boxes, scores
     if scores is None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 from regionspot.templates import IMAGENET_TEMPLATES
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,17 @@ def _read_names(path: Path) -> list[Any]:
             f"vocabulary {path}: expected a list of names or COCO's 'categories', got {type(content).__name__}"
         )
     return content
+
+
+def dataset_names(name: str) -> list[str]:
+    """Return the class names of a registered data set, none where it has or is none.
+
+    A data set whose names come with its annotations reads them, which raises what reading files raises.
+    """
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("thing_classes") and name in DatasetCatalog:
+        DatasetCatalog.get(name)
+    return list(metadata.get("thing_classes") or [])
 
 
 def check_names(names: Sequence[Any], what: str) -> list[str]:

@@ -18,7 +18,7 @@ from regionspot.data.datasets import register_from_spec
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, build_training_stream
 from regionspot.data.training_set import TrainingSet, image_ids, open_training_images
-from regionspot.vocabulary import load_vocabulary
+from regionspot.vocabulary import dataset_names, load_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -181,12 +181,9 @@ def dataset_vocabulary(cfg: CfgNode, name: str) -> list[str]:
     Raises:
         ValueError: no class names, or the configured vocabulary is of another length.
     """
-    metadata = MetadataCatalog.get(name)
-    if not metadata.get("thing_classes"):
-        DatasetCatalog.get(name)  # the names come with the annotations
-    if not metadata.get("thing_classes"):
+    own = dataset_names(name)
+    if not own:
         raise ValueError(f"data set {name!r} has no class names: set thing_classes in its metadata")
-    own = list(metadata.thing_classes)
     if not cfg.MODEL.REGIONSPOT.VOCABULARY:
         return own
     given = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)

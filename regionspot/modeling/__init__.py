@@ -2,7 +2,19 @@
 
 from regionspot.modeling.backbones import ClipImageEncoder, SamImageEncoder
 from regionspot.modeling.crop_baseline import CropBaseline
+from regionspot.modeling.host import freeze_host
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.modeling.recognizer_weights import load_recognizer
+from regionspot.modeling.roi_heads import RegionSpotROIHeads
 
-__all__ = ["CropBaseline", "ClipImageEncoder", "RegionRecognizer", "RegionSpot", "SamImageEncoder"]
+__all__ = [
+    "CropBaseline",
+    "ClipImageEncoder",
+    "RegionRecognizer",
+    "RegionSpot",
+    "RegionSpotROIHeads",
+    "SamImageEncoder",
+    "freeze_host",
+    "load_recognizer",
+]

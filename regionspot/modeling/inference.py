@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import batched_nms
-from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
+from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks, pairwise_iou
 from pycocotools import mask as mask_api
 
 SCORE_FUNCTIONS = {"softmax": lambda logits: logits.softmax(dim=1), "sigmoid": torch.sigmoid}
@@ -120,6 +120,27 @@ class DetectionRule:
         instances.pred_classes = classes
         instances.region_indices = regions
         return instances
+
+
+def merge_detections(ours: Instances, theirs: Instances, nms_thresh: float, top_k: int) -> Instances:
+    """Merge an image's detections from two sources of different classes by score.
+
+    Where detections of both sources have more IoU than ``nms_thresh``, only those of the source with the better
+    score stay, whatever their classes. What one source says of an object does not touch what it says besides.
+
+    Args:
+        ours, theirs: with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices``.
+        nms_thresh: 1 keeps all.
+        top_k: detections kept at the most; -1 for all.
+
+    Returns:
+        Instances with these four fields, best first.
+    """
+    rivals = pairwise_iou(ours.pred_boxes, theirs.pred_boxes) > nms_thresh  # (N, M)
+    better = ours.scores[:, None] >= theirs.scores[None]
+    merged = Instances.cat([ours[~(rivals & ~better).any(dim=1)], theirs[~(rivals & better).any(dim=0)]])
+    order = merged.scores.argsort(descending=True)
+    return merged[order if top_k < 0 else order[:top_k]]
 
 
 class RegionMasks(ROIMasks):

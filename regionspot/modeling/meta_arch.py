@@ -12,7 +12,7 @@ from torch import nn
 from regionspot.modeling.key_layout import translate_released_keys
 from regionspot.modeling.proposal_sources import build_proposal_source
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.structures import best_boxes, check_boxes, check_classes
+from regionspot.structures import check_boxes, check_classes, read_proposals
 
 
 @META_ARCH_REGISTRY.register()
@@ -129,12 +129,7 @@ class RegionSpot(nn.Module):
     def _regions(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:
         """Return an image's boxes and, where they have them, their scores."""
         if "proposals" in inputs:
-            proposals, scores = inputs["proposals"], None
-            if proposals.has("scores"):
-                scores = proposals.scores
-            elif proposals.has("objectness_logits"):
-                scores = proposals.objectness_logits.sigmoid()
-            boxes, scores = best_boxes(proposals.proposal_boxes, scores, self.top_k_proposals)
+            boxes, scores = read_proposals(inputs["proposals"], self.top_k_proposals)
         elif "instances" in inputs:
             boxes, scores = inputs["instances"].gt_boxes, None
         else:

@@ -1,0 +1,302 @@
+"""RegionSpot as the head of another detector: open-vocabulary classes for any ``GeneralizedRCNN``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import nn
+
+from regionspot.modeling.host import build_host_heads, freeze_rcnn_around, refine_boxes
+from regionspot.modeling.inference import RegionMasks, merge_detections
+from regionspot.modeling.key_layout import FROZEN, TRAINED
+from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.modeling.recognizer_weights import frozen_sources, load_weights
+from regionspot.structures import check_boxes, check_classes, read_proposals
+from regionspot.vocabulary import dataset_names, load_vocabulary
+
+TRAINING = "names of DATASETS.TRAIN"  # key of the vocabulary that is trained with
+
+
+@ROI_HEADS_REGISTRY.register()
+class RegionSpotROIHeads(ROIHeads):
+    """Names the proposals of a host detector over any vocabulary and gives SAM's masks of them.
+
+    The images are those that the host sees, with its normalisation undone. In training the regions are those that
+    Detectron2's ``ROIHeads`` samples as foreground. The state dict has the host's own heads, where they are kept, under
+    the host's own keys, and the recogniser under ``recognizer.``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        recognizer: RegionRecognizer,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "BGR",
+        masks: bool = False,
+        refine: bool = False,
+        box_score: str = "objectness",
+        box_nms_thresh: float = 1.0,
+        top_k_proposals: int = -1,
+        host: nn.Module | None = None,
+        host_vocabulary: list[str] | None = None,
+        freeze: bool = True,
+        loaded: Sequence[str] = (),
+        **kwargs: object,
+    ) -> None:
+        """
+        Args:
+            recognizer: the model proper; its ``rule`` has the thresholds.
+            pixel_mean, pixel_std: the host's normalisation.
+            input_format: channel order of the host's images, "RGB" or "BGR".
+            masks: whether detections have masks.
+            refine: move proposals by the box regression of ``host`` first.
+            box_score: "objectness" of the proposals, or "foreground" of ``host``.
+            box_nms_thresh: class-agnostic suppression before anything is recognised; 1 for none.
+            top_k_proposals: boxes kept of an image, best first; -1 for all.
+            host: the host's own ROI heads.
+            host_vocabulary: the names of its classes, of which detections are then its own.
+            freeze: let nothing of the ``GeneralizedRCNN`` around learn.
+            loaded: parts of the recogniser that hold weights from a file.
+            kwargs: of ``ROIHeads``: how regions to train with are sampled.
+        """
+        super().__init__(**kwargs)
+        if input_format not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT: expected RGB or BGR, got {input_format!r}")
+        if box_score not in ("objectness", "foreground") or (box_score == "foreground" and not refine):
+            raise ValueError(
+                "MODEL.REGIONSPOT.HEAD.BOX_SCORE: expected objectness, or foreground with BOXES refined; "
+                f"got {box_score!r}"
+            )
+        if host is None and (refine or host_vocabulary):
+            raise ValueError("boxes are refined, and names are known, by the host's own heads: got none")
+        self.recognizer = recognizer
+        self.host = host
+        self.input_format, self.masks, self.refine = input_format, masks, refine
+        self.box_score, self.box_nms_thresh, self.top_k_proposals = box_score, box_nms_thresh, top_k_proposals
+        self.host_vocabulary = list(host_vocabulary or [])
+        self.frozen, self.loaded = freeze, tuple(loaded)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.register_load_state_dict_pre_hook(_to_our_keys)
+        self.register_state_dict_post_hook(_to_host_keys)
+        self.register_load_state_dict_post_hook(_forgive_loaded_parts)
+        if freeze:
+            freeze_rcnn_around(self)
+            if host is not None:
+                host.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        if "REGIONSPOT" not in cfg.MODEL:
+            raise KeyError("MODEL.REGIONSPOT is missing: call regionspot.add_regionspot_config(cfg) before merging")
+        node = cfg.MODEL.REGIONSPOT.HEAD
+        if node.BOXES not in ("proposals", "refined"):
+            raise ValueError(f"MODEL.REGIONSPOT.HEAD.BOXES: expected proposals or refined, got {node.BOXES!r}")
+        recognizer = RegionRecognizer(cfg)
+        found = load_weights(recognizer, node.WEIGHTS, frozen_sources(cfg))
+        recognizer.rule.score_thresh = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+        recognizer.rule.nms_thresh = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
+        if names := _names(cfg.DATASETS.TRAIN):  # encoded when they are first needed
+            recognizer.classifier.add(TRAINING, names)
+        if not recognizer.classifier.active and (names := _names(cfg.DATASETS.TEST)):
+            recognizer.classifier.add("default", names)
+            recognizer.classifier.active = "default"
+        with_host = node.BOXES == "refined" or bool(node.HOST_VOCABULARY)
+        return {
+            **ROIHeads.from_config(cfg),
+            "recognizer": recognizer,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "masks": cfg.MODEL.MASK_ON,
+            "refine": node.BOXES == "refined",
+            "box_score": node.BOX_SCORE,
+            "box_nms_thresh": node.BOX_NMS_THRESH,
+            "top_k_proposals": cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K,
+            "host": build_host_heads(cfg, input_shape) if with_host else None,
+            "host_vocabulary": load_vocabulary(node.HOST_VOCABULARY) if node.HOST_VOCABULARY else None,
+            "freeze": node.FREEZE_HOST,
+            "loaded": sorted(found.parts),
+        }
+
+    def train(self, mode: bool = True) -> "RegionSpotROIHeads":
+        super().train(mode)
+        if self.frozen and self.host is not None:
+            self.host.eval()
+        return self
+
+    def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
+        """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
+        self.recognizer.set_vocabulary(names, key)
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
+        """Detectron2's contract of ROI heads.
+
+        Args:
+            images: B images as the host normalised and padded them.
+            features: of the host's backbone; for its own heads only.
+            proposals: B ``Instances`` with ``proposal_boxes`` (XYXY in the pixels of the images) and, optionally,
+                ``objectness_logits`` or ``scores``.
+            targets: in training, B ``Instances`` with ``gt_boxes`` and ``gt_classes``.
+
+        Returns:
+            In training the sampled regions and ``{"loss_regionspot": scalar}`` (and the losses of the host's own heads,
+            if they learn, too); else detections as ``RegionRecognizer.forward`` gives them, and {}.
+
+        Raises:
+            ValueError: proposals that name no region, or a class outside the vocabulary.
+        """
+        if self.training:
+            if targets is None:
+                raise ValueError("training needs annotated 'instances' with the images, got none")
+            return self._losses(images, features, proposals, targets)
+        with torch.no_grad():
+            return self._detect(self._original_images(images), features, proposals), {}
+
+    def forward_with_given_boxes(self, features: dict[str, torch.Tensor], instances: list[Instances]) -> None:
+        """Refused: SAM's masks need the images, which Detectron2 does not give here."""
+        raise NotImplementedError(
+            "RegionSpotROIHeads gives masks with its detections; it cannot add them to instances without the images"
+        )
+
+    def _original_images(self, images: ImageList) -> list[torch.Tensor]:
+        """Return the (3, H, W) uint8 RGB images that the host was given, on the CPU: what the other ways in get."""
+        originals = []
+        for normalised, (height, width) in zip(images.tensor, images.image_sizes):
+            pixels = normalised[:, :height, :width].float() * self.pixel_std + self.pixel_mean
+            image = pixels.round().clamp(0, 255).to("cpu", torch.uint8)
+            originals.append(image if self.input_format == "RGB" else image.flip(0))
+        return originals
+
+    def _regions(
+        self, features: dict[str, torch.Tensor], proposals: list[Instances]
+    ) -> tuple[list[Boxes], list[torch.Tensor | None]]:
+        """Return the boxes to recognise and their scores."""
+        refined = refine_boxes(self.host, features, proposals) if self.refine and self.host is not None else None
+        boxes, scores = [], []
+        for i, given in enumerate(proposals):
+            if refined:
+                fields = {"proposal_boxes": refined[i][0]}
+                if self.box_score == "foreground":
+                    fields["scores"] = refined[i][1]
+                elif given.has("objectness_logits"):
+                    fields["objectness_logits"] = given.objectness_logits
+                given = Instances(given.image_size, **fields)
+                given = given[given.proposal_boxes.nonempty()]
+            check_boxes(given.proposal_boxes.tensor, given.image_size, f"proposals of image {i} of the batch")
+            image_boxes, image_scores = read_proposals(given)
+            if self.box_nms_thresh < 1 and image_scores is not None:
+                same = torch.zeros_like(image_scores, dtype=torch.long)
+                given = given[batched_nms(image_boxes.tensor, image_scores, same, self.box_nms_thresh)]
+            image_boxes, image_scores = read_proposals(given, self.top_k_proposals)
+            boxes.append(image_boxes)
+            scores.append(image_scores)
+        return boxes, scores
+
+    def _detect(
+        self, images: list[torch.Tensor], features: dict[str, torch.Tensor], proposals: list[Instances]
+    ) -> list[Instances]:
+        boxes, scores = self._regions(features, proposals)
+        masks = "lazy" if self.masks else ""
+        if not self.host_vocabulary:
+            return self.recognizer(images, boxes, scores, masks=masks)
+        assert self.host is not None
+        known, _ = self.host(None, features, proposals)  # no image: the heads that there are do not look at it
+        known = [self._in_our_vocabulary(detections) for detections in known]
+        unknown = torch.tensor([name not in self.host_vocabulary for name in self.recognizer.vocabulary])
+        scores = [None if s is None else torch.cat([s, k.scores]) for s, k in zip(scores, known)]
+        regions = [Boxes.cat([b, k.pred_boxes]) for b, k in zip(boxes, known)]
+        found = self.recognizer(images, regions, scores, masks=masks, classes=unknown)
+        return [self._merge(f, k, len(b)) for f, k, b in zip(found, known, boxes)]
+
+    def _in_our_vocabulary(self, detections: Instances) -> Instances:
+        """Return the host's detections with our class indices, without those of names that are not asked for."""
+        ours = {name: index for index, name in enumerate(self.recognizer.vocabulary)}
+        indices = torch.tensor([ours.get(name, -1) for name in self.host_vocabulary])
+        classes = indices.to(detections.pred_classes.device)[detections.pred_classes]
+        renamed = Instances(detections.image_size, pred_boxes=detections.pred_boxes, scores=detections.scores)
+        renamed.pred_classes = classes
+        return renamed[(classes >= 0) & renamed.pred_boxes.nonempty()]
+
+    def _merge(self, found: Instances, known: Instances, first: int) -> Instances:
+        """Merge by score; the host's boxes are the regions from ``first`` on."""
+        rule = self.recognizer.rule
+        known.region_indices = first + torch.arange(len(known), device=known.scores.device)
+        masks: RegionMasks | None = found.get_fields().pop("pred_masks", None)
+        merged = merge_detections(found, known, rule.nms_thresh, rule.top_k)
+        if masks is not None:
+            merged.pred_masks = RegionMasks(masks.logits, merged.region_indices, masks.upsample)
+        return merged
+
+    def _losses(
+        self,
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        proposals: list[Instances],
+        targets: list[Instances],
+    ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
+        key = TRAINING if TRAINING in self.recognizer.classifier.vocabularies else ""
+        self.num_classes = len(self.recognizer.classifier.get_names(key))  # which is what background is called
+        for i, target in enumerate(targets):
+            check_classes(target.gt_classes, self.num_classes, f"image {i} of the batch")
+        regions = [
+            sampled[(sampled.gt_classes != self.num_classes) & sampled.proposal_boxes.nonempty()]
+            for sampled in self.label_and_sample_proposals(proposals, targets)
+        ]
+        pictures = self._original_images(images)
+        tokens = self.recognizer.position_tokens(pictures, [x.proposal_boxes for x in regions])
+        feature_map = self.recognizer.vision_language.encode_images(pictures)
+        classes = [x.gt_classes for x in regions]
+        losses = self.recognizer.losses(tokens, feature_map, classes, [key] * len(regions))
+        losses = {"loss_regionspot": losses["loss_cls"]}
+        if self.host is not None and not self.frozen:
+            losses.update(self.host(images, features, proposals, targets)[1])
+        return regions, losses
+
+
+def _names(datasets: Sequence[str]) -> list[str]:
+    """Return the class names of the first of the data sets, none where its files are not here."""
+    if not datasets:
+        return []
+    json_file = MetadataCatalog.get(datasets[0]).get("json_file")
+    if json_file and not MetadataCatalog.get(datasets[0]).get("thing_classes") and not Path(json_file).is_file():
+        return []
+    return dataset_names(datasets[0])
+
+
+def _to_our_keys(head: RegionSpotROIHeads, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    if head.host is None:
+        return
+    for key in [key for key in state if key.startswith(prefix)]:
+        tail = key.removeprefix(prefix)
+        if not tail.startswith(("recognizer.", "host.")):
+            state[f"{prefix}host.{tail}"] = state.pop(key)
+
+
+def _to_host_keys(head: RegionSpotROIHeads, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}host.")]:
+        state[prefix + key.removeprefix(f"{prefix}host.")] = state.pop(key)
+
+
+def _forgive_loaded_parts(head: RegionSpotROIHeads, keys: nn.modules.module._IncompatibleKeys) -> None:
+    """Do not report parts that a host's checkpoint has nothing of and that have weights of their own."""
+    prefixes = {"trained": TRAINED, **FROZEN}
+    expected = head.recognizer.state_dict()
+    for part in head.loaded:
+        marker = "recognizer." + prefixes[part]
+        missing = {key for key in keys.missing_keys if marker in key}
+        if len(missing) == sum(key.startswith(prefixes[part]) for key in expected):
+            keys.missing_keys[:] = [key for key in keys.missing_keys if key not in missing]
