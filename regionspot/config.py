@@ -4,7 +4,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+
+HOST_CONFIG = "MODEL.REGIONSPOT.HEAD.HOST_CONFIG"
 
 
 def add_regionspot_config(cfg: CfgNode) -> None:
@@ -17,33 +20,14 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     cfg.MODEL.REGIONSPOT = CfgNode()
     node = cfg.MODEL.REGIONSPOT
 
-    # The class names: "a,b,c", "@names.txt", "@names.json", or "" for the names of the data set in use.
+    # The class names: "a,b,c", "@names.txt", "@names.json", "dataset:coco_2017_val", or "" for those of the data set
+    # in use.
     node.VOCABULARY = ""
 
     # Which of SAM's tokens stands for a region: "prompt_encoder", "transformer" or "mlp".
     node.TOKEN_STAGE = "transformer"
 
-    # Class probabilities from logits: "softmax" over the vocabulary or "sigmoid".
-    node.SCORE_FUNCTION = "softmax"
-    # Score of a detection: "product" of the proposal's score (if it has one) and the class probability, or either
-    # alone: "class" or "proposal" (which goes to the best class).
-    node.SCORE_RULE = "product"
-    # Best classes of a region that may become detections; -1 for all.
-    node.LABELS_PER_BOX = -1
-    # Detections scoring below this are dropped; TEST.DETECTIONS_PER_IMAGE bounds their number.
-    node.SCORE_THRESH_TEST = 0.0
-    # Class-wise non-maximum suppression above this IoU; 1 for none.
-    node.NMS_THRESH_TEST = 1.0
-    # A region whose best class is less probable than THRESHOLD (tools/calibrate_unknown.py finds one), or that is
-    # likest one of the BACKGROUND names ("sky", "wall", ...), is "unknown" instead of something wrong.
-    node.UNKNOWN = CfgNode()
-    node.UNKNOWN.THRESHOLD = 0.0
-    node.UNKNOWN.BACKGROUND = ()
-    # CLIP on crops (MODEL.META_ARCHITECTURE CropBaseline): mask crops instead of box crops; crops encoded at once.
-    node.CROP = CfgNode()
-    node.CROP.MASKED = False
-    node.CROP.BATCH_SIZE = 64
-
+    _add_inference_config(node)
     _add_proposal_config(node)
     _add_head_config(node)
     _add_sam_config(node)
@@ -64,6 +48,29 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.LOSS.FOCAL_GAMMA = 2.0
 
     _add_training_config(cfg)
+
+
+def _add_inference_config(node: CfgNode) -> None:
+    # Class probabilities from logits: "softmax" over the vocabulary or "sigmoid".
+    node.SCORE_FUNCTION = "softmax"
+    # Score of a detection: "product" of the proposal's score (if it has one) and the class probability, or either
+    # alone: "class" or "proposal" (which goes to the best class).
+    node.SCORE_RULE = "product"
+    # Best classes of a region that may become detections; -1 for all.
+    node.LABELS_PER_BOX = -1
+    # Detections scoring below this are dropped; TEST.DETECTIONS_PER_IMAGE bounds their number.
+    node.SCORE_THRESH_TEST = 0.0
+    # Class-wise non-maximum suppression above this IoU; 1 for none.
+    node.NMS_THRESH_TEST = 1.0
+    # A region whose best class is less probable than THRESHOLD (tools/calibrate_unknown.py finds one), or that is
+    # likest one of the BACKGROUND names ("sky", "wall", ...), is "unknown" instead of something wrong.
+    node.UNKNOWN = CfgNode()
+    node.UNKNOWN.THRESHOLD = 0.0
+    node.UNKNOWN.BACKGROUND = ()
+    # CLIP on crops (MODEL.META_ARCHITECTURE CropBaseline): mask crops instead of box crops; crops encoded at once.
+    node.CROP = CfgNode()
+    node.CROP.MASKED = False
+    node.CROP.BATCH_SIZE = 64
 
 
 def _add_proposal_config(node: CfgNode) -> None:
@@ -99,6 +106,9 @@ def _add_head_config(node: CfgNode) -> None:
     # host's file; PROPOSALS.TOP_K bounds the boxes of an image, SAM.PROMPT_CHUNK how many are decoded at once. With
     # VOCABULARY "" the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
     node.HEAD = CfgNode()
+    # The config that this one stands on, a path or a name in Detectron2's model zoo, and with it the zoo's weights;
+    # read by ``load_config`` alone. "" where the host's config is merged in by other means.
+    node.HEAD.HOST_CONFIG = ""
     # A RegionSpot checkpoint, released or one's own, read when the model is built; "" leaves the attention random.
     node.HEAD.WEIGHTS = ""
     # False: the host learns, too, by its own losses. True: nothing but the attention module does.
@@ -215,6 +225,10 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
     if config_file and not Path(config_file).is_file():
         raise FileNotFoundError(f"config {str(config_file)!r}: no such file; the shipped ones are in configs/")
     try:
+        if host := _host_config(config_file, overrides or []):
+            path, weights = find_host_config(host, HOST_CONFIG)
+            cfg.merge_from_file(path, allow_unsafe=False)
+            cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
         if config_file:
             cfg.merge_from_file(str(config_file), allow_unsafe=False)  # a config runs no code
         if not torch.cuda.is_available():
@@ -226,3 +240,39 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"MODEL.DEVICE: this machine has no CUDA for {cfg.MODEL.DEVICE!r}; give 'cpu'")
     return cfg
+
+
+def _host_config(config_file: str | Path, overrides: list[str]) -> str:
+    """Return what overrides or, without one there, a YAML file say of ``HOST_CONFIG``."""
+    given = dict(zip(overrides[::2], overrides[1::2]))
+    if HOST_CONFIG in given:
+        return given[HOST_CONFIG]
+    node = CfgNode.load_yaml_with_base(str(config_file), allow_unsafe=False) if config_file else {}
+    for key in HOST_CONFIG.split("."):
+        node = (node.get(key) if isinstance(node, dict) else None) or {}
+    return node if isinstance(node, str) else ""
+
+
+def find_host_config(name: str, key: str) -> tuple[str, str]:
+    """Return path and weights of a detector's config: a file, whose weights it names, or one of the model zoo.
+
+    Args:
+        name: a path, or a name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+        key: of the config, which has the name, for messages.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    if Path(name).is_file():
+        return name, ""
+    try:
+        path = model_zoo.get_config_file(name)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{key} {name!r}: no such file, and no config of Detectron2's model zoo, such as "
+            "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+        ) from error
+    try:
+        return path, model_zoo.get_checkpoint_url(name)
+    except RuntimeError:  # a config of the zoo without weights
+        return path, ""

@@ -24,9 +24,9 @@ def load_vocabulary(source: str | Sequence[str]) -> list[str]:
     """Return class names from wherever they are.
 
     Args:
-        source: a sequence of names; "a,b,c"; or "@path" (the @ may be left out before a path that ends in .txt or
-            .json): a text file with one name a line, a JSON list of names, or a JSON file with COCO's or LVIS's
-            ``categories``.
+        source: a sequence of names; "a,b,c"; "dataset:coco_2017_val" for those of a registered data set; or "@path"
+            (the @ may be left out before a path that ends in .txt or .json): a text file with one name a line, a JSON
+            list of names, or a JSON file with COCO's or LVIS's ``categories``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -34,6 +34,8 @@ def load_vocabulary(source: str | Sequence[str]) -> list[str]:
     """
     if not isinstance(source, str):
         return check_names(source, "vocabulary")
+    if source.startswith("dataset:"):
+        return check_names(dataset_names(source.removeprefix("dataset:")), f"vocabulary {source!r}")
     if source.startswith("@") or source.endswith((".txt", ".json")):
         path = Path(source.removeprefix("@")).expanduser()
         if not path.is_file():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from clip.model import build_model as build_official_clip
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import GeneralizedRCNN, StandardROIHeads, build_backbone, build_model
 from segment_anything import sam_model_registry
 
 from regionspot.config import load_config
-from regionspot.modeling import RegionSpot
+from regionspot.modeling import RegionSpot, RegionSpotROIHeads
 from regionspot.modeling.sam import SAM_SIZES, build_sam
 from regionspot.modeling.vision_language import CLIP_SIZES, build_clip
 
@@ -28,6 +28,35 @@ def build_on_meta(path, *overrides):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_builds(path):
     assert isinstance(build_on_meta(path), RegionSpot)
+
+
+HOSTS = [path for path in sorted((ROOT / "projects").rglob("*.yaml")) if not path.stem.startswith("Base")]
+
+
+@pytest.mark.parametrize("path", HOSTS, ids=lambda path: path.stem)
+def test_config_on_a_host_builds(path):
+    model = build_on_meta(path, "MODEL.REGIONSPOT.SAM.WEIGHTS", "", "MODEL.REGIONSPOT.CLIP.WEIGHTS", "")
+    assert type(model) is GeneralizedRCNN
+    learning = {key for key, value in model.named_parameters() if value.requires_grad}
+    if "Host" in path.stem:  # which is trained before it gets the head
+        assert isinstance(model.roi_heads, StandardROIHeads) and len(learning) > 20
+    else:
+        assert isinstance(model.roi_heads, RegionSpotROIHeads)
+        assert all(key.startswith("roi_heads.recognizer.knowledge_integration.") for key in learning)
+
+
+def test_a_host_is_named_by_path_name_or_override(tmp_path):
+    key = "MODEL.REGIONSPOT.HEAD.HOST_CONFIG"
+    zoo = load_config("", [key, "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"])
+    assert zoo.MODEL.RESNETS.DEPTH == 101 and zoo.MODEL.WEIGHTS.endswith("model_final_f6e8b1.pkl")
+    (tmp_path / "mine.yaml").write_text("MODEL:\n  WEIGHTS: mine.pth\n  MASK_ON: True\nVERSION: 2\n")
+    (tmp_path / "head.yaml").write_text(
+        f"MODEL:\n  MASK_ON: False\n  REGIONSPOT:\n    HEAD:\n      HOST_CONFIG: {tmp_path}/mine.yaml\n"
+    )
+    mine = load_config(tmp_path / "head.yaml")
+    assert mine.MODEL.WEIGHTS == "mine.pth" and not mine.MODEL.MASK_ON  # what stands on the host's wins
+    with pytest.raises(FileNotFoundError, match="no config of Detectron2's model zoo"):
+        load_config("", [key, "COCO-Detection/nothing.yaml"])
 
 
 @pytest.mark.parametrize(

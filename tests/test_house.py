@@ -8,7 +8,8 @@ import pytest
 from .helpers import ROOT
 
 PACKAGE = sorted((ROOT / "regionspot").rglob("*.py"))
-SHIPPED = [*PACKAGE, *sorted((ROOT / "tools").glob("*.py")), ROOT / "setup.py"]
+PROJECTS = sorted((ROOT / "projects").rglob("*.py"))
+SHIPPED = [*PACKAGE, *sorted((ROOT / "tools").glob("*.py")), *PROJECTS, ROOT / "setup.py"]
 EVERY = [*SHIPPED, *sorted((ROOT / "tests").rglob("*.py"))]
 
 # What each room may import of the others; a room may always import itself.

@@ -14,6 +14,9 @@ def test_names_come_from_anywhere(tmp_path):
     for source in (["cup", "wooden table"], "cup, wooden table", f"@{tmp_path / 'a.txt'}", str(tmp_path / "b.json")):
         assert load_vocabulary(source) == ["cup", "wooden table"]
     assert load_vocabulary(str(tmp_path / "c.json")) == ["cup", "zebra"]  # in the order of the ids
+    assert load_vocabulary("dataset:coco_2017_val")[:2] == ["person", "bicycle"]
+    with pytest.raises(ValueError, match="'dataset:nobodys': no class names"):
+        load_vocabulary("dataset:nobodys")
 
 
 @pytest.mark.parametrize(

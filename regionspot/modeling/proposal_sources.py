@@ -1,12 +1,10 @@
 """Boxes that a model finds itself: SAM's automatic masks, or any Detectron2 detector."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import ProposalNetwork, build_model
@@ -14,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from segment_anything import SamAutomaticMaskGenerator
 from torch import nn
 
+from regionspot.config import find_host_config
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.localizer import Localizer
@@ -130,16 +129,8 @@ def build_proposal_source(cfg: CfgNode, localizer: Localizer) -> SamAutomaticPro
 def detector_config(cfg: CfgNode) -> CfgNode:
     """Return the config of the detector that ``MODEL.REGIONSPOT.PROPOSALS.DETECTOR`` names."""
     node = cfg.MODEL.REGIONSPOT.PROPOSALS.DETECTOR
-    path, weights = node.CONFIG_FILE, node.WEIGHTS
-    if not Path(path).is_file():
-        try:
-            path = model_zoo.get_config_file(path)
-            weights = weights or model_zoo.get_checkpoint_url(node.CONFIG_FILE)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.CONFIG_FILE {node.CONFIG_FILE!r}: no such file, and no config of "
-                "Detectron2's model zoo, such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-            ) from error
+    path, weights = find_host_config(node.CONFIG_FILE, "MODEL.REGIONSPOT.PROPOSALS.DETECTOR.CONFIG_FILE")
+    weights = node.WEIGHTS or weights
     detector = get_cfg()
     detector.merge_from_file(path, allow_unsafe=False)
     detector.merge_from_list(list(node.OPTS))

@@ -1,0 +1,393 @@
+"""RegionSpot as the head of another detector: what it gives, what learns, and what checkpoints hold."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model, detector_postprocess
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from regionspot import RegionSpotPredictor
+from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.config import load_config
+from regionspot.modeling.host import refine_boxes
+from regionspot.modeling.inference import merge_detections
+
+from ..helpers import NAMES, ROOT, as_inputs, tiny_config, tiny_model
+from .test_meta_arch import assert_same
+
+HEAD = "MODEL.REGIONSPOT.HEAD."
+REFINED = (HEAD + "BOXES", "refined")
+GIVEN = ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+NO_NMS = ("MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0)
+
+
+def rcnn_config(*overrides):
+    vocabulary = ("MODEL.REGIONSPOT.VOCABULARY", ",".join(NAMES))
+    return load_config(ROOT / "tests" / "tiny_rcnn.yaml", [*vocabulary, *overrides])
+
+
+def rcnn(*overrides):
+    torch.manual_seed(0)
+    return build_model(rcnn_config(*overrides)).eval()
+
+
+def bgr(inputs):
+    return {**inputs, "image": inputs["image"].flip(0)}
+
+
+def with_proposals(index, size=(48, 64), output=None):
+    """Return a drawn scene with its boxes as scored proposals, as a host sees it."""
+    inputs = as_inputs(index, size)
+    proposals = Instances(size, proposal_boxes=inputs["instances"].gt_boxes)
+    proposals.objectness_logits = torch.linspace(2, -1, len(proposals))
+    height, width = output or size
+    return {**inputs, "proposals": proposals, "height": height, "width": width}
+
+
+def train(model, batches=3, rate=1e-2):
+    """Train as a host does: over all that takes a gradient; return the losses."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.1)
+    losses = []
+    for step in range(batches):
+        with EventStorage():
+            losses.append(model([bgr(as_inputs(2 * step)), bgr(as_inputs(2 * step + 1))]))
+        optimizer.zero_grad()
+        sum(losses[-1].values()).backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("output", [(48, 64), (96, 100)])
+def test_the_three_ways_in_give_the_same(output):
+    """Meta-architecture, head and predictor, over one recogniser, one image and the same boxes."""
+    spot = tiny_model("MODEL.MASK_ON", True)
+    head = rcnn(*GIVEN, *NO_NMS, "MODEL.MASK_ON", True)
+    head.roi_heads.recognizer.load_state_dict(spot.recognizer.state_dict())
+    inputs = [with_proposals(3, output=output), with_proposals(4, (130, 90))]
+    ours = [x["instances"] for x in spot(inputs)]
+    theirs = [x["instances"] for x in head([bgr(x) for x in inputs])]
+    for one, other in zip(ours, theirs):
+        assert_same(one, other, 1e-5)
+        assert one.image_size == other.image_size and len(one) == len(NAMES) * len(one.region_indices.unique())
+    predictor = RegionSpotPredictor(tiny_config())
+    predictor.recognizer.load_state_dict(spot.recognizer.state_dict())
+    predictor.set_vocabulary(NAMES)
+    predictor.set_image(inputs[0]["image"].permute(1, 2, 0).numpy())
+    result = predictor.predict(boxes=inputs[0]["proposals"].proposal_boxes.tensor.numpy(), top_k=4)
+    objectness = inputs[0]["proposals"].objectness_logits.sigmoid()
+    for region in range(len(result)):
+        found = theirs[0][theirs[0].region_indices == region]
+        assert found.pred_classes.tolist() == result.top_classes[region].tolist()
+        expected = torch.from_numpy(result.top_scores[region]) * objectness[region]
+        torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=0)
+
+
+def test_the_image_is_what_the_host_was_given():
+    model = rcnn("MODEL.PIXEL_STD", [57.375, 57.12, 58.395])
+    inputs = [as_inputs(0), as_inputs(1, (130, 90))]
+    originals = model.roi_heads._original_images(model.preprocess_image([bgr(x) for x in inputs]))
+    for given, original in zip(inputs, originals):
+        assert torch.equal(given["image"], original)
+
+
+@pytest.mark.parametrize("overrides", [(), REFINED, (*REFINED, HEAD + "BOX_SCORE", "foreground")])
+def test_proposals_of_the_host_are_named(overrides):
+    model = rcnn("MODEL.MASK_ON", True, "MODEL.REGIONSPOT.PROPOSALS.TOP_K", 7, *overrides)
+    [output] = model([{**as_inputs(0), "height": 96, "width": 128}])
+    found = output["instances"]
+    assert 0 < len(found) <= 100 and found.region_indices.max() < 7
+    assert found.pred_masks.shape == (len(found), 96, 128) and found.image_size == (96, 128)
+    assert found.pred_classes.max() < len(NAMES) and (found.scores.diff() <= 0).all()
+
+
+def test_thresholds_are_those_of_roi_heads():
+    assert len(rcnn("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.9)([as_inputs(0)])[0]["instances"]) == 0
+    every, few = (rcnn("MODEL.ROI_HEADS.NMS_THRESH_TEST", t)([as_inputs(0)])[0]["instances"] for t in (1.0, 0.01))
+    assert 0 < len(few) < len(every)
+
+
+def test_boxes_are_suppressed_before_they_are_recognised():
+    inputs = with_proposals(0)
+    twice = Instances.cat([inputs["proposals"], inputs["proposals"]])
+    inputs = {**bgr(inputs), "proposals": twice}
+    assert rcnn(*GIVEN, *NO_NMS)([inputs])[0]["instances"].region_indices.max() == len(twice) - 1
+    once = rcnn(*GIVEN, *NO_NMS, HEAD + "BOX_NMS_THRESH", 0.9)([inputs])[0]["instances"]
+    assert once.region_indices.max() == len(twice) // 2 - 1
+
+
+@pytest.mark.parametrize("agnostic", [True, False])
+def test_refined_boxes_are_those_of_the_hosts_detections(agnostic):
+    """Each detection of the host's own heads has its box and, for its likeliest class, no other."""
+    model = rcnn(*REFINED, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0)
+    host = model.roi_heads.host
+    torch.nn.init.normal_(host.box_predictor.bbox_pred.weight, std=0.05)
+    torch.nn.init.normal_(host.box_predictor.cls_score.weight, std=0.02)
+    host.box_predictor.test_topk_per_image = -1
+    with torch.no_grad():
+        images = model.preprocess_image([bgr(as_inputs(0))])
+        features = model.backbone(images.tensor)
+        proposals, _ = model.proposal_generator(images, features, None)
+        [(boxes, foreground)] = refine_boxes(host, features, proposals)
+        [detections], _ = host(None, features, proposals)
+    assert len(boxes) == len(proposals[0]) and len(detections) > len(boxes)
+    assert not torch.allclose(boxes.tensor, proposals[0].proposal_boxes.tensor, atol=0.5)
+    for box in boxes.tensor:
+        same = (detections.pred_boxes.tensor - box).abs().amax(dim=1) < 1e-4
+        assert same.any()
+    if agnostic:
+        torch.testing.assert_close(detections.scores.sum(), foreground.sum())
+
+
+@pytest.mark.parametrize(
+    ("host", "overrides"),
+    [
+        ("CascadeROIHeads", ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)),
+        ("Res5ROIHeads", ("MODEL.ROI_HEADS.IN_FEATURES", ["p4"], "MODEL.FPN.OUT_CHANNELS", 32)),
+    ],
+)
+def test_hosts_with_other_heads(host, overrides):
+    model = rcnn(*REFINED, HEAD + "HOST", host, HEAD + "BOX_SCORE", "foreground", *overrides)
+    assert len(model([as_inputs(0)])[0]["instances"])
+    assert any(key.startswith(("roi_heads.box_head.2", "roi_heads.res5.")) for key in model.state_dict())
+
+
+def test_training_changes_the_attention_module_and_nothing_else():
+    model = rcnn(*REFINED, "MODEL.ROI_HEADS.NUM_CLASSES", 1)
+    before = copy.deepcopy(model.state_dict())  # with the running statistics of BatchNorm
+    losses = train(model)
+    assert all(set(step) == {"loss_regionspot"} for step in losses)
+    after = model.state_dict()
+    for key, value in before.items():
+        trained = key.startswith("roi_heads.recognizer.knowledge_integration.")
+        assert torch.equal(after[key], value) != trained, key
+
+
+def test_a_host_may_learn_too():
+    model = rcnn(*REFINED, HEAD + "FREEZE_HOST", False)
+    before = copy.deepcopy(model.state_dict())
+    [losses] = train(model, 1)
+    assert set(losses) == {"loss_regionspot", "loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    changed = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    assert changed == {"backbone", "proposal_generator", "roi_heads"}
+    assert torch.equal(
+        before["roi_heads.recognizer.localizer.sam.mask_decoder.iou_token.weight"],
+        model.roi_heads.recognizer.localizer.sam.mask_decoder.iou_token.weight,
+    )
+
+
+def test_regions_to_learn_from_are_annotated_boxes_and_proposals_that_match():
+    model = rcnn(*GIVEN).train()
+    inputs = as_inputs(0)
+    target = inputs["instances"]
+    moved = target.gt_boxes.tensor.clone()
+    moved[:, 0] += 1
+    nothing = torch.tensor([[0.0, 0, 3, 3]])
+    proposals = Instances((48, 64), proposal_boxes=Boxes(torch.cat([moved, nothing])))
+    proposals.objectness_logits = torch.zeros(len(proposals))
+    images = model.preprocess_image([bgr(inputs)])
+    with EventStorage():
+        [regions], losses = model.roi_heads(images, {}, [proposals], [target])
+    assert sorted(regions.gt_classes.tolist()) == sorted(target.gt_classes.tolist() * 2)
+    found = {tuple(box) for box in regions.proposal_boxes.tensor.tolist()}
+    assert found == {tuple(box) for box in torch.cat([moved, target.gt_boxes.tensor]).tolist()}
+    assert losses["loss_regionspot"].requires_grad
+
+
+def test_images_without_annotations_are_trained_on():
+    model = rcnn().train()
+    with EventStorage():
+        loss = model([bgr(as_inputs(0, number=0))])["loss_regionspot"]
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_learns_a_scene():
+    model = rcnn("MODEL.REGIONSPOT.INTEGRATION.DROPOUT", 0.0).train()
+    optimizer = torch.optim.AdamW(model.roi_heads.recognizer.knowledge_integration.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(60):
+        with EventStorage():
+            losses.append(model([bgr(as_inputs(0)), bgr(as_inputs(1))])["loss_regionspot"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def instances(boxes, scores, classes):
+    fields = {"pred_boxes": Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))}
+    return Instances(
+        (50, 50),
+        **fields,
+        scores=torch.tensor(scores),
+        pred_classes=torch.tensor(classes),
+        region_indices=torch.arange(len(scores)),
+    )
+
+
+def test_merging_by_score():
+    ours = instances([[0, 0, 10, 10], [0, 0, 10, 10], [30, 30, 40, 40]], [0.5, 0.4, 0.3], [5, 6, 7])
+    theirs = instances([[1, 0, 10, 10], [30, 30, 40, 41]], [0.45, 0.9], [0, 1])
+    merged = merge_detections(ours, theirs, 0.5, -1)
+    # the first object is ours (0.5 beats 0.45), though the second label of ours loses to theirs; the other is theirs
+    assert merged.pred_classes.tolist() == [1, 5]
+    assert merge_detections(ours, theirs, 1.0, -1).pred_classes.tolist() == [1, 5, 0, 6, 7]
+    assert merge_detections(ours, theirs, 1.0, 2).pred_classes.tolist() == [1, 5]
+    assert merge_detections(instances([], [], []), theirs, 0.5, -1).pred_classes.tolist() == [1, 0]
+
+
+def test_names_that_the_host_knows_are_its_own():
+    overrides = (HEAD + "HOST_VOCABULARY", "zebra, blue square, cup, red square", "MODEL.MASK_ON", True, *NO_NMS)
+    model = rcnn(*overrides, "TEST.DETECTIONS_PER_IMAGE", -1)
+    torch.nn.init.normal_(model.roi_heads.host.box_predictor.cls_score.weight, std=0.02)
+    [output] = model([bgr(as_inputs(0))])
+    found = output["instances"]
+    images = model.preprocess_image([bgr(as_inputs(0))])
+    features = model.backbone(images.tensor)
+    proposals, _ = model.proposal_generator(images, features, None)
+    [known], _ = model.roi_heads.host(None, features, proposals)
+    assert set(found.pred_classes.tolist()) == {0, 1, 2, 3}
+    for ours, theirs in ((2, 1), (0, 3)):  # blue square, red square
+        mine, expected = found[found.pred_classes == ours], known[known.pred_classes == theirs]
+        torch.testing.assert_close(mine.scores, expected.scores)
+        torch.testing.assert_close(mine.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert mine.pred_masks.shape == (len(mine), 48, 64)
+    plain = rcnn(*NO_NMS, "TEST.DETECTIONS_PER_IMAGE", -1)
+    assert (found.scores.diff() <= 0).all() and len(plain([bgr(as_inputs(0))])[0]["instances"]) != len(found)
+
+
+def test_the_vocabulary_is_that_of_the_data_set_or_given(register, tmp_path):
+    from ..helpers import write_dataset
+
+    path = write_dataset(tmp_path / "base", 2)
+    register("roi_train", path, path.parent / "images")
+    other = write_dataset(tmp_path / "all", 2, names=["a", "b", "c", "d"])
+    register("roi_test", other, other.parent / "images")
+    sets = ("DATASETS.TRAIN", ("roi_train",), "DATASETS.TEST", ("roi_test",))
+    model = rcnn(*sets, "MODEL.REGIONSPOT.VOCABULARY", "")
+    assert sorted(model.roi_heads.recognizer.vocabulary) == ["a", "b", "c", "d"]
+    assert rcnn(*sets, "MODEL.REGIONSPOT.VOCABULARY", "x, y").roi_heads.recognizer.vocabulary == ["x", "y"]
+    model.train()
+    model.roi_heads.set_vocabulary(["one"])  # of inference
+    with EventStorage():
+        model([bgr(as_inputs(0))])
+    assert model.roi_heads.num_classes == 4
+    model.eval()
+    assert model([bgr(as_inputs(0))])[0]["instances"].pred_classes.max() == 0
+    missing = rcnn("DATASETS.TEST", ("coco_of_nobody",), "MODEL.REGIONSPOT.VOCABULARY", "")
+    with pytest.raises(ValueError, match="no vocabulary is set"):
+        missing([as_inputs(0)])
+
+
+def test_checkpoints_of_host_and_head_together_and_apart(tmp_path, caplog):
+    plain = rcnn("MODEL.ROI_HEADS.NAME", "StandardROIHeads")
+    trained = rcnn(*REFINED)
+    train(trained)
+    DetectionCheckpointer(plain, str(tmp_path)).save("host")
+    DetectionCheckpointer(trained, str(tmp_path)).save("joint")
+    RegionSpotCheckpointer(trained, str(tmp_path)).save("head")  # in the released layout, without frozen parts
+    frozen = {f"{part}.pth": module for part, module in parts_of(trained).items()}
+    for name, module in frozen.items():
+        torch.save(module.state_dict(), tmp_path / name)
+    sources = [
+        x
+        for part in ("sam", "clip")
+        for x in (f"MODEL.REGIONSPOT.{part.upper()}.WEIGHTS", str(tmp_path / f"{part}.pth"))
+    ]
+    expected = trained.eval()([bgr(as_inputs(0))])[0]["instances"]
+
+    apart = rcnn(*REFINED, HEAD + "WEIGHTS", str(tmp_path / "head.pth"), *sources)
+    scramble(apart.backbone)
+    DetectionCheckpointer(apart).load(str(tmp_path / "host.pth"))
+    assert "not found in the checkpoint" not in caplog.text
+    for part in ("backbone.", "proposal_generator.", "roi_heads.box_head.", "roi_heads.box_predictor."):
+        assert equal(apart, plain, part)
+    assert equal(apart, trained, "roi_heads.recognizer.")
+
+    together = rcnn(*REFINED)
+    scramble(together)
+    DetectionCheckpointer(together).load(str(tmp_path / "joint.pth"))
+    DetectionCheckpointer(apart).load(str(tmp_path / "joint.pth"))
+    for model in (together, apart):
+        assert_same(model.eval()([bgr(as_inputs(0))])[0]["instances"], expected, 1e-6)
+
+    spot = tiny_model()
+    RegionSpotCheckpointer(spot).load(str(tmp_path / "joint.pth"))  # the head of a joint one, for any other way in
+    assert equal(spot.recognizer, trained.roi_heads.recognizer)
+    host = rcnn("MODEL.ROI_HEADS.NAME", "StandardROIHeads")
+    scramble(host)
+    DetectionCheckpointer(host).load(str(tmp_path / "joint.pth"))  # and its host, for a detector without us
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in host.state_dict().items())
+
+
+def parts_of(model):
+    recognizer = model.roi_heads.recognizer
+    return {"sam": recognizer.localizer.sam, "clip": recognizer.vision_language.clip_model}
+
+
+def scramble(module):
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+
+
+def equal(one, other, prefix=""):
+    states = [m.state_dict() for m in (one, other)]
+    keys = [key for key in states[0] if key.startswith(prefix)]
+    return bool(keys) and all(torch.equal(states[0][key], states[1][key]) for key in keys)
+
+
+def test_a_part_that_is_damaged_in_a_checkpoint_is_reported(tmp_path, caplog):
+    model = rcnn()
+    state = model.state_dict()
+    del state["roi_heads.recognizer.knowledge_integration.to_clip.weight"]
+    model.roi_heads.loaded = ("trained",)
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert missing == ["roi_heads.recognizer.knowledge_integration.to_clip.weight"]
+    host_only = {key: value for key, value in state.items() if "knowledge_integration" not in key}
+    assert not model.load_state_dict(host_only, strict=False).missing_keys
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((HEAD + "BOXES", "best"), "expected proposals or refined"),
+        ((HEAD + "BOX_SCORE", "foreground"), "foreground with BOXES refined"),
+        ((*REFINED, HEAD + "HOST", "NoHeads"), "expected one of StandardROIHeads"),
+        ((HEAD + "HOST_CONFIG", "no/such.yaml"), "no config of Detectron2's model zoo"),
+        ((HEAD + "WEIGHTS", "/no/such.pth"), "no such file"),
+    ],
+)
+def test_wrong_settings_are_refused(overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        rcnn(*overrides)
+
+
+def test_wrong_inputs_are_refused():
+    model = rcnn().train()
+    inputs = bgr(as_inputs(0))
+    inputs["instances"].gt_classes[0] = 4
+    with EventStorage(), pytest.raises(ValueError, match="class 4 is outside the vocabulary of 4 names"):
+        model([inputs])
+    inputs = bgr(with_proposals(0))
+    inputs["proposals"].proposal_boxes.tensor[1, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        rcnn(*GIVEN)([inputs])
+    with pytest.raises(NotImplementedError, match="without the images"):
+        model.eval().inference([bgr(as_inputs(0))], [Instances((48, 64), pred_boxes=Boxes([[0, 0, 4, 4]]))])
+
+
+def test_masks_stay_small_until_they_are_asked_for():
+    model = rcnn("MODEL.MASK_ON", True, *GIVEN)
+    [raw] = model.inference([bgr(with_proposals(0))], do_postprocess=False)
+    assert raw.pred_masks.tensor.shape == (len(raw), 32, 32) and len(raw.pred_masks[:2]) == 2
+    full = detector_postprocess(raw[raw.scores > raw.scores.median()], 480, 640)
+    assert full.pred_masks.shape == (len(full), 480, 640) and full.pred_masks.dtype == torch.bool
+
+
+def test_the_model_can_be_copied():
+    model = rcnn(*REFINED)
+    assert_same(copy.deepcopy(model)([as_inputs(0)])[0]["instances"], model([as_inputs(0)])[0]["instances"])
