@@ -24,7 +24,7 @@ from detectron2.engine import (
     default_setup,
 )
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, verify_results
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -33,6 +33,7 @@ from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import launch
 from regionspot.engine.optimizer import build_optimizer
+from regionspot.evaluation import DetectionLVISEvaluator
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 
 
@@ -62,7 +63,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         is_lvis = MetadataCatalog.get(dataset_name).get("evaluator_type") == "lvis"
         folder = output_folder or f"{cfg.OUTPUT_DIR}/inference"
-        return (LVISEvaluator if is_lvis else COCOEvaluator)(dataset_name, output_dir=folder)
+        return (DetectionLVISEvaluator if is_lvis else COCOEvaluator)(dataset_name, output_dir=folder)
 
 
 def main(args: argparse.Namespace) -> Any:

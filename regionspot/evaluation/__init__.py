@@ -2,6 +2,7 @@
 
 from regionspot.evaluation.build import build_evaluator
 from regionspot.evaluation.coco_metrics import evaluate_coco, run_coco_evaluation
+from regionspot.evaluation.detection_evaluator import DetectionLVISEvaluator
 from regionspot.evaluation.ground_truth import GroundTruth, read_ground_truth
 from regionspot.evaluation.lvis_metrics import LvisEvaluation, evaluate_lvis, run_lvis_evaluation
 from regionspot.evaluation.protocol import Protocol
@@ -9,6 +10,7 @@ from regionspot.evaluation.results import Results
 from regionspot.evaluation.results_file import read_results
 
 __all__ = [
+    "DetectionLVISEvaluator",
     "GroundTruth",
     "LvisEvaluation",
     "Protocol",

@@ -1,0 +1,53 @@
+"""Detectron2's LVIS evaluator with our metrics, for any detector: the same numbers, on any NumPy, in less time."""
+
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from detectron2.evaluation import LVISEvaluator
+
+from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
+from regionspot.evaluation.results_file import read_results
+from regionspot.utils.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+class DetectionLVISEvaluator(LVISEvaluator):
+    """LVIS AP of the ``Instances`` of any Detectron2 model.
+
+    The ``lvis`` package, which Detectron2's own evaluator runs, needs a NumPy before 1.24.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | Path, max_dets_per_image: int = 300) -> None:
+        """
+        Args:
+            dataset_name: a registered data set in LVIS format.
+            output_dir: for the predictions as COCO results, ``metrics.json`` and a table per class.
+            max_dets_per_image: detections of an image that count.
+        """
+        super().__init__(dataset_name, output_dir=str(output_dir), max_dets_per_image=max_dets_per_image)
+
+    def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
+        detections = list(itertools.chain.from_iterable(x["instances"] for x in predictions))
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        to_category = {label: category for category, label in mapping.items()}
+        for detection in detections:
+            label = detection["category_id"]
+            detection["category_id"] = to_category.get(label, label + 1)
+        folder = Path(self._output_dir)
+        path = folder / "lvis_instances_results.json"
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(detections))
+        if not self._do_evaluation:
+            logger.info("the data set has no annotations: the predictions are in %s", path)
+            return
+        truth, results = read_ground_truth(Path(self._metadata.json_file)), read_results(path)
+        tasks = ("bbox", "segm") if any("segmentation" in x for x in detections) else ("bbox",)
+        outcomes = {task: evaluate_task(truth, results, task, "lvis", self._max_dets_per_image) for task in tasks}
+        self._results.update({task: outcome.metrics for task, outcome in outcomes.items()})
+        logger.info("%s", format_table(self._results))
+        write_outcomes(folder, truth, outcomes)

@@ -1,0 +1,128 @@
+"""projects/RegionSpotRCNN as a user runs it, and Detectron2's own trainer with the head."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import LVISEvaluator
+
+from regionspot import RegionSpotPredictor
+from regionspot.config import load_config
+from regionspot.data.build import check_registered
+from regionspot.evaluation import DetectionLVISEvaluator
+
+from ..evaluation.reference import lvis_on_current_numpy
+from ..helpers import ROOT, tiny_config, tiny_model, write_dataset
+
+PROJECT = ROOT / "projects" / "RegionSpotRCNN"
+CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A user's folder: my.json, my_images, and the frozen weights, the same for all processes."""
+    folder = tmp_path_factory.mktemp("user")
+    recognizer = tiny_model(names=None).recognizer
+    torch.save(recognizer.localizer.sam.state_dict(), folder / "sam.pth")
+    torch.save(recognizer.vision_language.clip_model.state_dict(), folder / "clip.pth")
+    write_dataset(folder / "data").rename(folder / "my.json")
+    (folder / "data" / "images").rename(folder / "my_images")
+    return folder
+
+
+def overrides(folder, output, *more):
+    data = f"{folder}/my.json:{folder}/my_images"
+    keys = {"DATASETS.TRAIN": (data,), "DATASETS.TEST": (data,), "OUTPUT_DIR": folder / output}
+    keys |= {f"MODEL.REGIONSPOT.{part.upper()}.WEIGHTS": folder / f"{part}.pth" for part in ("sam", "clip")}
+    keys |= {"INPUT.MIN_SIZE_TRAIN": (96,), "INPUT.MIN_SIZE_TEST": 96, "SOLVER.IMS_PER_BATCH": 4, "SOLVER.STEPS": ()}
+    keys |= {"SOLVER.WARMUP_ITERS": 1, "MODEL.REGIONSPOT.PROPOSALS.TOP_K": 8, "TEST.DETECTIONS_PER_IMAGE": 20}
+    return [str(part) for pair in keys.items() for part in pair] + [str(part) for part in more]
+
+
+def run(folder, output, *arguments, processes=1):
+    script = [sys.executable, PROJECT / "train_net.py", "--config-file", CONFIG, "--num-gpus", processes]
+    script += ["--dist-url", "auto", *arguments[: arguments.index("--") if "--" in arguments else None]]
+    more = arguments[arguments.index("--") + 1 :] if "--" in arguments else ()
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    command = [str(part) for part in [*script, *overrides(folder, output, *more)]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def metrics_of(log):
+    """Return the numbers of Detectron2's last line of results of boxes."""
+    lines = [line for line in log.splitlines() if "copypaste: " in line]
+    at = next(i for i, line in enumerate(lines) if "Task: bbox" in line)
+    return [float(value) for value in lines[at + 2].split("copypaste: ")[1].split(",")]
+
+
+def trained_state(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def joint(folder):
+    """A checkpoint of host and head, trained in one process."""
+    run(folder, "one", "--", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1)
+    return folder / "one" / "model_final.pth"
+
+
+def test_training_on_one_process_and_on_two(folder, joint):
+    log = run(folder, "two", "--", "SOLVER.MAX_ITER", 4, processes=2)
+    assert "copypaste: Task: bbox" in log
+    first, last = trained_state(folder / "one" / "model_0000000.pth"), trained_state(joint)
+    two = trained_state(folder / "two" / "model_final.pth")
+    for key, value in first.items():  # host and frozen parts stay, of one process or two
+        for state in (last, two):
+            assert torch.equal(state[key], value) != ("knowledge_integration" in key), key
+
+
+def test_evaluation_on_one_process_and_on_two(folder, joint):
+    logs = [
+        run(folder, f"eval{processes}", "--eval-only", "--", "MODEL.WEIGHTS", joint, processes=processes)
+        for processes in (1, 2)
+    ]
+    one, two = map(metrics_of, logs)
+    assert one == pytest.approx(two, nan_ok=True) and len(one) > 5
+    names = json.loads((folder / "eval1" / "inference" / "lvis_instances_results.json").read_text())
+    assert {entry["category_id"] for entry in names} <= {3, 1, 10, 7} and len(names) > 20
+    assert re.search(r"AP, ?AP50", logs[0])
+
+
+def test_what_was_trained_in_the_head_is_used_by_the_predictor(folder, joint):
+    cfg = tiny_config(*overrides(folder, "p", "MODEL.WEIGHTS", joint))
+    predictor = RegionSpotPredictor(cfg)
+    assert not predictor.random_parts
+    expected = trained_state(joint)["roi_heads.recognizer.knowledge_integration.to_clip.weight"]
+    assert torch.equal(predictor.recognizer.knowledge_integration.to_clip.weight, expected)
+
+
+def test_detectron2s_own_trainer_and_evaluator(folder):
+    """No code of ours but the head: ``DefaultTrainer`` trains, its ``test`` evaluates."""
+    more = ("SOLVER.MAX_ITER", 3, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value")
+    cfg = load_config(CONFIG, overrides(folder, "theirs", *more))
+    (folder / "theirs").mkdir()
+    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, name):
+            return LVISEvaluator(name, output_dir=cfg.OUTPUT_DIR)
+
+    trainer = Trainer(cfg)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.resume_or_load(resume=False)
+    with lvis_on_current_numpy():
+        trainer.train()
+    results = trainer._last_eval_results
+    assert results["bbox"]["AP"] >= 0
+    ours = DetectionLVISEvaluator(cfg.DATASETS.TEST[0], folder / "ours")
+    assert DefaultTrainer.test(cfg, trainer.model, [ours])["bbox"]["APf"] == pytest.approx(results["bbox"]["APf"])
+    changed = {key for key, value in trainer.model.state_dict().items() if not torch.equal(before[key], value)}
+    assert changed and all("knowledge_integration" in key for key in changed)
