@@ -19,16 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "datasets"))
 
 from miniworld import experiment  # noqa: E402
-from miniworld.annotate import write_split  # noqa: E402
 from miniworld.pictures import draw_predictions  # noqa: E402
-from regionspot.data import register_json_dataset  # noqa: E402
 from regionspot.utils.files import atomic_path  # noqa: E402
 
 
@@ -44,17 +41,6 @@ class Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 1)
-
-
-def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
-    """Draw the splits under ``root`` and register them, in place of those of $DETECTRON2_DATASETS."""
-    for split, number in sizes.items():
-        path = write_split(root / "miniworld", split, number, workers=workers)
-        name = f"miniworld_{split}"
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        register_json_dataset(name, path, root / "miniworld")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,7 +94,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     stage, root = Stages(), args.output / "data"
     with stage("draw", f"drawing {args.train} training and {args.test} test scenes"):
-        draw_data(root, {"train": args.train, "test": args.test}, args.workers)
+        experiment.draw_data(root, {"train": args.train, "test": args.test}, args.workers)
     cfg = experiment.miniworld_config(args.config_file, args.output / "training", args.seed, args.opts)
     with stage(
         "train", "extracting SAM's tokens and CLIP's feature maps, and training the attention module on base classes"

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "datasets"))
 sys.path.insert(0, str(ROOT / "tools"))
 
-from miniworld_demo import draw_data  # noqa: E402
 
 from miniworld import experiment  # noqa: E402
 from regionspot.utils.files import atomic_path  # noqa: E402
@@ -51,7 +50,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train and evaluate a config with a seed, in a process of its own."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
-    draw_data(args.output / "data", {"train": args.train, "test": args.test}, 1)  # they are there: this registers them
+    experiment.draw_data(
+        args.output / "data", {"train": args.train, "test": args.test}, 1
+    )  # they are there: this registers them
     output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
     cfg = experiment.miniworld_config(ROOT / "configs" / "miniworld" / f"{name}.yaml", output, seed, args.opts)
     model = experiment.train(cfg, args.output / "features")
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args()
-    draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.jobs)
+    experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.jobs)
     tasks = [(name, seed) for name, _, _ in ROWS for seed in range(args.seeds)]
     tasks = [task for task in tasks if not result_path(*task, args).is_file()]
     context = multiprocessing.get_context("spawn")

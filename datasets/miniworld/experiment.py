@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
+from miniworld.annotate import write_split
 from miniworld.categories import BASE, NAMES, NOVEL
 from miniworld.generator import SIZE, Scene, draw_scene
 from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
+from regionspot.data import register_json_dataset
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
@@ -41,6 +44,17 @@ def miniworld_config(config_file: Path, output: Path, seed: int = 0, overrides: 
     cfg = load_config(config_file, [*frozen, "OUTPUT_DIR", str(output), "SEED", str(seed), *(overrides or [])])
     cfg.freeze()
     return cfg
+
+
+def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
+    """Draw the splits under ``root`` and register them, in place of those of $DETECTRON2_DATASETS."""
+    for split, number in sizes.items():
+        path = write_split(root / "miniworld", split, number, workers=workers)
+        name = f"miniworld_{split}"
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_json_dataset(name, path, root / "miniworld")
 
 
 def store_path(cfg: CfgNode, folder: Path, split: str) -> Path:

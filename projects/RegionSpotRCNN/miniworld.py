@@ -1,0 +1,136 @@
+#!/usr/bin/env python
+"""Open-vocabulary detection in miniature: a small Faster R-CNN finds objects, RegionSpot names them, novel ones, too.
+
+Trains the detector twice, on base boxes of one class ("object") and as a closed-set detector of the base names, and
+RegionSpot's attention module (or takes --weights), and evaluates on scenes with objects of classes without annotations.
+
+Example:
+    projects/RegionSpotRCNN/miniworld.py --output output/rcnn --weights output/demo/training/model_final.pth
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from tabulate import tabulate
+from torch import nn
+
+PROJECT = Path(__file__).resolve().parent
+ROOT = PROJECT.parents[1]
+sys.path[:0] = [str(PROJECT), str(ROOT / "datasets")]
+
+from train_net import Trainer  # noqa: E402
+
+from miniworld import experiment  # noqa: E402
+from regionspot.modeling.detector_weights import SafeDetectionCheckpointer  # noqa: E402
+from regionspot.utils.files import atomic_path  # noqa: E402
+
+CONFIGS = PROJECT / "configs" / "miniworld"
+
+
+def register_hosts_data() -> None:
+    """Register the training set with one class, and the test set as a detector of the base names sees it."""
+
+    def objects() -> list[dict[str, Any]]:
+        return [
+            {**record, "annotations": [{**annotation, "category_id": 0} for annotation in record["annotations"]]}
+            for record in DatasetCatalog.get("miniworld_train")
+        ]
+
+    DatasetCatalog.register("miniworld_train_objects", objects)
+    MetadataCatalog.get("miniworld_train_objects").set(thing_classes=["object"])
+    DatasetCatalog.get("miniworld_train"), DatasetCatalog.get("miniworld_test")  # the names come with the annotations
+    train, test = MetadataCatalog.get("miniworld_train"), MetadataCatalog.get("miniworld_test")
+    DatasetCatalog.register("miniworld_test_closed", lambda: DatasetCatalog.get("miniworld_test"))
+    MetadataCatalog.get("miniworld_test_closed").set(
+        json_file=test.json_file,
+        evaluator_type="lvis",
+        thing_classes=train.thing_classes,
+        thing_dataset_id_to_contiguous_id=train.thing_dataset_id_to_contiguous_id,
+    )
+
+
+def train_host(name: str, args: argparse.Namespace) -> Path:
+    """Train ``Host-<name>.yaml`` if it is not trained yet; return its weights."""
+    output = args.output / f"host_{name}"
+    cfg = experiment.miniworld_config(
+        CONFIGS / f"Host-{name}.yaml", output, args.seed, ["DATASETS.TEST", "()", *args.opts]
+    )
+    if not (output / "model_final.pth").is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(args.seed)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+    return output / "model_final.pth"
+
+
+def train_recognizer(args: argparse.Namespace) -> Path:
+    """Train RegionSpot's attention module as ``make demo`` does, if it is not trained yet; return its weights."""
+    if args.weights:
+        return args.weights
+    output = args.output / "regionspot"
+    if not (output / "model_final.pth").is_file():
+        config = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
+        experiment.train(experiment.miniworld_config(config, output, args.seed), args.output / "features")
+    return output / "model_final.pth"
+
+
+def build(config: str, args: argparse.Namespace, host: Path, head: Path) -> tuple[CfgNode, nn.Module]:
+    """Return config and model of a host's weights with, in its head, RegionSpot's."""
+    overrides = ["MODEL.WEIGHTS", str(host), "MODEL.REGIONSPOT.HEAD.WEIGHTS", str(head), *args.opts]
+    cfg = experiment.miniworld_config(CONFIGS / f"{config}.yaml", args.output / config, args.seed, overrides)
+    model = Trainer.build_model(cfg)
+    SafeDetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return cfg, model.eval()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/rcnn"), metavar="DIR")
+    parser.add_argument("--weights", type=Path, help="RegionSpot's, such as those of make demo; trained by default")
+    parser.add_argument("--train", type=int, default=3200, help="training scenes")
+    parser.add_argument("--test", type=int, default=200, help="test scenes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO)
+    start = time.perf_counter()
+    experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.workers)
+    register_hosts_data()
+    agnostic, closed = train_host("class-agnostic", args), train_host("closed-set", args)
+    spot = train_recognizer(args)
+    rows = {
+        "the host, closed-set": ("Host-closed-set", closed),
+        "class-agnostic host + RegionSpot": ("RegionSpot-head", agnostic),
+        "closed-set host + RegionSpot for other names": ("RegionSpot-head-keep", closed),
+    }
+    results: dict[str, dict[str, Any]] = {}
+    for title, (config, host) in rows.items():
+        results[title] = Trainer.test(*build(config, args, host, spot))
+    with atomic_path(args.output / "summary.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1))
+    columns = ("AP", "AP50", "APr", "APc", "APf")
+    table = [
+        [title, *(result["bbox"][column] for column in columns), result.get("segm", {}).get("AP")]
+        for title, result in results.items()
+    ]
+    print(tabulate(table, ["", *columns, "mask AP"], floatfmt=".1f"))
+    print(f"{time.perf_counter() - start:.0f} s; summary.json is in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
