@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from regionspot.config import load_config
@@ -46,6 +47,20 @@ def test_a_head_for_a_generalized_rcnn(folder, capsys):
     assert len(shared) > 50 and all(torch.equal(state[key], expected[key]) for key in shared)
     [again] = model([{"image": image}])
     assert set(again["instances"].pred_classes.tolist()) == {0, 1}
+
+
+def test_detectron2s_own_predictor(folder):
+    """``DefaultPredictor`` builds the model, loads the host's weights and resizes the picture by itself."""
+    cfg = load_config(folder / "your_detector.yaml", ["MODEL.WEIGHTS", "your_detector.pth"])
+    cfg.MODEL.ROI_HEADS.NAME = "RegionSpotROIHeads"
+    cfg.MODEL.REGIONSPOT.HEAD.WEIGHTS = "regionspot_bb.pth"
+    cfg.MODEL.REGIONSPOT.VOCABULARY = "cup, saucer"
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.MIN_SIZE_TEST = 96
+    picture = as_inputs(0)["image"].flip(0).permute(1, 2, 0).numpy()
+    found = DefaultPredictor(cfg)(picture)["instances"]
+    assert len(found) and set(found.pred_classes.tolist()) <= {0, 1}
+    assert found.pred_masks.shape == (len(found), 48, 64)
 
 
 def test_a_recognizer_beside_another_detector(folder):

@@ -5,7 +5,7 @@ Trains the detector twice, on base boxes of one class ("object") and as a closed
 RegionSpot's attention module (or takes --weights), and evaluates on scenes with objects of classes without annotations.
 
 Example:
-    projects/RegionSpotRCNN/miniworld.py --output output/rcnn --weights output/demo/training/model_final.pth
+    projects/RegionSpotRCNN/miniworld_detection.py --output output/rcnn --weights output/demo/training/model_final.pth
 """
 
 import argparse
