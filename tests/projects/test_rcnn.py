@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import LVISEvaluator
+from detectron2.modeling import build_model
 
 from regionspot import RegionSpotPredictor
 from regionspot.config import load_config
@@ -17,7 +18,7 @@ from regionspot.data.build import check_registered
 from regionspot.evaluation import DetectionLVISEvaluator
 
 from ..evaluation.reference import lvis_on_current_numpy
-from ..helpers import ROOT, tiny_config, tiny_model, write_dataset
+from ..helpers import ROOT, as_inputs, tiny_config, tiny_model, write_dataset
 
 PROJECT = ROOT / "projects" / "RegionSpotRCNN"
 CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
@@ -93,6 +94,35 @@ def test_evaluation_on_one_process_and_on_two(folder, joint):
     names = json.loads((folder / "eval1" / "inference" / "lvis_instances_results.json").read_text())
     assert {entry["category_id"] for entry in names} <= {3, 1, 10, 7} and len(names) > 20
     assert re.search(r"AP, ?AP50", logs[0])
+
+
+def flat(node, prefix):
+    """Return ``KEY, VALUE, ...`` of a config node."""
+    if not isinstance(node, dict):
+        return [prefix, node]
+    return [part for key in node for part in flat(node[key], f"{prefix}.{key}")]
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN", "mask_rcnn_R_50_FPN", "faster_rcnn_R_50_FPN_keep_coco"])
+def test_shipped_configs_on_the_detectors_of_the_zoo(name):
+    """The zoo's detectors at full size, RegionSpot at the tests' size, all weights random."""
+    tiny = {
+        key: value for key, value in tiny_config().MODEL.REGIONSPOT.items() if key in ("SAM", "CLIP", "INTEGRATION")
+    }
+    small = [*flat(tiny, "MODEL.REGIONSPOT"), "MODEL.REGIONSPOT.VOCABULARY", "person, red square, green disc"]
+    cfg = load_config(PROJECT / "configs" / f"{name}.yaml", [*small, "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    if name.endswith("keep_coco"):
+        predictor = model.roi_heads.host.box_predictor
+        torch.nn.init.zeros_(predictor.cls_score.weight)
+        predictor.cls_score.bias.data[0] = 10  # persons, all of them
+    [output] = model([{**as_inputs(0), "height": 96, "width": 128}])
+    found = output["instances"]
+    assert 0 < len(found) <= 300 and found.pred_boxes.tensor[:, 2].max() <= 128
+    assert found.has("pred_masks") == name.startswith("mask")
+    persons = found.scores[found.pred_classes == 0]
+    assert len(persons) and (persons.min() > 0.9) == name.endswith("keep_coco")
 
 
 def test_what_was_trained_in_the_head_is_used_by_the_predictor(folder, joint):
