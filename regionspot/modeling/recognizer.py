@@ -131,7 +131,8 @@ class RegionRecognizer(nn.Module):
     @contextmanager
     def using_vocabulary(self, names: str | Sequence[str]) -> Iterator[None]:
         """Recognise ``names`` inside the block and what was recognised before after it."""
-        before, key = self.classifier.active, "within using_vocabulary"
+        before = self.classifier.active
+        key = f"within {before}"  # a block inside a block leaves the outer one's vocabulary alone
         self.set_vocabulary(names, key)
         try:
             yield

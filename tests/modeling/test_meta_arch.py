@@ -132,6 +132,15 @@ def test_a_vocabulary_that_is_refused_leaves_the_old_one():
     assert model.recognizer.vocabulary == NAMES and len(model.recognizer.classifier.vocabularies) == 1
 
 
+def test_a_vocabulary_for_a_block_inside_a_block_leaves_the_outer_one():
+    recognizer = tiny_model().recognizer
+    with recognizer.using_vocabulary("a, b"):
+        with recognizer.using_vocabulary("c"):
+            assert recognizer.vocabulary == ["c"]
+        assert recognizer.vocabulary == ["a", "b"]
+    assert recognizer.vocabulary == NAMES and len(recognizer.classifier.vocabularies) == 1
+
+
 def test_configured_vocabulary_is_not_encoded_before_it_is_needed(monkeypatch):
     model = tiny_model("MODEL.REGIONSPOT.VOCABULARY", "cup, spoon", names=None)
     encoded = []
