@@ -1,0 +1,47 @@
+"""What the configs here share: RegionSpot behind a detector of Detectron2's model zoo."""
+
+import sys
+from pathlib import Path
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from omegaconf import DictConfig
+
+from regionspot import load_recognizer
+from regionspot.config import load_config
+
+PROJECT = Path(__file__).resolve().parents[2]
+if str(PROJECT) not in sys.path:  # the configs also load where train_net.py is not what runs
+    sys.path.insert(0, str(PROJECT))
+from named_detector import NamedDetector  # noqa: E402
+
+
+def name_boxes_of(zoo_config: str, detector_weights: str = "") -> tuple[DictConfig, ...]:
+    """Return model, optimizer, dataloader, lr_multiplier and train of a dense detector whose boxes RegionSpot names.
+
+    Args:
+        zoo_config: a Python config of the model zoo, such as COCO-Detection/retinanet_R_50_FPN_1x.py.
+        detector_weights: file or URL of the detector's checkpoint.
+    """
+    zoo = model_zoo.get_config(zoo_config)
+    model = L(NamedDetector)(
+        detector=zoo.model,
+        recognizer=L(load_recognizer)(
+            # overrides are RegionSpot's: [KEY, value, ...]
+            cfg=L(load_config)(config_file=str(PROJECT.parents[1] / "configs" / "RegionSpot-BB.yaml"), overrides=[]),
+            weights="",  # a RegionSpot checkpoint, released or one's own
+        ),
+        input_format=zoo.dataloader.train.mapper.image_format,
+        detector_weights=detector_weights,
+        masks=False,
+        freeze=True,
+        box_nms_thresh=0.7,
+        top_k=-1,
+    )
+    optimizer = model_zoo.get_config("common/optim.py").AdamW  # over what learns; the rates are those of the paper
+    optimizer.lr, optimizer.weight_decay, optimizer.params.weight_decay_norm = 2.5e-5, 1e-4, 1e-4
+    zoo.train.init_checkpoint = ""  # of RegionSpot, or of a run of train_net.py; the detector's is detector_weights
+    zoo.train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    zoo.train.seed = 0
+    return model, optimizer, zoo.dataloader, zoo.lr_multiplier, zoo.train

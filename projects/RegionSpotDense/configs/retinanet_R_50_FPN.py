@@ -1,0 +1,10 @@
+"""RetinaNet of Detectron2's model zoo finds the boxes, RegionSpot names them."""
+
+from detectron2 import model_zoo
+
+from .common.naming import name_boxes_of
+
+model, optimizer, dataloader, lr_multiplier, train = name_boxes_of(
+    "COCO-Detection/retinanet_R_50_FPN_1x.py",
+    detector_weights=model_zoo.get_checkpoint_url("COCO-Detection/retinanet_R_50_FPN_1x.py"),
+)

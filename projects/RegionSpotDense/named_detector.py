@@ -1,0 +1,116 @@
+"""RegionSpot's names for the boxes of any Detectron2 detector, a ``GeneralizedRCNN`` or not."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from torchvision.ops import nms
+
+from regionspot import RegionRecognizer, freeze_host
+from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
+from regionspot.modeling.proposal_sources import to_proposals
+from regionspot.structures import check_boxes, check_classes, read_proposals
+
+logger = logging.getLogger(f"regionspot.{__name__}")
+
+
+class NamedDetector(nn.Module):
+    """A detector finds boxes, whatever it calls them; the recogniser names them over any vocabulary."""
+
+    def __init__(
+        self,
+        *,
+        detector: nn.Module,
+        recognizer: RegionRecognizer,
+        input_format: str = "BGR",
+        detector_weights: str = "",
+        masks: bool = False,
+        freeze: bool = True,
+        box_nms_thresh: float = 0.7,
+        top_k: int = -1,
+    ) -> None:
+        """
+        Args:
+            detector: any model of Detectron2's contract that gives ``instances`` with ``pred_boxes`` and ``scores`` in
+                [0, 1]: RetinaNet, FCOS, ...
+            recognizer: the model proper; its ``rule`` says how detections follow from boxes and names.
+            input_format: channel order of the detector's images, "RGB" or "BGR".
+            detector_weights: file or URL of the detector's own checkpoint; "" leaves it as it is.
+            masks: whether detections have SAM's masks.
+            freeze: let nothing of the detector learn. Else it learns by its own losses, and its classes must be those
+                of the data set.
+            box_nms_thresh: of two boxes with more IoU than this only the better is named, whatever the detector calls
+                them (it may give a box once for every class); 1 for none.
+            top_k: boxes kept of an image, best first; -1 for all.
+        """
+        super().__init__()
+        if input_format not in ("RGB", "BGR"):
+            raise ValueError(f"input_format: expected RGB or BGR, got {input_format!r}")
+        self.detector, self.recognizer = detector, recognizer
+        self.input_format, self.masks, self.frozen = input_format, masks, freeze
+        self.box_nms_thresh, self.top_k = box_nms_thresh, top_k
+        if detector_weights:
+            SafeDetectionCheckpointer(detector).load(detector_weights)
+        elif freeze:
+            logger.warning("No detector_weights are given: the frozen detector keeps those it has, random or not")
+        if freeze:
+            freeze_host(self)
+
+    def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
+        """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
+        self.recognizer.set_vocabulary(names, key)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]] | dict[str, torch.Tensor]:
+        """Detectron2's contract.
+
+        Args:
+            batched_inputs: one dict an image: ``image`` (3, H, W), uint8 or float in [0, 255], of any sizes;
+                ``height`` and ``width``, the output size wanted (by default the image's own); in training
+                ``instances`` with ``gt_boxes`` (XYXY, pixels of ``image``) and ``gt_classes`` (of the vocabulary).
+
+        Returns:
+            In training ``{"loss_regionspot": scalar}`` and the losses of a detector that learns; else for each image
+            ``{"instances": Instances}`` at output size, as ``RegionRecognizer.forward`` describes them.
+
+        Raises:
+            KeyError: an image to train with has no annotations.
+            ValueError: an annotated box that names no region, or a class outside the vocabulary.
+        """
+        if self.training:
+            return self._losses(batched_inputs)
+        frames = [(x["image"].shape[-2], x["image"].shape[-1]) for x in batched_inputs]
+        sizes = [(int(x.get("height", h)), int(x.get("width", w))) for x, (h, w) in zip(batched_inputs, frames)]
+        with torch.no_grad():  # an output as large as the image has its boxes in the image's own frame
+            found = self.detector([{**x, "height": h, "width": w} for x, (h, w) in zip(batched_inputs, frames)])
+            boxes, scores = zip(*(self._regions(x["instances"], size) for x, size in zip(found, frames)))
+            masks = "bitmask" if self.masks else ""
+            results = self.recognizer(self._images(batched_inputs), list(boxes), list(scores), sizes, masks)
+        return [{"instances": detections} for detections in results]
+
+    def _images(self, batched_inputs: list[dict[str, Any]]) -> list[torch.Tensor]:
+        """Return the (3, H, W) RGB images."""
+        return [x["image"] if self.input_format == "RGB" else x["image"].flip(0) for x in batched_inputs]
+
+    def _regions(self, found: Instances, size: tuple[int, int]) -> tuple[Boxes, torch.Tensor | None]:
+        """Return the boxes to name, of those found in an image of (height, width), and their (N,) scores."""
+        proposals = to_proposals(found.pred_boxes.tensor, found.scores, size)
+        if self.box_nms_thresh < 1:
+            proposals = proposals[nms(proposals.proposal_boxes.tensor, proposals.scores, self.box_nms_thresh)]
+        return read_proposals(proposals, self.top_k)
+
+    def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for inputs in batched_inputs:
+            what = f"image {inputs.get('file_name', 'without a name')}"
+            if "instances" not in inputs:
+                raise KeyError(f"{what}: training needs the key 'instances', got {sorted(inputs)}")
+            check_boxes(inputs["instances"].gt_boxes.tensor, inputs["instances"].image_size, f"boxes of {what}")
+            check_classes(inputs["instances"].gt_classes, len(self.recognizer.vocabulary), what)
+        images, targets = self._images(batched_inputs), [x["instances"] for x in batched_inputs]
+        tokens = self.recognizer.position_tokens(images, [x.gt_boxes for x in targets])
+        feature_map = self.recognizer.vision_language.encode_images(images)
+        classes = [x.gt_classes.to(t.device) for x, t in zip(targets, tokens)]
+        losses = {"loss_regionspot": self.recognizer.losses(tokens, feature_map, classes)["loss_cls"]}
+        return losses if self.frozen else {**losses, **self.detector(batched_inputs)}

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Train a detector whose boxes RegionSpot names, or evaluate it with --eval-only, by a lazy config.
+
+Examples:
+    train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 8
+    train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 8 --resume
+    train_net.py --config-file configs/retinanet_R_50_FPN.py --eval-only model.recognizer.weights=regionspot_bb.pth
+    train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 2 train.device=cpu   (two processes)
+    train_net.py --config-file configs/fcos_R_50_FPN.py dataloader.train.dataset.names=my.json:my_images
+"""
+
+import argparse
+import os
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, ListConfig
+from torch import nn
+
+from regionspot import RegionRecognizer
+from regionspot.checkpoint import RegionSpotCheckpointer, find_recognizer
+from regionspot.data.build import check_registered
+from regionspot.engine import launch
+from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
+from regionspot.vocabulary import dataset_names
+
+
+def names_of(recognizer: RegionRecognizer, loader: DictConfig) -> list[str]:
+    """Return the class names of a loader's first data set, or of the configured vocabulary, where there is one."""
+    if "default" in recognizer.classifier.vocabularies:
+        return recognizer.classifier.get_names("default")
+    names = loader.dataset.names
+    return dataset_names(names[0] if isinstance(names, ListConfig) else names)
+
+
+def build_checkpointer(model: nn.Module, folder: str, **kept: Any) -> DetectionCheckpointer:
+    """Return what saves what learns: RegionSpot's attention module, or the whole model where more than that does."""
+    ours = set(find_recognizer(model).parameters())
+    if any(p.requires_grad for p in model.parameters() if p not in ours):
+        return SafeDetectionCheckpointer(model, folder, **kept)
+    return RegionSpotCheckpointer(model, folder, **kept)
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """Return the metrics of the config's evaluator; in all processes but the first {}."""
+    recognizer = find_recognizer(model)
+    with recognizer.using_vocabulary(names_of(recognizer, cfg.dataloader.test)):
+        loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        results = inference_on_dataset(model, loader, evaluator)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
+    """Train ``model`` and return it."""
+    recognizer = find_recognizer(model)
+    recognizer.set_vocabulary(names_of(recognizer, cfg.dataloader.train), "training")
+    cfg.optimizer.params.model = model
+    device_ids = None if cfg.train.device == "cpu" else [comm.get_local_rank()]
+    parallel = create_ddp_model(model, **cfg.train.ddp, device_ids=device_ids)
+    step = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer = step(parallel, instantiate(cfg.dataloader.train), instantiate(cfg.optimizer))
+    checkpointer = build_checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
+    trainer.register_hooks([hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))])
+    if comm.is_main_process():
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)])
+        trainer.register_hooks([hooks.PeriodicWriter(writers, cfg.train.log_period)])
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.train(start, cfg.train.max_iter)
+    return model
+
+
+def main(args: argparse.Namespace) -> Any:
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="regionspot")
+    for part in ("test",) if args.eval_only else ("train", "test"):
+        names = cfg.dataloader[part].dataset.names
+        check_registered(names if isinstance(names, ListConfig) else [names], f"dataloader.{part}.dataset.names")
+    with torch.random.fork_rng():  # what has no weights is random, and the same in all processes
+        torch.manual_seed(max(cfg.train.seed, 0))
+        model = instantiate(cfg.model).to(cfg.train.device)
+    if not args.eval_only:
+        return train(cfg, model, args.resume)
+    build_checkpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    return evaluate(cfg, model)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    args = default_argument_parser(epilog=__doc__).parse_args(arguments)
+    if "train.device=cpu" in args.opts:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else the processes would be joined by NCCL
+    return args
+
+
+if __name__ == "__main__":
+    launch(main, parse_arguments())

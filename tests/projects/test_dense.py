@@ -1,0 +1,266 @@
+"""projects/RegionSpotDense: RegionSpot behind RetinaNet and FCOS, by lazy configs, in one process and in two."""
+
+import json
+import logging
+import sys
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+
+from regionspot import RegionSpot
+
+from ..engine.test_train_net import run
+from ..helpers import NAMES, as_inputs, write_dataset
+from ..modeling.test_meta_arch import assert_same
+from .tiny_dense import PROJECT, tiny_dense_config
+
+logging.getLogger("detectron2").setLevel(logging.ERROR)
+CONFIGS = ("retinanet_R_50_FPN", "fcos_R_50_FPN")
+
+spec = spec_from_file_location("dense_train_net", PROJECT / "train_net.py")  # there is a train_net in tools/, too
+train_net = module_from_spec(spec)
+spec.loader.exec_module(train_net)
+
+
+def build(name, *overrides):
+    """Return a detector whose boxes are near its anchors, as they are after training, and vary in score."""
+    torch.manual_seed(0)
+    model = instantiate(tiny_dense_config(name, *overrides).model).eval()
+    with torch.no_grad():
+        model.detector.head.bbox_pred.weight.mul_(1e-3)
+        model.detector.head.cls_score.weight.mul_(0.1)
+    model.set_vocabulary(NAMES)
+    return model
+
+
+def batch():
+    """Images of different sizes, whose outputs are larger, smaller, stretched, and as they are."""
+    wanted = [(96, 128), (30, 20), (50, 100), None]
+    inputs = [as_inputs(i, size) for i, size in enumerate([(48, 64), (64, 40), (50, 50), (90, 130)])]
+    for x, size in zip(inputs, wanted):
+        for key in ("instances", "height", "width"):
+            del x[key]
+        x.update({"height": size[0], "width": size[1]} if size else {})
+    return inputs
+
+
+def proposals_of(model, inputs, found):
+    """Return boxes found at output size in the image's frame, each once, best first: written anew, box by box."""
+    height, width = inputs["image"].shape[1:]
+    boxes, scores = found.pred_boxes.tensor, found.scores
+    x, y = width / inputs.get("width", width), height / inputs.get("height", height)
+    boxes = boxes * torch.tensor([x, y, x, y])
+    kept = []
+    for index in scores.argsort(descending=True).tolist():
+        others = Boxes(boxes[kept])
+        if not kept or pairwise_iou(Boxes(boxes[index : index + 1]), others).max() <= model.box_nms_thresh:
+            kept.append(index)
+    kept = kept if model.top_k < 0 else kept[: model.top_k]
+    return Instances((height, width), proposal_boxes=Boxes(boxes[kept]), scores=scores[kept])
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        (CONFIGS[0], []),
+        (CONFIGS[0], ["model.masks=True", "model.input_format=RGB", "model.top_k=7", "model.box_nms_thresh=0.3"]),
+        (CONFIGS[1], ["model.masks=True", "model.top_k=-1"]),
+        (CONFIGS[1], ["model.box_nms_thresh=1"]),
+    ],
+)
+def test_results_are_those_of_regionspot_for_the_detectors_boxes(name, overrides):
+    model = build(name, *overrides)
+    reference = RegionSpot(
+        recognizer=model.recognizer, input_format=model.input_format, masks="bitmask" if model.masks else ""
+    ).eval()
+    with torch.no_grad():
+        raw = [output["instances"] for output in model.detector(batch())]  # at output size
+    for inputs, output, detections in zip(batch(), model(batch()), raw, strict=True):
+        proposals = proposals_of(model, inputs, detections)
+        expected = reference([{**inputs, "proposals": proposals}])[0]["instances"]
+        found = output["instances"]
+        assert set(output) == {"instances"} and len(found) > 5
+        assert_same(found, expected)
+        size = (inputs.get("height", inputs["image"].shape[1]), inputs.get("width", inputs["image"].shape[2]))
+        assert found.image_size == size and found.has("pred_masks") == model.masks
+        distances = (found.pred_boxes.tensor[:, None] - detections.pred_boxes.tensor).abs().amax(dim=2)
+        assert distances.amin(dim=1).max() < 1e-3  # the frame is that of the detector's own output
+
+
+def test_an_image_without_boxes_has_no_detections():
+    model = build(CONFIGS[0], "model.detector.test_score_thresh=1.0")
+    assert [len(output["instances"]) for output in model(batch())] == [0] * 4
+
+
+def train_a_little(model, cfg, inputs, steps=3):
+    """Return what has changed: keys of the state dict; and the last losses."""
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cfg.optimizer.params.model = model
+    cfg.optimizer.lr = 1e-3
+    optimizer = instantiate(cfg.optimizer)
+    model.train()
+    with EventStorage():
+        for _ in range(steps):
+            losses = model(inputs)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+    return {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}, losses
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_changes_the_attention_module_and_nothing_else(name):
+    model, inputs = build(name), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, number=0)]
+    changed, losses = train_a_little(model, tiny_dense_config(name), inputs)
+    attention = {key for key in model.state_dict() if key.startswith("recognizer.knowledge_integration.")}
+    assert changed == attention and len(attention) > 20 and set(losses) == {"loss_regionspot"}
+    assert any("running_mean" in key for key in model.state_dict())  # of BatchNorm, which would have changed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_detector_that_is_not_frozen_learns_by_its_own_losses(name):
+    model, inputs = build(name, "model.freeze=False"), [as_inputs(0), as_inputs(1, (64, 40))]
+    changed, losses = train_a_little(model, tiny_dense_config(name), inputs)
+    assert "loss_regionspot" in losses and len(losses) >= 3
+    for part in ("detector.head.bbox_pred.weight", "detector.backbone.bottom_up.res3.0.conv1.norm.running_mean"):
+        assert part in changed
+    frozen = ("recognizer.localizer.", "recognizer.vision_language.")
+    assert "recognizer.knowledge_integration.projector.weight" in changed
+    assert not [key for key in changed if key.startswith(frozen)]
+
+
+def test_loss_is_that_of_regionspot_for_the_annotated_boxes():
+    model, inputs = build(CONFIGS[0]), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, number=0)]
+    reference = RegionSpot(recognizer=model.recognizer, input_format="BGR")
+    for module in (model.train(), reference.train()):
+        module.recognizer.knowledge_integration.eval()  # no dropout
+    expected = reference(inputs)["loss_cls"]
+    torch.testing.assert_close(model(inputs)["loss_regionspot"], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gt_classes": torch.tensor([4])}, ValueError, "image scene 0: class 4 is outside the vocabulary of 4 names"),
+        ({"gt_classes": torch.tensor([-1])}, ValueError, "class -1 is outside the vocabulary"),
+        ({"gt_boxes": Boxes(torch.tensor([[9.0, 9, 9, 20]]))}, ValueError, "boxes of image scene 0: .* has no area"),
+        (None, KeyError, "image scene 0: training needs the key 'instances'"),
+    ],
+)
+def test_what_is_wrong_with_annotations_is_said(change, error, message):
+    model, inputs = build(CONFIGS[0]).train(), as_inputs(0, number=1)
+    for key, value in (change or {}).items():
+        inputs["instances"].set(key, value)
+    if change is None:
+        del inputs["instances"]
+    with pytest.raises(error, match=message):
+        model([inputs])
+
+
+def test_what_is_wrong_with_the_model_is_said():
+    with pytest.raises(ValueError, match="input_format: expected RGB or BGR, got 'GRB'"):
+        build(CONFIGS[0], "model.input_format=GRB")
+    with pytest.raises(ValueError, match="no vocabulary is set"):
+        instantiate(tiny_dense_config(CONFIGS[0]).model).train()([as_inputs(0)])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configs_load_anywhere_and_take_overrides(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = LazyConfig.load(str(PROJECT / "configs" / f"{name}.py"))
+    assert set(cfg) == {"model", "optimizer", "dataloader", "lr_multiplier", "train"}
+    assert cfg.optimizer.lr == 2.5e-5 and cfg.model.freeze and not cfg.train.init_checkpoint
+    assert ("retinanet" in name) == cfg.model.detector_weights.endswith("model_final_bfca0b.pkl")
+    overrides = "[MODEL.REGIONSPOT.VOCABULARY,'a,b',TEST.DETECTIONS_PER_IMAGE,9]"
+    LazyConfig.apply_overrides(cfg, [f"model.recognizer.cfg.overrides={overrides}"])
+    regionspot = instantiate(cfg.model.recognizer.cfg)
+    assert regionspot.MODEL.REGIONSPOT.SAM.NAME == "vit_b" and regionspot.MODEL.REGIONSPOT.VOCABULARY == "a,b"
+    assert regionspot.TEST.DETECTIONS_PER_IMAGE == 9
+
+
+def arguments(folder, *options):
+    return train_net.parse_arguments(["--config-file", str(folder / "tiny.yaml"), *map(str, options)])
+
+
+def metrics(output):
+    return json.loads((output / "metrics.json").read_text().splitlines()[-1])
+
+
+WHOLE = ["model.freeze=False", "model.detector_weights=''", "optimizer.lr=3e-3", "train.max_iter=30"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A user's folder: a data set, frozen weights, a config that names them, and a detector that was trained by it."""
+    folder = tmp_path_factory.mktemp("user")
+    write_dataset(folder / "data").rename(folder / "my.json")
+    (folder / "data" / "images").rename(folder / "my_images")
+    model = build(CONFIGS[0])
+    torch.save(model.recognizer.localizer.sam.state_dict(), folder / "sam.pth")
+    torch.save(model.recognizer.vision_language.clip_model.state_dict(), folder / "clip.pth")
+    keys = {"SAM": folder / "sam.pth", "CLIP": folder / "clip.pth"}
+    frozen = ",".join(f"MODEL.REGIONSPOT.{key}.WEIGHTS,'{path}'" for key, path in keys.items())
+    cfg = tiny_dense_config(
+        CONFIGS[0],
+        *[f"model.recognizer.cfg.overrides=[{frozen}]", f"model.detector_weights={folder}/detector.pth"],
+        *[f"dataloader.{part}.dataset.names='{folder}/my.json:{folder}/my_images'" for part in ("train", "test")],
+        *["optimizer.lr=1e-3", "train.max_iter=4", "train.log_period=1", "train.eval_period=100"],
+    )
+    LazyConfig.save(cfg, str(folder / "tiny.yaml"))  # as train_net.py saves its own
+    trained = train_net.main(arguments(folder, *WHOLE, f"train.output_dir={folder}/whole"))
+    torch.save({"model": trained.detector.state_dict()}, folder / "detector.pth")
+    return folder
+
+
+def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
+    torch.set_num_threads(1)
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.multiprocessing, "start_processes", forked)
+        output = f"train.output_dir={folder}/two"
+        train_net.launch(train_net.main, arguments(folder, "--num-gpus", 2, "--dist-url", "auto", output))
+    by_two = metrics(folder / "two")
+    checkpoint = f"train.init_checkpoint={folder}/two/model_final.pth"
+    by_one = train_net.main(arguments(folder, "--eval-only", checkpoint, f"train.output_dir={folder}/one"))["bbox"]
+    random = train_net.main(arguments(folder, "--eval-only", f"train.output_dir={folder}/one"))["bbox"]
+    assert by_one["AP"] > 5 and abs(by_one["AP"] - random["AP"]) > 0.1
+    for metric in ("AP", "AP50", *(f"AP-{name}" for name in NAMES)):
+        assert by_two[f"bbox/{metric}"] == pytest.approx(by_one[metric], abs=1e-6)
+    saved = torch.load(folder / "two" / "model_final.pth", weights_only=True)
+    assert all(key.startswith("model.") for key in saved["model"]) and len(saved["model"]) < 100  # attention alone
+
+    command = [PROJECT / "train_net.py", "--config-file", "two/config.yaml", "--resume", "train.max_iter=6"]
+    log = run(folder, sys.executable, *command)
+    assert "Starting training from iteration 4" in log and metrics(folder / "two")["iteration"] == 6
+
+
+def test_a_detector_that_learns_is_saved_and_resumed_from(folder):
+    lines = [json.loads(line) for line in (folder / "whole" / "metrics.json").read_text().splitlines()]
+    losses = ("loss_regionspot", "loss_cls", "loss_box_reg")
+    assert all(lines[-2][loss] < 0.8 * lines[0][loss] for loss in losses)
+    resumed = train_net.main(arguments(folder, "--resume", *WHOLE, f"train.output_dir={folder}/whole"))
+    saved = torch.load(folder / "whole" / "model_final.pth", weights_only=True)["model"]
+    detector = torch.load(folder / "detector.pth", weights_only=True)["model"]
+    for key, value in resumed.state_dict().items():
+        assert torch.equal(value, saved[key])
+        assert not key.startswith("detector.") or torch.equal(value, detector[key.removeprefix("detector.")])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["dataloader.train.dataset.names=coco_2017_trian"], KeyError, "do you mean coco_2017_train"),
+        (["dataloader.test.dataset.names=no.json:images"], FileNotFoundError, "no.json: no such file"),
+        (["model.recognizer.weights=no.pth"], FileNotFoundError, "no.pth.*no such file"),
+        (["train.init_checkpoint=DETECTOR"], ValueError, "is no RegionSpot checkpoint"),
+    ],
+)
+def test_what_is_wrong_is_said_before_training(folder, overrides, error, message):
+    overrides = [x.replace("DETECTOR", f"{folder}/detector.pth") for x in overrides]
+    with pytest.raises(error, match=message):
+        train_net.main(arguments(folder, *overrides, f"train.output_dir={folder}/wrong"))
