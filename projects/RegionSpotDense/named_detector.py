@@ -17,6 +17,15 @@ from regionspot.structures import check_boxes, check_classes, read_proposals
 logger = logging.getLogger(f"regionspot.{__name__}")
 
 
+def load_detector(detector: nn.Module, weights: str) -> nn.Module:
+    """Return ``detector`` with its own checkpoint loaded: a file or URL, "" to leave it as it is."""
+    if weights:
+        SafeDetectionCheckpointer(detector).load(weights)
+    else:
+        logger.warning("No weights are given for the detector: it keeps those it has, random or not")
+    return detector
+
+
 class NamedDetector(nn.Module):
     """A detector finds boxes, whatever it calls them; the recogniser names them over any vocabulary."""
 
@@ -52,10 +61,7 @@ class NamedDetector(nn.Module):
         self.detector, self.recognizer = detector, recognizer
         self.input_format, self.masks, self.frozen = input_format, masks, freeze
         self.box_nms_thresh, self.top_k = box_nms_thresh, top_k
-        if detector_weights:
-            SafeDetectionCheckpointer(detector).load(detector_weights)
-        elif freeze:
-            logger.warning("No detector_weights are given: the frozen detector keeps those it has, random or not")
+        load_detector(detector, detector_weights)
         if freeze:
             freeze_host(self)
 

@@ -2,8 +2,7 @@
 """Train a detector whose boxes RegionSpot names, or evaluate it with --eval-only, by a lazy config.
 
 Examples:
-    train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 8
-    train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 8 --resume
+    train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 8 [--resume]
     train_net.py --config-file configs/retinanet_R_50_FPN.py --eval-only model.recognizer.weights=regionspot_bb.pth
     train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 2 train.device=cpu   (two processes)
     train_net.py --config-file configs/fcos_R_50_FPN.py dataloader.train.dataset.names=my.json:my_images
@@ -14,17 +13,9 @@ import os
 from typing import Any
 
 import torch
+from detectron2 import engine
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import (
-    AMPTrainer,
-    SimpleTrainer,
-    create_ddp_model,
-    default_argument_parser,
-    default_setup,
-    default_writers,
-    hooks,
-)
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -67,21 +58,29 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
-    """Train ``model`` and return it."""
+    """Train ``model``, which is evaluated at the end, and return it."""
     recognizer = find_recognizer(model)
     recognizer.set_vocabulary(names_of(recognizer, cfg.dataloader.train), "training")
     cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def clip_gradients(*_: object) -> None:  # a hook, so that a gradient scaler has unscaled before
+        nn.utils.clip_grad_norm_(learning, cfg.train.clip_gradients)
+
+    optimizer.register_step_pre_hook(clip_gradients)
     device_ids = None if cfg.train.device == "cpu" else [comm.get_local_rank()]
-    parallel = create_ddp_model(model, **cfg.train.ddp, device_ids=device_ids)
-    step = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = step(parallel, instantiate(cfg.dataloader.train), instantiate(cfg.optimizer))
+    parallel = engine.create_ddp_model(model, **cfg.train.ddp, device_ids=device_ids)
+    step = engine.AMPTrainer if cfg.train.amp.enabled else engine.SimpleTrainer
+    trainer = step(parallel, instantiate(cfg.dataloader.train), optimizer)
     checkpointer = build_checkpointer(model, cfg.train.output_dir, trainer=trainer)
-    trainer.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))])
-    trainer.register_hooks([hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))])
+    every = [engine.hooks.IterationTimer(), engine.hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+    every.append(engine.hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)))
     if comm.is_main_process():
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)])
-        trainer.register_hooks([hooks.PeriodicWriter(writers, cfg.train.log_period)])
+        writers = engine.default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        every.append(engine.hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
+        every.append(engine.hooks.PeriodicWriter(writers, cfg.train.log_period))
+    trainer.register_hooks(every)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)
@@ -90,7 +89,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
 
 def main(args: argparse.Namespace) -> Any:
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    default_setup(cfg, args)
+    engine.default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="regionspot")
     for part in ("test",) if args.eval_only else ("train", "test"):
         names = cfg.dataloader[part].dataset.names
@@ -105,7 +104,7 @@ def main(args: argparse.Namespace) -> Any:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    args = default_argument_parser(epilog=__doc__).parse_args(arguments)
+    args = engine.default_argument_parser(epilog=__doc__).parse_args(arguments)
     if "train.device=cpu" in args.opts:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else the processes would be joined by NCCL
     return args

@@ -116,8 +116,9 @@ def train_a_little(model, cfg, inputs, steps=3):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_changes_the_attention_module_and_nothing_else(name):
     model, inputs = build(name), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, number=0)]
-    changed, losses = train_a_little(model, tiny_dense_config(name), inputs)
     attention = {key for key in model.state_dict() if key.startswith("recognizer.knowledge_integration.")}
+    assert {key for key, value in model.named_parameters() if value.requires_grad} == attention
+    changed, losses = train_a_little(model, tiny_dense_config(name), inputs)
     assert changed == attention and len(attention) > 20 and set(losses) == {"loss_regionspot"}
     assert any("running_mean" in key for key in model.state_dict())  # of BatchNorm, which would have changed
 
@@ -169,6 +170,27 @@ def test_what_is_wrong_with_the_model_is_said():
         instantiate(tiny_dense_config(CONFIGS[0]).model).train()([as_inputs(0)])
 
 
+def test_roi_heads_of_explicit_arguments(tmp_path):
+    """The zoo's Mask R-CNN with RegionSpotROIHeads, and the weights of one with heads of its own."""
+    name = "mask_rcnn_R_50_FPN"
+    cfg = tiny_dense_config(name, f"model.weights={tmp_path}/rcnn.pth")
+    own = LazyConfig.load(str(PROJECT / "configs" / f"{name}.py")).model.detector.roi_heads
+    assert own.num_classes == 80 and own.positive_fraction == 0.25 and own.masks
+    other = instantiate(cfg.model.detector)
+    state = {key: value for key, value in other.state_dict().items() if "recognizer" not in key}
+    torch.save({"model": {**state, "roi_heads.box_predictor.cls_score.bias": torch.zeros(81)}}, tmp_path / "rcnn.pth")
+    model = instantiate(cfg.model)
+    model.roi_heads.set_vocabulary(NAMES)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items()) and len(state) > 50
+    changed, losses = train_a_little(model, cfg, [as_inputs(0), as_inputs(1, (64, 40))])
+    assert set(losses) == {"loss_regionspot"}
+    assert changed == {key for key in model.state_dict() if "recognizer.knowledge_integration." in key}
+    for inputs, output in zip(batch(), model.eval()(batch()), strict=True):
+        size = (inputs.get("height", inputs["image"].shape[1]), inputs.get("width", inputs["image"].shape[2]))
+        assert output["instances"].image_size == size and len(output["instances"]) == 20 * len(NAMES)
+        assert output["instances"].pred_masks.shape[1:] == size
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_load_anywhere_and_take_overrides(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -209,7 +231,7 @@ def folder(tmp_path_factory):
         CONFIGS[0],
         *[f"model.recognizer.cfg.overrides=[{frozen}]", f"model.detector_weights={folder}/detector.pth"],
         *[f"dataloader.{part}.dataset.names='{folder}/my.json:{folder}/my_images'" for part in ("train", "test")],
-        *["optimizer.lr=1e-3", "train.max_iter=4", "train.log_period=1", "train.eval_period=100"],
+        *["optimizer.lr=3e-4", "train.max_iter=4", "train.log_period=1", "train.eval_period=100"],
     )
     LazyConfig.save(cfg, str(folder / "tiny.yaml"))  # as train_net.py saves its own
     trained = train_net.main(arguments(folder, *WHOLE, f"train.output_dir={folder}/whole"))
@@ -237,6 +259,15 @@ def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
     command = [PROJECT / "train_net.py", "--config-file", "two/config.yaml", "--resume", "train.max_iter=6"]
     log = run(folder, sys.executable, *command)
     assert "Starting training from iteration 4" in log and metrics(folder / "two")["iteration"] == 6
+
+
+def test_names_are_those_of_the_data_set_unless_the_config_has_others(folder):
+    cfg = LazyConfig.load(str(folder / "tiny.yaml"))
+    recognizer = instantiate(cfg.model.recognizer)
+    assert train_net.names_of(recognizer, cfg.dataloader.test) == [NAMES[i] for i in (1, 0, 3, 2)]  # by category id
+    cfg.model.recognizer.cfg.overrides.extend(["MODEL.REGIONSPOT.VOCABULARY", "a,b,c,d"])
+    recognizer = instantiate(cfg.model.recognizer)
+    assert train_net.names_of(recognizer, cfg.dataloader.test) == ["a", "b", "c", "d"]
 
 
 def test_a_detector_that_learns_is_saved_and_resumed_from(folder):

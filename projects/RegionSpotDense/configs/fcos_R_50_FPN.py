@@ -3,6 +3,7 @@
 The zoo has no checkpoint of FCOS: train one by the zoo's own config and give it as ``model.detector_weights``.
 """
 
-from .common.naming import name_boxes_of
+from .common.naming import name_boxes_of, recipe
 
-model, optimizer, dataloader, lr_multiplier, train = name_boxes_of("COCO-Detection/fcos_R_50_FPN_1x.py")
+optimizer, dataloader, lr_multiplier, train = recipe("COCO-Detection/fcos_R_50_FPN_1x.py")
+model = name_boxes_of("COCO-Detection/fcos_R_50_FPN_1x.py")

@@ -2,9 +2,10 @@
 
 from detectron2 import model_zoo
 
-from .common.naming import name_boxes_of
+from .common.naming import name_boxes_of, recipe
 
-model, optimizer, dataloader, lr_multiplier, train = name_boxes_of(
+optimizer, dataloader, lr_multiplier, train = recipe("COCO-Detection/retinanet_R_50_FPN_1x.py")
+model = name_boxes_of(
     "COCO-Detection/retinanet_R_50_FPN_1x.py",
     detector_weights=model_zoo.get_checkpoint_url("COCO-Detection/retinanet_R_50_FPN_1x.py"),
 )

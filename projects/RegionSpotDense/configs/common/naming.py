@@ -1,4 +1,4 @@
-"""What the configs here share: RegionSpot behind a detector of Detectron2's model zoo."""
+"""What the configs here share: RegionSpot's recogniser, its training recipe, and both around a dense detector."""
 
 import sys
 from pathlib import Path
@@ -14,24 +14,36 @@ from regionspot.config import load_config
 PROJECT = Path(__file__).resolve().parents[2]
 if str(PROJECT) not in sys.path:  # the configs also load where train_net.py is not what runs
     sys.path.insert(0, str(PROJECT))
-from named_detector import NamedDetector  # noqa: E402
+from named_detector import NamedDetector, load_detector  # noqa: E402, F401
+
+recognizer = L(load_recognizer)(
+    # overrides are RegionSpot's: [KEY, value, ...]
+    cfg=L(load_config)(config_file=str(PROJECT.parents[1] / "configs" / "RegionSpot-BB.yaml"), overrides=[]),
+    weights="",  # a RegionSpot checkpoint, released or one's own
+)
 
 
-def name_boxes_of(zoo_config: str, detector_weights: str = "") -> tuple[DictConfig, ...]:
-    """Return model, optimizer, dataloader, lr_multiplier and train of a dense detector whose boxes RegionSpot names.
+def recipe(zoo_config: str) -> tuple[DictConfig, ...]:
+    """Return optimizer, dataloader, lr_multiplier and train: the zoo's, with the rates of RegionSpot's paper."""
+    zoo, optimizer = model_zoo.get_config(zoo_config), model_zoo.get_config("common/optim.py").AdamW
+    optimizer.lr, optimizer.weight_decay, optimizer.params.weight_decay_norm = 2.5e-5, 1e-4, 1e-4
+    zoo.train.init_checkpoint = ""  # of RegionSpot, or of a run of train_net.py; the detector's is detector_weights
+    zoo.train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    zoo.train.seed, zoo.train.clip_gradients = 0, 1.0  # norm of the gradient over all that learns
+    return optimizer, zoo.dataloader, zoo.lr_multiplier, zoo.train
+
+
+def name_boxes_of(zoo_config: str, detector_weights: str = "") -> DictConfig:
+    """Return the model: a detector whose boxes RegionSpot names.
 
     Args:
         zoo_config: a Python config of the model zoo, such as COCO-Detection/retinanet_R_50_FPN_1x.py.
         detector_weights: file or URL of the detector's checkpoint.
     """
     zoo = model_zoo.get_config(zoo_config)
-    model = L(NamedDetector)(
+    return L(NamedDetector)(
         detector=zoo.model,
-        recognizer=L(load_recognizer)(
-            # overrides are RegionSpot's: [KEY, value, ...]
-            cfg=L(load_config)(config_file=str(PROJECT.parents[1] / "configs" / "RegionSpot-BB.yaml"), overrides=[]),
-            weights="",  # a RegionSpot checkpoint, released or one's own
-        ),
+        recognizer=recognizer,
         input_format=zoo.dataloader.train.mapper.image_format,
         detector_weights=detector_weights,
         masks=False,
@@ -39,9 +51,3 @@ def name_boxes_of(zoo_config: str, detector_weights: str = "") -> tuple[DictConf
         box_nms_thresh=0.7,
         top_k=-1,
     )
-    optimizer = model_zoo.get_config("common/optim.py").AdamW  # over what learns; the rates are those of the paper
-    optimizer.lr, optimizer.weight_decay, optimizer.params.weight_decay_norm = 2.5e-5, 1e-4, 1e-4
-    zoo.train.init_checkpoint = ""  # of RegionSpot, or of a run of train_net.py; the detector's is detector_weights
-    zoo.train.device = "cuda" if torch.cuda.is_available() else "cpu"
-    zoo.train.seed = 0
-    return model, optimizer, zoo.dataloader, zoo.lr_multiplier, zoo.train
