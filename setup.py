@@ -18,8 +18,8 @@ setup(
     packages=find_packages(include=["regionspot", "regionspot.*"]),
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.1",
-        "torchvision>=0.16",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "numpy>=1.24",
         "pillow>=9.5",
         "segment-anything>=1.0",

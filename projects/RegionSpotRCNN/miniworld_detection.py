@@ -10,16 +10,18 @@ Example:
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+from PIL import Image
 from tabulate import tabulate
 from torch import nn
 
@@ -30,8 +32,11 @@ sys.path[:0] = [str(PROJECT), str(ROOT / "datasets")]
 from train_net import Trainer  # noqa: E402
 
 from miniworld import experiment  # noqa: E402
+from miniworld.categories import NAMES, NOVEL  # noqa: E402
+from miniworld.generator import Scene  # noqa: E402
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer  # noqa: E402
 from regionspot.utils.files import atomic_path  # noqa: E402
+from regionspot.visualization import draw_labels  # noqa: E402
 
 CONFIGS = PROJECT / "configs" / "miniworld"
 
@@ -93,6 +98,18 @@ def build(config: str, args: argparse.Namespace, host: Path, head: Path) -> tupl
     return cfg, model.eval()
 
 
+@torch.no_grad()
+def draw_detections(model: nn.Module, scene: Scene, score: float = 0.3, scale: int = 3) -> np.ndarray:
+    """Return a picture of a scene: what is found in it, each object by its best name, novel ones with a star."""
+    side = scene.image.shape[0] * scale
+    found = model([{"image": experiment.to_tensor(scene), "height": side, "width": side}])[0]["instances"].to("cpu")
+    first = {region: row for row, region in reversed(list(enumerate(found.region_indices.tolist())))}
+    found = found[torch.tensor([row for row in sorted(first.values()) if found.scores[row] > score], dtype=torch.long)]
+    labels = [f"{'*' if i in NOVEL else ''}{NAMES[i]}" for i in found.pred_classes.tolist()]
+    large = np.asarray(Image.fromarray(scene.image).resize((side, side), Image.Resampling.BICUBIC))
+    return draw_labels(large, found.pred_boxes.tensor.numpy(), found.pred_masks.numpy(), labels)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/rcnn"), metavar="DIR")
@@ -107,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    logging.basicConfig(level=logging.INFO)
+    setup_logger()
     start = time.perf_counter()
     experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.workers)
     register_hosts_data()
@@ -120,16 +137,22 @@ def main() -> None:
     }
     results: dict[str, dict[str, Any]] = {}
     for title, (config, host) in rows.items():
-        results[title] = Trainer.test(*build(config, args, host, spot))
+        cfg, model = build(config, args, host, spot)
+        results[title] = Trainer.test(cfg, model)
+        if config == "RegionSpot-head":
+            pictures = [draw_detections(model, scene) for scene in experiment.test_scenes("test", 6)]
     with atomic_path(args.output / "summary.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1))
+    for index, picture in enumerate(pictures):
+        with atomic_path(args.output / f"scene_{index}.png") as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG")
     columns = ("AP", "AP50", "APr", "APc", "APf")
     table = [
         [title, *(result["bbox"][column] for column in columns), result.get("segm", {}).get("AP")]
         for title, result in results.items()
     ]
     print(tabulate(table, ["", *columns, "mask AP"], floatfmt=".1f"))
-    print(f"{time.perf_counter() - start:.0f} s; summary.json is in {args.output}")
+    print(f"{time.perf_counter() - start:.0f} s; pictures and summary.json are in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""Open-vocabulary detection in the miniature world, end to end at a small size."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from detectron2.modeling import build_model
+
+from miniworld.experiment import miniworld_config
+from regionspot.checkpoint import RegionSpotCheckpointer
+
+from ..helpers import ROOT
+
+
+def test_hosts_are_trained_and_their_boxes_named(tmp_path):
+    cfg = miniworld_config(ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml", tmp_path)
+    model = build_model(cfg)
+    checkpointer = RegionSpotCheckpointer.from_config(cfg, model, str(tmp_path))
+    checkpointer.load("")
+    checkpointer.save("regionspot")
+    script = ROOT / "projects" / "RegionSpotRCNN" / "miniworld_detection.py"
+    options = ["--output", tmp_path / "out", "--weights", tmp_path / "regionspot.pth", "--train", 24, "--test", 6]
+    command = [sys.executable, "-W", "ignore", script, *options, "--workers", 1, "SOLVER.MAX_ITER", 2]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env, check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary) == 3 and all("APr" in row["bbox"] for row in summary.values())
+    assert summary["the host, closed-set"]["bbox"]["APr"] == 0
+    assert "segm" in summary["class-agnostic host + RegionSpot"] and "mask AP" in result.stdout
+    assert len(list((tmp_path / "out").glob("scene_*.png"))) == 6
+    hosts = [
+        torch.load(tmp_path / "out" / f"host_{name}" / "model_final.pth", weights_only=True)["model"]
+        for name in ("class-agnostic", "closed-set")
+    ]
+    rows = [len(host["roi_heads.box_predictor.cls_score.weight"]) for host in hosts]
+    assert rows == [2, 85]
