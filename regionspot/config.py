@@ -124,6 +124,9 @@ def _add_head_config(node: CfgNode) -> None:
     # The classes that the host knows, in its order, in any form that VOCABULARY takes. Of these names detections are
     # the host's, of all others RegionSpot's; "" takes RegionSpot's for all.
     node.HEAD.HOST_VOCABULARY = ""
+    # Where detections of host and RegionSpot have more IoU than this only those of the better score stay; 1 keeps both,
+    # as class-wise suppression does.
+    node.HEAD.MERGE_NMS_THRESH = 1.0
 
 
 def _add_training_config(cfg: CfgNode) -> None:

@@ -46,6 +46,7 @@ class RegionSpotROIHeads(ROIHeads):
         top_k_proposals: int = -1,
         host: nn.Module | None = None,
         host_vocabulary: list[str] | None = None,
+        merge_nms_thresh: float = 1.0,
         freeze: bool = True,
         loaded: Sequence[str] = (),
         **kwargs: object,
@@ -62,6 +63,7 @@ class RegionSpotROIHeads(ROIHeads):
             top_k_proposals: boxes kept of an image, best first; -1 for all.
             host: the host's own ROI heads.
             host_vocabulary: the names of its classes, of which detections are then its own.
+            merge_nms_thresh: of what ``merge_detections`` does with these and RegionSpot's.
             freeze: let nothing of the ``GeneralizedRCNN`` around learn.
             loaded: parts of the recogniser that hold weights from a file.
             kwargs: of ``ROIHeads``: how regions to train with are sampled.
@@ -80,7 +82,7 @@ class RegionSpotROIHeads(ROIHeads):
         self.host = host
         self.input_format, self.masks, self.refine = input_format, masks, refine
         self.box_score, self.box_nms_thresh, self.top_k_proposals = box_score, box_nms_thresh, top_k_proposals
-        self.host_vocabulary = list(host_vocabulary or [])
+        self.host_vocabulary, self.merge_nms_thresh = list(host_vocabulary or []), merge_nms_thresh
         self.frozen, self.loaded = freeze, tuple(loaded)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -122,6 +124,7 @@ class RegionSpotROIHeads(ROIHeads):
             "top_k_proposals": cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K,
             "host": build_host_heads(cfg, input_shape) if with_host else None,
             "host_vocabulary": load_vocabulary(node.HOST_VOCABULARY) if node.HOST_VOCABULARY else None,
+            "merge_nms_thresh": node.MERGE_NMS_THRESH,
             "freeze": node.FREEZE_HOST,
             "loaded": sorted(found.parts),
         }
@@ -233,10 +236,9 @@ class RegionSpotROIHeads(ROIHeads):
 
     def _merge(self, found: Instances, known: Instances, first: int) -> Instances:
         """Merge by score; the host's boxes are the regions from ``first`` on."""
-        rule = self.recognizer.rule
         known.region_indices = first + torch.arange(len(known), device=known.scores.device)
         masks: RegionMasks | None = found.get_fields().pop("pred_masks", None)
-        merged = merge_detections(found, known, rule.nms_thresh, rule.top_k)
+        merged = merge_detections(found, known, self.merge_nms_thresh, self.recognizer.rule.top_k)
         if masks is not None:
             merged.pred_masks = RegionMasks(masks.logits, merged.region_indices, masks.upsample)
         return merged
