@@ -119,7 +119,8 @@ def _add_head_config(node: CfgNode) -> None:
     node.HEAD.BOX_SCORE = "objectness"
     # Of two boxes with more IoU than this only the better is recognised, whatever it shows; 1 for none.
     node.HEAD.BOX_NMS_THRESH = 1.0
-    # The host's own ROI heads, for "refined" and HOST_VOCABULARY: StandardROIHeads, CascadeROIHeads, Res5ROIHeads.
+    # The host's own ROI heads, for "refined" and HOST_VOCABULARY: StandardROIHeads, CascadeROIHeads, Res5ROIHeads. With
+    # HOST_CONFIG it is what that says.
     node.HEAD.HOST = "StandardROIHeads"
     # The classes that the host knows, in its order, in any form that VOCABULARY takes. Of these names detections are
     # the host's, of all others RegionSpot's; "" takes RegionSpot's for all.
@@ -232,6 +233,7 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
             path, weights = find_host_config(host, HOST_CONFIG)
             cfg.merge_from_file(path, allow_unsafe=False)
             cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
+            cfg.MODEL.REGIONSPOT.HEAD.HOST = cfg.MODEL.ROI_HEADS.NAME
         if config_file:
             cfg.merge_from_file(str(config_file), allow_unsafe=False)  # a config runs no code
         if not torch.cuda.is_available():

@@ -215,3 +215,18 @@ def test_no_code_runs_from_a_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be read as weights"):
         RegionSpotCheckpointer(tiny_model()).load(save(tmp_path / "x.pth", {"model": Evil()}))
     assert not (tmp_path / "evil.txt").exists()
+
+
+def test_a_whole_model_that_holds_another_recognizer_too(released):
+    model = tiny_model()
+    state = {f"roi_heads.{key}": value for key, value in released_model(released).state_dict().items()}
+    state |= {"speller.recognizer.conv.weight": torch.zeros(3), "decoder.layers.0.weight": torch.zeros(3)}
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, released / "joint.pth")
+    RegionSpotCheckpointer(model).load(str(released / "joint.pth"))
+    torch.testing.assert_close(logits_of(model), logits_of(released_model(released)), atol=0, rtol=0)
+
+
+def released_model(folder):
+    model = tiny_model()
+    RegionSpotCheckpointer(model).load(str(folder / "whole.pth"))
+    return model

@@ -11,6 +11,7 @@ from torchvision.ops import nms
 
 from regionspot import RegionRecognizer, freeze_host
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
+from regionspot.modeling.key_layout import translate_released_keys
 from regionspot.modeling.proposal_sources import to_proposals
 from regionspot.structures import check_boxes, check_classes, read_proposals
 
@@ -64,6 +65,7 @@ class NamedDetector(nn.Module):
         load_detector(detector, detector_weights)
         if freeze:
             freeze_host(self)
+        self.register_load_state_dict_pre_hook(_to_our_keys)
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
         """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
@@ -120,3 +122,13 @@ class NamedDetector(nn.Module):
         classes = [x.gt_classes.to(t.device) for x, t in zip(targets, tokens)]
         losses = {"loss_regionspot": self.recognizer.losses(tokens, feature_map, classes)["loss_cls"]}
         return losses if self.frozen else {**losses, **self.detector(batched_inputs)}
+
+
+def _to_our_keys(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, *__: object) -> None:
+    """Let a checkpoint in the released layout, such as one of the attention module alone, load into the recogniser."""
+    translate_released_keys(state, f"{prefix}recognizer.")
+    if state and not any(key.startswith(f"{prefix}recognizer.") for key in state):
+        raise ValueError(
+            f"the checkpoint holds nothing of RegionSpot: expected keys such as {prefix}recognizer.(...), got "
+            f"{next(iter(state))}; the detector's own checkpoint is model.detector_weights"
+        )

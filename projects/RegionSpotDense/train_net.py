@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from detectron2 import engine
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from regionspot import RegionRecognizer
-from regionspot.checkpoint import RegionSpotCheckpointer, find_recognizer
+from regionspot.checkpoint import find_recognizer
 from regionspot.data.build import check_registered
 from regionspot.engine import launch
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
@@ -36,14 +35,6 @@ def names_of(recognizer: RegionRecognizer, loader: DictConfig) -> list[str]:
         return recognizer.classifier.get_names("default")
     names = loader.dataset.names
     return dataset_names(names[0] if isinstance(names, ListConfig) else names)
-
-
-def build_checkpointer(model: nn.Module, folder: str, **kept: Any) -> DetectionCheckpointer:
-    """Return what saves what learns: RegionSpot's attention module, or the whole model where more than that does."""
-    ours = set(find_recognizer(model).parameters())
-    if any(p.requires_grad for p in model.parameters() if p not in ours):
-        return SafeDetectionCheckpointer(model, folder, **kept)
-    return RegionSpotCheckpointer(model, folder, **kept)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
@@ -73,7 +64,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
     parallel = engine.create_ddp_model(model, **cfg.train.ddp, device_ids=device_ids)
     step = engine.AMPTrainer if cfg.train.amp.enabled else engine.SimpleTrainer
     trainer = step(parallel, instantiate(cfg.dataloader.train), optimizer)
-    checkpointer = build_checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = SafeDetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     every = [engine.hooks.IterationTimer(), engine.hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
     every.append(engine.hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)))
     if comm.is_main_process():
@@ -99,7 +90,8 @@ def main(args: argparse.Namespace) -> Any:
         model = instantiate(cfg.model).to(cfg.train.device)
     if not args.eval_only:
         return train(cfg, model, args.resume)
-    build_checkpointer(model, cfg.train.output_dir).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    checkpointer = SafeDetectionCheckpointer(model, cfg.train.output_dir)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     return evaluate(cfg, model)
 
 

@@ -9,7 +9,9 @@ Examples:
 """
 
 import argparse
+import contextlib
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -29,10 +31,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from regionspot import RegionSpotROIHeads
+from regionspot.checkpoint import find_recognizer
 from regionspot.config import load_config
-from regionspot.data.build import check_registered
+from regionspot.data.build import check_registered, dataset_vocabulary
 from regionspot.engine import launch
 from regionspot.engine.optimizer import build_optimizer
+from regionspot.engine.train_loop import autocast_precision
 from regionspot.evaluation import DetectionLVISEvaluator
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 
@@ -43,13 +48,17 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         """Build what ``DefaultTrainer`` builds, which wraps a model for several processes with a GPU each only."""
         TrainerBase.__init__(self)
+        check_solver(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         device_ids = [comm.get_local_rank()] if torch.device(cfg.MODEL.DEVICE).type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
-        loop = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = loop(model, self.build_train_loader(cfg), optimizer)
+        data_loader, precision = self.build_train_loader(cfg), autocast_precision(cfg)
+        if precision is None:
+            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        else:
+            self._trainer = AMPTrainer(model, data_loader, optimizer, precision=precision)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeDetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
@@ -64,6 +73,32 @@ class Trainer(DefaultTrainer):
         is_lvis = MetadataCatalog.get(dataset_name).get("evaluator_type") == "lvis"
         folder = output_folder or f"{cfg.OUTPUT_DIR}/inference"
         return (DetectionLVISEvaluator if is_lvis else COCOEvaluator)(dataset_name, output_dir=folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
+        """Evaluate on each of ``DATASETS.TEST``, RegionSpot's head against that data set's own vocabulary."""
+        results = OrderedDict()
+        for index, name in enumerate(cfg.DATASETS.TEST):
+            single = cfg.clone()
+            single.defrost()
+            single.DATASETS.TEST = (name,)
+            own = [evaluators[index]] if evaluators else None
+            with contextlib.ExitStack() as stack:
+                if any(isinstance(module, RegionSpotROIHeads) for module in model.modules()):
+                    stack.enter_context(find_recognizer(model).using_vocabulary(dataset_vocabulary(cfg, name)))
+                results[name] = super().test(single, model, own)
+        return next(iter(results.values())) if len(results) == 1 else results
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """Refuse what ``tools/train_net.py`` has and Detectron2's trainer has not."""
+    if cfg.SOLVER.ACCUMULATE != 1 or cfg.SOLVER.EMA.ENABLED:
+        raise ValueError(
+            "SOLVER.ACCUMULATE and SOLVER.EMA are of tools/train_net.py: expected 1 and False, got "
+            f"{cfg.SOLVER.ACCUMULATE} and {cfg.SOLVER.EMA.ENABLED}"
+        )
+    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        raise ValueError("SOLVER.AMP.ENABLED: Detectron2's trainer has mixed precision on CUDA only; set it to False")
 
 
 def main(args: argparse.Namespace) -> Any:

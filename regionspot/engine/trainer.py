@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
@@ -30,6 +31,7 @@ from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, WeightAverage
 from regionspot.engine.optimizer import build_optimizer
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
+from regionspot.modeling import RegionSpot
 from regionspot.utils.files import folder_name
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class RegionSpotTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        check_architecture(cfg)
         check_tests(cfg)
         precision = autocast_precision(cfg)
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -137,6 +140,7 @@ class RegionSpotTrainer(DefaultTrainer):
         Returns:
             Metrics; under the data sets' names where there are several, and then with "average" of the ODinW sets.
         """
+        check_architecture(cfg)
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
         results: dict[str, Any] = OrderedDict()
         for index, name in enumerate(cfg.DATASETS.TEST):
@@ -154,6 +158,16 @@ class RegionSpotTrainer(DefaultTrainer):
             average = {task: float(np.nanmean([result[task]["AP"] for result in odinw])) for task in tasks}
             results["odinw_average"] = {task: {"AP": value} for task, value in average.items()}
         return results
+
+
+def check_architecture(cfg: CfgNode) -> None:
+    """Refuse models that are not RegionSpot's own, whose regions this trainer and its evaluation know."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if not issubclass(META_ARCH_REGISTRY.get(name), RegionSpot):
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE: expected RegionSpot or CropBaseline, got {name!r}; a detector with RegionSpot's "
+            "head is trained and evaluated by projects/RegionSpotRCNN/train_net.py"
+        )
 
 
 def check_tests(cfg: CfgNode) -> None:

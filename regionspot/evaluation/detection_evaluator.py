@@ -33,11 +33,17 @@ class DetectionLVISEvaluator(LVISEvaluator):
 
     def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
         detections = list(itertools.chain.from_iterable(x["instances"] for x in predictions))
-        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        names = self._metadata.thing_classes
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id") or {i + 1: i for i in range(len(names))}
         to_category = {label: category for category, label in mapping.items()}
         for detection in detections:
             label = detection["category_id"]
-            detection["category_id"] = to_category.get(label, label + 1)
+            if label not in to_category:
+                raise ValueError(
+                    f"the model predicts class {label}, but {self._metadata.name} has {len(to_category)} classes: its "
+                    "vocabulary must be the data set's, name by name"
+                )
+            detection["category_id"] = to_category[label]
         folder = Path(self._output_dir)
         path = folder / "lvis_instances_results.json"
         with atomic_path(path) as temporary:

@@ -1,13 +1,13 @@
 """The detector around a head: its own ROI heads, and keeping it as it is."""
 
-import weakref
+from functools import cache
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads, build_roi_heads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, ROIHeads, StandardROIHeads, build_roi_heads
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -21,6 +21,11 @@ def build_host_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Modu
     name = cfg.MODEL.REGIONSPOT.HEAD.HOST
     if name not in HOSTS:
         raise ValueError(f"MODEL.REGIONSPOT.HEAD.HOST: expected one of {', '.join(HOSTS)}; got {name!r}")
+    if name != "Res5ROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:
+        raise ValueError(
+            f"MODEL.REGIONSPOT.HEAD.HOST {name}: the host has no MODEL.ROI_BOX_HEAD.NAME; set HOST to the kind of ROI "
+            "heads that it had itself, Res5ROIHeads if it is a C4 detector"
+        )
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NAME = name
@@ -58,11 +63,12 @@ def refine_boxes(
         predictor.predict_boxes(predictions, last), predictor.predict_probs(predictions, last), proposals
     ):
         foreground = probabilities[:, :-1]  # (N, K); the last is the background
-        each = deltas.view(len(deltas), -1, 4)  # (N, 1 or K, 4)
-        best = foreground.argmax(dim=1) if each.shape[1] > 1 else torch.zeros(len(each), dtype=torch.long)
-        refined = Boxes(each[torch.arange(len(each)), best.to(each.device)])
+        each = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (N, 1 or K, 4)
+        likeliest, best = foreground.max(dim=1)
+        refined = Boxes(each[torch.arange(len(each)), best if each.shape[1] > 1 else torch.zeros_like(best)])
         refined.clip(given.image_size)
-        results.append((refined, foreground.sum(dim=1).clamp(max=1)))
+        objects = likeliest if predictor.use_sigmoid_ce else foreground.sum(dim=1)  # classes exclude each other or not
+        results.append((refined, objects))
     return results
 
 
@@ -86,7 +92,8 @@ def freeze_host(model: nn.Module) -> None:
         model: any module whose children are the parts of a detector. A ``RegionSpotROIHeads`` does this by itself
             for the ``GeneralizedRCNN`` that it is put into.
     """
-    model.register_forward_pre_hook(_freeze_children)
+    if _freeze_children not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_freeze_children)
     _freeze_children(model)
 
 
@@ -96,18 +103,20 @@ def _freeze_children(model: nn.Module, _: Any = None) -> None:
             child.requires_grad_(False).eval()
 
 
-def freeze_rcnn_around(head: nn.Module) -> None:
-    """Freeze the ``GeneralizedRCNN`` that ``head`` is going to be put into.
+@cache
+def freeze_rcnns_around_heads() -> None:
+    """From now on let a ``GeneralizedRCNN`` that gets a head with ``frozen`` set be frozen, by ``freeze_host``.
 
-    A head is built before the model and never learns of it; so it waits for the moment when it becomes a part.
+    A head is built before its model and never learns of it; so PyTorch is asked to tell when modules become parts of
+    others. What the model gets after the head (as ``PanopticFPN`` does) is frozen, too. Installed once a process.
     """
-    reference = weakref.ref(head)
+    nn.modules.module.register_module_module_registration_hook(_freeze_around)
 
-    def look(parent: nn.Module, _: str, child: nn.Module) -> None:
-        if reference() is None:
-            handle.remove()
-        elif child is reference() and isinstance(parent, GeneralizedRCNN):
-            handle.remove()
-            freeze_host(parent)
 
-    handle = nn.modules.module.register_module_module_registration_hook(look)
+def _freeze_around(parent: nn.Module, _: str, child: nn.Module | None) -> None:
+    if not isinstance(parent, GeneralizedRCNN):
+        return
+    if getattr(child, "frozen", False) and isinstance(child, ROIHeads):
+        freeze_host(parent)
+    elif child is not None and _freeze_children in parent._forward_pre_hooks.values():
+        child.requires_grad_(False).eval()

@@ -125,8 +125,8 @@ class DetectionRule:
 def merge_detections(ours: Instances, theirs: Instances, nms_thresh: float, top_k: int) -> Instances:
     """Merge an image's detections from two sources of different classes by score.
 
-    Where detections of both sources have more IoU than ``nms_thresh``, only those of the source with the better
-    score stay, whatever their classes. What one source says of an object does not touch what it says besides.
+    Best first, each detection suppresses those of the other source that have more IoU with it than ``nms_thresh``,
+    whatever their classes. What a source says of an object does not touch what else it says. Ties are theirs.
 
     Args:
         ours, theirs: with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices``.
@@ -136,11 +136,18 @@ def merge_detections(ours: Instances, theirs: Instances, nms_thresh: float, top_
     Returns:
         Instances with these four fields, best first.
     """
-    rivals = pairwise_iou(ours.pred_boxes, theirs.pred_boxes) > nms_thresh  # (N, M)
-    better = ours.scores[:, None] >= theirs.scores[None]
-    merged = Instances.cat([ours[~(rivals & ~better).any(dim=1)], theirs[~(rivals & better).any(dim=0)]])
-    order = merged.scores.argsort(descending=True)
-    return merged[order if top_k < 0 else order[:top_k]]
+    merged = Instances.cat([theirs, ours])
+    order = merged.scores.argsort(descending=True, stable=True)
+    merged = merged[order]
+    if nms_thresh < 1:
+        source = order >= len(theirs)  # (N,), True where it is ours
+        rivals = (pairwise_iou(merged.pred_boxes, merged.pred_boxes) > nms_thresh) & (source[:, None] != source)
+        kept = torch.ones_like(source)
+        for row in range(len(merged)):
+            if kept[row]:
+                kept[row + 1 :] &= ~rivals[row, row + 1 :]
+        merged = merged[kept]
+    return merged if top_k < 0 else merged[:top_k]
 
 
 class RegionMasks(ROIMasks):

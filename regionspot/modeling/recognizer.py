@@ -269,15 +269,16 @@ class RegionRecognizer(nn.Module):
         output_sizes: list[tuple[int, int]] | None = None,
         masks: str = "",
         classes: torch.Tensor | None = None,
+        features: ImageFeatures | None = None,
     ) -> list[tuple[Instances, Instances]]:
-        """Recognise the boxes of images; arguments as for ``forward``.
+        """Recognise the boxes of images; arguments as for ``forward``, and ``features`` if they are known already.
 
         Returns:
             For each image the detections, as ``forward`` gives them, and all its regions: ``Instances`` in the order
             of the boxes with ``pred_boxes``, ``top_classes`` and ``top_scores`` (N, up to 5; class probabilities) and
             ``unknown`` (N,) bool.
         """
-        features = self.encode_images(images)
+        features = features or self.encode_images(images)
         located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], bool(masks))
         logits = self.region_logits(images, boxes, features, located)
         results = []

@@ -135,10 +135,13 @@ def unwrap_state(content: dict[str, Any], path: str) -> dict[str, torch.Tensor]:
 
 def to_recognizer_state(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
     """Rename a checkpoint's keys, released ones or those of a whole model, to those of the recogniser."""
-    inside = {tail: value for key, value in state.items() if (tail := f".{key}".partition(".recognizer.")[2])}
-    renamed = inside or {
-        target: value for key, value in state.items() if (target := to_recognizer_key(key)) is not None
-    }
+    anchor = f"recognizer.{TRAINED}to_clip.weight"
+    whole = [key.removesuffix(anchor) + "recognizer." for key in state if f".{key}".endswith(f".{anchor}")]
+    renamed = (
+        part_of(state, whole[0])
+        if whole
+        else {target: value for key, value in state.items() if (target := to_recognizer_key(key)) is not None}
+    )
     if not any(key.startswith(TRAINED) for key in renamed):
         raise ValueError(
             f"{path} is no RegionSpot checkpoint: expected keys such as 'model.to_clip.weight', got {list(state)[:3]}. "

@@ -11,12 +11,13 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from regionspot.modeling.host import build_host_heads, freeze_rcnn_around, refine_boxes
+from regionspot.modeling.host import build_host_heads, freeze_rcnns_around_heads, refine_boxes
 from regionspot.modeling.inference import RegionMasks, merge_detections
 from regionspot.modeling.key_layout import FROZEN, TRAINED
+from regionspot.modeling.localizer import LocalizerOutput
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.recognizer_weights import frozen_sources, load_weights
-from regionspot.structures import check_boxes, check_classes, read_proposals
+from regionspot.structures import Prompts, check_boxes, check_classes, read_proposals
 from regionspot.vocabulary import dataset_names, load_vocabulary
 
 TRAINING = "names of DATASETS.TRAIN"  # key of the vocabulary that is trained with
@@ -78,6 +79,11 @@ class RegionSpotROIHeads(ROIHeads):
             )
         if host is None and (refine or host_vocabulary):
             raise ValueError("boxes are refined, and names are known, by the host's own heads: got none")
+        if host is not None and host_vocabulary and len(host_vocabulary) != host.num_classes:
+            raise ValueError(
+                f"MODEL.REGIONSPOT.HEAD.HOST_VOCABULARY: expected the {host.num_classes} names of the host's classes "
+                f"(MODEL.ROI_HEADS.NUM_CLASSES) in its order, got {len(host_vocabulary)}"
+            )
         self.recognizer = recognizer
         self.host = host
         self.input_format, self.masks, self.refine = input_format, masks, refine
@@ -90,7 +96,7 @@ class RegionSpotROIHeads(ROIHeads):
         self.register_state_dict_post_hook(_to_host_keys)
         self.register_load_state_dict_post_hook(_forgive_loaded_parts)
         if freeze:
-            freeze_rcnn_around(self)
+            freeze_rcnns_around_heads()
             if host is not None:
                 host.requires_grad_(False)
 
@@ -160,7 +166,7 @@ class RegionSpotROIHeads(ROIHeads):
             if they learn, too); else detections as ``RegionRecognizer.forward`` gives them, and {}.
 
         Raises:
-            ValueError: proposals that name no region, or a class outside the vocabulary.
+            ValueError: boxes that name no region, or a class outside the vocabulary.
         """
         if self.training:
             if targets is None:
@@ -188,18 +194,12 @@ class RegionSpotROIHeads(ROIHeads):
         self, features: dict[str, torch.Tensor], proposals: list[Instances]
     ) -> tuple[list[Boxes], list[torch.Tensor | None]]:
         """Return the boxes to recognise and their scores."""
-        refined = refine_boxes(self.host, features, proposals) if self.refine and self.host is not None else None
-        boxes, scores = [], []
         for i, given in enumerate(proposals):
-            if refined:
-                fields = {"proposal_boxes": refined[i][0]}
-                if self.box_score == "foreground":
-                    fields["scores"] = refined[i][1]
-                elif given.has("objectness_logits"):
-                    fields["objectness_logits"] = given.objectness_logits
-                given = Instances(given.image_size, **fields)
-                given = given[given.proposal_boxes.nonempty()]
             check_boxes(given.proposal_boxes.tensor, given.image_size, f"proposals of image {i} of the batch")
+        if self.refine:
+            proposals = self._refined(features, proposals)
+        boxes, scores = [], []
+        for given in proposals:
             image_boxes, image_scores = read_proposals(given)
             if self.box_nms_thresh < 1 and image_scores is not None:
                 same = torch.zeros_like(image_scores, dtype=torch.long)
@@ -209,6 +209,19 @@ class RegionSpotROIHeads(ROIHeads):
             scores.append(image_scores)
         return boxes, scores
 
+    def _refined(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> list[Instances]:
+        """Return proposals that the host's box regression has moved, with the scores that are asked for."""
+        assert self.host is not None
+        results = []
+        for given, (boxes, foreground) in zip(proposals, refine_boxes(self.host, features, proposals)):
+            refined = Instances(given.image_size, proposal_boxes=boxes)
+            if self.box_score == "foreground":
+                refined.scores = foreground
+            elif (objectness := read_proposals(given)[1]) is not None:
+                refined.scores = objectness
+            results.append(refined[boxes.nonempty()])
+        return results
+
     def _detect(
         self, images: list[torch.Tensor], features: dict[str, torch.Tensor], proposals: list[Instances]
     ) -> list[Instances]:
@@ -217,30 +230,33 @@ class RegionSpotROIHeads(ROIHeads):
         if not self.host_vocabulary:
             return self.recognizer(images, boxes, scores, masks=masks)
         assert self.host is not None
-        known, _ = self.host(None, features, proposals)  # no image: the heads that there are do not look at it
-        known = [self._in_our_vocabulary(detections) for detections in known]
-        unknown = torch.tensor([name not in self.host_vocabulary for name in self.recognizer.vocabulary])
-        scores = [None if s is None else torch.cat([s, k.scores]) for s, k in zip(scores, known)]
-        regions = [Boxes.cat([b, k.pred_boxes]) for b, k in zip(boxes, known)]
-        found = self.recognizer(images, regions, scores, masks=masks, classes=unknown)
-        return [self._merge(f, k, len(b)) for f, k, b in zip(found, known, boxes)]
+        found, _ = self.host(None, features, proposals)  # no image: the heads that there are do not look at it
+        known = [self._in_our_vocabulary(detections) for detections in found]
+        others = torch.tensor([name not in self.host_vocabulary for name in self.recognizer.vocabulary])
+        encoded = self.recognizer.encode_images(images)
+        named = self.recognizer.recognise(images, boxes, scores, None, masks, others, encoded)
+        prompts = [Prompts(boxes=detections.pred_boxes.tensor) for detections in known]
+        located = self.recognizer.locate(encoded, prompts, with_masks=True) if masks else [None] * len(known)
+        return [self._merge(ours, theirs, more) for (ours, _), theirs, more in zip(named, known, located)]
 
     def _in_our_vocabulary(self, detections: Instances) -> Instances:
         """Return the host's detections with our class indices, without those of names that are not asked for."""
-        ours = {name: index for index, name in enumerate(self.recognizer.vocabulary)}
+        ours = {name: index for index, name in reversed(list(enumerate(self.recognizer.vocabulary)))}
         indices = torch.tensor([ours.get(name, -1) for name in self.host_vocabulary])
         classes = indices.to(detections.pred_classes.device)[detections.pred_classes]
         renamed = Instances(detections.image_size, pred_boxes=detections.pred_boxes, scores=detections.scores)
         renamed.pred_classes = classes
         return renamed[(classes >= 0) & renamed.pred_boxes.nonempty()]
 
-    def _merge(self, found: Instances, known: Instances, first: int) -> Instances:
-        """Merge by score; the host's boxes are the regions from ``first`` on."""
-        known.region_indices = first + torch.arange(len(known), device=known.scores.device)
-        masks: RegionMasks | None = found.get_fields().pop("pred_masks", None)
-        merged = merge_detections(found, known, self.merge_nms_thresh, self.recognizer.rule.top_k)
-        if masks is not None:
-            merged.pred_masks = RegionMasks(masks.logits, merged.region_indices, masks.upsample)
+    def _merge(self, ours: Instances, theirs: Instances, located: LocalizerOutput | None) -> Instances:
+        """Merge by score; the boxes of the host's detections are regions behind ours."""
+        masks: RegionMasks | None = ours.get_fields().pop("pred_masks", None)
+        first = len(masks.logits) if masks is not None else 0
+        theirs.region_indices = first + torch.arange(len(theirs), device=theirs.scores.device)
+        merged = merge_detections(ours, theirs, self.merge_nms_thresh, self.recognizer.rule.top_k)
+        if masks is not None and located is not None and located.masks is not None:
+            logits = torch.cat([masks.logits, located.masks])
+            merged.pred_masks = RegionMasks(logits, merged.region_indices, masks.upsample)
         return merged
 
     def _losses(
@@ -252,20 +268,25 @@ class RegionSpotROIHeads(ROIHeads):
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
         key = TRAINING if TRAINING in self.recognizer.classifier.vocabularies else ""
         self.num_classes = len(self.recognizer.classifier.get_names(key))  # which is what background is called
+        learning = None if self.frozen else self.host
+        if learning is not None and learning.num_classes != self.num_classes:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES: a host that learns needs the data set's {self.num_classes} classes, got "
+                f"{learning.num_classes}; or set MODEL.REGIONSPOT.HEAD.FREEZE_HOST True"
+            )
         for i, target in enumerate(targets):
             check_classes(target.gt_classes, self.num_classes, f"image {i} of the batch")
-        regions = [
-            sampled[(sampled.gt_classes != self.num_classes) & sampled.proposal_boxes.nonempty()]
-            for sampled in self.label_and_sample_proposals(proposals, targets)
-        ]
+            check_boxes(target.gt_boxes.tensor, target.image_size, f"annotated boxes of image {i} of the batch")
+        sampled = self.label_and_sample_proposals(proposals, targets)
+        regions = [x[x.gt_classes != self.num_classes] for x in sampled]
         pictures = self._original_images(images)
         tokens = self.recognizer.position_tokens(pictures, [x.proposal_boxes for x in regions])
         feature_map = self.recognizer.vision_language.encode_images(pictures)
         classes = [x.gt_classes for x in regions]
         losses = self.recognizer.losses(tokens, feature_map, classes, [key] * len(regions))
         losses = {"loss_regionspot": losses["loss_cls"]}
-        if self.host is not None and not self.frozen:
-            losses.update(self.host(images, features, proposals, targets)[1])
+        if learning is not None:
+            losses.update(learning(images, features, proposals, targets)[1])
         return regions, losses
 
 
@@ -282,10 +303,16 @@ def _names(datasets: Sequence[str]) -> list[str]:
 def _to_our_keys(head: RegionSpotROIHeads, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
     if head.host is None:
         return
-    for key in [key for key in state if key.startswith(prefix)]:
-        tail = key.removeprefix(prefix)
-        if not tail.startswith(("recognizer.", "host.")):
-            state[f"{prefix}host.{tail}"] = state.pop(key)
+    tails = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    theirs = [tail for tail in tails if not tail.startswith(("recognizer.", "host."))]
+    expected = head.host.state_dict().keys()
+    if theirs and not any(tail in expected for tail in theirs):
+        raise ValueError(
+            f"the checkpoint has ROI heads of another kind than MODEL.REGIONSPOT.HEAD.HOST: expected keys such as "
+            f"{prefix}{next(iter(expected))}, got {prefix}{theirs[0]}; set HOST to the kind that the host had itself"
+        )
+    for tail in theirs:
+        state[f"{prefix}host.{tail}"] = state.pop(prefix + tail)
 
 
 def _to_host_keys(head: RegionSpotROIHeads, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:

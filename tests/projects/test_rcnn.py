@@ -1,5 +1,6 @@
 """projects/RegionSpotRCNN as a user runs it, and Detectron2's own trainer with the head."""
 
+import importlib.util
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import LVISEvaluator
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 from regionspot import RegionSpotPredictor
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
+from regionspot.engine import RegionSpotTrainer
 from regionspot.evaluation import DetectionLVISEvaluator
 
 from ..evaluation.reference import lvis_on_current_numpy
@@ -156,3 +159,37 @@ def test_detectron2s_own_trainer_and_evaluator(folder):
     assert DefaultTrainer.test(cfg, trainer.model, [ours])["bbox"]["APf"] == pytest.approx(results["bbox"]["APf"])
     changed = {key for key, value in trainer.model.state_dict().items() if not torch.equal(before[key], value)}
     assert changed and all("knowledge_integration" in key for key in changed)
+
+
+def test_what_is_not_of_this_trainer_is_refused(folder):
+    sys.path.insert(0, str(PROJECT))
+    try:
+        spec = importlib.util.spec_from_file_location("rcnn_train_net", PROJECT / "train_net.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(PROJECT))
+    for more, message in (
+        (("SOLVER.ACCUMULATE", 4), "SOLVER.ACCUMULATE and SOLVER.EMA"),
+        (("SOLVER.EMA.ENABLED", True), "SOLVER.ACCUMULATE and SOLVER.EMA"),
+        (("SOLVER.AMP.ENABLED", True), "on CUDA only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.Trainer(load_config(CONFIG, overrides(folder, "no", *more)))
+    with pytest.raises(ValueError, match="expected RegionSpot or CropBaseline, got 'GeneralizedRCNN'"):
+        RegionSpotTrainer(load_config(CONFIG, overrides(folder, "no")))
+    cfg = load_config(CONFIG, overrides(folder, "no", "MODEL.REGIONSPOT.VOCABULARY", "a, b, c"))
+    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
+    with pytest.raises(ValueError, match="3 names, but .* has 4 classes"):
+        module.Trainer.test(cfg, module.Trainer.build_model(cfg))
+
+
+def test_classes_that_a_data_set_has_not_are_refused(folder):
+    name = f"{folder}/my.json:{folder}/my_images"
+    check_registered([name], "DATASETS.TEST")
+    evaluator = DetectionLVISEvaluator(name, folder / "wrong")
+    evaluator.reset()
+    found = Instances((48, 64), pred_boxes=Boxes([[0, 0, 4, 4]]), scores=torch.ones(1), pred_classes=torch.tensor([4]))
+    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    with pytest.raises(ValueError, match="predicts class 4, but .* has 4 classes"):
+        evaluator.evaluate()
