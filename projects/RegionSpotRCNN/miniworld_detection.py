@@ -107,7 +107,7 @@ def draw_detections(model: nn.Module, scene: Scene, score: float = 0.3, scale: i
     found = found[torch.tensor([row for row in sorted(first.values()) if found.scores[row] > score], dtype=torch.long)]
     labels = [f"{'*' if i in NOVEL else ''}{NAMES[i]}" for i in found.pred_classes.tolist()]
     large = np.asarray(Image.fromarray(scene.image).resize((side, side), Image.Resampling.BICUBIC))
-    return draw_labels(large, found.pred_boxes.tensor.numpy(), found.pred_masks.numpy(), labels)
+    return draw_labels(large, found.pred_boxes.tensor.numpy(), None, labels)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -107,16 +107,14 @@ class RegionSpotROIHeads(ROIHeads):
         node = cfg.MODEL.REGIONSPOT.HEAD
         if node.BOXES not in ("proposals", "refined"):
             raise ValueError(f"MODEL.REGIONSPOT.HEAD.BOXES: expected proposals or refined, got {node.BOXES!r}")
+        with_host = node.BOXES == "refined" or bool(node.HOST_VOCABULARY)
+        host = build_host_heads(cfg, input_shape) if with_host else None  # before anything large is read
+        host_vocabulary = load_vocabulary(node.HOST_VOCABULARY) if node.HOST_VOCABULARY else None
         recognizer = RegionRecognizer(cfg)
         found = load_weights(recognizer, node.WEIGHTS, frozen_sources(cfg))
         recognizer.rule.score_thresh = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
         recognizer.rule.nms_thresh = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
-        if names := _names(cfg.DATASETS.TRAIN):  # encoded when they are first needed
-            recognizer.classifier.add(TRAINING, names)
-        if not recognizer.classifier.active and (names := _names(cfg.DATASETS.TEST)):
-            recognizer.classifier.add("default", names)
-            recognizer.classifier.active = "default"
-        with_host = node.BOXES == "refined" or bool(node.HOST_VOCABULARY)
+        _add_vocabularies(recognizer, cfg)
         return {
             **ROIHeads.from_config(cfg),
             "recognizer": recognizer,
@@ -128,8 +126,8 @@ class RegionSpotROIHeads(ROIHeads):
             "box_score": node.BOX_SCORE,
             "box_nms_thresh": node.BOX_NMS_THRESH,
             "top_k_proposals": cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K,
-            "host": build_host_heads(cfg, input_shape) if with_host else None,
-            "host_vocabulary": load_vocabulary(node.HOST_VOCABULARY) if node.HOST_VOCABULARY else None,
+            "host": host,
+            "host_vocabulary": host_vocabulary,
             "merge_nms_thresh": node.MERGE_NMS_THRESH,
             "freeze": node.FREEZE_HOST,
             "loaded": sorted(found.parts),
@@ -288,6 +286,15 @@ class RegionSpotROIHeads(ROIHeads):
         if learning is not None:
             losses.update(learning(images, features, proposals, targets)[1])
         return regions, losses
+
+
+def _add_vocabularies(recognizer: RegionRecognizer, cfg: CfgNode) -> None:
+    """Set the names of the data sets, to be encoded when they are first needed."""
+    if names := _names(cfg.DATASETS.TRAIN):
+        recognizer.classifier.add(TRAINING, names)
+    if not recognizer.classifier.active and (names := _names(cfg.DATASETS.TEST)):
+        recognizer.classifier.add("default", names)
+        recognizer.classifier.active = "default"
 
 
 def _names(datasets: Sequence[str]) -> list[str]:
