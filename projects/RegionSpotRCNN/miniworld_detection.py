@@ -41,8 +41,8 @@ from regionspot.visualization import draw_labels  # noqa: E402
 CONFIGS = PROJECT / "configs" / "miniworld"
 
 
-def register_hosts_data() -> None:
-    """Register the training set with one class, and the test set as a detector of the base names sees it."""
+def register_hosts_data(split: str) -> None:
+    """Register the training set with one class, and a split to test on as a detector of the base names sees it."""
 
     def objects() -> list[dict[str, Any]]:
         return [
@@ -52,10 +52,10 @@ def register_hosts_data() -> None:
 
     DatasetCatalog.register("miniworld_train_objects", objects)
     MetadataCatalog.get("miniworld_train_objects").set(thing_classes=["object"])
-    DatasetCatalog.get("miniworld_train"), DatasetCatalog.get("miniworld_test")  # the names come with the annotations
-    train, test = MetadataCatalog.get("miniworld_train"), MetadataCatalog.get("miniworld_test")
-    DatasetCatalog.register("miniworld_test_closed", lambda: DatasetCatalog.get("miniworld_test"))
-    MetadataCatalog.get("miniworld_test_closed").set(
+    DatasetCatalog.get("miniworld_train"), DatasetCatalog.get(f"miniworld_{split}")  # names come with annotations
+    train, test = MetadataCatalog.get("miniworld_train"), MetadataCatalog.get(f"miniworld_{split}")
+    DatasetCatalog.register(f"miniworld_{split}_closed", lambda: DatasetCatalog.get(f"miniworld_{split}"))
+    MetadataCatalog.get(f"miniworld_{split}_closed").set(
         json_file=test.json_file,
         evaluator_type="lvis",
         thing_classes=train.thing_classes,
@@ -91,7 +91,15 @@ def train_recognizer(args: argparse.Namespace) -> Path:
 
 def build(config: str, args: argparse.Namespace, host: Path, head: Path) -> tuple[CfgNode, nn.Module]:
     """Return config and model of a host's weights with, in its head, RegionSpot's."""
-    overrides = ["MODEL.WEIGHTS", str(host), "MODEL.REGIONSPOT.HEAD.WEIGHTS", str(head), *args.opts]
+    data = f"miniworld_{args.split}" + ("_closed" if config == "Host-closed-set" else "")
+    overrides = [
+        "MODEL.WEIGHTS",
+        str(host),
+        "MODEL.REGIONSPOT.HEAD.WEIGHTS",
+        str(head),
+        "DATASETS.TEST",
+        f"('{data}',)",
+    ]
     cfg = experiment.miniworld_config(CONFIGS / f"{config}.yaml", args.output / config, args.seed, overrides)
     model = Trainer.build_model(cfg)
     SafeDetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -115,7 +123,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output/rcnn"), metavar="DIR")
     parser.add_argument("--weights", type=Path, help="RegionSpot's, such as those of make demo; trained by default")
     parser.add_argument("--train", type=int, default=3200, help="training scenes")
-    parser.add_argument("--test", type=int, default=200, help="test scenes")
+    parser.add_argument("--test", type=int, default=200, help="scenes to evaluate on")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="that they are of")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
@@ -126,8 +135,8 @@ def main() -> None:
     args = parse_arguments()
     setup_logger()
     start = time.perf_counter()
-    experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.workers)
-    register_hosts_data()
+    experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, args.workers)
+    register_hosts_data(args.split)
     agnostic, closed = train_host("class-agnostic", args), train_host("closed-set", args)
     spot = train_recognizer(args)
     rows = {
@@ -140,7 +149,7 @@ def main() -> None:
         cfg, model = build(config, args, host, spot)
         results[title] = Trainer.test(cfg, model)
         if config == "RegionSpot-head":
-            pictures = [draw_detections(model, scene) for scene in experiment.test_scenes("test", 6)]
+            pictures = [draw_detections(model, scene) for scene in experiment.test_scenes(args.split, 6)]
     with atomic_path(args.output / "summary.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1))
     for index, picture in enumerate(pictures):
