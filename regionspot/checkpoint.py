@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from torch import nn
 
 from regionspot.modeling.key_layout import FROZEN, TRAINED, to_released_key
@@ -109,6 +110,19 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             if key in checkpoint:
                 self.checkpointables[key].load_state_dict(checkpoint.pop(key))
         return checkpoint
+
+
+def load_model(cfg: CfgNode) -> tuple[Any, RegionSpotCheckpointer]:
+    """Build the model of ``cfg`` with its weights, in eval mode; the checkpointer knows where they came from.
+
+    What has no weights is random, by ``SEED``, and the same in all processes.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(max(cfg.SEED, 0))
+        model = build_model(cfg).eval()
+    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    return model, checkpointer
 
 
 def find_recognizer(model: nn.Module) -> RegionRecognizer:

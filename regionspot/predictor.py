@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from numpy.typing import ArrayLike
 
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint import load_model
 from regionspot.modeling.localizer import LocalizerOutput
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts, check_boxes
@@ -56,9 +55,7 @@ class RegionSpotPredictor:
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build the model of ``cfg`` and load its weights (``MODEL.WEIGHTS``, SAM's and CLIP's)."""
-        self.model = build_model(cfg).eval()
-        checkpointer = RegionSpotCheckpointer.from_config(cfg, self.model)
-        checkpointer.load(cfg.MODEL.WEIGHTS)
+        self.model, checkpointer = load_model(cfg)
         # Parts without weights from any file: "trained", "sam", "clip_model". What they say means nothing.
         self.random_parts = sorted({"trained", "sam", "clip_model"} - checkpointer.loaded)
         self._features: ImageFeatures | None = None

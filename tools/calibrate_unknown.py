@@ -9,10 +9,9 @@ Example:
 import argparse
 
 import torch
-from detectron2.modeling import build_model
 from tqdm import tqdm
 
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint import load_model
 from regionspot.config import load_config
 from regionspot.data import build_test_loader, dataset_vocabulary
 from regionspot.data.build import check_registered
@@ -31,9 +30,7 @@ def main(arguments: list[str] | None = None) -> float:
     fixed = ["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "gt", "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD", "0.0"]
     cfg = load_config(args.config_file, [*args.opts, *fixed])
     check_registered([args.dataset], "--dataset")
-    torch.manual_seed(max(cfg.SEED, 0))
-    model = build_model(cfg).eval()
-    RegionSpotCheckpointer.from_config(cfg, model).load(cfg.MODEL.WEIGHTS)
+    model, _ = load_model(cfg)
     model.set_vocabulary(dataset_vocabulary(cfg, args.dataset))
     best = [
         output["regions"].top_scores[:, 0].cpu()

@@ -10,10 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
-import torch
-from detectron2.modeling import build_model
-
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine.convert import convert_tokens
@@ -34,10 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise FileNotFoundError(f"--tokens {args.tokens}: no such folder")
     cfg = load_config(args.config_file, args.opts)
     check_registered([args.dataset], "--dataset")
-    torch.manual_seed(max(cfg.SEED, 0))
-    model = build_model(cfg)
-    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
+    model, checkpointer = load_model(cfg)
     recognizer, stage = model.recognizer, cfg.MODEL.REGIONSPOT.TOKEN_STAGE
     extraction = Extraction(stages=(stage,), shard_images=args.shard_images)
     origin = describe_store(recognizer, checkpointer.frozen_sources, args.dataset, extraction)

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
@@ -80,10 +79,7 @@ def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
     elif args.num_gpus > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // args.num_gpus, 1))
     check_registered(args.datasets, "--datasets")
-    torch.manual_seed(max(cfg.SEED, 0))
-    model = build_model(cfg).eval()
-    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
+    model, checkpointer = load_model(cfg)
     extraction = Extraction(
         stages=tuple(args.stages or [cfg.MODEL.REGIONSPOT.TOKEN_STAGE]),
         flip=args.flip,
