@@ -120,8 +120,8 @@ def _add_head_config(node: CfgNode) -> None:
     # Of two boxes with more IoU than this only the better is recognised, whatever it shows; 1 for none.
     node.HEAD.BOX_NMS_THRESH = 1.0
     # The host's own ROI heads, for "refined" and HOST_VOCABULARY: StandardROIHeads, CascadeROIHeads, Res5ROIHeads. With
-    # HOST_CONFIG it is what that says.
-    node.HEAD.HOST = "StandardROIHeads"
+    # HOST_CONFIG it is what that says; "" is StandardROIHeads.
+    node.HEAD.HOST = ""
     # The classes that the host knows, in its order, in any form that VOCABULARY takes. Of these names detections are
     # the host's, of all others RegionSpot's; "" takes RegionSpot's for all.
     node.HEAD.HOST_VOCABULARY = ""
@@ -239,6 +239,11 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         cfg.merge_from_list(overrides or [])
+        if host and cfg.MODEL.META_ARCHITECTURE == "RegionSpot":
+            raise ValueError(
+                f"{HOST_CONFIG} {host} is under a config of RegionSpot alone, which replaces the host; for another "
+                "variant than BB put one of configs/variants into it"
+            )
     except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
         reason = str(error.args[0] if error.args else error)
         raise ValueError(f"config {str(config_file)!r} with overrides {overrides or []}: {reason}") from error

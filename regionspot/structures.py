@@ -1,5 +1,6 @@
 """Prompts: where the regions of an image are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,6 +93,32 @@ def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "b
         if mask.any():
             index = int(mask.nonzero()[0])
             raise ValueError(f"{what}: number {index}, {boxes[index].tolist()}, {problem}")
+
+
+def check_regions(
+    images: Sequence[torch.Tensor], boxes: Sequence[Boxes], scores: Sequence[torch.Tensor | None] | None
+) -> None:
+    """Refuse what ``RegionRecognizer`` cannot recognise, see there for what is expected.
+
+    Raises:
+        ValueError: not as many of each, an image or scores of wrong shape, scores outside [0, 1], boxes that are no
+            ``Boxes`` or name no region.
+    """
+    given = scores if scores is not None else [None] * len(images)
+    if not len(images) == len(boxes) == len(given):
+        raise ValueError(f"expected boxes and scores for each of {len(images)} images, got {len(boxes)}, {len(given)}")
+    for i, (image, image_boxes, image_scores) in enumerate(zip(images, boxes, given)):
+        if image.dim() != 3 or image.shape[0] != 3:
+            raise ValueError(f"image {i}: expected shape (3, H, W), got {tuple(image.shape)}")
+        if not isinstance(image_boxes, Boxes):
+            raise ValueError(f"boxes of image {i}: expected detectron2's Boxes, got {type(image_boxes).__name__}")
+        check_boxes(image_boxes.tensor, (image.shape[1], image.shape[2]), f"boxes of image {i}")
+        if image_scores is not None and image_scores.shape != (len(image_boxes),):
+            raise ValueError(
+                f"scores of image {i}: expected shape ({len(image_boxes)},), got {tuple(image_scores.shape)}"
+            )
+        if image_scores is not None and not ((image_scores >= 0) & (image_scores <= 1)).all():  # NaN is neither
+            raise ValueError(f"scores of image {i}: expected numbers in [0, 1]; put logits through a sigmoid first")
 
 
 def check_classes(classes: torch.Tensor, number: int, what: str) -> None:

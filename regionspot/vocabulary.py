@@ -35,7 +35,12 @@ def load_vocabulary(source: str | Sequence[str]) -> list[str]:
     if not isinstance(source, str):
         return check_names(source, "vocabulary")
     if source.startswith("dataset:"):
-        return check_names(dataset_names(source.removeprefix("dataset:")), f"vocabulary {source!r}")
+        if not (names := dataset_names(source.removeprefix("dataset:"))):
+            raise ValueError(
+                f"vocabulary {source!r}: expected a registered data set with class names; those of an annotation file "
+                "are '@annotations.json'"
+            )
+        return check_names(names, f"vocabulary {source!r}")
     if source.startswith("@") or source.endswith((".txt", ".json")):
         path = Path(source.removeprefix("@")).expanduser()
         if not path.is_file():

@@ -92,6 +92,20 @@ def test_frozen_parts_of_a_whole_checkpoint_are_found_again(released, tmp_path):
     torch.testing.assert_close(logits_of(model), logits_of(third), atol=0, rtol=0)
 
 
+def test_files_that_are_named_come_before_those_that_a_checkpoint_remembers(released, tmp_path):
+    model, files = tiny_model(), frozen_files(released)
+    RegionSpotCheckpointer(model, str(tmp_path / "out"), **files).load(str(released / "trained.pth"))
+    remembered = {**files, "sam_weights": str(tmp_path / "once.pth")}
+    (tmp_path / "once.pth").write_bytes((released / "sam.pth").read_bytes())
+    checkpointer = RegionSpotCheckpointer(model, str(tmp_path / "out"), **remembered)
+    checkpointer.load(str(released / "trained.pth"))
+    checkpointer.save("model")
+    torch.save(tiny_model().recognizer.localizer.sam.state_dict(), tmp_path / "once.pth")  # another one, by now
+    other = tiny_model()
+    RegionSpotCheckpointer(other, **files).load(str(tmp_path / "out" / "model.pth"))
+    torch.testing.assert_close(logits_of(model), logits_of(other), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -15,7 +15,11 @@ from regionspot.modeling.vision_language import CLIP_SIZES, build_clip
 from .helpers import ROOT, tiny_config
 
 FRAGMENTS = ("Stage1", "Stage2")  # to be put over a model's config
-CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.stem not in FRAGMENTS]
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if path.stem not in FRAGMENTS and path.parent.name != "variants"
+]
 
 
 def build_on_meta(path, *overrides):
@@ -46,6 +50,25 @@ def test_config_on_a_host_builds(path):
     else:
         assert isinstance(model.roi_heads, RegionSpotROIHeads)
         assert all(key.startswith("roi_heads.recognizer.knowledge_integration.") for key in learning)
+
+
+@pytest.mark.parametrize("name", ["BL", "BL-336", "LL", "HL", "mini"])
+def test_a_variant_changes_sizes_alone(tmp_path, name):
+    """Put into any config, also a host's, it gives the sizes of RegionSpot-<name>.yaml and nothing else."""
+    host = ROOT / "projects" / "RegionSpotRCNN" / "configs" / "faster_rcnn_R_50_FPN.yaml"
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: [{host}, {ROOT}/configs/variants/{name}.yaml]\n")
+    assert all(key.startswith("MODEL.REGIONSPOT.") for key in differences(tmp_path / "mine.yaml", host))
+    whole = load_config(ROOT / "configs" / ("miniworld" if name == "mini" else "") / f"RegionSpot-{name}.yaml")
+    mine = load_config(tmp_path / "mine.yaml").MODEL.REGIONSPOT
+    for part in ("SAM", "CLIP", "INTEGRATION"):
+        assert mine[part] == whole.MODEL.REGIONSPOT[part]
+
+
+def test_a_config_of_regionspot_alone_is_not_put_over_a_host(tmp_path):
+    host = ROOT / "projects" / "RegionSpotRCNN" / "configs" / "faster_rcnn_R_50_FPN.yaml"
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: [{ROOT}/configs/RegionSpot-BL.yaml, {host}]\n")
+    with pytest.raises(ValueError, match="configs/variants"):
+        load_config(tmp_path / "mine.yaml")
 
 
 def test_a_host_is_named_by_path_name_or_override(tmp_path):

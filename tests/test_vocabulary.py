@@ -15,7 +15,7 @@ def test_names_come_from_anywhere(tmp_path):
         assert load_vocabulary(source) == ["cup", "wooden table"]
     assert load_vocabulary(str(tmp_path / "c.json")) == ["cup", "zebra"]  # in the order of the ids
     assert load_vocabulary("dataset:coco_2017_val")[:2] == ["person", "bicycle"]
-    with pytest.raises(ValueError, match="'dataset:nobodys': no class names"):
+    with pytest.raises(ValueError, match="'dataset:nobodys': expected a registered data set"):
         load_vocabulary("dataset:nobodys")
 
 

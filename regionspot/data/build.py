@@ -139,6 +139,8 @@ def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
     path = dict(zip(cfg.DATASETS.TEST, files)).get(dataset_name, "")
     if source == "file" and not path:
         raise ValueError("MODEL.REGIONSPOT.PROPOSALS.SOURCE file: give DATASETS.PROPOSAL_FILES_TEST, one a test set")
+    if path and source in ("file", "auto") and not Path(path).is_file():
+        raise FileNotFoundError(f"DATASETS.PROPOSAL_FILES_TEST: {path}: no such file")
     if source == "auto":
         source = "file" if path else "gt"
     return source, path if source == "file" else ""

@@ -174,9 +174,7 @@ def check_tests(cfg: CfgNode) -> None:
     """Refuse test sets, their files and vocabularies that an evaluation, hours later, would stumble over."""
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     for name in cfg.DATASETS.TEST:
-        source, path = proposal_source(cfg, name)
-        if source == "file" and not Path(path).is_file():
-            raise FileNotFoundError(f"DATASETS.PROPOSAL_FILES_TEST: {path}: no such file")
+        proposal_source(cfg, name)
         dataset_vocabulary(cfg, name)
         choose_metric(cfg, name)
 

@@ -18,7 +18,7 @@ HOSTS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads")
 
 def build_host_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
     """Build the ROI heads that ``MODEL.REGIONSPOT.HEAD.HOST`` names, for boxes and classes only."""
-    name = cfg.MODEL.REGIONSPOT.HEAD.HOST
+    name = cfg.MODEL.REGIONSPOT.HEAD.HOST or "StandardROIHeads"
     if name not in HOSTS:
         raise ValueError(f"MODEL.REGIONSPOT.HEAD.HOST: expected one of {', '.join(HOSTS)}; got {name!r}")
     if name != "Res5ROIHeads" and not cfg.MODEL.ROI_BOX_HEAD.NAME:

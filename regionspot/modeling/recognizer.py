@@ -20,9 +20,10 @@ from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.text_classifier import TextClassifier
 from regionspot.modeling.text_encoder import TextEncoder
 from regionspot.modeling.vision_language import VisionLanguageModel
-from regionspot.structures import Prompts
+from regionspot.structures import Prompts, check_regions
 from regionspot.vocabulary import load_vocabulary
 
+MASKS = ("", "bitmask", "rle", "lazy")
 BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the classifier
 
 
@@ -261,6 +262,7 @@ class RegionRecognizer(nn.Module):
         results = self.recognise(images, boxes, proposal_scores, output_sizes, masks, classes)
         return [detections for detections, _ in results]
 
+    @torch.no_grad()
     def recognise(
         self,
         images: list[torch.Tensor],
@@ -278,6 +280,9 @@ class RegionRecognizer(nn.Module):
             of the boxes with ``pred_boxes``, ``top_classes`` and ``top_scores`` (N, up to 5; class probabilities) and
             ``unknown`` (N,) bool.
         """
+        check_regions(images, boxes, proposal_scores)
+        if masks not in MASKS:
+            raise ValueError(f"masks: expected one of {MASKS}, got {masks!r}")
         features = features or self.encode_images(images)
         located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], bool(masks))
         logits = self.region_logits(images, boxes, features, located)

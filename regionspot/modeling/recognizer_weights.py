@@ -60,7 +60,8 @@ def load_weights(
     Args:
         recognizer: left as it was by a file that is refused.
         path: a released checkpoint, one of ours, or one of a whole model that holds a recogniser.
-        sources: files, URLs or known names of the frozen parts; "" leaves a part as it is.
+        sources: files, URLs or known names of the frozen parts; "" leaves a part as it is. Where no file is named, one
+            that the checkpoint remembers is taken if it is still there.
         prefer_average: of a file that also holds averaged weights (``SOLVER.EMA``) take these.
 
     Raises:
@@ -86,7 +87,7 @@ def load_weights(
             sources[part] = str(file)
             continue
         recorded = expected.get(part, {}).get("source", "")
-        if recorded and Path(recorded).is_file():  # where the checkpoint had it from
+        if recorded and Path(recorded).is_file() and not Path(sources[part]).is_file():  # where it was had from
             sources[part] = recorded
         state.update(_read_frozen(part, sources[part]))
     _check_fingerprints(recognizer, state, expected, sources, path)

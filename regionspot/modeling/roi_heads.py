@@ -105,6 +105,11 @@ class RegionSpotROIHeads(ROIHeads):
         if "REGIONSPOT" not in cfg.MODEL:
             raise KeyError("MODEL.REGIONSPOT is missing: call regionspot.add_regionspot_config(cfg) before merging")
         node = cfg.MODEL.REGIONSPOT.HEAD
+        if node.HOST_CONFIG and not node.HOST:
+            raise ValueError(
+                f"MODEL.REGIONSPOT.HEAD.HOST_CONFIG {node.HOST_CONFIG}: regionspot.config.load_config alone reads it; "
+                "load the config by that, or merge the host's config yourself and leave this empty"
+            )
         if node.BOXES not in ("proposals", "refined"):
             raise ValueError(f"MODEL.REGIONSPOT.HEAD.BOXES: expected proposals or refined, got {node.BOXES!r}")
         with_host = node.BOXES == "refined" or bool(node.HOST_VOCABULARY)

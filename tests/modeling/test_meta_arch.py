@@ -284,3 +284,24 @@ def test_wrong_inputs_are_refused():
     inputs["instances"].gt_classes[0] = 4
     with pytest.raises(ValueError, match="class 4 is outside the vocabulary of 4 names"):
         model.train()([inputs])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": [torch.tensor([[0.0, 0, 9, 9]])]}, "expected detectron2's Boxes, got Tensor"),
+        ({"boxes": [Boxes([[0, 0, 9, 9]])] * 2}, "for each of 1 images, got 2"),
+        ({"boxes": [Boxes([[90, 90, 99, 99]])]}, "boxes of image 0.*outside the image"),
+        ({"images": [torch.zeros(48, 64, 3)]}, r"expected shape \(3, H, W\)"),
+        ({"proposal_scores": [torch.ones(2)]}, r"expected shape \(1,\), got \(2,\)"),
+        ({"proposal_scores": [torch.tensor([7.0])]}, r"numbers in \[0, 1\]"),
+        ({"proposal_scores": [torch.tensor([float("nan")])]}, r"numbers in \[0, 1\]"),
+        ({"masks": "yes"}, "masks: expected one of"),
+    ],
+)
+def test_the_recognizer_refuses_what_it_cannot_recognise(changes, message):
+    right = {"images": [as_inputs(0)["image"]], "boxes": [Boxes([[0, 0, 9, 9]])], "proposal_scores": [torch.ones(1)]}
+    recognizer = tiny_model().recognizer
+    assert not recognizer(**right)[0].scores.requires_grad
+    with pytest.raises(ValueError, match=message):
+        recognizer(**{**right, **changes})

@@ -499,6 +499,13 @@ def test_wrong_inputs_are_refused():
         learning([bgr(as_inputs(0))])
 
 
+def test_a_host_config_that_nobody_read_is_refused():
+    cfg = rcnn_config()
+    cfg.MODEL.REGIONSPOT.HEAD.HOST_CONFIG = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    with pytest.raises(ValueError, match="load_config alone reads it"):
+        build_model(cfg)
+
+
 def test_a_checkpoint_of_another_kind_of_heads_is_refused():
     cascade = rcnn(*REFINED, HEAD + "HOST", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
     with pytest.raises(ValueError, match="ROI heads of another kind.*set HOST"):

@@ -23,7 +23,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "your_detector.yaml").write_text(host.dump())
     DetectionCheckpointer(build_model(host), str(tmp_path)).save("your_detector")
     torch.save({"model": released_state(tiny_model())}, tmp_path / "regionspot_bb.pth")
-    (tmp_path / "RegionSpot-BB.yaml").write_text(f"_BASE_: {TINY}\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "RegionSpot-BB.yaml").write_text(f"_BASE_: {TINY}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -89,7 +90,7 @@ def test_a_recognizer_beside_another_detector(folder):
 
 
 def test_a_recognizer_is_loaded_whole(folder):
-    recognizer = load_recognizer(load_config(folder / "RegionSpot-BB.yaml"), "regionspot_bb.pth")
+    recognizer = load_recognizer(load_config(folder / "configs" / "RegionSpot-BB.yaml"), "regionspot_bb.pth")
     expected = released_state(tiny_model())
     state = recognizer.state_dict()
     assert torch.equal(state["knowledge_integration.to_clip.weight"], expected["model.to_clip.weight"])
