@@ -92,14 +92,8 @@ def train_recognizer(args: argparse.Namespace) -> Path:
 def build(config: str, args: argparse.Namespace, host: Path, head: Path) -> tuple[CfgNode, nn.Module]:
     """Return config and model of a host's weights with, in its head, RegionSpot's."""
     data = f"miniworld_{args.split}" + ("_closed" if config == "Host-closed-set" else "")
-    overrides = [
-        "MODEL.WEIGHTS",
-        str(host),
-        "MODEL.REGIONSPOT.HEAD.WEIGHTS",
-        str(head),
-        "DATASETS.TEST",
-        f"('{data}',)",
-    ]
+    overrides = ["MODEL.WEIGHTS", str(host), "MODEL.REGIONSPOT.HEAD.WEIGHTS", str(head)]
+    overrides += ["DATASETS.TEST", f"('{data}',)", *args.opts]
     cfg = experiment.miniworld_config(CONFIGS / f"{config}.yaml", args.output / config, args.seed, overrides)
     model = Trainer.build_model(cfg)
     SafeDetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import torch
 from detectron2.modeling import build_model
@@ -22,7 +23,19 @@ def test_hosts_are_trained_and_their_boxes_named(tmp_path):
     checkpointer.save("regionspot")
     script = ROOT / "projects" / "RegionSpotRCNN" / "miniworld_detection.py"
     options = ["--output", tmp_path / "out", "--weights", tmp_path / "regionspot.pth", "--train", 24, "--test", 6]
-    command = [sys.executable, "-W", "ignore", script, *options, "--workers", 1, "SOLVER.MAX_ITER", 2]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        script,
+        *options,
+        "--workers",
+        1,
+        "SOLVER.MAX_ITER",
+        2,
+        "TEST.DETECTIONS_PER_IMAGE",
+        7,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env, check=False
@@ -33,6 +46,9 @@ def test_hosts_are_trained_and_their_boxes_named(tmp_path):
     assert summary["the host, closed-set"]["bbox"]["APr"] == 0
     assert "segm" in summary["class-agnostic host + RegionSpot"] and "mask AP" in result.stdout
     assert len(list((tmp_path / "out").glob("scene_*.png"))) == 6
+    [found] = (tmp_path / "out" / "RegionSpot-head").rglob("lvis_instances_results.json")
+    numbers = Counter(entry["image_id"] for entry in json.loads(found.read_text()))
+    assert set(numbers.values()) == {7}  # overrides reach the evaluation
     hosts = [
         torch.load(tmp_path / "out" / f"host_{name}" / "model_final.pth", weights_only=True)["model"]
         for name in ("class-agnostic", "closed-set")

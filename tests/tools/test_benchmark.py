@@ -1,0 +1,16 @@
+"""The programs that tools/benchmark.py runs in processes of their own."""
+
+import sys
+
+from ..helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import benchmark_eval  # noqa: E402
+
+
+def test_masks_of_both_ways_are_the_same():
+    """It raises where they differ."""
+    row = benchmark_eval.benchmark_masks(boxes=2, detections=5)
+    seconds = [float(row[column].removesuffix(" s")) for column in (1, 3)]
+    assert all(0 <= value < 60 for value in seconds)
+    assert row[0].startswith("masks of 5 detections of 2 boxes") and len(row) == len(benchmark_eval.HEADERS)
