@@ -11,7 +11,7 @@ from torch import nn
 
 from regionspot.modeling.key_layout import FROZEN, TRAINED, to_released_key
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.recognizer_weights import load_weights, part_of
+from regionspot.modeling.recognizer_weights import frozen_sources, load_weights, part_of
 from regionspot.utils.files import atomic_path
 from regionspot.weights import fingerprint
 
@@ -58,8 +58,8 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         cls, cfg: CfgNode, model: nn.Module, save_dir: str = "", **checkpointables: Any
     ) -> "RegionSpotCheckpointer":
         """Return a checkpointer that takes the frozen parts from ``cfg.MODEL.REGIONSPOT.{SAM,CLIP}.WEIGHTS``."""
-        node = cfg.MODEL.REGIONSPOT
-        return cls(model, save_dir, sam_weights=node.SAM.WEIGHTS, clip_weights=node.CLIP.WEIGHTS, **checkpointables)
+        sources = frozen_sources(cfg)
+        return cls(model, save_dir, sam_weights=sources["sam"], clip_weights=sources["clip_model"], **checkpointables)
 
     def save(self, name: str, is_last: bool = True, **kwargs: Any) -> None:
         """Save ``name``.pth with what is in ``kwargs``.

@@ -224,26 +224,17 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
         FileNotFoundError: no such YAML file.
         ValueError: a key that does not exist, or a value of the wrong type.
     """
-    cfg = get_cfg()
-    add_regionspot_config(cfg)
     if config_file and not Path(config_file).is_file():
         raise FileNotFoundError(f"config {str(config_file)!r}: no such file; the shipped ones are in configs/")
     try:
-        if host := _host_config(config_file, overrides or []):
-            path, weights = find_host_config(host, HOST_CONFIG)
-            cfg.merge_from_file(path, allow_unsafe=False)
-            cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
-            cfg.MODEL.REGIONSPOT.HEAD.HOST = cfg.MODEL.ROI_HEADS.NAME
-        if config_file:
-            cfg.merge_from_file(str(config_file), allow_unsafe=False)  # a config runs no code
-        if not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
-        cfg.merge_from_list(overrides or [])
-        if host and cfg.MODEL.META_ARCHITECTURE == "RegionSpot":
-            raise ValueError(
-                f"{HOST_CONFIG} {host} is under a config of RegionSpot alone, which replaces the host; for another "
-                "variant than BB put one of configs/variants into it"
-            )
+        cfg = _merge(_defaults(), config_file, overrides)
+        if host := cfg.MODEL.REGIONSPOT.HEAD.HOST_CONFIG:
+            cfg = _merge(_host_defaults(host), config_file, overrides)
+            if cfg.MODEL.META_ARCHITECTURE == "RegionSpot":
+                raise ValueError(
+                    f"{HOST_CONFIG} {host} is under a config of RegionSpot alone, which replaces the host; for another "
+                    "variant than BB put one of configs/variants into it"
+                )
     except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
         reason = str(error.args[0] if error.args else error)
         raise ValueError(f"config {str(config_file)!r} with overrides {overrides or []}: {reason}") from error
@@ -252,15 +243,29 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
     return cfg
 
 
-def _host_config(config_file: str | Path, overrides: list[str]) -> str:
-    """Return what overrides or, without one there, a YAML file say of ``HOST_CONFIG``."""
-    given = dict(zip(overrides[::2], overrides[1::2]))
-    if HOST_CONFIG in given:
-        return given[HOST_CONFIG]
-    node = CfgNode.load_yaml_with_base(str(config_file), allow_unsafe=False) if config_file else {}
-    for key in HOST_CONFIG.split("."):
-        node = (node.get(key) if isinstance(node, dict) else None) or {}
-    return node if isinstance(node, str) else ""
+def _merge(cfg: CfgNode, config_file: str | Path, overrides: list[str] | None) -> CfgNode:
+    if config_file:
+        cfg.merge_from_file(str(config_file), allow_unsafe=False)  # a config runs no code
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(overrides or [])
+    return cfg
+
+
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_regionspot_config(cfg)
+    return cfg
+
+
+def _host_defaults(host: str) -> CfgNode:
+    """Return the defaults with a detector's config over them, for a config to stand on."""
+    cfg = _defaults()
+    path, weights = find_host_config(host, HOST_CONFIG)
+    cfg.merge_from_file(path, allow_unsafe=False)
+    cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
+    cfg.MODEL.REGIONSPOT.HEAD.HOST = cfg.MODEL.ROI_HEADS.NAME
+    return cfg
 
 
 def find_host_config(name: str, key: str) -> tuple[str, str]:

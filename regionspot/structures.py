@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from detectron2.structures import Boxes, Instances
+from torchvision.ops import nms
 
 
 @dataclass
@@ -132,12 +133,13 @@ def check_classes(classes: torch.Tensor, number: int, what: str) -> None:
         )
 
 
-def read_proposals(proposals: Instances, top_k: int = -1) -> tuple[Boxes, torch.Tensor | None]:
+def read_proposals(proposals: Instances, top_k: int = -1, nms_thresh: float = 1.0) -> tuple[Boxes, torch.Tensor | None]:
     """Return the best boxes of an image and their scores.
 
     Args:
         proposals: with ``proposal_boxes`` and, optionally, ``scores`` in [0, 1] or ``objectness_logits``.
         top_k: how many; of those without scores the first, -1 for all.
+        nms_thresh: of two scored boxes with more IoU than this only the better is returned; 1 for both.
 
     Returns:
         N boxes and (N,) float scores in [0, 1], or None without scores.
@@ -147,9 +149,12 @@ def read_proposals(proposals: Instances, top_k: int = -1) -> tuple[Boxes, torch.
         scores = proposals.scores
     elif proposals.has("objectness_logits"):
         scores = proposals.objectness_logits.sigmoid()
+    if scores is None:
+        return (boxes[:top_k] if top_k >= 0 else boxes), None
+    if nms_thresh < 1:
+        kept = nms(boxes.tensor.float(), scores.float(), nms_thresh)
+        boxes, scores = boxes[kept], scores[kept]
     if not 0 <= top_k < len(boxes):
         return boxes, scores
-    if scores is None:
-        return boxes[:top_k], None
     scores, best = scores.topk(top_k)
     return boxes[best], scores

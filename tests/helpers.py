@@ -1,6 +1,8 @@
 """What several tests need: tiny models, drawn images, a generated data set, deterministic weights."""
 
 import json
+import os
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from regionspot.config import load_config
-from regionspot.modeling import RegionSpot
+from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.key_layout import to_released_key
 
 ROOT = Path(__file__).parents[1]
@@ -142,3 +144,32 @@ def write_dataset(
     path = folder / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return path
+
+
+def write_frozen_parts(recognizer: RegionRecognizer, folder: Path) -> None:
+    """Write SAM's and CLIP's weights as files, so that several processes have the same."""
+    torch.save(recognizer.localizer.sam.state_dict(), folder / "sam.pth")
+    torch.save(recognizer.vision_language.clip_model.state_dict(), folder / "clip.pth")
+
+
+def frozen_overrides(folder: Path) -> list[str]:
+    """Return the config overrides that name what ``write_frozen_parts`` wrote."""
+    files = {"SAM": folder / "sam.pth", "CLIP": folder / "clip.pth"}
+    return [part for name, path in files.items() for part in (f"MODEL.REGIONSPOT.{name}.WEIGHTS", str(path))]
+
+
+def flat(node: object, prefix: str = "") -> dict:
+    """Return a config's values under their whole names."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {name: value for key in node for name, value in flat(node[key], f"{prefix}.{key}".strip(".")).items()}
+
+
+def run(folder: Path, *command: object) -> str:
+    """Run a program in ``folder``, with one thread, and return what it says; it must succeed."""
+    env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=folder, env=env, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr

@@ -12,7 +12,7 @@ from regionspot.modeling import RegionSpot, RegionSpotROIHeads
 from regionspot.modeling.sam import SAM_SIZES, build_sam
 from regionspot.modeling.vision_language import CLIP_SIZES, build_clip
 
-from .helpers import ROOT, tiny_config
+from .helpers import ROOT, flat, tiny_config
 
 FRAGMENTS = ("Stage1", "Stage2")  # to be put over a model's config
 CONFIGS = [
@@ -96,13 +96,6 @@ def test_trained_parameters_are_as_many_as_in_the_paper(name, millions):
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     assert all(key.startswith("recognizer.knowledge_integration.") for key in trained)
     assert sum(value.numel() for value in trained.values()) / 1e6 == pytest.approx(millions, abs=0.05)
-
-
-def flat(node, prefix=""):
-    """Return a config's values under their whole names."""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {name: value for key in node for name, value in flat(node[key], f"{prefix}.{key}".strip(".")).items()}
 
 
 def differences(path, base):

@@ -23,8 +23,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "datasets"))
-sys.path.insert(0, str(ROOT / "tools"))
-
 
 from miniworld import experiment  # noqa: E402
 from regionspot.utils.files import atomic_path  # noqa: E402
@@ -50,9 +48,8 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train and evaluate a config with a seed, in a process of its own."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
-    experiment.draw_data(
-        args.output / "data", {"train": args.train, "test": args.test}, 1
-    )  # they are there: this registers them
+    # the scenes are there: this registers them
+    experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, 1)
     output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
     cfg = experiment.miniworld_config(ROOT / "configs" / "miniworld" / f"{name}.yaml", output, seed, args.opts)
     model = experiment.train(cfg, args.output / "features")

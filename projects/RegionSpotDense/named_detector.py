@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
-from torchvision.ops import nms
 
 from regionspot import RegionRecognizer, freeze_host
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
@@ -104,10 +103,9 @@ class NamedDetector(nn.Module):
 
     def _regions(self, found: Instances, size: tuple[int, int]) -> tuple[Boxes, torch.Tensor | None]:
         """Return the boxes to name, of those found in an image of (height, width), and their (N,) scores."""
-        proposals = to_proposals(found.pred_boxes.tensor, found.scores, size)
-        if self.box_nms_thresh < 1:
-            proposals = proposals[nms(proposals.proposal_boxes.tensor, proposals.scores, self.box_nms_thresh)]
-        return read_proposals(proposals, self.top_k)
+        return read_proposals(
+            to_proposals(found.pred_boxes.tensor, found.scores, size), self.top_k, self.box_nms_thresh
+        )
 
     def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for inputs in batched_inputs:

@@ -25,6 +25,7 @@ from regionspot import RegionRecognizer
 from regionspot.checkpoint import find_recognizer
 from regionspot.data.build import check_registered
 from regionspot.engine import launch
+from regionspot.engine.optimizer import clip_before_steps
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.vocabulary import dataset_names
 
@@ -54,12 +55,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
     recognizer.set_vocabulary(names_of(recognizer, cfg.dataloader.train), "training")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def clip_gradients(*_: object) -> None:  # a hook, so that a gradient scaler has unscaled before
-        nn.utils.clip_grad_norm_(learning, cfg.train.clip_gradients)
-
-    optimizer.register_step_pre_hook(clip_gradients)
+    clip_before_steps(optimizer, model, cfg.train.clip_gradients)
     device_ids = None if cfg.train.device == "cpu" else [comm.get_local_rank()]
     parallel = engine.create_ddp_model(model, **cfg.train.ddp, device_ids=device_ids)
     step = engine.AMPTrainer if cfg.train.amp.enabled else engine.SimpleTrainer

@@ -33,12 +33,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     optimizer = torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
     if full_model:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def clip_gradients(*_: object) -> None:  # a hook, so that a gradient scaler has unscaled before
-            norm = nn.utils.clip_grad_norm_(parameters, clipping.CLIP_VALUE)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient's norm is {norm.item()}")
-
-        optimizer.register_step_pre_hook(clip_gradients)
+        clip_before_steps(optimizer, model, clipping.CLIP_VALUE)
     return optimizer
+
+
+def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value: float) -> None:
+    """Bound the norm of the gradient over all parameters that learn by ``value`` before each step.
+
+    A step whose norm is no number raises a FloatingPointError.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def clip_gradients(*_: object) -> None:  # a hook, so that a gradient scaler has unscaled before
+        norm = nn.utils.clip_grad_norm_(parameters, value)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm.item()}")
+
+    optimizer.register_step_pre_hook(clip_gradients)

@@ -114,10 +114,9 @@ class RegionSpot(nn.Module):
             (int(inputs.get("height", image.shape[1])), int(inputs.get("width", image.shape[2])))
             for inputs, image in zip(batched_inputs, images)
         ]
-        with torch.no_grad():
-            results = self.recognizer.recognise(
-                images, [boxes for boxes, _ in regions], [scores for _, scores in regions], sizes, self.masks
-            )
+        results = self.recognizer.recognise(
+            images, [boxes for boxes, _ in regions], [scores for _, scores in regions], sizes, self.masks
+        )
         return [{"instances": detections, "regions": regions} for detections, regions in results]
 
     def _image(self, inputs: dict[str, Any]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
-from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
@@ -138,12 +138,6 @@ class RegionSpotROIHeads(ROIHeads):
             "loaded": sorted(found.parts),
         }
 
-    def train(self, mode: bool = True) -> "RegionSpotROIHeads":
-        super().train(mode)
-        if self.frozen and self.host is not None:
-            self.host.eval()
-        return self
-
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
         """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
         self.recognizer.set_vocabulary(names, key)
@@ -201,16 +195,8 @@ class RegionSpotROIHeads(ROIHeads):
             check_boxes(given.proposal_boxes.tensor, given.image_size, f"proposals of image {i} of the batch")
         if self.refine:
             proposals = self._refined(features, proposals)
-        boxes, scores = [], []
-        for given in proposals:
-            image_boxes, image_scores = read_proposals(given)
-            if self.box_nms_thresh < 1 and image_scores is not None:
-                same = torch.zeros_like(image_scores, dtype=torch.long)
-                given = given[batched_nms(image_boxes.tensor, image_scores, same, self.box_nms_thresh)]
-            image_boxes, image_scores = read_proposals(given, self.top_k_proposals)
-            boxes.append(image_boxes)
-            scores.append(image_scores)
-        return boxes, scores
+        best = [read_proposals(given, self.top_k_proposals, self.box_nms_thresh) for given in proposals]
+        return [boxes for boxes, _ in best], [scores for _, scores in best]
 
     def _refined(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> list[Instances]:
         """Return proposals that the host's box regression has moved, with the scores that are asked for."""

@@ -1,16 +1,14 @@
 """tools/train_net.py as a user runs it: the README's walkthrough, torchrun, evaluation, and what is refused."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from ..helpers import ROOT, TINY, tiny_model, write_dataset
+from ..helpers import ROOT, TINY, frozen_overrides, run, tiny_model, write_dataset, write_frozen_parts
 
 sys.path.insert(0, str(ROOT / "tools"))
 import train_net  # noqa: E402
@@ -20,9 +18,7 @@ import train_net  # noqa: E402
 def folder(tmp_path_factory):
     """A user's folder: my.json, my_val.json, my_images; the frozen weights, the same for all processes, beside it."""
     folder = tmp_path_factory.mktemp("user")
-    recognizer = tiny_model(names=None).recognizer
-    torch.save(recognizer.localizer.sam.state_dict(), folder / "sam.pth")
-    torch.save(recognizer.vision_language.clip_model.state_dict(), folder / "clip.pth")
+    write_frozen_parts(tiny_model(names=None).recognizer, folder)
     path = write_dataset(folder / "data")
     (folder / "data" / "images").rename(folder / "my_images")
     content = json.loads(path.read_text())
@@ -36,26 +32,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def frozen(folder):
-    return [
-        part
-        for name in ("sam", "clip")
-        for part in (f"MODEL.REGIONSPOT.{name.upper()}.WEIGHTS", str(folder / f"{name}.pth"))
-    ]
-
-
-def run(folder, *command):
-    env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=folder, env=env, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
 def run_here(folder, *options, overrides=()):
     """Run train_net in this process."""
-    arguments = ["--config-file", str(TINY), *options, *frozen(folder), *map(str, overrides)]
+    arguments = ["--config-file", str(TINY), *options, *frozen_overrides(folder), *map(str, overrides)]
     args = train_net.parse_arguments(arguments)
     return train_net.main(args)
 
@@ -77,7 +56,7 @@ def test_the_walkthrough_of_the_readme(folder):
         arguments = [str(TINY) if a.startswith("configs/") else a for a in arguments]
         arguments = ["12" if arguments[i - 1] == "SOLVER.MAX_ITER" else a for i, a in enumerate(arguments)]
         schedule = [] if "extract" in tool else ["SOLVER.WARMUP_ITERS", 3, "SOLVER.STEPS", "()"]
-        outputs.append(run(folder, sys.executable, ROOT / tool, *arguments, *frozen(folder), *schedule))
+        outputs.append(run(folder, sys.executable, ROOT / tool, *arguments, *frozen_overrides(folder), *schedule))
     assert "8 images" in outputs[0]
     assert torch.load(folder / "output" / "mine" / "model_final.pth", weights_only=True)["iteration"] == 11
     assert "Starting training from iteration 12" in outputs[2]  # --resume of a run that was done
@@ -91,7 +70,13 @@ def test_two_processes_train_to_what_one_does_with_twice_the_batch(folder, tmp_p
     overrides = ["DATASETS.TRAIN", f"('{folder}/my.json:{folder}/my_images',)", "DATASETS.TEST", "()"]
     schedule = {"MAX_ITER": 6, "IMS_PER_BATCH": 4, "BASE_LR": 7e-4, "WARMUP_ITERS": 2, "STEPS": "()"}
     overrides += [part for key, value in schedule.items() for part in (f"SOLVER.{key}", value)]
-    overrides += ["MODEL.REGIONSPOT.INTEGRATION.DROPOUT", "0.0", "INPUT.RANDOM_FLIP", "horizontal", *frozen(folder)]
+    overrides += [
+        "MODEL.REGIONSPOT.INTEGRATION.DROPOUT",
+        "0.0",
+        "INPUT.RANDOM_FLIP",
+        "horizontal",
+        *frozen_overrides(folder),
+    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     for launcher in ([sys.executable], torchrun):
         output = tmp_path / str(len(launcher))
@@ -112,7 +97,7 @@ def test_evaluation_on_one_process_and_on_two(folder, tmp_path):
     )
     options = ["--eval-only", "--num-gpus", "2", "--dist-url", "auto", "--config-file", TINY]
     overrides = ["MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path, "MODEL.MASK_ON", "True"]
-    overrides += ["DATASETS.TEST", f"('{folder}/my.json:{folder}/my_images',)", *frozen(folder)]
+    overrides += ["DATASETS.TEST", f"('{folder}/my.json:{folder}/my_images',)", *frozen_overrides(folder)]
     two = run(tmp_path, sys.executable, ROOT / "tools/train_net.py", *options, *overrides)
     [written] = (tmp_path / "inference").glob("*/metrics.json")
     by_two = written.read_text()

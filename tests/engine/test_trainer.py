@@ -18,7 +18,7 @@ from regionspot.data import register_json_dataset
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 
-from ..helpers import tiny_config, tiny_model, write_dataset
+from ..helpers import frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
 
 logging.getLogger("detectron2").setLevel(logging.ERROR)
 
@@ -31,8 +31,7 @@ def scenes(tmp_path_factory):
     register_json_dataset(name, write_dataset(folder / "data", 12), folder / "data" / "images", "lvis")
     recognizer = tiny_model(names=None).recognizer
     sources = {"sam": str(folder / "sam.pth"), "clip_model": str(folder / "clip.pth")}
-    torch.save(recognizer.localizer.sam.state_dict(), sources["sam"])
-    torch.save(recognizer.vision_language.clip_model.state_dict(), sources["clip_model"])
+    write_frozen_parts(recognizer, folder)
     extraction = Extraction(flip=True, feature_maps=True)
     extract_tokens(recognizer, sources, name, folder / "store", extraction, show_progress=False)
     yield folder
@@ -41,12 +40,10 @@ def scenes(tmp_path_factory):
 
 
 def config(scenes, output, *overrides):
-    frozen = ["MODEL.REGIONSPOT.SAM.WEIGHTS", str(scenes / "sam.pth")]
-    frozen += ["MODEL.REGIONSPOT.CLIP.WEIGHTS", str(scenes / "clip.pth")]
     data = ["DATASETS.TRAIN", ("test_trainer",), "DATASETS.TEST", (), "OUTPUT_DIR", str(output)]
     store = ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / "store"),)]
     solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.BASE_LR", 7e-4, "SOLVER.WARMUP_ITERS", 5, "SOLVER.STEPS", ()]
-    return tiny_config(*frozen, *data, *store, *solver, *overrides)
+    return tiny_config(*frozen_overrides(scenes), *data, *store, *solver, *overrides)
 
 
 def train(scenes, output, *overrides, resume=False):

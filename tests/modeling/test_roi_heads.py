@@ -15,7 +15,16 @@ from regionspot.config import load_config
 from regionspot.modeling.host import refine_boxes
 from regionspot.modeling.inference import merge_detections
 
-from ..helpers import NAMES, ROOT, as_inputs, tiny_config, tiny_model
+from ..helpers import (
+    NAMES,
+    ROOT,
+    as_inputs,
+    frozen_overrides,
+    tiny_config,
+    tiny_model,
+    write_dataset,
+    write_frozen_parts,
+)
 from .test_meta_arch import assert_same
 
 HEAD = "MODEL.REGIONSPOT.HEAD."
@@ -369,8 +378,6 @@ def test_a_place_may_be_left_to_the_better_of_host_and_regionspot():
 
 
 def test_the_vocabulary_is_that_of_the_data_set_or_given(register, tmp_path):
-    from ..helpers import write_dataset
-
     path = write_dataset(tmp_path / "base", 2)
     register("roi_train", path, path.parent / "images")
     other = write_dataset(tmp_path / "all", 2, names=["a", "b", "c", "d"])
@@ -398,17 +405,10 @@ def test_checkpoints_of_host_and_head_together_and_apart(tmp_path, caplog):
     DetectionCheckpointer(plain, str(tmp_path)).save("host")
     DetectionCheckpointer(trained, str(tmp_path)).save("joint")
     RegionSpotCheckpointer(trained, str(tmp_path)).save("head")  # in the released layout, without frozen parts
-    frozen = {f"{part}.pth": module for part, module in parts_of(trained).items()}
-    for name, module in frozen.items():
-        torch.save(module.state_dict(), tmp_path / name)
-    sources = [
-        x
-        for part in ("sam", "clip")
-        for x in (f"MODEL.REGIONSPOT.{part.upper()}.WEIGHTS", str(tmp_path / f"{part}.pth"))
-    ]
+    write_frozen_parts(trained.roi_heads.recognizer, tmp_path)
     expected = trained.eval()([bgr(as_inputs(0))])[0]["instances"]
 
-    apart = rcnn(*REFINED, HEAD + "WEIGHTS", str(tmp_path / "head.pth"), *sources)
+    apart = rcnn(*REFINED, HEAD + "WEIGHTS", str(tmp_path / "head.pth"), *frozen_overrides(tmp_path))
     scramble(apart.backbone)
     DetectionCheckpointer(apart).load(str(tmp_path / "host.pth"))
     assert "not found in the checkpoint" not in caplog.text
@@ -430,11 +430,6 @@ def test_checkpoints_of_host_and_head_together_and_apart(tmp_path, caplog):
     scramble(host)
     DetectionCheckpointer(host).load(str(tmp_path / "joint.pth"))  # and its host, for a detector without us
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in host.state_dict().items())
-
-
-def parts_of(model):
-    recognizer = model.roi_heads.recognizer
-    return {"sam": recognizer.localizer.sam, "clip": recognizer.vision_language.clip_model}
 
 
 def scramble(module):

@@ -14,8 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from regionspot import RegionSpot
 
-from ..engine.test_train_net import run
-from ..helpers import NAMES, as_inputs, write_dataset
+from ..helpers import NAMES, as_inputs, frozen_overrides, run, write_dataset, write_frozen_parts
 from ..modeling.test_meta_arch import assert_same
 from .tiny_dense import PROJECT, tiny_dense_config
 
@@ -223,10 +222,8 @@ def folder(tmp_path_factory):
     write_dataset(folder / "data").rename(folder / "my.json")
     (folder / "data" / "images").rename(folder / "my_images")
     model = build(CONFIGS[0])
-    torch.save(model.recognizer.localizer.sam.state_dict(), folder / "sam.pth")
-    torch.save(model.recognizer.vision_language.clip_model.state_dict(), folder / "clip.pth")
-    keys = {"SAM": folder / "sam.pth", "CLIP": folder / "clip.pth"}
-    frozen = ",".join(f"MODEL.REGIONSPOT.{key}.WEIGHTS,'{path}'" for key, path in keys.items())
+    write_frozen_parts(model.recognizer, folder)
+    frozen = ",".join(f"'{part}'" for part in frozen_overrides(folder))
     cfg = tiny_dense_config(
         CONFIGS[0],
         *[f"model.recognizer.cfg.overrides=[{frozen}]", f"model.detector_weights={folder}/detector.pth"],

@@ -1,8 +1,6 @@
 """Open-vocabulary detection in the miniature world, end to end at a small size."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 
@@ -12,7 +10,7 @@ from detectron2.modeling import build_model
 from miniworld.experiment import miniworld_config
 from regionspot.checkpoint import RegionSpotCheckpointer
 
-from ..helpers import ROOT
+from ..helpers import ROOT, run
 
 
 def test_hosts_are_trained_and_their_boxes_named(tmp_path):
@@ -23,28 +21,12 @@ def test_hosts_are_trained_and_their_boxes_named(tmp_path):
     checkpointer.save("regionspot")
     script = ROOT / "projects" / "RegionSpotRCNN" / "miniworld_detection.py"
     options = ["--output", tmp_path / "out", "--weights", tmp_path / "regionspot.pth", "--train", 24, "--test", 6]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        script,
-        *options,
-        "--workers",
-        1,
-        "SOLVER.MAX_ITER",
-        2,
-        "TEST.DETECTIONS_PER_IMAGE",
-        7,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env, check=False
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    overrides = ["SOLVER.MAX_ITER", 2, "TEST.DETECTIONS_PER_IMAGE", 7]
+    said = run(tmp_path, sys.executable, "-W", "ignore", script, *options, "--workers", 1, *overrides)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary) == 3 and all("APr" in row["bbox"] for row in summary.values())
     assert summary["the host, closed-set"]["bbox"]["APr"] == 0
-    assert "segm" in summary["class-agnostic host + RegionSpot"] and "mask AP" in result.stdout
+    assert "segm" in summary["class-agnostic host + RegionSpot"] and "mask AP" in said
     assert len(list((tmp_path / "out").glob("scene_*.png"))) == 6
     [found] = (tmp_path / "out" / "RegionSpot-head").rglob("lvis_instances_results.json")
     numbers = Counter(entry["image_id"] for entry in json.loads(found.read_text()))

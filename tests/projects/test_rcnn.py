@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -21,7 +20,17 @@ from regionspot.engine import RegionSpotTrainer
 from regionspot.evaluation import DetectionLVISEvaluator
 
 from ..evaluation.reference import lvis_on_current_numpy
-from ..helpers import ROOT, as_inputs, tiny_config, tiny_model, write_dataset
+from ..helpers import (
+    ROOT,
+    as_inputs,
+    flat,
+    frozen_overrides,
+    run,
+    tiny_config,
+    tiny_model,
+    write_dataset,
+    write_frozen_parts,
+)
 
 PROJECT = ROOT / "projects" / "RegionSpotRCNN"
 CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
@@ -31,9 +40,7 @@ CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
 def folder(tmp_path_factory):
     """A user's folder: my.json, my_images, and the frozen weights, the same for all processes."""
     folder = tmp_path_factory.mktemp("user")
-    recognizer = tiny_model(names=None).recognizer
-    torch.save(recognizer.localizer.sam.state_dict(), folder / "sam.pth")
-    torch.save(recognizer.vision_language.clip_model.state_dict(), folder / "clip.pth")
+    write_frozen_parts(tiny_model(names=None).recognizer, folder)
     write_dataset(folder / "data").rename(folder / "my.json")
     (folder / "data" / "images").rename(folder / "my_images")
     return folder
@@ -42,21 +49,14 @@ def folder(tmp_path_factory):
 def overrides(folder, output, *more):
     data = f"{folder}/my.json:{folder}/my_images"
     keys = {"DATASETS.TRAIN": (data,), "DATASETS.TEST": (data,), "OUTPUT_DIR": folder / output}
-    keys |= {f"MODEL.REGIONSPOT.{part.upper()}.WEIGHTS": folder / f"{part}.pth" for part in ("sam", "clip")}
     keys |= {"INPUT.MIN_SIZE_TRAIN": (96,), "INPUT.MIN_SIZE_TEST": 96, "SOLVER.IMS_PER_BATCH": 4, "SOLVER.STEPS": ()}
     keys |= {"SOLVER.WARMUP_ITERS": 1, "MODEL.REGIONSPOT.PROPOSALS.TOP_K": 8, "TEST.DETECTIONS_PER_IMAGE": 20}
-    return [str(part) for pair in keys.items() for part in pair] + [str(part) for part in more]
+    return [str(part) for part in (*frozen_overrides(folder), *chain.from_iterable(keys.items()), *more)]
 
 
-def run(folder, output, *arguments, processes=1):
+def run_project(folder, output, *options, processes=1, more=()):
     script = [sys.executable, PROJECT / "train_net.py", "--config-file", CONFIG, "--num-gpus", processes]
-    script += ["--dist-url", "auto", *arguments[: arguments.index("--") if "--" in arguments else None]]
-    more = arguments[arguments.index("--") + 1 :] if "--" in arguments else ()
-    env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    command = [str(part) for part in [*script, *overrides(folder, output, *more)]]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
+    return run(folder, *script, "--dist-url", "auto", *options, *overrides(folder, output, *more))
 
 
 def metrics_of(log):
@@ -73,12 +73,12 @@ def trained_state(path):
 @pytest.fixture(scope="module")
 def joint(folder):
     """A checkpoint of host and head, trained in one process."""
-    run(folder, "one", "--", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1)
+    run_project(folder, "one", more=("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1))
     return folder / "one" / "model_final.pth"
 
 
 def test_training_on_one_process_and_on_two(folder, joint):
-    log = run(folder, "two", "--", "SOLVER.MAX_ITER", 4, processes=2)
+    log = run_project(folder, "two", processes=2, more=("SOLVER.MAX_ITER", 4))
     assert "copypaste: Task: bbox" in log
     first, last = trained_state(folder / "one" / "model_0000000.pth"), trained_state(joint)
     two = trained_state(folder / "two" / "model_final.pth")
@@ -89,7 +89,7 @@ def test_training_on_one_process_and_on_two(folder, joint):
 
 def test_evaluation_on_one_process_and_on_two(folder, joint):
     logs = [
-        run(folder, f"eval{processes}", "--eval-only", "--", "MODEL.WEIGHTS", joint, processes=processes)
+        run_project(folder, f"eval{processes}", "--eval-only", processes=processes, more=("MODEL.WEIGHTS", joint))
         for processes in (1, 2)
     ]
     one, two = map(metrics_of, logs)
@@ -99,20 +99,17 @@ def test_evaluation_on_one_process_and_on_two(folder, joint):
     assert re.search(r"AP, ?AP50", logs[0])
 
 
-def flat(node, prefix):
-    """Return ``KEY, VALUE, ...`` of a config node."""
-    if not isinstance(node, dict):
-        return [prefix, node]
-    return [part for key in node for part in flat(node[key], f"{prefix}.{key}")]
-
-
 @pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN", "mask_rcnn_R_50_FPN", "faster_rcnn_R_50_FPN_keep_coco"])
 def test_shipped_configs_on_the_detectors_of_the_zoo(name):
     """The zoo's detectors at full size, RegionSpot at the tests' size, all weights random."""
     tiny = {
         key: value for key, value in tiny_config().MODEL.REGIONSPOT.items() if key in ("SAM", "CLIP", "INTEGRATION")
     }
-    small = [*flat(tiny, "MODEL.REGIONSPOT"), "MODEL.REGIONSPOT.VOCABULARY", "person, red square, green disc"]
+    small = [
+        *chain.from_iterable(flat(tiny, "MODEL.REGIONSPOT").items()),
+        "MODEL.REGIONSPOT.VOCABULARY",
+        "person, red square, green disc",
+    ]
     cfg = load_config(PROJECT / "configs" / f"{name}.yaml", [*small, "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
     torch.manual_seed(0)
     model = build_model(cfg).eval()
