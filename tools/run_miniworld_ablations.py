@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT / "datasets"))
 from miniworld import experiment  # noqa: E402
 from regionspot.utils.files import atomic_path  # noqa: E402
 
-# Config, what it changes, and the paper's AP on LVIS with GLIP boxes (BL; arXiv 2311.01373), where it has one.
+# Config, what it changes, and the paper's AP on LVIS with GLIP boxes (BL; arXiv 2311.01373), where it has one. The
+# paper's 18.5 is the first rung of a cumulative ladder (18.5, 22.1, 23.7), not the full model less one thing.
 ROWS = [
     ("RegionSpot-mini", "full model", "23.7"),
     ("ablations/token-prompt_encoder", "token of the prompt encoder", "18.6"),
@@ -36,7 +37,8 @@ ROWS = [
     ("ablations/features-feature_map", "feature map, no class token", "22.1"),
     ("ablations/depth-1", "depth 1", "23.2"),
     ("ablations/depth-6", "depth 6", "22.8"),
-    ("ablations/one-box", "one box at a time", "18.5"),
+    ("ablations/one-box-ladder", "one box at a time, bare names, no class token", "18.5"),
+    ("ablations/one-box", "one box at a time", ""),
     ("ablations/templates-one", "one prompt template", ""),
     ("ablations/templates-none", "bare names", "22.1"),
     ("ablations/scores-sigmoid", "sigmoid scores", ""),
