@@ -1,5 +1,7 @@
 # make demo, make photo, make test, make lint: each sets up .venv where it is not there, then works.
-PYTHON ?= python3.11
+# The Python that .venv is made of: the first of these that works, 3.10 to 3.13, with ensurepip (Debian: python3-venv).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3.13 python3 python; do \
+    $$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 UV := uv==0.13.8
@@ -38,6 +40,8 @@ format: $(VENV)/.ready
 
 # Made anew when a pinned version changes. A detectron2 that is in the environment already is kept.
 $(VENV)/.ready: requirements/lock.txt requirements/detectron2.txt setup.py
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+	    { echo "no Python 3.10 to 3.13 with venv was found; install one (Debian: python3-venv), or make PYTHON=/its/path"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements/lock.txt
@@ -53,7 +57,7 @@ detectron2:
 	    --target "$$($(TARGET_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" -r requirements/detectron2.txt
 
 lock: $(VENV)/.ready
-	$(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-package regionspot requirements/lock.in -o requirements/lock.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-package regionspot requirements/lock.in -o requirements/lock.txt
 
 clean:
 	rm -rf $(VENV) output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

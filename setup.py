@@ -50,6 +50,6 @@ setup(
         ],
         "demo": ["scikit-image>=0.21"],
         "prepare": ["pandas>=2.0"],  # datasets/prepare_openimages.py: CSV
-        "dev": ["pytest>=8", "ruff", "mypy", "scikit-image>=0.21", "pandas>=2.0"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "scikit-image>=0.21", "pandas>=2.0"],
     },
 )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_utils
 
-BATCH = 256  # masks that are decoded at one time
+BATCH = 255  # masks that are decoded at one time; with NumPy 2 pycocotools 2.0.11 takes no more at once
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
 _MAX_POLYGON = 1e6  # pixels; pycocotools walks along every side of a polygon
 _MAX_DIGITS = 7  # of 5 bits: what a count of 32 bits and its difference to another may need
