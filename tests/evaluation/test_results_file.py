@@ -233,7 +233,7 @@ def test_every_mask_that_pycocotools_writes_is_taken():
     number = len(rles)
     results = Results(*np.ones((2, number), int), np.ones(number), np.ones((number, 4)), np.arange(number), rles)
     assert results.mask_areas.tolist() == [mask_utils.area(rle) for rle in rles]
-    assert results.mask_areas.tolist() == [mask_utils.area(rle) for rle in rles]
+
 
 def damaged_bytes(rng, content):
     content = bytearray(content)
