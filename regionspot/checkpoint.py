@@ -117,7 +117,7 @@ def load_model(cfg: CfgNode) -> tuple[Any, RegionSpotCheckpointer]:
 
     What has no weights is random, by ``SEED``, and the same in all processes.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(max(cfg.SEED, 0))
         model = build_model(cfg).eval()
     checkpointer = RegionSpotCheckpointer.from_config(cfg, model)

@@ -1,3 +1,7 @@
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU wherever they run; before CUDA is looked for
+
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 

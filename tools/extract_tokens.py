@@ -26,6 +26,7 @@ from regionspot.data.build import check_registered
 from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot.engine.launch import check_gpus
 from regionspot.utils.files import folder_name
 
 
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         return min(verify(args.verify), 1)
     cfg = load_config(args.config_file, args.opts)
     check_registered(args.datasets, "--datasets")
+    check_gpus(args.num_gpus, cfg.MODEL.DEVICE)
     if args.num_gpus > 1:
         torch.multiprocessing.spawn(work, (args, cfg), nprocs=args.num_gpus)
     else:

@@ -68,4 +68,5 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    launch(main, parse_arguments())
+    arguments = parse_arguments()
+    launch(main, arguments, load_config(arguments.config_file, arguments.opts).MODEL.DEVICE)

@@ -9,7 +9,6 @@ Examples:
 """
 
 import argparse
-import os
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     clip_before_steps(optimizer, model, cfg.train.clip_gradients)
-    device_ids = None if cfg.train.device == "cpu" else [comm.get_local_rank()]
+    device_ids = [comm.get_local_rank()] if torch.device(cfg.train.device).type == "cuda" else None
     parallel = engine.create_ddp_model(model, **cfg.train.ddp, device_ids=device_ids)
     step = engine.AMPTrainer if cfg.train.amp.enabled else engine.SimpleTrainer
     trainer = step(parallel, instantiate(cfg.dataloader.train), optimizer)
@@ -74,14 +73,19 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
     return model
 
 
+def load(args: argparse.Namespace) -> DictConfig:
+    """Return the config of the command line."""
+    return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+
+
 def main(args: argparse.Namespace) -> Any:
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = load(args)
     engine.default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="regionspot")
     for part in ("test",) if args.eval_only else ("train", "test"):
         names = cfg.dataloader[part].dataset.names
         check_registered(names if isinstance(names, ListConfig) else [names], f"dataloader.{part}.dataset.names")
-    with torch.random.fork_rng():  # what has no weights is random, and the same in all processes
+    with torch.random.fork_rng(devices=[]):  # what has no weights is random, and the same in all processes
         torch.manual_seed(max(cfg.train.seed, 0))
         model = instantiate(cfg.model).to(cfg.train.device)
     if not args.eval_only:
@@ -92,11 +96,9 @@ def main(args: argparse.Namespace) -> Any:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    args = engine.default_argument_parser(epilog=__doc__).parse_args(arguments)
-    if "train.device=cpu" in args.opts:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else the processes would be joined by NCCL
-    return args
+    return engine.default_argument_parser(epilog=__doc__).parse_args(arguments)
 
 
 if __name__ == "__main__":
-    launch(main, parse_arguments())
+    arguments = parse_arguments()
+    launch(main, arguments, load(arguments).train.device)

@@ -123,4 +123,5 @@ def main(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    launch(main, default_argument_parser(epilog=__doc__).parse_args())
+    arguments = default_argument_parser(epilog=__doc__).parse_args()
+    launch(main, arguments, load_config(arguments.config_file, arguments.opts).MODEL.DEVICE)

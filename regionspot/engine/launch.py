@@ -12,21 +12,32 @@ from detectron2.utils import comm
 from torch import distributed
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Run ``main(args)`` in as many processes as were asked for, on GPUs or, without CUDA, on CPUs.
+def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
+    """Run ``main(args)`` in as many processes as were asked for, on GPUs or on CPUs.
 
     Under ``torchrun`` the processes are there already: each joins the group that the environment describes. Else
     they are started as Detectron2's arguments (``--num-gpus``, ``--num-machines``, ...) say.
+
+    Args:
+        main: what a process does.
+        args: of the command line.
+        device: of the loaded config, such as its ``MODEL.DEVICE``: with "cpu" no process sees a GPU, and they are
+            joined by gloo instead of NCCL.
+
+    Raises:
+        ValueError: more processes than GPUs.
     """
-    if "cpu" in args.opts[1::2] and "MODEL.DEVICE" in args.opts[::2]:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else the processes would be joined by NCCL
+    on_gpu = torch.device(device).type == "cuda"
+    if not on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # wherever Detectron2 sees a GPU it joins processes by NCCL
     if "TORCHELASTIC_RUN_ID" not in os.environ:
+        check_gpus(args.num_gpus, device)
         machines = (args.num_machines, args.machine_rank)
         detectron2_launch(_run, args.num_gpus, *machines, dist_url=args.dist_url, args=(main, args))
         return
-    local_rank, on_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
+    check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]), device)
     if on_gpu:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     _run(main, args)
@@ -39,6 +50,15 @@ def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) ->
         comm.synchronize()
         distributed.destroy_process_group()
     return result
+
+
+def check_gpus(processes: int, device: str) -> None:
+    """Refuse more ``processes`` on this machine than it has GPUs, where ``device`` is one."""
+    if torch.device(device).type == "cuda" and processes > torch.cuda.device_count():
+        raise ValueError(
+            f"{processes} processes on {device}: this machine has {torch.cuda.device_count()} GPUs; start as many, or "
+            "set MODEL.DEVICE cpu"
+        )
 
 
 def fork_workers() -> None:

@@ -242,7 +242,7 @@ def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.multiprocessing, "start_processes", forked)
         output = f"train.output_dir={folder}/two"
-        train_net.launch(train_net.main, arguments(folder, "--num-gpus", 2, "--dist-url", "auto", output))
+        train_net.launch(train_net.main, arguments(folder, "--num-gpus", 2, "--dist-url", "auto", output), "cpu")
     by_two = metrics(folder / "two")
     checkpoint = f"train.init_checkpoint={folder}/two/model_final.pth"
     by_one = train_net.main(arguments(folder, "--eval-only", checkpoint, f"train.output_dir={folder}/one"))["bbox"]

@@ -1,0 +1,78 @@
+"""Starting processes: the loaded config says on what they run, also on machines with GPUs."""
+
+import json
+import os
+import runpy
+import sys
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+from torch import distributed
+
+from regionspot.engine import launch
+
+from ..helpers import ROOT, TINY
+
+NO_DATA = "DATASETS: {TRAIN: [], TEST: []}\n"
+
+
+class ReachedError(Exception):
+    """The run has come to where its processes are joined."""
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Let this machine seem to have two GPUs wherever the environment does not hide them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    visible = lambda: os.environ["CUDA_VISIBLE_DEVICES"] != ""  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_available", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if visible() else 0)
+
+
+def write_backend(args):
+    path = args.folder / str(distributed.get_rank())
+    path.write_text(json.dumps([distributed.get_backend(), os.environ["CUDA_VISIBLE_DEVICES"]]))
+
+
+def test_processes_on_cpus_beside_gpus_are_joined_by_gloo(two_gpus, tmp_path, monkeypatch):
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
+    args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", folder=tmp_path)
+    launch(write_backend, args, "cpu")
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)] == [["gloo", ""]] * 2
+
+
+@pytest.mark.parametrize(
+    ("tool", "config"),
+    [
+        ("tools/train_net.py", f"_BASE_: {TINY}\n"),
+        ("projects/RegionSpotRCNN/train_net.py", f"_BASE_: {ROOT}/tests/tiny_rcnn.yaml\n{NO_DATA}"),
+        ("projects/RegionSpotDense/train_net.py", "train:\n  device: cpu\n"),
+    ],
+)
+def test_device_in_yaml_alone_is_respected(two_gpus, tmp_path, monkeypatch, tool, config):
+    def reached(*_):
+        raise ReachedError(distributed.get_backend())
+
+    path = tmp_path / "config.yaml"
+    path.write_text(config)  # the base says cpu
+    group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "test"}
+    group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    for name, value in group.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("detectron2.engine.default_setup", reached)
+    monkeypatch.setattr("detectron2.utils.comm._LOCAL_PROCESS_GROUP", None)
+    monkeypatch.setattr(sys, "argv", [tool, "--config-file", str(path)])
+    try:
+        with pytest.raises(ReachedError, match="gloo"):
+            runpy.run_path(str(ROOT / tool), run_name="__main__")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def test_more_processes_than_gpus_are_refused(two_gpus):
+    with pytest.raises(ValueError, match="3 processes on cuda: this machine has 2 GPUs; start as many, or"):
+        launch(write_backend, Namespace(num_gpus=3), "cuda")
