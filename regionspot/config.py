@@ -145,7 +145,8 @@ def _add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "AdamW"
     # A step's IMS_PER_BATCH images are worked off in this many parts, for less memory.
     cfg.SOLVER.ACCUMULATE = 1
-    # Mixed precision (SOLVER.AMP.ENABLED): "bf16" or, on CUDA only, "fp16".
+    # Mixed precision (SOLVER.AMP.ENABLED): "bf16", for GPUs from Ampere on and CPUs, or "fp16", for older GPUs. A step
+    # whose gradients overflow in fp16 is skipped; 100 in a row end the run.
     cfg.SOLVER.AMP.DTYPE = "bf16"
     # The last checkpoints that are kept beside model_final and model_best; 0 keeps all.
     cfg.SOLVER.CHECKPOINTS_KEPT = 5

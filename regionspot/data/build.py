@@ -69,8 +69,13 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
         collate_fn=list,
         generator=torch.Generator(),  # else making an iterator would draw from the global one
         persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
+        pin_memory=_is_on_gpu(cfg),
         worker_init_fn=_start_worker,
     )
+
+
+def _is_on_gpu(cfg: CfgNode) -> bool:
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 
 def _start_worker(_: int) -> None:
@@ -116,7 +121,9 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip
     if not len(records):  # Detectron2's sampler wants an image at the least
         return []
     workers = cfg.DATALOADER.NUM_WORKERS
-    return build_detection_test_loader(records, mapper=mapper, batch_size=batch_size, num_workers=workers)
+    loader = build_detection_test_loader(records, mapper=mapper, batch_size=batch_size, num_workers=workers)
+    loader.pin_memory = _is_on_gpu(cfg)  # of which Detectron2's function knows nothing
+    return loader
 
 
 def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:

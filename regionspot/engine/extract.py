@@ -209,7 +209,13 @@ class _Mapped(Dataset):
 def _extract_shard(
     recognizer: RegionRecognizer, records: Subset, extraction: Extraction, bar: tqdm
 ) -> dict[str, torch.Tensor]:
-    loader = DataLoader(records, extraction.batch_size, num_workers=extraction.workers, collate_fn=list)
+    loader = DataLoader(
+        records,
+        extraction.batch_size,
+        num_workers=extraction.workers,
+        collate_fn=list,
+        pin_memory=recognizer.vision_language.pixel_mean.device.type == "cuda",
+    )
     images: list[dict[str, Any]] = []
     for batch in loader:
         kept = [inputs for inputs in batch if inputs is not None and len(inputs["instances"])]

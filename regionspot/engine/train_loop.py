@@ -1,6 +1,7 @@
 """One training step: mixed precision, parts of a batch, and a stop when the loss is not a number."""
 
 import contextlib
+import logging
 import random
 import time
 from typing import Any
@@ -11,13 +12,16 @@ from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from regionspot.data.build import training_stream
 
+logger = logging.getLogger(__name__)
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SKIPPED_STEPS = 100  # in a row: each halves the loss scale, and no scale is that far off
 
 
 class TrainLoop(SimpleTrainer):
@@ -50,6 +54,7 @@ class TrainLoop(SimpleTrainer):
         self.device = next(model.parameters()).device
         # float16 alone under- and overflows; elsewhere the scaler does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.skipped = self.skipped_in_row = 0  # steps, whose gradients had overflowed in float16
 
     def go_on_from(self, iteration: int) -> None:
         """Draw the data from where they are when ``iteration`` begins; to be called before the first step."""
@@ -73,12 +78,7 @@ class TrainLoop(SimpleTrainer):
             for name, loss in self._backward(batch, is_last=part == self.accumulate - 1).items():
                 total[name] = total.get(name, 0) + loss
         self.after_backward()
-        self._write_metrics(total, data_time)
-        try:
-            self.scaler.step(self.optimizer)
-        except FloatingPointError as error:
-            raise self._not_a_number(str(error)) from error
-        self.scaler.update()
+        self._step(total, data_time)
         seconds = time.perf_counter() - start
         storage = get_event_storage()
         storage.put_scalar("images_per_second", images * comm.get_world_size() / seconds)
@@ -91,15 +91,54 @@ class TrainLoop(SimpleTrainer):
                 stack.enter_context(self.model.no_sync())
             with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
                 losses = {name: loss / self.accumulate for name, loss in self.model(batch).items()}
-            loss = torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(loss):
-                raise self._not_a_number(str({name: value.item() for name, value in losses.items()}))
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
         return {name: value.detach() for name, value in losses.items()}
 
-    def _not_a_number(self, what: str) -> FloatingPointError:
+    def _step(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
+        """Update the weights. All processes decide alike: they share gradients, and whether every loss is finite.
+
+        In float16 a loss or gradient that is not finite says that the loss scale is too large: the step is skipped
+        and the scale lowered. In other precisions the run ends.
+        """
+        finite = torch.isfinite(torch.stack(list(losses.values()))).all()
+        everywhere = finite.float()
+        if comm.get_world_size() > 1:
+            distributed.all_reduce(everywhere, distributed.ReduceOp.MIN)
+        scale = self.scaler.get_scale()
+        if everywhere.item():
+            self._write_metrics(losses, data_time)
+            try:
+                self.scaler.step(self.optimizer)  # after unscaling, and not at all where a gradient is not finite
+            except FloatingPointError as error:
+                raise self._not_a_number(str(error)) from error
+            self.scaler.update()
+        elif self.scaler.is_enabled():
+            self.scaler.update(scale * self.scaler.get_backoff_factor())
+        else:
+            raise self._not_a_number(str({name: x.item() for name, x in losses.items()}), is_here=not finite)
+        if self.scaler.is_enabled():
+            self._count_skipped(is_skipped=self.scaler.get_scale() < scale)
+
+    def _count_skipped(self, is_skipped: bool) -> None:
+        self.skipped += is_skipped
+        self.skipped_in_row = self.skipped_in_row + 1 if is_skipped else 0
+        get_event_storage().put_scalar("skipped_steps", self.skipped)
+        if self.skipped_in_row >= MAX_SKIPPED_STEPS:
+            raise self._not_a_number(f"the gradients of {self.skipped_in_row} steps in a row, in float16")
+        if is_skipped:
+            logger.info(
+                "iteration %d: float16 overflowed; the step is skipped (%d in all) and the loss scale lowered to %g",
+                self.iter,
+                self.skipped,
+                self.scaler.get_scale(),
+            )
+
+    def _not_a_number(self, what: str, is_here: bool = True) -> FloatingPointError:
+        """Return the error that every process raises: what is wrong, and the images of those where it ``is_here``."""
+        found = [own for own in comm.all_gather((what, self._ids) if is_here else None) if own is not None]
+        images = ", ".join(image for _, ids in found for image in ids)
         return FloatingPointError(
-            f"not a number in iteration {self.iter}: {what}; images of the batch: {', '.join(self._ids)}. "
+            f"not a number in iteration {self.iter}: {'; '.join(dict(found))}; images of the batch: {images}. "
             "Look at these images' boxes and stored tokens, or lower SOLVER.BASE_LR"
         )
 

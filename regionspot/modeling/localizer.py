@@ -113,7 +113,7 @@ class Localizer(FrozenModule):
             (B, C, h, w) float32 image embeddings.
         """
         device = self.sam.pixel_mean.device
-        inputs = [self.sam.preprocess(self._resize(image).to(device, torch.float32)) for image in images]
+        inputs = [self.sam.preprocess(self._resize(image).to(device, non_blocking=True).float()) for image in images]
         return self.sam.image_encoder(torch.stack(inputs)).float()
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:

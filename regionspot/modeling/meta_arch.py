@@ -142,7 +142,7 @@ class RegionSpot(nn.Module):
         boxes, classes = zip(*(self._targets(inputs) for inputs in batched_inputs))
         tokens, feature_map = self._frozen_features(batched_inputs, boxes)
         keys = [inputs.get("vocabulary", "") for inputs in batched_inputs]
-        targets = [image_classes.to(self.device) for image_classes in classes]
+        targets = [image_classes.to(self.device, non_blocking=True) for image_classes in classes]
         return self.recognizer.losses(tokens, feature_map, targets, keys)
 
     def _frozen_features(
@@ -153,13 +153,15 @@ class RegionSpot(nn.Module):
         with_map = self.recognizer.vision_language.features == "none" or all("feature_map" in x for x in batched_inputs)
         images = [] if with_tokens and with_map else [self._image(inputs) for inputs in batched_inputs]
         if with_tokens:
-            tokens = [inputs["tokens"].to(self.device, torch.float32) for inputs in batched_inputs]
+            tokens = [inputs["tokens"].to(self.device, non_blocking=True).float() for inputs in batched_inputs]
         else:
             tokens = self.recognizer.position_tokens(images, boxes)
         if not with_map:
             return tokens, self.recognizer.vision_language.encode_images(images)
-        maps = [x["feature_map"] for x in batched_inputs if self.recognizer.vision_language.features != "none"]
-        return tokens, torch.stack(maps).to(self.device, torch.float32) if maps else None
+        if self.recognizer.vision_language.features == "none":
+            return tokens, None
+        maps = [inputs["feature_map"].to(self.device, non_blocking=True) for inputs in batched_inputs]
+        return tokens, torch.stack(maps).float()
 
     def _targets(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor]:
         """Return an image's annotated boxes and their classes."""

@@ -129,7 +129,7 @@ class VisionLanguageModel(FrozenModule):
 
         Bilinear without antialias and without keeping the aspect ratio: so were the released models trained.
         """
-        image = image.to(self.pixel_mean.device, torch.float32)[None] / 255
+        image = image.to(self.pixel_mean.device, non_blocking=True).float()[None] / 255  # travels as bytes
         image = F.interpolate(image, (self.image_size, self.image_size), mode="bilinear", align_corners=False)[0]
         return (image - self.pixel_mean) / self.pixel_std
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from regionspot.data import RegionSpotDatasetMapper, dataset_vocabulary
+from regionspot.data import RegionSpotDatasetMapper, build_test_loader, build_train_loader, dataset_vocabulary
 
 from ..helpers import NAMES, draw_scene, tiny_config, write_dataset
 
@@ -105,3 +105,12 @@ def test_vocabulary_of_data_sets(tmp_path, register):
     assert dataset_vocabulary(tiny_config("MODEL.REGIONSPOT.VOCABULARY", "a,b,c,d"), name) == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match="has 2 names, but test_one has 4"):
         dataset_vocabulary(tiny_config("MODEL.REGIONSPOT.VOCABULARY", "a,b"), name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_loaders_pin_memory_for_gpus(tmp_path, register, device):
+    name = register("test_pinned", write_dataset(tmp_path / "data", 4), tmp_path / "data" / "images")
+    cfg = tiny_config("DATASETS.TRAIN", (name,), "SOLVER.IMS_PER_BATCH", 2)
+    cfg.MODEL.DEVICE = device
+    for loader in (build_train_loader(cfg), build_test_loader(cfg, name)):
+        assert loader.pin_memory == (device == "cuda")
