@@ -56,7 +56,7 @@ class Results:
             )
         self._refuse(~np.isfinite(self.scores), "expected a finite score", self.scores)
         self._refuse(~np.isfinite(self.boxes).all(axis=1), "expected a bbox of finite numbers", self.boxes)
-        negative = (self.boxes[:, 2:] < 0).any(axis=1)
+        negative = self.boxes[:, 2:].min(axis=1) < 0
         self._refuse(negative, "expected bbox as [x, y, width, height] with width and height >= 0", self.boxes)
         if (self.regions is None) != (self.rles is None):
             raise ValueError(f"{self.name}: expected both regions and rles, or neither")

@@ -67,7 +67,7 @@ def check_rles(rles: Sequence[dict], say: Callable[[int], str], sizes: np.ndarra
         stop = min(start + BATCH, len(rles))
         if isinstance(rles, PackedMasks):  # whose sizes and types are known to be right
             texts = [rles.counts(index) for index in range(start, stop)]
-            found = np.array(rles._sizes[2 * start : 2 * stop], np.int64).reshape(-1, 2)
+            found: np.ndarray = np.array(rles._sizes[2 * start : 2 * stop], np.int64).reshape(-1, 2)
         else:
             both = [_size_and_counts(rles[index], say, index) for index in range(start, stop)]
             texts, found = [text for _, text in both], np.array([size for size, _ in both], np.int64)
