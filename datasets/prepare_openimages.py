@@ -92,10 +92,14 @@ def read_header(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            return (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
+            try:
+                lies = image.getexif().get(ORIENTATION, 1) in range(5, 9)
+            except Exception:  # malformed EXIF: upright, as regionspot.utils.images has it
+                lies = False
+            return (height, width) if lies else (width, height)
     except FileNotFoundError:
         return MISSING
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:  # damaged bytes make a decoder raise anything
         return DAMAGED
 
 

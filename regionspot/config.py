@@ -140,6 +140,9 @@ def _add_training_config(cfg: CfgNode) -> None:
     # With stored tokens only CLIP sees the image: a JPEG may then be decoded at a half, a quarter or an eighth of its
     # size, as long as the shorter side keeps this many pixels (CLIP's input size, say). 0 decodes the whole image.
     cfg.INPUT.REDUCED_JPEG = 0
+    # Images of more than 8 bits a channel (depth, thermal, 12-bit cameras) are scaled to 8: (lowest, highest) value
+    # become 0 and 255, such as (0, 65535); () takes each image's own lowest and highest.
+    cfg.INPUT.DEEP_RANGE = ()
 
     # "AdamW" (the paper's) or "SGD" (Detectron2's).
     cfg.SOLVER.OPTIMIZER = "AdamW"

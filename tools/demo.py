@@ -11,6 +11,7 @@ Examples:
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from regionspot import RegionPredictions, RegionSpotPredictor
 from regionspot.config import load_config
 from regionspot.structures import check_boxes
 from regionspot.utils.files import atomic_path
-from regionspot.utils.images import read_image
+from regionspot.utils.images import to_rgb_array
 from regionspot.visualization import draw_regions
 from regionspot.vocabulary import load_vocabulary
 from regionspot.weights import KNOWN_WEIGHTS
@@ -168,7 +169,7 @@ def leave_absent_weights(cfg: CfgNode) -> None:
             cfg.MODEL.REGIONSPOT[part].WEIGHTS = ""
 
 
-def load_inputs(args: argparse.Namespace) -> list[tuple[Path, np.ndarray, dict[str, Any]]]:
+def load_inputs(args: argparse.Namespace, deep_range: Sequence[float]) -> list[tuple[Path, np.ndarray, dict[str, Any]]]:
     """Read all images and prompts, so that what is wrong with one is said before the model is built."""
     if not args.boxes and not args.points:
         raise ValueError("no regions given: expected --boxes, --points or both")
@@ -182,7 +183,7 @@ def load_inputs(args: argparse.Namespace) -> list[tuple[Path, np.ndarray, dict[s
             raise ValueError(
                 f"--output {args.output}: the picture would overwrite the input {path}; give another folder"
             )
-        image = read_image(path)
+        image = to_rgb_array(path, deep_range)
         prompts: dict[str, Any] = {}
         if args.boxes:
             prompts["boxes"] = parse_boxes(args.boxes, path)
@@ -214,7 +215,7 @@ def write_outputs(
 
 def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
-    inputs = load_inputs(args)
+    inputs = load_inputs(args, cfg.INPUT.DEEP_RANGE)
     vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
     if args.cached_weights_only:
         leave_absent_weights(cfg)

@@ -1,6 +1,7 @@
 """From a data set's record to the model's input."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
-from regionspot.utils.images import decode_image
+from regionspot.utils.images import check_deep_range, decode_image
 
 
 class RegionSpotDatasetMapper:
@@ -29,6 +30,7 @@ class RegionSpotDatasetMapper:
         vocabulary: str = "",
         reduced_size: int = 0,
         match_iou: float = 0.0,
+        deep_range: Sequence[float] = (),
     ) -> None:
         """
         Args:
@@ -42,6 +44,7 @@ class RegionSpotDatasetMapper:
             reduced_size: let a JPEG be decoded at a smaller size whose shorter side is at least this; 0 does not. For
                 stored tokens only: SAM needs the whole image.
             match_iou: in training, a proposal of at least this IoU with an annotated box is a region of its class.
+            deep_range: values that become 0 and 255 in an image of more than 8 bits a channel, see ``decode_image``.
 
         Raises:
             ValueError: augmentations, or proposals, that the stored tokens do not cover.
@@ -59,6 +62,7 @@ class RegionSpotDatasetMapper:
         self.vocabulary = vocabulary
         self.reduced_size = reduced_size
         self.match_iou = match_iou
+        self.deep_range = check_deep_range(deep_range)
 
     @classmethod
     def from_config(
@@ -81,6 +85,7 @@ class RegionSpotDatasetMapper:
             "vocabulary": vocabulary,
             "reduced_size": cfg.INPUT.REDUCED_JPEG if is_train else 0,
             "match_iou": cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN if is_train else 0.0,
+            "deep_range": cfg.INPUT.DEEP_RANGE,
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +135,7 @@ class RegionSpotDatasetMapper:
 
     def _read(self, record: dict[str, Any]) -> np.ndarray:
         try:
-            image, size = decode_image(record["file_name"], self.image_format, self.reduced_size)
+            image, size = decode_image(record["file_name"], self.image_format, self.reduced_size, self.deep_range)
             utils.check_image_size(record, np.broadcast_to(np.uint8(0), size))
         except (OSError, ValueError, utils.SizeMismatchError) as error:
             raise ValueError(f"{error} (image id {record.get('image_id')})") from error

@@ -1,47 +1,146 @@
-"""Reading pictures."""
+"""Reading images: the one place where files and PIL images become pixels."""
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.utils.logger import log_first_n
 from PIL import Image
 
+# What is decoded; all others, such as EPS (which would start Ghostscript), are refused unread.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
-    """Return a picture as (H, W, 3) uint8, see ``decode_image``."""
-    return decode_image(path, image_format)[0]
+def to_rgb_array(image: str | Path | Image.Image | np.ndarray, deep_range: Sequence[float] = ()) -> np.ndarray:
+    """Return any image as (H, W, 3) uint8 RGB, upright.
+
+    Args:
+        image: a path, a PIL image (both are turned by their EXIF tag), or an array, which is (H, W, 3) uint8 RGB
+            already.
+        deep_range: see ``decode_image``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, a damaged one, or an array of another shape or dtype.
+    """
+    if isinstance(image, (str, Path)):
+        return decode_image(image, "RGB", deep_range=deep_range)[0]
+    if isinstance(image, Image.Image):
+        with _one_error("image"):
+            return _to_array(image, "RGB", check_deep_range(deep_range))
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise ValueError(
+            f"image: expected a path, a PIL image, or (H, W, 3) uint8 RGB; got shape {array.shape} and dtype "
+            f"{array.dtype}"
+        )
+    return array
 
 
-def decode_image(path: str | Path, image_format: str, reduced_size: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
-    """Read a picture as Detectron2 does, turned upright by its EXIF tag.
+def decode_image(
+    path: str | Path, image_format: str, reduced_size: int = 0, deep_range: Sequence[float] = ()
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read an image as Detectron2 does, turned upright by its EXIF tag.
 
     Args:
         path: the file.
         image_format: "RGB" or "BGR".
         reduced_size: let a JPEG be decoded at a half, a quarter or an eighth of its size, as long as its shorter side
             keeps at least so many pixels; 0 decodes it whole.
+        deep_range: lowest and highest value of an image of more than 8 bits a channel, which become 0 and 255; () for
+            each image's own.
 
     Returns:
-        (H, W, 3) uint8, and the (height, width) of the whole picture.
+        (H, W, 3) uint8, and the (height, width) of the whole image.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no picture, a damaged one, or one of more than 8 bits a channel.
+        ValueError: not an image of ``FORMATS``, or a damaged one.
     """
+    deep_range = check_deep_range(deep_range)
+    with _opened(path) as image:
+        size = _upright_size(image)
+        if reduced_size and image.format == "JPEG":
+            image.draft(image.mode, (reduced_size, reduced_size))
+        return _to_array(image, image_format, deep_range), size
+
+
+def read_image_size(path: str | Path) -> tuple[int, int]:
+    """Return the (height, width) of an upright image; only its header is read. Raises as ``decode_image``."""
+    with _opened(path) as image:
+        return _upright_size(image)
+
+
+def check_deep_range(deep_range: Sequence[float]) -> tuple[float, ...]:
+    """Return ``INPUT.DEEP_RANGE``, checked."""
+    if len(deep_range) not in (0, 2) or (deep_range and not deep_range[0] < deep_range[1]):
+        raise ValueError(f"INPUT.DEEP_RANGE: expected (lowest, highest) or (), got {tuple(deep_range)}")
+    return tuple(deep_range)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"image {path}: no such file")
+    with _one_error(f"image {path}"), Image.open(path, formats=FORMATS) as image:
+        yield image
+
+
+@contextmanager
+def _one_error(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises of damaged bytes (struct.error, TypeError, SyntaxError, ...) into a ValueError."""
     try:
-        with Image.open(path) as image:
-            if image.mode in _DEEP_MODES:
-                raise ValueError(f"expected 8 bits a channel, got mode {image.mode}; convert it first")
-            width, height = image.size
-            if image.getexif().get(_EXIF_ORIENTATION, 1) >= 5:  # lies on its side
-                width, height = height, width
-            if reduced_size and image.format == "JPEG":
-                image.draft(image.mode, (reduced_size, reduced_size))
-            return convert_PIL_to_numpy(_apply_exif_orientation(image), image_format), (height, width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
+        yield
+    except Image.UnidentifiedImageError as error:
+        kinds = ", ".join(FORMATS)
+        raise ValueError(f"{name} cannot be read: expected one of {kinds}; convert it, or replace it") from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # malformed EXIF: the image is upright, as in Detectron2
+        return 1
+    return int(value) if value in _UPRIGHT else 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)  # 5 to 8 lie on their side
+
+
+def _to_array(image: Image.Image, image_format: str, deep_range: tuple[float, ...]) -> np.ndarray:
+    orientation = _orientation(image)
+    if image.mode in _DEEP_MODES:
+        image = _to_8_bits(image, deep_range)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return convert_PIL_to_numpy(image, image_format)
+
+
+def _to_8_bits(image: Image.Image, deep_range: tuple[float, ...]) -> Image.Image:
+    """Scale a gray image of 16 or 32 bits to 8; infinite values are cut, NaN becomes 0."""
+    values = np.asarray(image, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = deep_range or ((finite.min(), finite.max()) if finite.size else (0.0, 1.0))
+    message = "an image has more than 8 bits a channel (mode %s): scaled from %s, %g to %g, to 0 to 255; see %s"
+    origin = "INPUT.DEEP_RANGE" if deep_range else "its own range"
+    log_first_n(logging.INFO, message % (image.mode, origin, low, high, "INPUT.DEEP_RANGE"), name=__name__)
+    scaled = (values - low) * (255 / ((high - low) or 1.0))
+    return Image.fromarray(np.nan_to_num(scaled.clip(0, 255)).round().astype(np.uint8))

@@ -16,7 +16,6 @@ from torch.utils.data import Subset
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.build import training_stream
 from regionspot.data.samplers import TrainingStream, balance, build_training_stream
-from regionspot.utils.images import decode_image
 
 from ..helpers import draw_scene, tiny_config, tiny_model, write_dataset
 
@@ -142,25 +141,6 @@ def test_each_image_is_scored_against_its_own_vocabulary(datasets):
     batch[0]["vocabulary"] = "unknown"
     with pytest.raises(KeyError, match="'unknown' is not set: expected one of test_small, test_large"):
         model(batch)
-
-
-@pytest.mark.parametrize(("least", "side"), [(0, 96), (12, 12), (13, 24), (90, 96)])
-def test_jpeg_is_decoded_at_reduced_size(tmp_path, least, side):
-    picture = Image.fromarray(np.kron(draw_scene(0)[0], np.ones((2, 2, 1), np.uint8)))  # 96 high, 128 wide
-    picture.save(tmp_path / "a.jpg")
-    picture.save(tmp_path / "a.png")
-    image, size = decode_image(tmp_path / "a.jpg", "RGB", least)
-    assert image.shape == (side, side * 4 // 3, 3) and size == (96, 128)
-    assert decode_image(tmp_path / "a.png", "RGB", least)[0].shape == (96, 128, 3)
-
-
-def test_picture_that_lies_on_its_side_keeps_its_upright_size(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(draw_scene(0, (64, 96))[0]).save(tmp_path / "a.jpg", exif=exif)
-    for least, shape in ((0, (96, 64, 3)), (32, (48, 32, 3))):
-        image, size = decode_image(tmp_path / "a.jpg", "RGB", least)
-        assert image.shape == shape and size == (96, 64)
 
 
 def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeypatch):
