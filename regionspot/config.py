@@ -137,6 +137,10 @@ def _add_training_config(cfg: CfgNode) -> None:
     # Shares of the training sets, such as (1.0, 1.0, 1.0) for equally many images of each; () goes by their sizes.
     cfg.DATASETS.TRAIN_RATIO = ()
 
+    # True: leave out images that cannot be read. Training takes the next image in their place, evaluation counts them
+    # as images without detections; both list them at the end. False: the first one is an error.
+    cfg.DATALOADER.SKIP_UNREADABLE = False
+
     # With stored tokens only CLIP sees the image: a JPEG may then be decoded at a half, a quarter or an eighth of its
     # size, as long as the shorter side keeps this many pixels (CLIP's input size, say). 0 decodes the whole image.
     cfg.INPUT.REDUCED_JPEG = 0

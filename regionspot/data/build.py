@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.datasets import register_from_spec
+from regionspot.data.image_check import check_images
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, build_training_stream
 from regionspot.data.training_set import TrainingSet, image_ids, open_training_images
@@ -63,7 +64,7 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
         )
     stream = build_training_stream(cfg, images, seed)
     return DataLoader(
-        TrainingSet(images, mappers, seed),
+        TrainingSet(images, mappers, seed, cfg.DATALOADER.SKIP_UNREADABLE),
         batch_sampler=BatchSampler(stream, local_batch_size(cfg), drop_last=True),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
@@ -115,11 +116,12 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip
     records = DatasetCatalog.get(dataset_name)
     proposals = open_proposals(path, records) if source == "file" else None
     mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
-    if skip:
-        ids = image_ids(records)
-        records = Subset(records, [index for index, image_id in enumerate(ids.tolist()) if image_id not in skip])
-    if not len(records):  # Detectron2's sampler wants an image at the least
+    rows = np.array([row for row, image_id in enumerate(image_ids(records).tolist()) if image_id not in skip], int)
+    if not len(rows):  # Detectron2's sampler wants an image at the least
         return []
+    check_images(records, rows, dataset_name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
+    if skip:
+        records = Subset(records, rows.tolist())
     workers = cfg.DATALOADER.NUM_WORKERS
     loader = build_detection_test_loader(records, mapper=mapper, batch_size=batch_size, num_workers=workers)
     loader.pin_memory = _is_on_gpu(cfg)  # of which Detectron2's function knows nothing

@@ -15,6 +15,12 @@ from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
 from regionspot.utils.images import check_deep_range, decode_image
 
+_BLANK_SIZE = (32, 32)
+
+
+class UnreadableImageError(ValueError):
+    """The image of a record is missing, damaged, or of another size than its annotations say."""
+
 
 class RegionSpotDatasetMapper:
     """Detectron2's mapper for regions: it keeps the annotated boxes at test time, too, where they are the proposals."""
@@ -31,6 +37,7 @@ class RegionSpotDatasetMapper:
         reduced_size: int = 0,
         match_iou: float = 0.0,
         deep_range: Sequence[float] = (),
+        blank_unreadable: bool = False,
     ) -> None:
         """
         Args:
@@ -45,6 +52,7 @@ class RegionSpotDatasetMapper:
                 stored tokens only: SAM needs the whole image.
             match_iou: in training, a proposal of at least this IoU with an annotated box is a region of its class.
             deep_range: values that become 0 and 255 in an image of more than 8 bits a channel, see ``decode_image``.
+            blank_unreadable: of an image that cannot be read give a black one without boxes, and ``unreadable``, why.
 
         Raises:
             ValueError: augmentations, or proposals, that the stored tokens do not cover.
@@ -63,6 +71,7 @@ class RegionSpotDatasetMapper:
         self.reduced_size = reduced_size
         self.match_iou = match_iou
         self.deep_range = check_deep_range(deep_range)
+        self.blank_unreadable = blank_unreadable
 
     @classmethod
     def from_config(
@@ -86,6 +95,7 @@ class RegionSpotDatasetMapper:
             "reduced_size": cfg.INPUT.REDUCED_JPEG if is_train else 0,
             "match_iou": cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN if is_train else 0.0,
             "deep_range": cfg.INPUT.DEEP_RANGE,
+            "blank_unreadable": cfg.DATALOADER.SKIP_UNREADABLE and not is_train,  # training takes another image
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -101,13 +111,20 @@ class RegionSpotDatasetMapper:
             maps, ``feature_map`` in place of ``image``; with a key also ``vocabulary``.
 
         Raises:
-            ValueError: the image is missing, damaged, or of another size than the record says.
+            UnreadableImageError: the image is missing, damaged, or of another size than the record says.
         """
-        record = copy.copy(record)
+        try:
+            return self._map(copy.copy(record))
+        except UnreadableImageError as error:
+            if not self.blank_unreadable:
+                raise
+            return self._blank(record, str(error))
+
+    def _map(self, record: dict[str, Any]) -> dict[str, Any]:
         boxes, classes = read_annotations(record)
         record.pop("annotations", None)
         with_image = self.token_store is None or not self.token_store.has_feature_maps
-        inputs = T.AugInput(self._read(record) if with_image else _placeholder(record))
+        inputs = T.AugInput(self.read_image(record) if with_image else _placeholder(record))
         transforms = self.augmentations(inputs)
         size = inputs.image.shape[:2]
         if with_image:
@@ -133,12 +150,24 @@ class RegionSpotDatasetMapper:
             record["vocabulary"] = self.vocabulary
         return record
 
-    def _read(self, record: dict[str, Any]) -> np.ndarray:
+    def _blank(self, record: dict[str, Any], reason: str) -> dict[str, Any]:
+        record = {key: value for key, value in record.items() if key != "annotations"}
+        size, none = _BLANK_SIZE, torch.zeros(0)
+        record.update(image=torch.zeros(3, *size, dtype=torch.uint8), unreadable=reason)
+        record["instances"] = Instances(size, gt_boxes=Boxes(none.reshape(0, 4)), gt_classes=none.long())
+        if self.proposal_file is not None:
+            record["proposals"] = Instances(size, proposal_boxes=Boxes(none.reshape(0, 4)), objectness_logits=none)
+        if self.vocabulary:
+            record["vocabulary"] = self.vocabulary
+        return record
+
+    def read_image(self, record: dict[str, Any]) -> np.ndarray:
+        """Return the (H, W, 3) uint8 image of a record; ``UnreadableImageError`` if it cannot be read."""
         try:
             image, size = decode_image(record["file_name"], self.image_format, self.reduced_size, self.deep_range)
             utils.check_image_size(record, np.broadcast_to(np.uint8(0), size))
         except (OSError, ValueError, utils.SizeMismatchError) as error:
-            raise ValueError(f"{error} (image id {record.get('image_id')})") from error
+            raise UnreadableImageError(f"{error} (image id {record.get('image_id')})") from error
         return image
 
 

@@ -13,12 +13,15 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from torch.utils.data import Dataset, Subset
 
-from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
+from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
+from regionspot.data.image_check import check_images
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
 from regionspot.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
+
+_MOST_SKIPPED = 100  # images in a row; more are no accident
 
 
 class TrainingSet(Dataset):
@@ -28,8 +31,21 @@ class TrainingSet(Dataset):
     number of workers and processes, nor on where training was resumed.
     """
 
-    def __init__(self, datasets: Sequence[Any], mappers: Sequence[RegionSpotDatasetMapper], seed: int) -> None:
-        self.datasets, self.mappers, self.seed = datasets, mappers, seed
+    def __init__(
+        self,
+        datasets: Sequence[Any],
+        mappers: Sequence[RegionSpotDatasetMapper],
+        seed: int,
+        skip_unreadable: bool = False,
+    ) -> None:
+        """
+        Args:
+            datasets: their records.
+            mappers: one for each.
+            seed: of what is random about a sample.
+            skip_unreadable: take the next image for one that cannot be read; the sample has ``unreadable``, why.
+        """
+        self.datasets, self.mappers, self.seed, self.skip_unreadable = datasets, mappers, seed, skip_unreadable
         self.starts = np.cumsum([0] + [len(dataset) for dataset in datasets])
 
     def __len__(self) -> int:
@@ -37,6 +53,20 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         position, index = item
+        skipped: list[str] = []
+        while True:
+            try:
+                sample = self._sample(position, (index + len(skipped)) % len(self))
+            except UnreadableImageError as error:
+                if not self.skip_unreadable:
+                    raise
+                skipped.append(str(error))
+                if len(skipped) == min(_MOST_SKIPPED, len(self)):
+                    raise ValueError(f"{len(skipped)} images in a row cannot be read; the last: {error}") from error
+            else:
+                return {**sample, "unreadable": skipped} if skipped else sample
+
+    def _sample(self, position: int, index: int) -> dict[str, Any]:
         random.seed(f"{self.seed} {position}")
         np.random.seed(random.getrandbits(32))
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -74,6 +104,8 @@ def open_training_images(
         kept &= ~without
     if not kept.any():
         raise ValueError(f"data set {name!r}: no image has a box to learn from; is it the right annotation file?")
+    if store is None or not store.has_feature_maps:  # else no image is read
+        check_images(records, np.flatnonzero(kept), name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
     logger.info("%s: %d images with %d regions; %s", name, kept.sum(), numbers[kept].sum(), _left_out(records, numbers))
     images = records if isinstance(records, Dataset) else DatasetFromList(records, copy=True)
     return Subset(images, np.flatnonzero(kept)), mapper  # type: ignore[arg-type]

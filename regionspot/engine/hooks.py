@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,6 +88,38 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class UnreadableImages(HookBase):
+    """Writes down the images that training could not read and took others for, and counts them at the end."""
+
+    def __init__(self, reasons: set[str], path: Path) -> None:
+        """
+        Args:
+            reasons: one for each image, which grows while training goes on.
+            path: of the list, one line an image; all processes, and a run that goes on, add to it.
+        """
+        self.reasons, self.path, self._written = reasons, path, set[str]()
+
+    def before_train(self) -> None:
+        self._written = self._read()
+
+    def after_step(self) -> None:
+        new = {" ".join(reason.split()) for reason in self.reasons} - self._written
+        self.reasons.clear()
+        if new:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in sorted(new))
+            self._written |= new
+            logger.warning("another image is taken in place of: %s", "; ".join(sorted(new)))
+
+    def after_train(self) -> None:
+        lines = self._read()
+        if lines:
+            logger.warning("%d images could not be read and others were in their place: %s", len(lines), self.path)
+
+    def _read(self) -> set[str]:
+        return set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.is_file() else set()
 
 
 class Throughput(HookBase):

@@ -52,6 +52,7 @@ class TrainLoop(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.seed, self.accumulate, self.precision = seed, accumulate, precision
         self.device = next(model.parameters()).device
+        self.unreadable: set[str] = set()  # why images were replaced by others (DATALOADER.SKIP_UNREADABLE)
         # float16 alone under- and overflows; elsewhere the scaler does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.skipped = self.skipped_in_row = 0  # steps, whose gradients had overflowed in float16
@@ -74,6 +75,7 @@ class TrainLoop(SimpleTrainer):
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - waiting
             images += len(batch)
+            self.unreadable.update(reason for inputs in batch for reason in inputs.get("unreadable", ()))
             self._ids += [str(inputs.get("image_id", inputs.get("file_name"))) for inputs in batch]
             for name, loss in self._backward(batch, is_last=part == self.accumulate - 1).items():
                 total[name] = total.get(name, 0) + loss

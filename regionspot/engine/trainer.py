@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
@@ -26,9 +27,11 @@ from regionspot.data.build import (
     dataset_vocabulary,
     proposal_source,
 )
+from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
+from regionspot.data.image_check import check_images
 from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
-from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, WeightAverage
+from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, UnreadableImages, WeightAverage
 from regionspot.engine.optimizer import build_optimizer
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.modeling import RegionSpot
@@ -107,6 +110,7 @@ class RegionSpotTrainer(DefaultTrainer):
             return self._last_eval_results
 
         result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler(), self.average]
+        result.append(UnreadableImages(self._trainer.unreadable, Path(cfg.OUTPUT_DIR) / "unreadable_images.txt"))
         result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
         if comm.is_main_process():
             if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
@@ -177,6 +181,8 @@ def check_tests(cfg: CfgNode) -> None:
         proposal_source(cfg, name)
         dataset_vocabulary(cfg, name)
         choose_metric(cfg, name)
+        records, mapper = DatasetCatalog.get(name), RegionSpotDatasetMapper(cfg, False)
+        check_images(records, np.arange(len(records)), name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
 
 
 def best_metric(cfg: CfgNode) -> str:

@@ -25,6 +25,7 @@ class ImagePredictions(msgspec.Struct):
         size: (height, width) of the masks.
         targets: (N,) annotated classes of the regions, where the regions are the annotated ones.
         top: for each of these its best classes, best first.
+        unreadable: why the image could not be read; it then has no detections.
     """
 
     image_id: int
@@ -36,6 +37,7 @@ class ImagePredictions(msgspec.Struct):
     size: tuple[int, int] = (0, 0)
     targets: list[int] = []
     top: list[list[int]] = []
+    unreadable: str = ""
 
 
 class PredictionLog:
@@ -92,7 +94,8 @@ class PredictionLog:
         paths = sorted(self.folder.glob("predictions.*.jsonl"))
         images: dict[int, ImagePredictions] = {}
         if known.is_file() and known.read_text() == self.identity:
-            images = {image.image_id: image for path in paths for image in _read(path.read_bytes())}
+            every = (image for path in paths for image in _read(path.read_bytes()))
+            images = {image.image_id: image for image in every if not image.unreadable}  # they may be whole by now
         with atomic_path(known) as temporary:
             temporary.write_text(self.identity)
         with atomic_path(self._path(0)) as temporary, temporary.open("wb") as file:

@@ -64,6 +64,9 @@ class RegionEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Write the predictions of a batch, see ``RegionSpot.forward``."""
         for image, output in zip(inputs, outputs):
+            if image.get("unreadable"):
+                self.log.append(ImagePredictions(image["image_id"], [], [], [], unreadable=image["unreadable"]))
+                continue
             detections = output["instances"].to(torch.device("cpu"))
             boxes = detections.pred_boxes.tensor.numpy()
             predictions = ImagePredictions(
@@ -93,6 +96,8 @@ class RegionEvaluator(DatasetEvaluator):
         results, truth = self._to_results(images), read_ground_truth(self.json_file)
         write_results(results, self.output_dir / f"{kind}_instances_results.json")
         line, limit = self.protocol.line(len(images), self.of), self.protocol.detections_per_image
+        unreadable = [image.unreadable for image in images if image.unreadable]
+        line += f", {len(unreadable)} unreadable" * bool(unreadable)
         limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
         outcomes = {}
         for task in self.tasks:
@@ -105,6 +110,13 @@ class RegionEvaluator(DatasetEvaluator):
         metrics = OrderedDict({task: outcome.metrics for task, outcome in outcomes.items()})
         logger.info("%s\n%s", line, format_table(metrics))
         more: dict[str, object] = {"protocol": line}
+        if unreadable:
+            more["unreadable"] = unreadable
+            logger.warning(
+                "%d images could not be read and count as images without detections: %s",
+                len(unreadable),
+                "; ".join(unreadable),
+            )
         if any(image.targets for image in images):
             metrics["region"] = more["region"] = region_accuracy(images, [f or "" for f in truth.frequencies])
             logger.info("accuracy on the annotated boxes\n%s", format_table({"region": metrics["region"]}))

@@ -1,6 +1,7 @@
 """Evaluation: what it says of itself, that it survives kills, and boxes from every source."""
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -384,3 +385,35 @@ def test_a_data_set_of_detectron2s_own_kind_is_evaluated(dataset, tmp_path):
         DatasetCatalog.remove("test_list")
         MetadataCatalog.remove("test_list")
     assert results["bbox"]["AP50"] > 0 and set(results) == {"bbox", "segm", "region"}
+
+
+def test_unreadable_image_has_no_detections_and_is_counted(dataset, tmp_path, caplog):
+    image = tmp_path / "data" / "images" / "1.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 10 images are unreadable"):
+        evaluate(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        damaged = evaluate(tmp_path, "DATALOADER.SKIP_UNREADABLE", True)
+    results = json.loads(written(tmp_path, "lvis_instances_results.json"))
+    assert {result["image_id"] for result in results} == {*range(1, 11)} - {2}
+    [line] = json.loads(written(tmp_path))["unreadable"]
+    assert "1.png" in line and "1 images could not be read" in caplog.text
+    assert "images: 10 of 10, 1 unreadable" in written(tmp_path)
+    image.write_bytes(whole)
+    assert evaluate(tmp_path, "DATALOADER.SKIP_UNREADABLE", True) != damaged
+
+
+def test_unreadable_image_that_was_repaired_is_evaluated_by_the_run_that_goes_on(dataset, tmp_path, monkeypatch):
+    evaluate(tmp_path)
+    expected = written(tmp_path)
+    image = tmp_path / "data" / "images" / "1.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"no image")
+    monkeypatch.setattr("regionspot.evaluation.region_evaluator.read_ground_truth", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(tmp_path, "DATALOADER.SKIP_UNREADABLE", True)
+    monkeypatch.undo()
+    image.write_bytes(whole)
+    evaluate(tmp_path, "DATALOADER.SKIP_UNREADABLE", True)
+    assert written(tmp_path) == expected

@@ -315,3 +315,22 @@ def test_old_checkpoints_and_leftovers_are_removed(scenes, tmp_path):
     names = sorted(path.name for path in tmp_path.glob("*.pth"))
     assert names == ["model_0000007.pth", "model_0000008.pth", "model_final.pth"]
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_unreadable_images_are_replaced_listed_and_counted(scenes, tmp_path, caplog, register):
+    annotations = write_dataset(tmp_path / "data", 12)
+    register("test_unreadable", annotations, tmp_path / "data" / "images", "lvis")
+    data = ("DATASETS.TRAIN", ("test_unreadable",), "DATASETS.TOKEN_STORES_TRAIN", (), "SOLVER.MAX_ITER", 6)
+    (tmp_path / "data" / "images" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 12 images are unreadable"):
+        train(scenes, tmp_path / "run", *data)
+    skip = (*data, "DATALOADER.SKIP_UNREADABLE", True, "SOLVER.CHECKPOINT_PERIOD", 3)
+    with caplog.at_level(logging.WARNING, "regionspot"):
+        train(scenes, tmp_path / "run", *skip)
+    [line] = (tmp_path / "run" / "unreadable_images.txt").read_text().splitlines()
+    assert "3.png" in line and "1 images could not be read" in caplog.text
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
+    whole = saved(tmp_path / "run")
+    assert train(scenes, tmp_path / "run", *skip, resume=True).start_iter == 3
+    assert_same(saved(tmp_path / "run"), whole)
+    assert (tmp_path / "run" / "unreadable_images.txt").read_text().splitlines() == [line]
