@@ -1,5 +1,6 @@
-"""Our LVIS evaluation against the lvis package, in time and memory; a command of tools/benchmark.py."""
+"""Our evaluation against the lvis package and pycocotools, in time and memory; a command of tools/benchmark.py."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-CATEGORIES = 1203
 SIZE = (480, 640)
-HEADERS = ["case", "ours", "memory", "lvis", "memory", "times as fast", "times less memory"]
+HEADERS = ["case", "ours", "memory", "reference", "memory", "times as fast", "times less memory"]
 
 # Run in a process of its own, so that the memory is its own. Time is the CPU's: both use one thread. Importing is not
 # counted.
@@ -23,11 +23,11 @@ def peak():  # of this program; getrusage would count the one that started it, t
 """
 _OURS = """
 from regionspot.evaluation.ground_truth import read_ground_truth
-from regionspot.evaluation.lvis_metrics import run_lvis_evaluation
+from regionspot.evaluation.report import evaluate_task
 from regionspot.evaluation.results_file import read_results
 before, start = peak(), time.process_time()
 truth, results = read_ground_truth(sys.argv[1]), read_results(sys.argv[2])
-metrics = run_lvis_evaluation(truth, results, sys.argv[3], segm_areas="boxes").metrics()  # as lvis
+metrics = evaluate_task(truth, results, sys.argv[3], sys.argv[4], segm_areas="boxes").metrics  # areas as lvis
 """
 _LVIS = """
 import lvis, logging, numpy
@@ -37,6 +37,17 @@ before, start = peak(), time.process_time()
 evaluation = LVISEval(sys.argv[1], sys.argv[2], sys.argv[3])
 evaluation.run()
 metrics = {key: value * 100 for key, value in evaluation.get_results().items() if "AR" not in key}
+"""
+_COCO = """
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+before, start = peak(), time.process_time()
+truth, found = COCO(sys.argv[1]), json.load(open(sys.argv[2]))
+for entry in found if sys.argv[3] == "segm" else ():
+    del entry["bbox"]
+evaluation = COCOeval(truth, truth.loadRes(found), sys.argv[3])
+evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+metrics = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), (evaluation.stats[:6] * 100).tolist()))
 """
 _EPILOGUE = """
 seconds = time.process_time() - start
@@ -71,11 +82,13 @@ metrics = {str(i): hash(rle["counts"]) for i, rle in enumerate(rles)}
 """
 
 
-def write_case(folder: Path, images: int, detections: int, masks: bool = False, seed: int = 0) -> tuple[Path, Path]:
+def write_case(
+    folder: Path, images: int, detections: int, categories: int, masks: bool = False, seed: int = 0
+) -> tuple[Path, Path]:
     """Write annotations like LVIS val's (12 boxes an image, 3 classes and 15 verified ones) and detections.
 
     A tenth of the detections lie about an annotation; of the others half are of classes that the image was verified
-    for, half of any.
+    for, half of any. Every 50th annotation is a crowd, for COCO's rules.
 
     Returns:
         The annotation file and the file of results.
@@ -89,14 +102,15 @@ def write_case(folder: Path, images: int, detections: int, masks: bool = False, 
     with (folder / "results.json").open("w") as file:
         file.write("[")
         for image in tqdm(range(1, images + 1), desc="drawing detections", unit="image"):
-            verified = (rng.choice(CATEGORIES, 18, replace=False) + 1).tolist()
+            verified = (rng.choice(categories, 18, replace=False) + 1).tolist()
             corner = rng.uniform(0, 0.7, (12, 2)) * (width, height)
             truths = np.hstack([corner, rng.uniform(0.02, 0.3, (12, 2)) * (width, height)]).round(2)
             labels = rng.choice(verified[:3], 12)
             for (x, y, w, h), label in zip(truths.tolist(), labels.tolist()):
                 entry = {"id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": [x, y, w, h]}
                 outline = [x, y, x + w, y, x + w, y + h, x, y + h]
-                annotations.append(entry | {"area": w * h, "segmentation": [outline]})
+                crowd = int(len(annotations) % 50 == 49)
+                annotations.append(entry | {"area": w * h, "segmentation": [outline], "iscrowd": crowd})
             record = {"id": image, "height": height, "width": width, "file_name": f"{image}.jpg"}
             verified_absent = {"neg_category_ids": verified[3:], "not_exhaustive_category_ids": verified[:1]}
             records.append(record | verified_absent)
@@ -104,7 +118,7 @@ def write_case(folder: Path, images: int, detections: int, masks: bool = False, 
             near = rng.integers(12, size=detections)
             boxes = truths[near] * np.exp(rng.normal(0, 0.08, (detections, 4)))
             kind = rng.random(detections)
-            category = np.where(kind < 0.55, rng.choice(verified, detections), rng.integers(1, CATEGORIES, detections))
+            category = np.where(kind < 0.55, rng.choice(verified, detections), rng.integers(1, categories, detections))
             category = np.where(kind < 0.1, labels[near], category)
             boxes[kind >= 0.1, :2] = rng.uniform(0, 0.7, ((kind >= 0.1).sum(), 2)) * (width, height)
             scores = rng.random(detections)
@@ -117,43 +131,38 @@ def write_case(folder: Path, images: int, detections: int, masks: bool = False, 
                 entries.append(json.dumps(entry))
             file.write(("," if image > 1 else "") + ",".join(entries))
         file.write("]")
-    frequencies = rng.choice(["r", "c", "f"], CATEGORIES, p=[0.28, 0.38, 0.34]).tolist()
-    categories = [{"id": i + 1, "name": f"thing {i}", "frequency": f} for i, f in enumerate(frequencies)]
-    content = {"images": records, "annotations": annotations, "categories": categories}
+    frequencies = rng.choice(["r", "c", "f"], categories, p=[0.28, 0.38, 0.34]).tolist()
+    classes = [{"id": i + 1, "name": f"thing {i}", "frequency": f} for i, f in enumerate(frequencies)]
+    content = {"info": {}, "images": records, "annotations": annotations, "categories": classes}
     (folder / "annotations.json").write_text(json.dumps(content))
     return folder / "annotations.json", folder / "results.json"
 
 
-def measure(what: str, annotations: Path, results: Path, task: str) -> dict:
+def measure(code: str, annotations: Path, results: Path, task: str, protocol: str) -> dict:
     """Evaluate in a process of its own; return CPU seconds, bytes "before" (imports alone) and "peak", and metrics."""
-    code = _PRELUDE + (_OURS if what == "ours" else _LVIS) + _EPILOGUE
-    command = [sys.executable, "-c", code, str(annotations), str(results), task]
+    command = [sys.executable, "-c", _PRELUDE + code + _EPILOGUE, str(annotations), str(results), task, protocol]
     output = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
     ).stdout
     return json.loads(output.splitlines()[-1])
 
 
-def benchmark_eval(
-    folder: Path, images: int, detections: int, tasks: list[str], against_lvis: bool = True
-) -> list[tuple[str, ...]]:
-    """Return rows of a table: what, seconds and memory of ours and of lvis, and how many times as good ours is.
+def benchmark_eval(folder: Path, args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Return rows of a table: what, seconds and memory of ours and the reference, and how many times as good ours is.
 
     Args:
         folder: for the generated files.
-        images: of the data set.
-        detections: an image.
-        tasks: "bbox", "segm".
-        against_lvis: whether lvis is measured, too.
+        args: ``images`` and ``categories`` of the data set, ``detections`` an image, ``task``, ``protocol``, and
+            ``alone`` if the reference is not measured.
     """
     rows = []
-    for number in (detections, max(1, detections // 100)):
-        paths = write_case(folder / str(number), images, number, "segm" in tasks)
-        for task in tasks:
-            ours = measure("ours", *paths, task)
-            row = [f"{task}, {images} images, {images * number} detections", *_cells(ours)]
-            if against_lvis:
-                theirs = measure("lvis", *paths, task)
+    for number in dict.fromkeys((args.detections, args.detections if args.alone else max(1, args.detections // 100))):
+        paths = write_case(folder / str(number), args.images, number, args.categories, "segm" in args.task)
+        for task in args.task:
+            ours = measure(_OURS, *paths, task, args.protocol)
+            row = [f"{args.protocol} {task}, {args.images} images, {args.images * number} detections", *_cells(ours)]
+            if not args.alone:
+                theirs = measure(_COCO if args.protocol == "coco" else _LVIS, *paths, task, args.protocol)
                 _same(ours["metrics"], theirs["metrics"])
                 row += [*_cells(theirs), *_ratios(ours, theirs)]
             rows.append(tuple(row))
@@ -176,7 +185,7 @@ def _same(ours: dict, theirs: dict) -> None:
     for key, value in ours.items():
         expected = float("nan") if theirs[key] < 0 else theirs[key]
         if not np.isclose(value, expected, rtol=0, atol=1e-9, equal_nan=True):
-            raise RuntimeError(f"{key}: ours {value}, lvis {expected}")
+            raise RuntimeError(f"{key}: ours {value}, reference {expected}")
 
 
 def benchmark_masks(boxes: int = 100, detections: int = 300) -> tuple[str, ...]:

@@ -1,35 +1,59 @@
-"""COCO AP through pycocotools, from the same arrays."""
+"""COCO AP and AR, from arrays: the numbers of ``pycocotools`` for any number of images and classes.
 
-import contextlib
-import io
-import json
+``COCOeval`` keeps an entry for every (image, class) pair: a terabyte for a data set of 13,000 classes.
+"""
+
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from regionspot.evaluation.average_precision import (
+    TASKS,
+    Evaluation,
+    Truths,
+    accumulate,
+    match_results,
+    mean_percent,
+    order_detections,
+)
 from regionspot.evaluation.ground_truth import GroundTruth, read_ground_truth
+from regionspot.evaluation.matching import AREA_NAMES, outside_ranges, rank_in_group
 from regionspot.evaluation.results import Results
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-RECALLS = ("AR@1", "AR@10", "AR@100", "ARs@100", "ARm@100", "ARl@100")
+MAX_DETS = (1, 10, 100)  # of a class in an image
 
 
-def evaluate_coco(json_file: str | Path, results: Results, task: str = "bbox") -> dict[str, float]:
+@dataclass(eq=False)
+class CocoEvaluation(Evaluation):
+    """Precision and recall of the 100 best detections of each class in each image.
+
+    Attributes:
+        recalls: for 1, 10 and 100 detections (T, K) float64, of annotations of any size; -1 as in ``recall``.
+    """
+
+    recalls: dict[int, np.ndarray]
+
+    def average_recalls(self) -> dict[str, float]:
+        """Return AR@1, AR@10, AR@100, ARs@100, ARm@100, ARl@100 in percent, NaN where nothing is annotated."""
+        values = {f"AR@{limit}": mean_percent(recall) for limit, recall in self.recalls.items()}
+        sizes = {f"AR{name}@100": mean_percent(self.recall[:, :, i]) for i, name in enumerate(AREA_NAMES) if name}
+        return values | sizes
+
+
+def evaluate_coco(json_file: str | Path | GroundTruth, results: Results, task: str = "bbox") -> dict[str, float]:
     """Return AP, AP50, AP75, APs, APm and APl in percent, NaN where nothing is annotated, as Detectron2 does.
 
-    Args, Raises: see ``run_coco_evaluation``.
+    Args, Raises: see ``run_coco_evaluation``, which also has recall, the AP of each class and counts.
     """
-    return coco_metrics(run_coco_evaluation(json_file, results, task))
+    return run_coco_evaluation(json_file, results, task).metrics()
 
 
-def run_coco_evaluation(json_file: str | Path | GroundTruth, results: Results, task: str = "bbox") -> COCOeval:
-    """Evaluate detections by pycocotools' protocol, with 1, 10 and 100 detections of a class in an image.
+def run_coco_evaluation(json_file: str | Path | GroundTruth, results: Results, task: str = "bbox") -> CocoEvaluation:
+    """Evaluate detections by COCO's rules, with 1, 10 and 100 detections of a class in an image.
 
     Args:
         json_file: annotations in COCO or LVIS format, or what was read of them.
@@ -41,80 +65,41 @@ def run_coco_evaluation(json_file: str | Path | GroundTruth, results: Results, t
         ValueError: another task, wrong annotations, an image or category of the detections that is not in them, or,
             for task segm, masks that are missing or not of their image's size.
     """
-    if task not in ("bbox", "segm"):
-        raise ValueError(f"task: expected one of bbox, segm, got {task!r}")
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     ground_truth = json_file if isinstance(json_file, GroundTruth) else read_ground_truth(json_file)
-    images, _ = ground_truth.positions(results)
+    images, categories = ground_truth.positions(results)
     if task == "segm":
         ground_truth.check_masks(results, images)
         ground_truth.masks(np.arange(len(ground_truth.images)))  # refuses damaged ones
     if not len(results):
         logger.warning("%s: there is no detection, so that every AP is 0", results.name)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _coco(_complete(json.loads(ground_truth.path.read_text(encoding="utf-8-sig"))))
-        nothing = _coco({**truth.dataset, "annotations": []})  # loadRes wants one entry at the least
-        found = truth.loadRes(_entries(results, task)) if len(results) else nothing
-        evaluation = COCOeval(truth, found, iouType=task)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return evaluation
+    # COCO's rules know no "ignore" but that of crowds, and count what has no area.
+    truths = Truths(ground_truth, np.arange(len(ground_truth.images)), ground_truth.crowd, ground_truth.crowd)
+    detections = order_detections(ground_truth, results, np.arange(len(results)), images, categories)
+    rank = rank_in_group(detections.keys)
+    detections, rank = detections.select(rank < MAX_DETS[-1]), rank[rank < MAX_DETS[-1]]
+    counts = ~outside_ranges(results.areas(task)[detections.rows])
+    matched, state = match_results(ground_truth, results, task, detections, truths)
+    precision, recall = accumulate(detections.categories, counts, matched, state, truths)
+    found = state[:, :, 0] == 1  # (M, T), of annotations of any size
+    classes, total = detections.categories[matched], truths.number[:, 0]
+    return CocoEvaluation(
+        precision=precision,
+        recall=recall,
+        category_ids=ground_truth.category_ids,
+        num_annotations=total,
+        recalls={limit: _recall(classes, found & (rank[matched] < limit)[:, None], total) for limit in MAX_DETS},
+    )
 
 
-def coco_metrics(evaluation: COCOeval) -> dict[str, float]:
-    """Return AP, AP50, AP75, APs, APm, APl in percent, NaN where nothing is annotated."""
-    return {name: _percent(value) for name, value in zip(METRICS, evaluation.stats[:6])}
+def _recall(classes: np.ndarray, found: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Return (T, K) float64, -1 where nothing is annotated.
 
-
-def coco_recalls(evaluation: COCOeval) -> dict[str, float]:
-    """Return AR@1, AR@10, AR@100, ARs@100, ARm@100, ARl@100 in percent, NaN where nothing is annotated."""
-    return {name: _percent(value) for name, value in zip(RECALLS, evaluation.stats[6:])}
-
-
-def coco_per_class(evaluation: COCOeval) -> tuple[dict[int, float], dict[int, int]]:
-    """Return of each category id the AP in percent, NaN where nothing is annotated, and how many annotations count."""
-    precision = evaluation.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1))  # (K,)
-    ids = evaluation.params.catIds
-    numbers = dict.fromkeys(ids, 0)
-    for annotation in evaluation.cocoGt.dataset["annotations"]:
-        numbers[annotation["category_id"]] += not annotation["ignore"]
-    return {category: _percent(value) for category, value in zip(ids, precision)}, numbers
-
-
-def _percent(value: float) -> float:
-    return float(value) * 100 if value >= 0 else float("nan")
-
-
-def _complete(dataset: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what pycocotools needs of annotations and people leave out: ids, areas (the boxes'), and iscrowd."""
-    annotations = dataset["annotations"]
-    unnumbered = not all(isinstance(annotation.get("id"), int) for annotation in annotations)
-    for index, annotation in enumerate(annotations, 1):
-        if unnumbered:
-            annotation["id"] = index
-        if annotation.get("area") is None:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        annotation.setdefault("iscrowd", 0)
-    return dataset
-
-
-def _coco(dataset: dict[str, Any]) -> COCO:
-    """Return annotations as pycocotools knows them; ``info`` may be missing."""
-    dataset.setdefault("info", {})
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
-
-
-def _entries(results: Results, task: str) -> list[dict[str, Any]]:
-    columns = (results.image_ids.tolist(), results.category_ids.tolist(), results.scores.tolist())
-    entries = [{"image_id": i, "category_id": c, "score": s} for i, c, s in zip(*columns)]
-    if task == "segm" or results.boxes_of_masks:
-        regions, rles = results.require_masks()
-        for entry, region in zip(entries, regions.tolist()):
-            entry["segmentation"] = rles[region]
-    else:
-        for entry, box in zip(entries, results.boxes.tolist()):
-            entry["bbox"] = box
-    return entries
+    Args:
+        classes: (M,) int64 of detections.
+        found: (M, T) bool, whether each finds an annotation.
+        total: (K,) int64 annotations of each class.
+    """
+    counts = [np.bincount(classes, weights=column, minlength=len(total)) for column in found.T]
+    return np.where(total > 0, np.stack(counts) / np.maximum(total, 1), -1.0)

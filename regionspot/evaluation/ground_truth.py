@@ -43,7 +43,9 @@ class GroundTruth:
         boxes: (G, 4) float64 XYWH, pixels.
         areas: (G,) float64, pixels.
         ignore: (G,) bool; ``iscrowd`` is no part of it.
-        unnumbered: (G,) bool: the annotation's id is 0, which ``lvis`` takes for "not matched".
+        crowd: (G,) bool, ``iscrowd``, which COCO's rules know and LVIS's do not.
+        unnumbered: (G,) bool: the annotation's id is 0, which ``lvis`` and ``pycocotools`` take for
+            "not matched".
         negatives: sorted int64 pairs ``category * I + image`` that are verified to be absent.
         not_exhaustive: such pairs where not every object is annotated.
         is_lvis: every category has a frequency and every image ``neg_category_ids``.
@@ -187,7 +189,7 @@ class GroundTruth:
         number = len(self._file.parts["annotations"])
         self.images, self.categories = np.empty(number, np.int64), np.empty(number, np.int64)
         self.boxes, self.areas = np.empty((number, 4)), np.empty(number)
-        self.ignore, self.unnumbered = np.zeros(number, bool), np.zeros(number, bool)
+        self.ignore, self.crowd, self.unnumbered = (np.zeros(number, bool) for _ in range(3))
         ids: list[int | str] = []
         for start, entries in self._file.decode("annotations", _Annotation):
             part = slice(start, start + len(entries))
@@ -204,6 +206,7 @@ class GroundTruth:
             box_areas = self.boxes[part, 2] * self.boxes[part, 3]  # where no area is given
             self.areas[part] = [area if entry.area is None else entry.area for entry, area in zip(entries, box_areas)]
             self.ignore[part] = [bool(entry.ignore) for entry in entries]
+            self.crowd[part] = [bool(entry.iscrowd) for entry in entries]
             self.unnumbered[part] = [entry.id == 0 and entry.id is not None for entry in entries]
             ids += [entry.id for entry in entries if entry.id is not None]
         if len(set(ids)) < len(ids):

@@ -5,38 +5,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regionspot.evaluation.ground_truth import FREQUENCIES, GroundTruth
-from regionspot.evaluation.matching import (
-    AREA_NAMES,
-    AREA_RANGES,
-    THRESHOLDS,
-    Iou,
-    MaskIou,
-    box_ious,
-    find_edges,
-    match,
-    outside_ranges,
+from regionspot.evaluation.average_precision import (
+    TASKS,
+    Detections,
+    Evaluation,
+    Truths,
+    accumulate,
+    match_results,
+    mean_percent,
+    order_detections,
 )
+from regionspot.evaluation.ground_truth import FREQUENCIES, GroundTruth
+from regionspot.evaluation.matching import AREA_NAMES, outside_ranges
 from regionspot.evaluation.results import Results
-from regionspot.evaluation.rle import areas_of, boxes_of
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("bbox", "segm")
 PROTOCOLS = ("lvis", "fixed")
-RECALLS = np.linspace(0.0, 1.0, 101)
+DETS_PER_CLASS = 10_000  # of the fixed protocol
 
 
 @dataclass(eq=False)
-class LvisEvaluation:
-    """Precision and recall; -1 where a category has no annotation that counts.
+class LvisEvaluation(Evaluation):
+    """Precision and recall, and what was looked at.
 
     Attributes:
-        precision: (T, 101, K, A) float64 at IoU thresholds, recalls, categories, area ranges.
-        recall: (T, K, A) float64.
-        category_ids: (K,) int64, ascending.
         frequencies: (K,) "r", "c" or "f".
-        num_annotations: (K,) int64 that count, of any size.
         num_detections: that were read.
         num_limited: of these, within the limit per image or per class.
         num_judged: of these, in an image that was verified for their category.
@@ -45,11 +39,7 @@ class LvisEvaluation:
         max_dets: per image; None in the fixed protocol.
     """
 
-    precision: np.ndarray
-    recall: np.ndarray
-    category_ids: np.ndarray
     frequencies: list[str]
-    num_annotations: np.ndarray
     num_detections: int
     num_limited: int
     num_judged: int
@@ -59,28 +49,16 @@ class LvisEvaluation:
 
     def metrics(self) -> dict[str, float]:
         """Return AP, AP50, AP75, APs, APm, APl, APr, APc, APf in percent, NaN where nothing is annotated."""
-        values = {"AP": _mean(self.precision[:, :, :, [0]])}
-        for name in ("50", "75"):
-            values[f"AP{name}"] = _mean(self.precision[np.isclose(THRESHOLDS, int(name) / 100)][:, :, :, [0]])
-        for index, name in enumerate(AREA_NAMES[1:], 1):
-            values[f"AP{name}"] = _mean(self.precision[:, :, :, [index]])
+        values = super().metrics()
         for frequency in FREQUENCIES:
             group = [index for index, own in enumerate(self.frequencies) if own == frequency]
-            values[f"AP{frequency}"] = _mean(self.precision[:, :, group, [0] * len(group)])
+            values[f"AP{frequency}"] = mean_percent(self.precision[:, :, group, [0] * len(group)])
         return values
 
     def average_recalls(self) -> dict[str, float]:
         """Return AR, ARs, ARm, ARl in percent, as ``lvis`` calls them: "AR@300"; without "@" in the fixed protocol."""
         limit = "" if self.max_dets is None else f"@{self.max_dets}"
-        return {f"AR{name}{limit}": _mean(self.recall[:, :, [index]]) for index, name in enumerate(AREA_NAMES)}
-
-    def per_class(self) -> dict[int, float]:
-        """Return the AP of each category id in percent, NaN where none is annotated."""
-        values = self.precision[:, :, :, 0].mean(axis=(0, 1))
-        return {
-            int(category): float(value * 100) if value >= 0 else float("nan")
-            for category, value in zip(self.category_ids, values)
-        }
+        return {f"AR{name}{limit}": mean_percent(self.recall[:, :, [index]]) for index, name in enumerate(AREA_NAMES)}
 
 
 def evaluate_lvis(
@@ -100,7 +78,7 @@ def run_lvis_evaluation(
     protocol: str = "lvis",
     max_dets: int = 300,
     *,
-    dets_per_class: int = 10_000,
+    dets_per_class: int = DETS_PER_CLASS,
     segm_areas: str = "masks",
 ) -> LvisEvaluation:
     """Evaluate detections.
@@ -137,19 +115,16 @@ def run_lvis_evaluation(
     else:
         chosen = _best_of_each(images, results.scores, max_dets)
 
-    truths = _Truths(ground_truth)
+    has_area = np.flatnonzero((ground_truth.areas > 0) & (ground_truth.areas < np.inf))
+    truths = Truths(ground_truth, has_area, ground_truth.ignore, np.zeros(len(ground_truth.ignore), bool))
     areas = results.areas(task, segm_areas)
     rows = _judged(chosen, images, categories, areas, truths, ground_truth)
     if len(results) and not len(rows):
         logger.warning("%s: no detection is of a category that its image is annotated for", results.name)
-    # Stable: within an image the order of the file decides.
-    rows = rows[np.lexsort((images[rows], -results.scores[rows], categories[rows]))]
-    detections = _Detections(rows, categories[rows], categories[rows] * len(ground_truth.image_ids) + images[rows])
-    uncounted = outside_ranges(areas[rows]) | np.isin(detections.keys, ground_truth.not_exhaustive)[:, None]
-    iou = _iou_of_masks if task == "segm" else _iou_of_boxes
-    edges = find_edges(detections.keys, truths.keys, iou(ground_truth, results, detections, truths))
-    matched, state = match(edges, detections.keys, truths.ignore, truths.unnumbered)
-    precision, recall = _accumulate(detections.categories, ~uncounted, matched, state, truths)
+    detections = order_detections(ground_truth, results, rows, images, categories)
+    uncounted = _uncounted(ground_truth, detections, areas)
+    matched, state = match_results(ground_truth, results, task, detections, truths)
+    precision, recall = accumulate(detections.categories, ~uncounted, matched, state, truths)
     return LvisEvaluation(
         precision=precision,
         recall=recall,
@@ -163,39 +138,6 @@ def run_lvis_evaluation(
         num_images_with_detections=len(np.unique(images)),
         max_dets=max_dets if protocol == "lvis" else None,
     )
-
-
-class _Truths:
-    """Annotations ordered by category and image, then as in the file.
-
-    Attributes:
-        rows: (G,) int64 into the annotations of the file; those without area are left out.
-        keys: (G,) int64 ``category * I + image``, ascending.
-        ignore: (G, A) bool.
-        number: (K, A) int64 that count.
-    """
-
-    def __init__(self, ground_truth: GroundTruth) -> None:
-        rows = np.flatnonzero((ground_truth.areas > 0) & (ground_truth.areas < np.inf))
-        keys = ground_truth.categories[rows] * len(ground_truth.image_ids) + ground_truth.images[rows]
-        order = np.argsort(keys, kind="stable")
-        self.rows, self.keys = rows[order], keys[order]
-        self.ignore = outside_ranges(ground_truth.areas[self.rows]) | ground_truth.ignore[self.rows, None]
-        self.unnumbered = ground_truth.unnumbered[self.rows]
-        if self.unnumbered.any():
-            logger.warning(
-                "annotations %s: one has id 0, which lvis counts as missed even if it is found; number from 1",
-                ground_truth.path,
-            )
-        self.number = np.zeros((len(ground_truth.category_ids), len(AREA_RANGES)), np.int64)
-        np.add.at(self.number, ground_truth.categories[self.rows], ~self.ignore)
-
-
-@dataclass
-class _Detections:
-    rows: np.ndarray  # (D,) int64 into the results, ordered by category, then score, then image
-    categories: np.ndarray  # (D,) int64
-    keys: np.ndarray  # (D,) int64, as of the annotations
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -218,7 +160,7 @@ def _judged(
     images: np.ndarray,
     categories: np.ndarray,
     areas: np.ndarray,
-    truths: _Truths,
+    truths: Truths,
     ground_truth: GroundTruth,
 ) -> np.ndarray:
     """Return which of the chosen detections have an area and an image that was verified for their category."""
@@ -229,88 +171,7 @@ def _judged(
     return chosen[np.append(verified, -1)[position] == keys]
 
 
-def _iou_of_boxes(ground_truth: GroundTruth, results: Results, detections: _Detections, truths: _Truths) -> Iou:
-    first, second = results.boxes[detections.rows], ground_truth.boxes[truths.rows]
-    return lambda d, g: box_ious(first[d], second[g])
-
-
-def _iou_of_masks(ground_truth: GroundTruth, results: Results, detections: _Detections, truths: _Truths) -> Iou:
-    regions, rles = results.require_masks()
-    needed = np.flatnonzero(np.isin(truths.keys, detections.keys))
-    masks = ground_truth.masks(truths.rows[needed])
-    areas, boxes = np.zeros(len(truths.rows)), np.zeros((len(truths.rows), 4))
-    areas[needed], boxes[needed] = areas_of(masks), boxes_of(masks)
-    at = dict(zip(needed.tolist(), masks))
-    compared = np.unique(regions[detections.rows[np.isin(detections.keys, truths.keys)]])
-    mask_boxes = np.zeros((len(rles), 4))
-    mask_boxes[compared] = boxes_of([rles[region] for region in compared.tolist()])
-    return MaskIou(
-        regions[detections.rows], results.mask_areas, mask_boxes, rles.__getitem__, at.__getitem__, areas, boxes
-    )
-
-
-def _accumulate(
-    categories: np.ndarray, counts: np.ndarray, matched: np.ndarray, state: np.ndarray, truths: _Truths
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return precision (T, 101, K, A) and recall (T, K, A).
-
-    Args:
-        categories: (D,) int64 ascending; the detections of each are in the order of their scores.
-        counts: (D, A) bool: a false positive if not matched.
-        matched: (M,) int64 rows of those that ``state`` (M, T, A) is of.
-        truths: the annotations.
-    """
-    number = len(truths.number)
-    precision = np.full((len(THRESHOLDS), len(RECALLS), number, len(AREA_RANGES)), -1.0)
-    recall = np.full((len(THRESHOLDS), number, len(AREA_RANGES)), -1.0)
-    cuts = np.searchsorted(categories, np.arange(number + 1))
-    matched_cuts = np.searchsorted(matched, cuts)
-    for category in np.flatnonzero(truths.number.any(axis=1)).tolist():
-        here = slice(cuts[category], cuts[category + 1])
-        of_matched = slice(matched_cuts[category], matched_cuts[category + 1])
-        found, best = _precision_at_found(
-            counts[here], matched[of_matched] - here.start, state[of_matched], int(truths.number[category].max())
-        )
-        for area, total in enumerate(truths.number[category].tolist()):
-            if total:
-                needed = np.searchsorted(np.arange(1, total + 1) / total, RECALLS, side="left")
-                precision[:, :, category, area] = best[needed, :, area].T
-                recall[:, category, area] = found[:, area] / total
-    return precision, recall
-
-
-def _precision_at_found(
-    counts: np.ndarray, rows: np.ndarray, state: np.ndarray, total: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many are found, and the best precision with as many found or more.
-
-    Precision falls between one true positive and the next, so that nothing else has to be looked at.
-
-    Args:
-        counts: (D, A) bool, of the detections of a class.
-        rows: (M,) int64 of those that ``state`` (M, T, A) is of.
-        total: annotations that count, at the most of the area ranges.
-
-    Returns:
-        (T, A) int64; and (total, T, A) float64, at ``[k]`` with k + 1 found, 0 where as many are not found.
-    """
-    best = np.zeros((total, *state.shape[1:]))
-    if not len(rows):
-        return np.zeros(state.shape[1:], np.int64), best
-    is_true = state == 1
-    own = counts[rows][:, None]  # (M, 1, A)
-    change = np.where(state == 0, 0, is_true.astype(np.int64) - own)
-    positives = counts.cumsum(axis=0)[rows][:, None] + change.cumsum(axis=0)  # (M, T, A), true and false
-    true = is_true.cumsum(axis=0)
-    false = (positives - true).astype(np.float64)
-    precision = np.where(is_true, true / (false + true + np.spacing(1)), 0.0)
-    precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    index = np.nonzero(is_true)
-    best[true[index] - 1, index[1], index[2]] = precision[index]
-    return true[-1], best
-
-
-def _mean(values: np.ndarray) -> float:
-    """Return the mean in percent of those that are there, NaN if none is."""
-    present = values[values > -1]
-    return float(np.mean(present) * 100) if len(present) else float("nan")
+def _uncounted(ground_truth: GroundTruth, detections: Detections, areas: np.ndarray) -> np.ndarray:
+    """Return (D, A) bool: not a false positive, even if it is not matched."""
+    not_exhaustive = np.isin(detections.keys, ground_truth.not_exhaustive)
+    return outside_ranges(areas[detections.rows]) | not_exhaustive[:, None]

@@ -1,8 +1,9 @@
 """Which detection is matched to which ground truth, at all IoU thresholds and area ranges at once.
 
-It is what ``lvis.LVISEval.evaluate_img`` decides: in the order of their scores, each detection takes the ground truth
-of its image and category with the largest IoU that is left (the last of equal ones), and one that is to be ignored
-only if no other reaches the threshold. Only pairs with an IoU that reaches the lowest threshold are ever looked at.
+It is what ``lvis.LVISEval.evaluate_img`` and ``pycocotools.COCOeval.evaluateImg`` decide: in the order of their
+scores, each detection takes the ground truth of its image and category with the largest IoU that is left (the last of
+equal ones), and one that is to be ignored only if no other reaches the threshold. A crowd is never used up. Only pairs
+with an IoU that reaches the lowest threshold are ever looked at.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,13 +66,17 @@ def find_edges(detection_keys: np.ndarray, truth_keys: np.ndarray, iou: Iou) -> 
     return Edges(*(np.concatenate(column) for column in zip(*found)))
 
 
-def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the IoU (P,) float64 of boxes (P, 4) XYWH, to the last digit as ``pycocotools.mask.iou``."""
+def box_ious(first: np.ndarray, second: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """Return the IoU (P,) float64 of boxes (P, 4) XYWH, to the last digit as ``pycocotools.mask.iou``.
+
+    Where ``crowd`` (P,) bool is set, it is the share of the first box that the second covers.
+    """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         low = np.maximum(first[:, :2], second[:, :2])
         size = np.minimum(first[:, 2:] + first[:, :2], second[:, 2:] + second[:, :2]) - low
         both = size[:, 0] * size[:, 1]
-        union = first[:, 2] * first[:, 3] + second[:, 2] * second[:, 3] - both
+        area = first[:, 2] * first[:, 3]
+        union = np.where(crowd, area, area + second[:, 2] * second[:, 3] - both)
         return np.where((size > 0).all(axis=1), both / union, 0.0)
 
 
@@ -85,6 +90,7 @@ class MaskIou:
         rle_of: returns the RLE of a mask.
         truth_of: returns the RLE of a ground truth.
         truth_areas, truth_boxes: (G,) and (G, 4), of the ground truths.
+        crowd: (G,) bool, ground truths whose IoU is the share of the detection that they cover.
     """
 
     def __init__(
@@ -96,9 +102,11 @@ class MaskIou:
         truth_of: Callable[[int], dict],
         truth_areas: np.ndarray,
         truth_boxes: np.ndarray,
+        crowd: np.ndarray,
     ) -> None:
         self.regions, self.areas, self.boxes, self.rle_of = regions, mask_areas, mask_boxes, rle_of
         self.truth_of, self.truth_areas, self.truth_boxes = truth_of, truth_areas, truth_boxes
+        self.crowd = crowd
 
     def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
         """Return (P,) float64 of rows of detections (P,), in order, and of ground truths (P,)."""
@@ -107,8 +115,10 @@ class MaskIou:
         first, second = self.boxes[regions], self.truth_boxes[truths]
         low = np.maximum(first[:, :2], second[:, :2])
         size = np.minimum(first[:, 2:] + first[:, :2], second[:, 2:] + second[:, :2]) - low
-        # What both cover is in both boxes, and is half of the union, thus of the larger mask, at the lowest threshold.
-        larger = np.maximum(self.areas[regions], self.truth_areas[truths])
+        # What both cover is in both boxes, and is half of the union, thus of the larger mask, at the lowest threshold;
+        # with a crowd it is half of the detection.
+        truth_areas = np.where(self.crowd[truths], 0, self.truth_areas[truths])
+        larger = np.maximum(self.areas[regions], truth_areas)
         likely = (size > 0).all(axis=1) & (size.prod(axis=1) >= THRESHOLDS[0] * larger)
         pairs = np.flatnonzero(likely)
         # One call for all regions that are compared with one ground truth.
@@ -117,14 +127,15 @@ class MaskIou:
         cuts = np.flatnonzero(np.diff(truths[pairs])) + 1
         for group in np.split(pairs, cuts) if len(pairs) else []:
             unique, inverse = np.unique(regions[group], return_inverse=True)
-            truth = self.truth_of(int(truths[group[0]]))
-            values = mask_utils.iou([self.rle_of(region) for region in unique.tolist()], [truth], [0])
+            row = int(truths[group[0]])
+            rles = [self.rle_of(region) for region in unique.tolist()]
+            values = mask_utils.iou(rles, [self.truth_of(row)], [int(self.crowd[row])])
             ious[group] = np.asarray(values).reshape(-1)[inverse.reshape(-1)]
         return ious
 
 
 def match(
-    edges: Edges, detection_keys: np.ndarray, ignore: np.ndarray, unnumbered: np.ndarray
+    edges: Edges, detection_keys: np.ndarray, ignore: np.ndarray, unnumbered: np.ndarray, crowd: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match detections to ground truths.
 
@@ -133,14 +144,16 @@ def match(
         detection_keys: (D,) int64, one number for each image and category; the detections of each are in the order
             in which they choose.
         ignore: (G, A) bool, ground truths that count neither as found nor as missed.
-        unnumbered: (G,) bool, ground truths of id 0, which are taken but not found: so ``lvis`` reads its own notes.
+        unnumbered: (G,) bool, ground truths of id 0, which are taken but not found: so ``lvis`` and ``pycocotools``
+            read their own notes.
+        crowd: (G,) bool, ground truths that many detections may be matched to.
 
     Returns:
         (M,) int64, ascending: the detections that have edges; and (M, T, A) int8, what became of each: 0 not matched,
         1 matched, 2 matched to a ground truth that is ignored.
     """
     rows, owner = np.unique(edges.detections, return_inverse=True)
-    rank = _rank_in_group(detection_keys[rows])[owner]
+    rank = rank_in_group(detection_keys[rows])[owner]
     order = np.lexsort((-edges.ground_truths, -edges.ious, owner, rank))
     owner, rank = owner[order], rank[order]
     truths, reaches = edges.ground_truths[order], edges.ious[order, None] >= THRESHOLDS
@@ -161,13 +174,13 @@ def match(
             best = best[detection, threshold, area]
             ignored = best >= _IGNORED
             truth = some[np.where(ignored, best - _IGNORED, best)]
-            taken[truth, threshold, area] = True
+            taken[truth, threshold, area] = ~crowd[truth]
             outcome = np.where(ignored, 2, np.where(unnumbered[truth], 0, 1))
             state[owner[here][detection], threshold, area] = outcome
     return rows, state
 
 
-def _rank_in_group(keys: np.ndarray) -> np.ndarray:
+def rank_in_group(keys: np.ndarray) -> np.ndarray:
     """Return (N,) int64: how many earlier ones have the same key."""
     order = np.argsort(keys, kind="stable")
     begins = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] - 1))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from regionspot.evaluation.coco_metrics import coco_metrics, coco_per_class, coco_recalls, run_coco_evaluation
+from regionspot.evaluation.coco_metrics import CocoEvaluation, run_coco_evaluation
 from regionspot.evaluation.ground_truth import GroundTruth
-from regionspot.evaluation.lvis_metrics import run_lvis_evaluation
+from regionspot.evaluation.lvis_metrics import LvisEvaluation, run_lvis_evaluation
 from regionspot.evaluation.results import Results
 from regionspot.utils.files import atomic_path
 
@@ -43,12 +43,13 @@ def evaluate_task(
         max_dets: detections of an image that count, with "lvis": LVIS AP is of 300 at the most; -1 for all.
         segm_areas: see ``run_lvis_evaluation``.
     """
+    evaluation: LvisEvaluation | CocoEvaluation
     if metric == "coco":
-        coco = run_coco_evaluation(truth, results, task)
-        return Outcome(coco_metrics(coco), coco_recalls(coco), *coco_per_class(coco))
-    lvis = run_lvis_evaluation(truth, results, task, metric, max_dets, segm_areas=segm_areas)
-    numbers = dict(zip(lvis.category_ids.tolist(), lvis.num_annotations.tolist()))
-    return Outcome(lvis.metrics(), lvis.average_recalls(), lvis.per_class(), numbers)
+        evaluation = run_coco_evaluation(truth, results, task)
+    else:
+        evaluation = run_lvis_evaluation(truth, results, task, metric, max_dets, segm_areas=segm_areas)
+    numbers = dict(zip(evaluation.category_ids.tolist(), evaluation.num_annotations.tolist()))
+    return Outcome(evaluation.metrics(), evaluation.average_recalls(), evaluation.per_class(), numbers)
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:

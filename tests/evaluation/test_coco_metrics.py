@@ -1,47 +1,124 @@
-"""COCO's protocol as Detectron2 runs it."""
+"""COCO's rules: what pycocotools and Detectron2 say, to 1e-9."""
 
 import contextlib
 import copy
 import io
+import time
 
 import numpy as np
 import pytest
 from detectron2.evaluation.coco_evaluation import COCOEvaluator, _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
 
-from regionspot.evaluation.coco_metrics import coco_per_class, coco_recalls, evaluate_coco, run_coco_evaluation
+from regionspot.evaluation.coco_metrics import MAX_DETS, evaluate_coco, run_coco_evaluation
 from regionspot.evaluation.results_file import read_results
 
 from .reference import assert_same, make_world, write_world
 
+HOSTILE = {
+    "plain": {},
+    "ties": {"ties": True},
+    "more than 100 of a class": {"detections": 300, "categories": 1, "images": 3},
+    "more than 100 of a class, ties": {"detections": 300, "categories": 1, "images": 3, "ties": True},
+    "crowded": {"categories": 2, "truths": 40, "near": 0.95, "images": 4},
+    "crowded, ties": {"categories": 1, "truths": 40, "near": 1.0, "images": 3, "ties": True},
+    "many categories": {"categories": 60},
+    "mostly empty": {"empty": 0.8},
+}
 
-def detectron2_says(annotations, predictions, task, names):
+
+def make_hostile(seed, crowds=0.2, **options):
+    """Return a world with crowds, boxes without area and boxes on the bounds of the area ranges."""
+    world, predictions = make_world(seed, **options)
+    rng, world["info"] = np.random.default_rng(seed), {}
+    for entry in world["annotations"]:
+        entry["iscrowd"] = int(rng.random() < crowds)
+        if rng.random() < 0.05:
+            entry["bbox"][2] = 0.0
+    for entry in predictions:
+        if rng.random() < 0.3:
+            entry["bbox"][2:] = [float(v) for v in rng.choice([0, 8, 32, 96, 128], 2)]
+    return world, predictions
+
+
+def pycocotools_says(annotations, predictions, task):
+    """Return COCOeval after ``evaluate``, ``accumulate`` and ``summarize``, run as Detectron2 does."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = _evaluate_predictions_on_coco(COCO(str(annotations)), copy.deepcopy(predictions), task)
-        evaluator = COCOEvaluator.__new__(COCOEvaluator)
-        evaluator._logger = __import__("logging").getLogger(__name__)
-        return evaluator._derive_coco_results(evaluation, task, names)
+        return _evaluate_predictions_on_coco(COCO(str(annotations)), copy.deepcopy(predictions), task)
+
+
+def compare(folder, world, predictions, task="bbox"):
+    annotations, results = write_world(folder, world, predictions)
+    theirs = pycocotools_says(annotations, predictions, task)
+    ours = run_coco_evaluation(annotations, read_results(results), task)
+    same = {"rtol": 0, "atol": 1e-9}
+    np.testing.assert_allclose(ours.precision, theirs.eval["precision"][..., -1], **same)
+    np.testing.assert_allclose(ours.recall, theirs.eval["recall"][..., -1], **same)
+    for index, limit in enumerate(MAX_DETS):
+        np.testing.assert_allclose(ours.recalls[limit], theirs.eval["recall"][:, :, 0, index], **same)
+    stats = [value * 100 if value >= 0 else np.nan for value in theirs.stats]
+    np.testing.assert_allclose([*ours.metrics().values(), *ours.average_recalls().values()], stats, **same)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("seed", range(2))
+def test_boxes_as_pycocotools(tmp_path, kind, seed):
+    compare(tmp_path, *make_hostile(seed, **HOSTILE[kind]))
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_masks_as_pycocotools(tmp_path, kind):
+    options = {"detections": 12, **HOSTILE[kind]}
+    world, predictions = make_hostile(11, masks=True, **options)
+    compare(tmp_path, world, predictions, "segm")
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
-@pytest.mark.parametrize("seed", range(2))
-def test_as_detectron2(tmp_path, task, seed):
-    world, predictions = make_world(seed, masks=task == "segm", ties=seed > 0, detections=30)
-    world["info"] = {}
-    for entry in world["annotations"][::7]:
-        entry["iscrowd"] = 1
-    annotations, results = write_world(tmp_path, world, predictions)
+def test_crowds_are_matched_many_times_and_last(tmp_path, task):
+    world, predictions = make_hostile(3, crowds=0.6, masks=True, categories=2, truths=12, near=1.0, images=5)
+    ours, _ = compare(tmp_path, world, predictions, task)
+    without = [{**entry, "iscrowd": 0} for entry in world["annotations"]]
+    assert compare(tmp_path, {**world, "annotations": without}, predictions, task)[0].metrics() != ours.metrics()
+    compare(tmp_path, {**world, "annotations": [{**e, "iscrowd": 1} for e in without]}, predictions, task)
+
+
+def test_the_world_is_not_trivial(tmp_path):
+    world, predictions = make_world(3, images=20, detections=60)
+    ours, _ = compare(tmp_path, {**world, "info": {}}, predictions)
+    values = [*ours.metrics().values(), *ours.average_recalls().values()]
+    assert all(0 < value < 100 for value in values) and len({*values}) >= len(values) - 1  # AR@100 may be AR@10
+
+
+def test_annotation_id_zero_as_pycocotools(tmp_path, caplog):
+    world, predictions = make_hostile(3, images=4, truths=2, categories=2, near=1.0)
+    for entry in world["annotations"]:
+        entry["id"] -= 1
+    compare(tmp_path, world, predictions)
+    assert "number from 1" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_masks_without_boxes_as_pycocotools(tmp_path, task):
+    world, predictions = make_hostile(6, masks=True)
+    for entry in predictions:
+        del entry["bbox"]
+    compare(tmp_path, world, predictions, task)
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_classes_as_detectron2(tmp_path, task):
+    world, predictions = make_hostile(1, masks=task == "segm", detections=30)
+    ours, theirs = compare(tmp_path, world, predictions, task)
+    evaluator = COCOEvaluator.__new__(COCOEvaluator)
+    evaluator._logger = __import__("logging").getLogger(__name__)
     names = [str(i) for i in sorted(entry["id"] for entry in world["categories"])]
-    theirs = detectron2_says(annotations, predictions, task, names)
-    evaluation = run_coco_evaluation(annotations, read_results(results), task)
-    ours = evaluate_coco(annotations, read_results(results), task)
-    assert list(ours) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
-    classes, numbers = coco_per_class(evaluation)
-    assert_same(ours | {f"AP-{category}": value for category, value in classes.items()}, theirs)
-    for category, number in numbers.items():
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = evaluator._derive_coco_results(theirs, task, names)
+    assert_same(ours.metrics() | {f"AP-{category}": value for category, value in ours.per_class().items()}, expected)
+    for category, number in zip(ours.category_ids, ours.num_annotations):
         own = [entry for entry in world["annotations"] if entry["category_id"] == category]
         assert number == sum(not entry["iscrowd"] for entry in own)
-    assert coco_recalls(evaluation)["AR@100"] > 0
 
 
 def test_what_annotations_may_lack(tmp_path):
@@ -86,3 +163,16 @@ def test_errors(tmp_path):
     annotations, _ = write_world(tmp_path, world, predictions)
     with pytest.raises(ValueError, match=r"annotations.3.: expected polygons"):
         evaluate_coco(annotations, read, "segm")
+
+
+def test_cost_does_not_grow_with_images_times_classes(tmp_path):
+    """4 million pairs; an entry for each would take gigabytes and minutes."""
+    images = [{"id": i, "height": 100, "width": 100} for i in range(2000)]
+    categories = [{"id": i, "name": f"thing {i}"} for i in range(2000)]
+    boxes = [{"image_id": i, "category_id": i, "bbox": [10, 10, 20, 20]} for i in range(2000)]
+    annotations = [{**box, "id": i + 1, "area": 400, "iscrowd": 0} for i, box in enumerate(boxes)]
+    predictions = [{**box, "score": 0.5} for box in boxes[::2]]
+    world = {"images": images, "annotations": annotations, "categories": categories}
+    paths, start = write_world(tmp_path, world, predictions), time.process_time()
+    assert evaluate_coco(paths[0], read_results(paths[1]))["AP"] == pytest.approx(50)
+    assert time.process_time() - start < 20
