@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+
+from regionspot.utils.yaml_config import check_values, merge_yaml, reason_of
 
 HOST_CONFIG = "MODEL.REGIONSPOT.HEAD.HOST_CONFIG"
 
@@ -232,8 +233,6 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
         FileNotFoundError: no such YAML file.
         ValueError: a key that does not exist, or a value of the wrong type.
     """
-    if config_file and not Path(config_file).is_file():
-        raise FileNotFoundError(f"config {str(config_file)!r}: no such file; the shipped ones are in configs/")
     try:
         cfg = _merge(_defaults(), config_file, overrides)
         if host := cfg.MODEL.REGIONSPOT.HEAD.HOST_CONFIG:
@@ -243,9 +242,8 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
                     f"{HOST_CONFIG} {host} is under a config of RegionSpot alone, which replaces the host; for another "
                     "variant than BB put one of configs/variants into it"
                 )
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        reason = str(error.args[0] if error.args else error)
-        raise ValueError(f"config {str(config_file)!r} with overrides {overrides or []}: {reason}") from error
+    except (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"config {str(config_file)!r} with overrides {overrides or []}: {reason_of(error)}") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"MODEL.DEVICE: this machine has no CUDA for {cfg.MODEL.DEVICE!r}; give 'cpu'")
     return cfg
@@ -253,10 +251,11 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
 
 def _merge(cfg: CfgNode, config_file: str | Path, overrides: list[str] | None) -> CfgNode:
     if config_file:
-        cfg.merge_from_file(str(config_file), allow_unsafe=False)  # a config runs no code
+        merge_yaml(cfg, config_file)  # a config runs no code
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.merge_from_list(overrides or [])
+    check_values(cfg, _defaults())
     return cfg
 
 
@@ -270,7 +269,7 @@ def _host_defaults(host: str) -> CfgNode:
     """Return the defaults with a detector's config over them, for a config to stand on."""
     cfg = _defaults()
     path, weights = find_host_config(host, HOST_CONFIG)
-    cfg.merge_from_file(path, allow_unsafe=False)
+    merge_yaml(cfg, path)
     cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
     cfg.MODEL.REGIONSPOT.HEAD.HOST = cfg.MODEL.ROI_HEADS.NAME
     return cfg

@@ -1,15 +1,15 @@
 """Vocabularies: lists of class names from anywhere, and the prompts that CLIP reads for them."""
 
-import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.templates import IMAGENET_TEMPLATES
+from regionspot.utils.files import expand_user, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def load_vocabulary(source: str | Sequence[str]) -> list[str]:
             )
         return check_names(names, f"vocabulary {source!r}")
     if source.startswith("@") or source.endswith((".txt", ".json")):
-        path = Path(source.removeprefix("@")).expanduser()
+        path = expand_user(source.removeprefix("@"))
         if not path.is_file():
             raise FileNotFoundError(f"vocabulary {str(path)!r}: no such file. Expected one name a line (.txt), or JSON")
         return check_names(_read_names(path), str(path))
@@ -50,15 +50,13 @@ def load_vocabulary(source: str | Sequence[str]) -> list[str]:
 
 
 def _read_names(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix != ".json":
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        content = json.loads(text)
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(
-            f"vocabulary {path}: not readable as {'JSON' if path.suffix == '.json' else 'UTF-8 text'} ({error})"
-        ) from error
+    if path.suffix != ".json":
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except ValueError as error:
+            raise ValueError(f"vocabulary {path}: not readable as UTF-8 text ({error})") from error
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    content = read_json(path, "vocabulary")
     if isinstance(content, dict) and isinstance(content.get("categories"), list):
         try:
             return [category["name"] for category in sorted(content["categories"], key=lambda category: category["id"])]
@@ -76,6 +74,8 @@ def dataset_names(name: str) -> list[str]:
 
     A data set whose names come with its annotations reads them, which raises what reading files raises.
     """
+    if not name:
+        return []
     metadata = MetadataCatalog.get(name)
     if not metadata.get("thing_classes") and name in DatasetCatalog:
         DatasetCatalog.get(name)
@@ -84,6 +84,8 @@ def dataset_names(name: str) -> list[str]:
 
 def check_names(names: Sequence[Any], what: str) -> list[str]:
     """Return ``names`` as a list of strings, or raise a ValueError that says which name is none."""
+    if not isinstance(names, Iterable):
+        raise ValueError(f"{what}: expected class names, got {names!r:.80}")
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError(f"{what}: no class names given; expected at least one")

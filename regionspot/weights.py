@@ -3,7 +3,7 @@
 import hashlib
 import http.client
 import logging
-import pickle
+import re
 import urllib.error
 import urllib.request
 import zipfile
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from regionspot.utils.files import cache_dir, sha256_of_file
-from regionspot.utils.torchscript import is_torchscript_archive, read_torchscript_state_dict
+from regionspot.utils.files import cache_dir, expand_user, sha256_of_file
+from regionspot.utils.torchscript import check_archive, is_torchscript_archive, read_torchscript_state_dict
+from regionspot.utils.unpickling import check_size
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def resolve_weights(source: str) -> Path:
     if source.startswith(("http://", "https://")):
         name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{source.split('?')[0].rsplit('/', 1)[1]}"
         return fetch(source, cache_dir() / "weights" / name)
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"weights {source!r}: no such file. Expected a path, a URL, or one of {', '.join(KNOWN_WEIGHTS)}"
@@ -156,35 +156,42 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds more than tensors and plain containers.
+        ValueError: the file is damaged (of ``torch.save``'s archives each byte is compared with its checksum), or
+            holds more than tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights {str(path)!r}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            content = _expand_token_rows(load_file(path))
-        elif is_torchscript_archive(path):
-            content = read_torchscript_state_dict(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        SafetensorError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        content = _read_weights(path)
+        check_size(content, path.stat().st_size)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # whatever a damaged file leads its reader to
         raise ValueError(
-            f"{path} cannot be read as weights ({reason}). Expected tensors and plain containers, saved by torch.save, "
-            "safetensors or TorchScript; is the file whole?"
-        ) from error
+            f"{path} cannot be read as weights ({_reason(error)}). Expected tensors and plain containers, saved by "
+            "torch.save, safetensors or TorchScript; is the file whole?"
+        ) from None  # torch's own words advise to run what is in the file
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, got {type(content).__name__}")
     return content
+
+
+def _read_weights(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return _expand_token_rows(load_file(path))
+    if is_torchscript_archive(path):
+        return read_torchscript_state_dict(path)
+    if zipfile.is_zipfile(path):  # not so before PyTorch 1.6, when there were no checksums
+        check_archive(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's first line; of torch's advice what it found in the file."""
+    text = str(error).strip()
+    found = re.search(r"WeightsUnpickler error: (.*)", text) or re.match(r"(?!Weights only load failed)(.+)", text)
+    return found[1] if found else type(error).__name__
 
 
 def _expand_token_rows(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -195,6 +202,8 @@ def _expand_token_rows(content: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     """
     if "token_embedding.rows" in content:
         rows, tokens = content.pop("token_embedding.rows"), content.pop("token_embedding.tokens")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << 20:
+            raise ValueError("token_embedding.tokens: expected the ids of CLIP's tokens")
         content["token_embedding.weight"] = rows.new_zeros(int(tokens.max()) + 1, rows.shape[1])
         content["token_embedding.weight"][tokens] = rows
     return content

@@ -22,7 +22,7 @@ def test_names_come_from_anywhere(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not readable as JSON"),
+        ("{", "no JSON"),
         ("[]", "no class names"),
         ('["a", ""]', "number 1 is ''"),
         ('["a", 3]', "number 1 is 3"),
@@ -53,3 +53,21 @@ def test_there_are_81_templates_with_one_place_for_the_name():
     templates = get_templates("all")
     assert len(templates) == len(set(templates)) == 81 and templates[0] == "{}."
     assert all(template.count("{}") == 1 for template in templates)
+
+
+@pytest.mark.parametrize("source", ["dataset:", "dataset:no_such_set", "", ",", 5, None, 1.5, [5], [""]], ids=repr)
+def test_what_names_nothing_is_refused(source):
+    with pytest.raises(ValueError, match="vocabulary"):
+        load_vocabulary(source)
+
+
+@pytest.mark.parametrize("source", ["~no_such_user/x.txt", "~x.txt", "@~x.json"])
+def test_the_home_of_no_user_is_no_file(source):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_vocabulary(source)
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 500_000)
+    with pytest.raises(ValueError, match="no JSON"):
+        load_vocabulary(f"@{tmp_path}/x.json")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from regionspot import RegionPredictions, RegionSpotPredictor
 from regionspot.config import load_config
 from regionspot.structures import check_boxes
-from regionspot.utils.files import atomic_path
+from regionspot.utils.files import atomic_path, read_json
 from regionspot.utils.images import to_rgb_array
 from regionspot.visualization import draw_regions
 from regionspot.vocabulary import load_vocabulary
@@ -76,7 +76,7 @@ def parse_boxes(text: str, image: Path) -> list[list[float]]:
         FileNotFoundError: no such JSON file.
         ValueError: not four numbers a box, or the file has no boxes for the image.
     """
-    content = _read_json(Path(text)) if text.endswith(".json") else _parse_numbers(text, "--boxes", "x0,y0,x1,y1")
+    content = read_json(text, "--boxes") if text.endswith(".json") else _parse_numbers(text, "--boxes", "x0,y0,x1,y1")
     boxes = content
     if isinstance(content, dict):
         boxes = content.get(image.name, content.get(str(image)))
@@ -117,15 +117,6 @@ def parse_points(text: str) -> tuple[np.ndarray, np.ndarray]:
                 raise ValueError(f"--points: expected label 1 (on the object) or 0 (off it), got {label[0]:g}")
             labels[i, j] = label[0] if label else 1
     return points, labels
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"--boxes {path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"--boxes {path}: not valid JSON ({error})") from error
 
 
 def _parse_numbers(text: str, option: str, expected: str) -> list[list[float]]:

@@ -1,6 +1,7 @@
 """Token stores: frozen features of a data set's annotated regions on disk, so that training need not run SAM."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from regionspot.utils.files import atomic_path, sha256_of_file
+from regionspot.utils.files import atomic_path, read_json, sha256_of_file
 
 FORMAT = "regionspot-tokens-1"
 MANIFEST = "manifest.json"
@@ -132,17 +133,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"token store: {path} is of format {manifest.get('format')!r}, expected {FORMAT!r}")
     shards = manifest.get("shards")
-    whole = {"stages", "clip", "flip", "sam", "annotations", "images", "boxes"} <= set(manifest)
+    stages, counts = manifest.get("stages"), [manifest.get("images"), manifest.get("boxes")]
+    whole = {"clip", "flip", "sam", "annotations"} <= set(manifest) and all(type(count) is int for count in counts)
+    whole = whole and isinstance(stages, list) and all(isinstance(stage, str) for stage in stages)
     if not whole or not isinstance(shards, list) or not all(_is_entry(entry) for entry in shards):
         raise ValueError(f"token store: {path} is damaged: it lacks what a manifest has; extract the tokens again")
     return manifest
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"token store: {path} is damaged ({error}); extract the tokens again") from error
+    content = read_json(path, "token store:")
     if not isinstance(content, dict):
         raise ValueError(f"token store: {path} is damaged: expected an object, got {type(content).__name__}")
     return content
@@ -150,7 +150,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _is_entry(entry: Any) -> bool:
     kinds = {"file": str, "sha256": str, "bytes": int, "images": int, "boxes": int, "seen": int}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    if not isinstance(entry, dict) or not all(type(entry.get(key)) is kind for key, kind in kinds.items()):
+        return False
+    return re.fullmatch(r"shard-\d+\.safetensors", entry["file"]) is not None  # of this folder, not "../"
 
 
 def compare_origins(found: dict[str, Any], expected: dict[str, Any]) -> str:

@@ -15,15 +15,25 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if not filename.endswith(".pkl"):
             loaded = load_checkpoint_file(filename)
-            return loaded if "model" in loaded else {"model": loaded}
-        data = _plain(load_arrays(Path(filename)))
-        if "model" in data and "__author__" in data:
-            return data
-        data = data.get("blobs", data)  # of Caffe2
-        weights = {key: value for key, value in data.items() if not key.endswith("_momentum")}
-        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+            loaded = loaded if "model" in loaded else {"model": loaded}
+        else:
+            loaded = _read_pickle(filename)
+        if not isinstance(loaded["model"], dict) or not all(isinstance(key, str) for key in loaded["model"]):
+            raise ValueError(f"{filename}: expected a detector's weights by name, got {type(loaded['model']).__name__}")
+        return loaded
+
+
+def _read_pickle(filename: str) -> dict[str, Any]:
+    data = load_arrays(Path(filename))
+    blobs = data.get("blobs", data) if isinstance(data, dict) else None  # of Caffe2
+    if not isinstance(blobs, dict):
+        raise ValueError(f"{filename}: expected a pickled dict of weights, as in Detectron2's model zoo")
+    if "model" in data and "__author__" in data:
+        return {key: _plain(value) for key, value in data.items()}
+    weights = {key: value for key, value in _plain(blobs).items() if not str(key).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 def _plain(value: Any) -> Any:
-    """Return what a pickle held with its arrays as arrays."""
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else array_of(value)
+    """Return weights of a pickle with their arrays as arrays."""
+    return {key: array_of(item) for key, item in value.items()} if isinstance(value, dict) else array_of(value)

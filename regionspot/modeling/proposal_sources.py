@@ -16,6 +16,7 @@ from regionspot.config import find_host_config
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.localizer import Localizer
+from regionspot.utils.yaml_config import merge_yaml
 
 SOURCES = ("auto", "gt", "file", "sam_automatic", "detector")
 
@@ -132,7 +133,7 @@ def detector_config(cfg: CfgNode) -> CfgNode:
     path, weights = find_host_config(node.CONFIG_FILE, "MODEL.REGIONSPOT.PROPOSALS.DETECTOR.CONFIG_FILE")
     weights = node.WEIGHTS or weights
     detector = get_cfg()
-    detector.merge_from_file(path, allow_unsafe=False)
+    merge_yaml(detector, path)
     detector.merge_from_list(list(node.OPTS))
     detector.MODEL.DEVICE = cfg.MODEL.DEVICE
     if weights:

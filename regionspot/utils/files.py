@@ -1,17 +1,24 @@
 """Files that are never half-written, and where the cache lies."""
 
 import hashlib
+import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir() -> Path:
     """Return the folder for fetched weights and text embeddings: ``$REGIONSPOT_CACHE`` or ``~/.cache/regionspot``."""
-    return Path(os.environ.get("REGIONSPOT_CACHE", "~/.cache/regionspot")).expanduser()
+    return expand_user(os.environ.get("REGIONSPOT_CACHE", "~/.cache/regionspot"))
+
+
+def expand_user(path: str | Path) -> Path:
+    """Return ``path`` with a leading ~ replaced; unlike ``Path.expanduser`` it leaves the ~ of no user as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 @contextmanager
@@ -31,6 +38,25 @@ def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: the file.
+        what: it holds, which begins the messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or nested too deep.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{what} {path}: no such file")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} {path}: damaged, or no JSON ({error})") from error
 
 
 def folder_name(dataset_name: str) -> str:

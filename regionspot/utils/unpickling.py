@@ -1,14 +1,15 @@
-"""Pickles of NumPy arrays, read without running anything that is in them.
+"""Pickles, read without running anything that is in them; among them those of NumPy arrays.
 
 Neither Python's unpickler nor NumPy's own restoring of arrays is trusted with the file. The opcodes are interpreted
 here, those for plain values only; the few names that are admitted (NumPy's arrays, Detectron2's ``BoxMode``) become
-inert tokens, and what the file "calls" them with is checked and turned into arrays by the functions below.
+inert tokens, and what the file "calls" them with is checked and turned into arrays by the functions below. So no
+function or class, ours or another's, is ever within the reach of an opcode.
 """
 
 import mmap
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -42,7 +43,7 @@ _ADMITTED = {
 
 
 @dataclass(frozen=True)
-class _Name:
+class Name:
     """Stands for what the file refers to by name."""
 
     name: str
@@ -65,35 +66,32 @@ class _Refusing(dict):
         raise pickle.UnpicklingError(f"opcode {bytes([opcode])!r} makes more than arrays and plain containers")
 
 
-class _ArrayUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """The interpreter of the Python library in Python, less what makes objects; its memo is a dict (no huge tables)."""
+class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """The interpreter of the Python library in Python, less what makes objects; its memo is a dict (no huge tables).
 
+    Attributes:
+        admitted: what a file may refer to by (module, name), and what it is called here.
+        makers: what may be called, by that name, and the function that answers in its place.
+    """
+
+    admitted: Mapping[tuple[str, str], str]
+    makers: Mapping[str, Callable[..., Any]]
     dispatch = _Refusing({code: pickle._Unpickler.dispatch[code] for code in _PLAIN_OPCODES})  # type: ignore[attr-defined]
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
     read: Callable[[int], bytes]
 
-    def find_class(self, module: str, name: str) -> _Name:
-        if (module, name) in _ADMITTED:
-            return _Name(_ADMITTED[module, name])
-        raise pickle.UnpicklingError(f"{describe(f'{module}.{name}')} is neither a NumPy array nor a plain container")
+    def find_class(self, module: str, name: str) -> Name:
+        if (module, name) in self.admitted:
+            return Name(self.admitted[module, name])
+        raise pickle.UnpicklingError(f"{describe(f'{module}.{name}')} is neither an array nor a plain container")
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Name) or function.name not in _MAKERS or type(arguments) is not tuple:
+        if not isinstance(function, Name) or function.name not in self.makers or type(arguments) is not tuple:
             raise pickle.UnpicklingError(f"a call of {describe(function)} is not admitted")
-        self.stack.append(_MAKERS[function.name](*arguments))
-
-    def load_build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, ArrayHolder) and target.value is None and type(state) is tuple and len(state) in (4, 5):
-            shape, dtype, is_fortran, data = state[-4:]
-            target.value = _make_array(data, dtype, shape, "F" if is_fortran else "C")
-        elif isinstance(target, _Dtype) and _is_plain_dtype_state(state):
-            target.text = _checked_dtype(f"{state[1]}{target.text.lstrip('<>=|')}")
-        else:
-            raise pickle.UnpicklingError(f"setting the state of {describe(target)} is not admitted")
+        self.stack.append(self.makers[function.name](*arguments))
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
@@ -120,13 +118,34 @@ class _ArrayUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     dispatch.update(
         {
             pickle.REDUCE[0]: load_reduce,
-            pickle.BUILD[0]: load_build,
             pickle.SETITEMS[0]: load_setitems,
             pickle.SETITEM[0]: load_setitem,
             pickle.DICT[0]: load_dict,
             pickle.BYTEARRAY8[0]: load_bytearray8,
         }
     )
+
+    @classmethod
+    def admit(cls, opcodes: dict[bytes, Callable[..., None]]) -> None:
+        """Let a subclass interpret further opcodes."""
+        cls.dispatch = _Refusing({**cls.dispatch, **{code[0]: method for code, method in opcodes.items()}})
+
+
+class _ArrayUnpickler(InertUnpickler):
+    admitted = _ADMITTED
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, ArrayHolder) and target.value is None and type(state) is tuple and len(state) in (4, 5):
+            shape, dtype, is_fortran, data = state[-4:]
+            target.value = _make_array(data, dtype, shape, "F" if is_fortran else "C")
+        elif isinstance(target, _Dtype) and _is_plain_dtype_state(state):
+            target.text = _checked_dtype(f"{state[1]}{target.text.lstrip('<>=|')}")
+        else:
+            raise pickle.UnpicklingError(f"setting the state of {describe(target)} is not admitted")
+
+
+_ArrayUnpickler.admit({pickle.BUILD: _ArrayUnpickler.load_build})
 
 
 def describe(value: Any) -> str:
@@ -135,7 +154,7 @@ def describe(value: Any) -> str:
         return repr(value if len(value) <= 80 else value[:80] + "...")
     if isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
         return repr(value)
-    return value.name if isinstance(value, _Name) else type(value).__name__.lstrip("_").lower()
+    return value.name if isinstance(value, Name) else type(value).__name__.lstrip("_").lower()
 
 
 def _is_plain_dtype_state(state: Any) -> bool:
@@ -169,7 +188,7 @@ def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
 
 
 def _make_empty(subtype: Any, shape: Any, code: Any) -> ArrayHolder:
-    if subtype != _Name("ndarray"):
+    if subtype != Name("ndarray"):
         raise pickle.UnpicklingError(f"an array of the kind {describe(subtype)} is not admitted")
     return ArrayHolder()
 
@@ -193,7 +212,7 @@ def _make_box_mode(value: Any) -> int:
 
 
 def _make_member(owner: Any, name: Any) -> int:
-    if owner != _Name("BoxMode") or type(name) is not str or name not in BoxMode.__members__:
+    if owner != Name("BoxMode") or type(name) is not str or name not in BoxMode.__members__:
         raise pickle.UnpicklingError(f"builtins.getattr of {describe(owner)} is not admitted")
     return int(BoxMode[name])
 
@@ -209,6 +228,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "BoxMode": _make_box_mode,
     "getattr": _make_member,
 }
+_ArrayUnpickler.makers = _MAKERS
 
 
 def load_arrays(path: Path) -> Any:
@@ -220,17 +240,45 @@ def load_arrays(path: Path) -> Any:
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # reads no more than is there, whatever is asked
     try:
-        return _ArrayUnpickler(content, encoding="latin1").load()
+        value = _ArrayUnpickler(content, encoding="latin1").load()
+        check_size(value, len(content))
     except MemoryError:
         raise
     except Exception as error:  # whatever a damaged program leads the interpreter to
         reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"damaged: {error!r:.100}"
         raise ValueError(
-            f"proposals {path}: a pickle that is refused: {reason}; expected a dict of lists of NumPy arrays, see "
-            "Detectron2's load_proposals_into_dataset"
+            f"{path}: a pickle that is refused: {reason}; expected NumPy arrays, numbers and strings in lists and dicts"
         ) from error
+    return value
 
 
 def array_of(value: Any) -> Any:
     """Return the array or list that an ``ArrayHolder`` holds; anything else as it is."""
     return value.value if isinstance(value, ArrayHolder) else value
+
+
+def check_size(content: Any, file_bytes: int) -> None:
+    """Refuse what a file of this size has no room for: arrays mentioned again and again, tensors of repeated values.
+
+    Args:
+        content: arrays, tensors and plain values in dicts, lists and tuples.
+        file_bytes: size of the file that it was read from.
+
+    Raises:
+        pickle.UnpicklingError: more than 16 times the file, beyond 64 MiB; or a container holds itself.
+    """
+    needed = _expanded_bytes(content, {})
+    if needed > (1 << 26) + 16 * file_bytes:
+        raise pickle.UnpicklingError(f"{file_bytes} bytes that stand for {needed:.3g}")
+
+
+def _expanded_bytes(value: Any, known: dict[int, float]) -> float:
+    """Return the bytes of a value where each mention of an array counts; ``known`` are those of the containers seen."""
+    value = array_of(value)
+    items: Iterable[Any] = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list, tuple)):
+        return getattr(value, "nbytes", len(value) if isinstance(value, (str, bytes)) else 8)
+    if id(value) not in known:
+        known[id(value)] = float("inf")  # until it is known: of one that holds itself
+        known[id(value)] = sum(_expanded_bytes(item, known) for item in items)
+    return known[id(value)]

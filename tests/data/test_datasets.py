@@ -230,6 +230,18 @@ def test_place_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
             read_json_dataset(path, tmp_path)
 
 
+@pytest.mark.parametrize("place", ["", "images", "annotations", "categories"])
+def test_nesting_without_end_is_refused(tmp_path, place):
+    deep = '{"x": ' + '{"a": ' * 500_000 + "1" + "}" * 500_000 + "}"
+    parts = ", ".join(
+        f'"{part}": [{deep if part == place else ""}]' for part in ("images", "annotations", "categories")
+    )
+    path = tmp_path / "deep.json"
+    path.write_text("{" + parts + (f', "more": {deep}' if not place else "") + "}")
+    with pytest.raises(ValueError, match="deep.json: not valid JSON .*recursion"):
+        read_json_dataset(path, tmp_path)
+
+
 def test_a_spec_registers_itself(tmp_path, monkeypatch):
     path = write_dataset(tmp_path, 2)
     monkeypatch.chdir(tmp_path)

@@ -101,6 +101,15 @@ def test_detectron2_reads_what_we_write(tmp_path):
     assert again.scores.tolist() == ours.scores.tolist() and again.labels.tolist() == [7, 8]
 
 
+def test_scores_are_what_the_file_says(tmp_path):
+    said = read(tmp_path, PLAIN | {"scores_are": "logits"})
+    np.testing.assert_allclose(said.scores, 1 / (1 + np.exp([-0.5, -0.25])), rtol=1e-6)
+    assert said.arrays.scores_from == "logits"
+    for other in ("probabilities", None, 5):
+        kept = read(tmp_path, PLAIN | {"scores_are": other})
+        assert kept.scores.tolist() == [0.5, 0.25] and kept.arrays.scores_from == "probabilities"
+
+
 class Evil:
     def __init__(self, function, *arguments, state=None):
         self.reduced = (function, arguments) if state is None else (function, arguments, state)

@@ -132,6 +132,30 @@ def test_scores_and_labels_may_be_missing(tmp_path, dataset):
     assert len(tiny_model()(batch)[0]["instances"])  # the class probability alone
 
 
+def test_thresholds_and_limits_to_the_last_digit(tmp_path):
+    """A score at the threshold stays, an IoU at the limit stays, what rounding put beside [0, 1] is no logit."""
+    below = float(np.nextafter(np.float32(0.3), np.float32(0)))
+    entry = {"boxes": [[0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 1.9]], "scores": [0.5, 0.3, below]}
+    arrays = ProposalFile(write_json(tmp_path / "p.json", {"1": entry})).arrays
+    assert len(select_proposals(arrays, min_score=0.3).boxes) == 2
+    kept = select_proposals(arrays, nms_iou=0.5)
+    assert kept.boxes[:, 3].tolist() == [4, 2]  # IoU 0.5 with the first, and the third of 0.95 with the second
+    assert (
+        len(select_proposals(arrays, nms_iou=0.499).boxes) == 2 and len(select_proposals(arrays, nms_iou=1).boxes) == 3
+    )
+    assert select_proposals(arrays, top_k=1).scores.tolist() == [0.5]
+    with pytest.raises(ValueError, match="top-k: expected 1 or more"):
+        select_proposals(arrays, top_k=0)
+    for low, high, kind in ((-1e-4, 1 + 1e-4, "probabilities"), (-1.1e-4, 1, "logits"), (0, 1 + 1.1e-4, "logits")):
+        entry = {"boxes": [[0, 0, 4, 4]] * 2, "scores": [low, high]}
+        arrays = ProposalFile(write_json(tmp_path / "p.json", {"1": entry})).arrays
+        assert arrays.scores_from == kind
+    assert arrays.num_not_finite == 0
+    entry = {"boxes": [[0, 0, 4, 999_999_000], [0, 0, 4, 1e9], [-1e9, 0, 4, 4]], "scores": [0.5] * 3}
+    arrays = ProposalFile(write_json(tmp_path / "p.json", {"1": entry})).arrays
+    assert (len(arrays.boxes), arrays.num_not_finite) == (1, 2)
+
+
 def test_scores_outside_0_to_1_are_logits_in_the_whole_file(tmp_path):
     logits = np.array([-3.5, 0.25, 0.75, 2000, -2000])
     entry = {"boxes": [[0, 0, 9, 9]] * 5, "scores": logits.tolist()}

@@ -281,13 +281,27 @@ def test_a_store_that_lost_a_shard_is_mended(dataset, tmp_path):
     assert content(tmp_path / "store") == before
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"format": "regionspot-tokens-1", "shards": [{}]}'])
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"format": "regionspot-tokens-1", "shards": [{}]}', "[" * 100_000])
 def test_damaged_manifests_are_said_to_be_so(dataset, tmp_path, text):
     extract(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_text(text)
     for use in (TokenStore, lambda folder: list(find_damage(folder)), extract):
-        with pytest.raises(ValueError, match=r"manifest.json is (damaged|of format)|holds a token store"):
+        with pytest.raises(ValueError, match=r"manifest.json(:| is) (damaged|of format)|holds a token store"):
             use(tmp_path / "store")
+
+
+def test_manifests_of_other_types_or_places_are_refused(dataset, tmp_path):
+    extract(tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    whole = json.loads(path.read_text())
+    changes = [{"stages": None}, {"stages": "mlp"}, {"stages": [None]}, {"images": None}, {"boxes": "1"}]
+    entries = [{"file": "../shard-00000.safetensors"}, {"file": "/shard-00000.safetensors"}, {"bytes": None}]
+    changes += [{"shards": [{**whole["shards"][0], **entry}]} for entry in entries]
+    for change in changes:
+        path.write_text(json.dumps(whole | change))
+        for use in (TokenStore, lambda folder: list(find_damage(folder))):
+            with pytest.raises(ValueError, match="manifest.json is damaged"):
+                use(tmp_path / "store")
 
 
 def test_pictures_that_cannot_be_read(dataset, tmp_path, caplog):

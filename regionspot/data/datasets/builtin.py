@@ -6,6 +6,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from regionspot.data.datasets.registration import register_json_dataset
+from regionspot.utils.files import expand_user
 
 SPLITS = ("train", "val", "test")
 
@@ -77,7 +78,7 @@ def register_all(root: Path) -> None:
 
 def datasets_root() -> Path:
     """Return ``$DETECTRON2_DATASETS``, or "datasets"."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    return expand_user(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
 register_all(datasets_root())

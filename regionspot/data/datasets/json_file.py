@@ -71,7 +71,7 @@ class JsonFile:
             parts = msgspec.json.decode(buffer, type=_Parts)
         except msgspec.ValidationError as error:
             raise ValueError(f"annotations {path}: expected COCO or LVIS JSON; {describe_error(error)}") from error
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"annotations {path}: not valid JSON ({error}{excerpt(buffer, error)})") from error
         missing = [name for name in parts.__struct_fields__ if getattr(parts, name) is msgspec.UNSET]
         if missing:
@@ -95,6 +95,8 @@ class JsonFile:
                 yield start, decoder.decode(b"[%b]" % b",".join(entries[start : start + PIECE]))
             except msgspec.ValidationError as error:
                 raise ValueError(f"annotations {self.path}: {describe_error(error, part, start)}") from error
+            except (UnicodeDecodeError, RecursionError) as error:
+                raise ValueError(f"annotations {self.path}: {part}: not valid JSON ({error})") from error
 
 
 def map_file(path: str | Path, what: str = "annotations") -> memoryview:
@@ -128,7 +130,7 @@ def describe_error(error: msgspec.ValidationError, part: str = "", start: int = 
     return f"{place}: {message[0].lower()}{message[1:]}"
 
 
-def excerpt(buffer: memoryview, error: msgspec.DecodeError) -> str:
+def excerpt(buffer: memoryview, error: Exception) -> str:
     """Return where in the file, in words, JSON ends that is no JSON; "" if msgspec does not know."""
     found = re.search(r"byte (\d+)", str(error))
     if not found:

@@ -5,6 +5,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.data.datasets.json_dataset import load_json_dataset
+from regionspot.utils.files import expand_user
 
 SPEC_FORM = "expected 'annotations.json:folder_of_images', such as 'my.json:my_images'"
 
@@ -61,7 +62,7 @@ def register_from_spec(name: str) -> bool:
         return False
     if name in DatasetCatalog:
         return True
-    path, folder = Path(f"{json_file}.json").expanduser(), Path(image_root).expanduser()
+    path, folder = (expand_user(text) for text in (f"{json_file}.json", image_root))
     if not path.is_file():
         raise FileNotFoundError(f"data set {name!r}: annotations {path}: no such file; {SPEC_FORM}")
     if not image_root or not folder.is_dir():

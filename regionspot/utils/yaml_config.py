@@ -1,0 +1,91 @@
+"""YAML configs: what is none is refused in words before Detectron2 reads it, and nothing is fetched or run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+from regionspot.utils.files import expand_user
+from regionspot.utils.unpickling import check_size
+
+
+def merge_yaml(cfg: CfgNode, path: str | Path) -> None:
+    """Merge a YAML file, with its ``_BASE_``, into ``cfg`` as ``cfg.merge_from_file`` does.
+
+    Raises:
+        FileNotFoundError: no such file, or no such ``_BASE_``.
+        ValueError: no YAML, no mapping, keys that ``cfg`` lacks, or values of another type.
+    """
+    check_yaml(Path(path))
+    try:
+        for key, value in CfgNode.load_yaml_with_base(str(path), allow_unsafe=False).items():
+            if isinstance(cfg.get(key), CfgNode) and not isinstance(value, dict):
+                raise ValueError(f"{key}: expected keys below it, got {value!r:.80}")
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config {str(path)!r}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error of merging in a line; that of another type names the types, not whole sections."""
+    text = str(error.args[0] if error.args else error)
+    found = re.fullmatch(r"Type mismatch \((.+) vs\. (.+?)\) with values .* for config key: (.+)", text, re.DOTALL)
+    return f"{found[3]}: expected {found[1]}, got {found[2]}" if found else text
+
+
+def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
+    """Refuse a file that is no config: empty, a list, endless, or on a ``_BASE_`` that is no file or stands on it.
+
+    Args:
+        path: the file.
+        above: the files that stand on it.
+
+    Raises:
+        FileNotFoundError, ValueError: see above.
+    """
+    what = f"config {str(path)!r}"
+    if not path.is_file():
+        standing = f" (_BASE_ of {above[-1]})" if above else "; the shipped ones are in configs/"
+        raise FileNotFoundError(f"{what}: no such file{standing}")
+    if path.resolve() in above:
+        raise ValueError(f"{what}: its _BASE_ leads back to it")
+    content = _read_yaml(path, what)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        got = "an empty file" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{what}: expected KEY: value, got {got}")
+    bases = content.get("_BASE_", [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or "://" in base:
+            raise ValueError(f"{what}: _BASE_: expected a path, got {base!r:.80}; nothing is fetched, save a copy")
+        check_yaml(path.parent / expand_user(base), (*above, path.resolve()))
+
+
+def _read_yaml(path: Path, what: str) -> Any:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_size(content, path.stat().st_size)  # anchors may make it endless
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file leads the parser to
+        raise ValueError(f"{what}: not readable as YAML ({' '.join(str(error).split())})") from error
+    return content
+
+
+def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
+    """Refuse what Detectron2 lets pass: no value where there was one, and data sets and files that are no names.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for key, value in cfg.items():
+        wanted = defaults.get(key)
+        if isinstance(value, CfgNode):
+            check_values(value, wanted if isinstance(wanted, CfgNode) else CfgNode(), f"{prefix}{key}.")
+        elif value is None and wanted is not None:
+            raise ValueError(f"{prefix}{key}: expected {type(wanted)}, got nothing")
+        elif isinstance(value, (list, tuple)) and prefix == "DATASETS." and key != "TRAIN_RATIO":
+            wrong = [item for item in value if not isinstance(item, str)]
+            if wrong:
+                raise ValueError(f"{prefix}{key}: expected names, got {wrong[0]!r:.80}")
