@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
-from regionspot.data.datasets import register_from_spec
+from regionspot.data.datasets import category_ids, register_from_spec
 from regionspot.data.image_check import check_images
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, build_training_stream
@@ -190,11 +190,12 @@ def dataset_vocabulary(cfg: CfgNode, name: str) -> list[str]:
     They are the data set's own, or those of ``MODEL.REGIONSPOT.VOCABULARY``, which then stand for them one by one.
 
     Raises:
-        ValueError: no class names, or the configured vocabulary is of another length.
+        ValueError: no class names, others than in the annotations, or the configured vocabulary is of another length.
     """
     own = dataset_names(name)
     if not own:
         raise ValueError(f"data set {name!r} has no class names: set thing_classes in its metadata")
+    category_ids(name)  # are the names those of the annotations?
     if not cfg.MODEL.REGIONSPOT.VOCABULARY:
         return own
     given = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 from torch.utils.data import Dataset, Subset
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
+from regionspot.data.datasets.categories import category_ids
 from regionspot.data.image_check import check_images
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
@@ -85,13 +86,14 @@ def open_training_images(
         proposals: a file of boxes to learn from beside the annotated ones, "" for none.
 
     Raises:
-        ValueError: nothing to learn from, or a store of other annotations.
+        ValueError: nothing to learn from, class names that are not the annotations', or a store of other annotations.
     """
     store = TokenStore(store_path, cfg.MODEL.REGIONSPOT.TOKEN_STAGE) if store_path else None
     file = ProposalFile(proposals) if proposals else None
     mapper = RegionSpotDatasetMapper(cfg, True, token_store=store, proposal_file=file, vocabulary=name)
     if store is not None:
         store.check_origin({"annotations": describe_annotations(name)})
+    category_ids(name)  # labels are worth learning only if they are the file's
     records = DatasetCatalog.get(name)
     numbers = _region_numbers(records)
     kept = numbers > 0

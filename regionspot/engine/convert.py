@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import numpy as np
+from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from regionspot.data.dataset_mapper import annotated_regions, has_area, read_annotations
+from regionspot.data.datasets import category_ids
 from regionspot.data.token_store import StoreWriter, pack_images
 from regionspot.weights import load_checkpoint_file
 
@@ -41,7 +43,7 @@ def convert_tokens(
         ValueError: nothing could be imported, or there is a finished store.
     """
     counts = dict.fromkeys(OUTCOMES, 0)
-    records = DatasetCatalog.get(dataset_name)
+    records, raw = DatasetCatalog.get(dataset_name), category_ids(dataset_name)
     size = origin["images of a shard"]
     writer = StoreWriter(folder, origin, -(-len(records) // size))
     if writer.is_complete():
@@ -50,7 +52,7 @@ def convert_tokens(
         for number in range(writer.number):
             images, rows = [], range(number * size, min((number + 1) * size, len(records)))
             for index in rows:
-                what, entry = _convert(records[index], Path(token_folder), dataset_name, stage, dim)
+                what, entry = _convert(records[index], Path(token_folder), raw, stage, dim)
                 counts[what] += 1
                 images += [entry] if entry else []
                 bar.update()
@@ -63,7 +65,7 @@ def convert_tokens(
 
 
 def _convert(
-    record: dict[str, Any], token_folder: Path, dataset_name: str, stage: str, dim: int
+    record: dict[str, Any], token_folder: Path, raw: np.ndarray, stage: str, dim: int
 ) -> tuple[str, dict[str, Any] | None]:
     """Return what became of an image, and its entry in the store if it was imported."""
     instances = annotated_regions(record)
@@ -79,7 +81,7 @@ def _convert(
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         logger.warning("%s is left out: expected mask_tokens (N, %d) and classes (N,); %s", path, dim, error)
         return "damaged", None
-    rows = _matching_rows(record, dataset_name, classes, len(instances))
+    rows = _matching_rows(record, raw, classes, len(instances))
     if rows is None:
         logger.warning("%s is left out: its %d classes are not those of the annotations", path, len(classes))
         return "of other regions", None
@@ -87,13 +89,12 @@ def _convert(
     return "imported", {**entry, f"tokens.{stage}": tokens[rows].float()}
 
 
-def _matching_rows(record: dict[str, Any], dataset_name: str, classes: list[int], number: int) -> list[int] | None:
+def _matching_rows(record: dict[str, Any], raw: np.ndarray, classes: list[int], number: int) -> list[int] | None:
     """Return which rows of a file are the regions that are learned from, or None if it is of other regions.
 
+    ``raw`` has the category id of each label, ``classes`` those of the file, and ``number`` regions are learned from.
     The file may have all annotations, or all but crowds, or all but crowds and boxes without area.
     """
-    mapping = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
-    raw = {contiguous: category for category, contiguous in mapping.items()}
     annotations = record["annotations"]
     single = [not annotation.get("iscrowd", 0) for annotation in annotations]
     boxes, _ = read_annotations({"annotations": [{**annotation, "iscrowd": 0} for annotation in annotations]})

@@ -8,6 +8,7 @@ from typing import Any
 
 from detectron2.evaluation import LVISEvaluator
 
+from regionspot.data.datasets import category_ids
 from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
 from regionspot.evaluation.results_file import read_results
@@ -33,17 +34,15 @@ class DetectionLVISEvaluator(LVISEvaluator):
 
     def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
         detections = list(itertools.chain.from_iterable(x["instances"] for x in predictions))
-        names = self._metadata.thing_classes
-        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id") or {i + 1: i for i in range(len(names))}
-        to_category = {label: category for category, label in mapping.items()}
+        ids = category_ids(self._metadata.name).tolist()
         for detection in detections:
             label = detection["category_id"]
-            if label not in to_category:
+            if not 0 <= label < len(ids):
                 raise ValueError(
-                    f"the model predicts class {label}, but {self._metadata.name} has {len(to_category)} classes: its "
+                    f"the model predicts class {label}, but {self._metadata.name} has {len(ids)} classes: its "
                     "vocabulary must be the data set's, name by name"
                 )
-            detection["category_id"] = to_category[label]
+            detection["category_id"] = ids[label]
         folder = Path(self._output_dir)
         path = folder / "lvis_instances_results.json"
         with atomic_path(path) as temporary:

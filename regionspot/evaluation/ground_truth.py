@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from regionspot.data.datasets.json_file import AnnotationEntry, CategoryEntry, Id, ImageEntry, JsonFile
+from regionspot.data.datasets.json_file import AnnotationEntry, Id, ImageEntry, JsonFile
 from regionspot.evaluation.results import Results
 from regionspot.evaluation.rle import check_rles, compress_rle, encode_polygons, sizes_of
 
@@ -158,19 +158,17 @@ class GroundTruth:
         return rle
 
     def _read_categories(self) -> None:
-        entries = [entry for _, piece in self._file.decode("categories", CategoryEntry) for entry in piece]
-        entries.sort(key=lambda entry: entry.id)
+        entries = self._file.categories()
         self.category_ids = np.array([entry.id for entry in entries], np.int64)
         self.class_names = [entry.class_name for entry in entries]
         self.frequencies = [entry.frequency for entry in entries]
-        self._refuse_duplicates("categories", self.category_ids)
 
     def _read_images(self) -> None:
         entries = [entry for _, piece in self._file.decode("images", _Image) for entry in piece]
         entries.sort(key=lambda entry: entry.id)
         self.image_ids = np.array([entry.id for entry in entries], np.int64)
         self.sizes = np.array([(entry.height, entry.width) for entry in entries], np.int64).reshape(-1, 2)
-        self._refuse_duplicates("images", self.image_ids)
+        self._file.refuse_duplicates("images", self.image_ids)
         self.negatives, self._has_negatives = self._pairs([entry.neg_category_ids for entry in entries])
         self.not_exhaustive, self._has_not_exhaustive = self._pairs(
             [entry.not_exhaustive_category_ids for entry in entries]
@@ -223,11 +221,6 @@ class GroundTruth:
                 f"annotations {self.path}: annotations[{start + index}]: {what} id {ids[index]} is not in the file"
             )
         return position
-
-    def _refuse_duplicates(self, part: str, ids: np.ndarray) -> None:
-        twice = ids[1:][np.diff(ids) == 0]  # ascending
-        if len(twice):
-            raise ValueError(f"annotations {self.path}: {part}: id {twice[0]} is there twice; expected once each")
 
 
 def _look_up(known: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 
+from regionspot.data.datasets import category_ids
 from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
@@ -55,6 +56,7 @@ class RegionEvaluator(DatasetEvaluator):
         self.json_file = Path(self.metadata.get("json_file") or self.output_dir / "annotations.json")
         if not self.metadata.get("json_file"):
             convert_to_coco_json(dataset_name, str(self.json_file), allow_cached=False)
+        self.category_ids = category_ids(dataset_name)  # what does not fit is said before inference
         self.log = PredictionLog(output_dir, protocol.identity() + " ".join(tasks))
         self.finished = self.log.open()
 
@@ -125,9 +127,6 @@ class RegionEvaluator(DatasetEvaluator):
         return metrics
 
     def _to_results(self, images: list[ImagePredictions]) -> Results:
-        mapping = self.metadata.get("thing_dataset_id_to_contiguous_id")
-        labels = range(len(self.metadata.thing_classes))
-        to_category = {label: category for category, label in (mapping or dict(zip(labels, labels))).items()}
         numbers = [len(image.classes) for image in images]
         starts = np.cumsum([0] + [len(image.rles) for image in images])
         classes = itertools.chain.from_iterable(image.classes for image in images)
@@ -141,7 +140,7 @@ class RegionEvaluator(DatasetEvaluator):
             rles = [{"size": list(image.size), "counts": counts} for image in images for counts in image.rles]
         return Results(
             image_ids=np.repeat(np.array([image.image_id for image in images], np.int64), numbers),
-            category_ids=np.fromiter((to_category[label] for label in classes), np.int64, total),
+            category_ids=self.category_ids[np.fromiter(classes, np.int64, total)],
             scores=np.fromiter(itertools.chain.from_iterable(image.scores for image in images), np.float64, total),
             boxes=np.fromiter(flat, np.float64, 4 * total).reshape(-1, 4),
             regions=regions,

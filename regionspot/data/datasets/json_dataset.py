@@ -160,9 +160,8 @@ def read_json_dataset(json_file: str | Path, image_root: str | Path, *, keep_par
             box is not four finite numbers. It names the file and the place.
     """
     file = JsonFile(json_file)
-    categories = sorted(chain.from_iterable(c for _, c in file.decode("categories", CategoryEntry)), key=lambda c: c.id)
+    categories = file.categories()
     category_ids = np.array([category.id for category in categories], np.int64)
-    _refuse_duplicates(file.path, "categories", category_ids)
     images, all_negatives = _read_images(file, keep_parts)
     annotations = _read_annotations(file, images.ids, category_ids)
     is_lvis = all_negatives and all(category.frequency is not None for category in categories)
@@ -185,7 +184,7 @@ def _read_images(file: JsonFile, keep_parts: int | None) -> tuple[_Images, bool]
         lengths[start + 1 : start + 1 + len(entries)] = [len(name) for name in encoded]
         names += b"".join(encoded)
         all_negatives = all_negatives and all(entry.neg_category_ids is not msgspec.UNSET for entry in entries)
-    _refuse_duplicates(file.path, "images", ids)
+    file.refuse_duplicates("images", ids)
     blob = np.frombuffer(bytes(names), np.uint8)
     return _Images(ids, heights, widths, blob, lengths.cumsum()), all_negatives
 
@@ -242,10 +241,3 @@ def _positions(file: JsonFile, start: int, entries: list[AnnotationEntry], key: 
             f"{ids[index]}, which is not in '{where}'"
         )
     return positions
-
-
-def _refuse_duplicates(path: Path, part: str, ids: np.ndarray) -> None:
-    values, counts = np.unique(ids, return_counts=True)
-    if len(values) < len(ids):
-        twice = int(values[counts.argmax()])
-        raise ValueError(f"annotations {path}: {part}: id {twice} occurs {counts.max()} times; expected once each")

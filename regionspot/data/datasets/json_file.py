@@ -2,11 +2,12 @@
 
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
+import numpy as np
 
 PIECE = 1 << 16  # entries that are Python objects at one time
 
@@ -56,11 +57,19 @@ class _Parts(msgspec.Struct):
     categories: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
 
 
+class _Categories(msgspec.Struct):
+    categories: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+
+
 class JsonFile:
     """An annotation file: the bytes of each entry stay where they are on the disk until a piece is decoded."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, only_categories: bool = False) -> None:
         """
+        Args:
+            path: the file.
+            only_categories: skip the other parts, which takes no memory.
+
         Raises:
             FileNotFoundError: no such file.
             ValueError: not JSON, or ``images``, ``annotations`` or ``categories`` is missing or no list.
@@ -68,7 +77,7 @@ class JsonFile:
         self.path = Path(path)
         buffer = map_file(self.path)
         try:
-            parts = msgspec.json.decode(buffer, type=_Parts)
+            parts = msgspec.json.decode(buffer, type=_Categories if only_categories else _Parts)
         except msgspec.ValidationError as error:
             raise ValueError(f"annotations {path}: expected COCO or LVIS JSON; {describe_error(error)}") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -97,6 +106,29 @@ class JsonFile:
                 raise ValueError(f"annotations {self.path}: {describe_error(error, part, start)}") from error
             except (UnicodeDecodeError, RecursionError) as error:
                 raise ValueError(f"annotations {self.path}: {part}: not valid JSON ({error})") from error
+
+    def categories(self) -> list[CategoryEntry]:
+        """Return the categories in the order of their ids.
+
+        Raises:
+            ValueError: an entry lacks a key or has a value of a wrong type, or an id occurs twice.
+        """
+        entries = [entry for _, piece in self.decode("categories", CategoryEntry) for entry in piece]
+        entries.sort(key=lambda entry: entry.id)
+        self.refuse_duplicates("categories", [entry.id for entry in entries])
+        return entries
+
+    def refuse_duplicates(self, part: str, ids: Iterable[int]) -> None:
+        """
+        Raises:
+            ValueError: an id of a part of the file occurs twice.
+        """
+        values, counts = np.unique(np.fromiter(ids, np.int64), return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"annotations {self.path}: {part}: id {values[counts.argmax()]} occurs {counts.max()} times; expected "
+                "once each"
+            )
 
 
 def map_file(path: str | Path, what: str = "annotations") -> memoryview:

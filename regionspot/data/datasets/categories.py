@@ -1,0 +1,54 @@
+"""The one place that knows which category of its annotation file each label of a data set stands for."""
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+
+from regionspot.data.datasets.json_file import JsonFile
+from regionspot.vocabulary import dataset_names
+
+
+def category_ids(name: str) -> np.ndarray:
+    """Return the category ids, in the annotation file, of a data set's labels 0, 1, 2, ...
+
+    Metadata say them (``thing_dataset_id_to_contiguous_id``). Where they do not, labels are in the order of the file's
+    ids: Detectron2's ``lvis_v1_*`` have no mapping, and their ids are 1 to 1203. Both are checked against the names in
+    the file. A data set without ``json_file`` has the ids that Detectron2's ``convert_to_coco_json`` writes.
+
+    Args:
+        name: a registered data set with class names.
+
+    Returns:
+        (K,) int64, for each of the K classes.
+
+    Raises:
+        FileNotFoundError: no annotation file.
+        ValueError: the file's categories are not the data set's classes; it names the first that is not.
+    """
+    names, metadata = dataset_names(name), MetadataCatalog.get(name)
+    mapping, json_file = metadata.get("thing_dataset_id_to_contiguous_id"), metadata.get("json_file")
+    if not json_file:
+        mapping = mapping or {label: label for label in range(len(names))}
+        by_label = {label: category for category, label in mapping.items()}
+        return np.array([by_label[label] for label in range(len(names))], np.int64)
+    file = JsonFile(json_file, only_categories=True)
+    categories = file.categories()
+    where = f"data set {name!r}, annotations {file.path}"
+    remedy = "is it the right file? One of your own is named annotations.json:folder_of_images"
+    ids: dict[int, int] = {}
+    for position, category in enumerate(categories):
+        label = position if mapping is None else mapping.get(category.id, -1)
+        found = names[label] if 0 <= label < len(names) else "no class"
+        if found not in (category.class_name, category.name):  # LVIS's names are the first synonyms
+            raise ValueError(
+                f"{where}: category {category.id} is {category.name!r}, but {found!r} in metadata; {remedy}"
+            )
+        if label in ids:
+            raise ValueError(f"{where}: class {found!r} has two categories, {ids[label]} and {category.id}; {remedy}")
+        ids[label] = category.id
+    missing = [label for label in range(len(names)) if label not in ids]
+    if missing:
+        raise ValueError(
+            f"{where}: {len(missing)} of {len(names)} classes have no category, the first is {names[missing[0]]!r}; "
+            f"{remedy}"
+        )
+    return np.array([ids[label] for label in range(len(names))], np.int64)
