@@ -203,7 +203,8 @@ def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes (n, 4) float64 XYXY and classes (n,) of a record, crowds left out."""
     kept = [annotation for annotation in record.get("annotations", []) if not annotation.get("iscrowd", 0)]
     classes = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
-    boxes = np.array([annotation["bbox"] for annotation in kept], dtype=float).reshape(-1, 4)
+    # float32 first, as Detectron2 and JsonDataset have it: the same file gives the same bits, whoever reads it
+    boxes = np.array([annotation["bbox"] for annotation in kept], dtype=np.float32).astype(float).reshape(-1, 4)
     modes = np.array([annotation["bbox_mode"] for annotation in kept])
     for mode in set(modes.tolist()):
         boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], BoxMode(mode), BoxMode.XYXY_ABS)

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 
 from regionspot.data import RegionSpotDatasetMapper, build_test_loader, build_train_loader, dataset_vocabulary
+from regionspot.data.dataset_mapper import annotated_regions, read_annotations
 
 from ..helpers import NAMES, draw_scene, tiny_config, write_dataset
 
@@ -114,3 +117,21 @@ def test_loaders_pin_memory_for_gpus(tmp_path, register, device):
     cfg.MODEL.DEVICE = device
     for loader in (build_train_loader(cfg), build_test_loader(cfg, name)):
         assert loader.pin_memory == (device == "cuda")
+
+
+def test_boxes_of_several_modes_in_one_record_are_each_read_as_said():
+    modes = [BoxMode.XYWH_ABS, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS]
+    boxes = [[10, 20, 5, 6], [10, 20, 15, 26], [1.5, 2.5, 3.5, 4.5], [1.5, 2.5, 5.0, 7.0]]
+    annotations = [{"bbox": b, "bbox_mode": m, "category_id": i} for i, (b, m) in enumerate(zip(boxes, modes))]
+    annotations.insert(1, {"bbox": [0, 0, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 9, "iscrowd": 1})
+    boxes, classes = read_annotations({"annotations": annotations})
+    assert boxes.tolist() == 2 * [[10, 20, 15, 26]] + 2 * [[1.5, 2.5, 5.0, 7.0]] and classes.tolist() == [0, 1, 2, 3]
+
+
+def test_boxes_have_the_bits_of_detectron2s_own_mapper():
+    generator = np.random.default_rng(0)
+    boxes = generator.uniform(0, 300, (200, 4)).round(2).tolist()
+    annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0} for box in boxes]
+    expected = [BoxMode.convert(box, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for box in boxes]
+    found = annotated_regions({"annotations": annotations, "height": 700, "width": 700}).gt_boxes.tensor
+    assert torch.equal(found, torch.tensor(expected))

@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from torch.utils.data import Dataset
 
+from regionspot.data.datasets.categories import category_ids
 from regionspot.data.datasets.json_file import AnnotationEntry, CategoryEntry, ImageEntry, JsonFile
 
 _MIN_SIDE = 1e-5  # pixels; Detectron2's filter of empty boxes drops those below
@@ -137,6 +138,8 @@ def load_json_dataset(
     """
     dataset = read_json_dataset(json_file, image_root, keep_parts=keep_parts)
     metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes"):
+        category_ids(name)  # says which name is another one; Detectron2 asserts that none is
     metadata.set(thing_classes=dataset.class_names, thing_dataset_id_to_contiguous_id=dataset.id_mapping)
     if metadata.get("evaluator_type") is None:
         metadata.set(evaluator_type=dataset.evaluator_type)

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Read the annotations and every image of a data set, and say what cannot be used before hours of work find out.
+
+The exit status is 1 if anything would end a training or an evaluation: images that are missing, damaged or of another
+size than the annotations say, and class names that CLIP cannot take.
+
+Examples:
+    tools/check_dataset.py my.json:my_images
+    tools/check_dataset.py objects365_v1_train --workers 16 --json report.json
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+LISTED = 20  # entries of a kind that are printed; --json has all
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Return a report as text, with the beginning of long lists."""
+    left_out = [f"{number:,} {what}" for what, number in report["left_out"].items()]
+    left_out.append(f"{report['images_without_regions']:,} images without regions")
+    statistics, classes = report["statistics"], report["regions_of_classes"]
+    ranked = sorted(classes.items(), key=lambda item: -item[1])
+    most = ", ".join(f"{printable(name)} {number:,}" for name, number in ranked[:5])
+    lines = [
+        f"{report['dataset']}: "
+        + ", ".join(f"{report[number]:,} {number}" for number in ("images", "regions", "classes")),
+        f"left out: {', '.join(left_out)}",
+        f"regions of an image (quartiles): {statistics['regions_of_image']}",
+        f"side of a box in pixels (quartiles): {statistics['side_in_pixels']}; "
+        + ", ".join(f"{statistics[size]:,} {size}" for size in ("small", "medium", "large")),
+        f"classes without a region: {sum(number == 0 for number in classes.values()):,}; most regions: {most}",
+    ]
+    lines += _listing("class names that are empty", report["names"]["empty"])
+    lines += _listing("class names too long for CLIP", report["names"]["too_long"])
+    lines += _listing("class names that occur more than once", report["names"]["duplicates"])
+    lines += _listing("images that cannot be used", [image["problem"] for image in report["unusable"]])
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Return a text of a file as it may reach a terminal."""
+    return text if text.strip() and text.isprintable() else ascii(text)
+
+
+def _listing(title: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = [f"  ... and {len(entries) - LISTED:,} more; --json FILE lists all"] if len(entries) > LISTED else []
+    return [f"{title}: {len(entries):,}", *(f"  {printable(entry)}" for entry in entries[:LISTED]), *more]
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from regionspot.data.dataset_check import check_dataset, is_usable
+    from regionspot.utils.files import atomic_path
+
+    def progress(checks: Any, number: int) -> Any:
+        return tqdm(checks, total=number, desc=f"images of {args.dataset}", unit="image")
+
+    report = check_dataset(args.dataset, args.workers, progress)
+    print(format_report(report))
+    if args.json:
+        with atomic_path(args.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1))
+    print("all of it can be used" if is_usable(report) else "error: not all of it can be used")
+    return 0 if is_usable(report) else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="DATASET", help="a registered name, or annotations.json:directory_of_images")
+    workers = min(os.cpu_count() or 1, 16)
+    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes that read images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
+    args = parser.parse_args(arguments)
+    try:
+        return run(args)
+    except (ValueError, KeyError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
