@@ -193,7 +193,7 @@ def write_coco_and_lvis(trees):
     coco, lvis = trees.root / "coco", trees.root / "lvis"
     things = [{"id": c["id"], "name": c["name"], "supercategory": "x"} for c in COCO_CATEGORIES if c["isthing"]]
     for split in ("train", "val"):
-        paths = [f"{split}2017/{index:012d}.jpg" for index in (139, 285, 632, 724)]
+        paths = [f"{split}2017/{index:012d}.jpg" for index in (139, 285, 632)]
         json_file, options = coco / f"annotations/instances_{split}2017.json", {"masks": True, "extra": {"iscrowd": 0}}
         inside = [Path(path).name for path in paths]
         trees.add(f"coco_2017_{split}", json_file, coco / f"{split}2017", inside, things, crowd=True, **options)
@@ -214,11 +214,11 @@ def write_objects365(trees):
     extra = {"iscrowd": 0, "isfake": 0, "isreflected": 0}
     for split in ("train", "val"):
         folder = trees.root / "objects365"
-        paths = [f"obj365_{split}_{index:012d}.jpg" for index in (86, 1013, 5000)]
+        paths = [f"obj365_{split}_{index:012d}.jpg" for index in (86, 1013)]
         json_file = folder / f"objects365_{split}.json"
         trees.add(f"objects365_v1_{split}", json_file, folder / split, paths, categories, extra=extra)
         folder = trees.root / "objects365_v2"
-        paths = [f"patch{index}/objects365_v{1 + index // 16}_{split}{index:08d}.jpg" for index in (0, 8, 43)]
+        paths = [f"patch{index}/objects365_v{1 + index // 16}_{split}{index:08d}.jpg" for index in (8, 43)]
         json_file = folder / f"zhiyuan_objv2_{split}.json"
         file_name = "images/v1/{}".format
         name = f"objects365_v2_{split}"
@@ -232,7 +232,7 @@ def write_v3det(trees):
         names[place] = name
     categories = [{"id": index, "name": name, "cat_info": "", "novel": False} for index, name in enumerate(names, 1)]
     for split in ("train", "val"):
-        paths = [f"images/n0{index}/{index}_{split}_a45.jpg" for index in (1440764, 7749, 100000109)]
+        paths = [f"images/n0{index}/{index}_{split}_a45.jpg" for index in (1440764, 7749)]
         json_file = folder / f"v3det_2023_v1_{split}.json"
         trees.add(f"v3det_{split}", json_file, folder, paths, categories, extra={"iscrowd": 0})
 
@@ -249,7 +249,7 @@ def write_openimages(trees):
         ("train", "oidv6-train-annotations-bbox.csv", "train"),
         ("val", "validation-annotations-bbox.csv", "validation"),
     ):
-        names = ["0001eeaf4aed83f9", "000595fe6fee6369", "ffffe7bd6bd9ba3b"]  # ids follow their order
+        names = ["000595fe6fee6369", "ffffe7bd6bd9ba3b"]  # ids follow their order
         rows = ["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction"]
         order = class_order(601)
         for name in names:
@@ -273,7 +273,7 @@ def write_odinw(trees):
         for split, directory in (("val", valid), ("train", train)):
             folder = trees.root / "odinw" / name / directory
             json_file = folder / (f"{split}_{ANNOTATIONS}" if name == "pistols" else ANNOTATIONS)
-            paths = [f"{split} {path}" for path in ODD_NAMES]
+            paths = [f"{split} {path}" for path in ODD_NAMES[len(name) % 2 :: 2]]
             every = {"iscrowd": 0, "segmentation": []}
             trees.add(f"odinw_{name}_{split}", json_file, folder, paths, categories, extra=every)
             if name == "Aquarium":
@@ -288,7 +288,7 @@ def write_miniworld(trees):
     folder = trees.root / "miniworld"
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True)
-        scenes = [write_scene((str(folder), split, index, 0)) for index in range(4)]
+        scenes = [write_scene((str(folder), split, index, 0)) for index in range(2)]
         images = [image for image, _ in scenes]
         annotations = [{"id": i, **entry} for i, entry in enumerate((a for _, part in scenes for a in part), 1)]
         paths = {image["id"]: folder / image["file_name"] for image in images}
