@@ -52,21 +52,20 @@ class _Checked(Dataset):
             self.mapper(record)
         except (ValueError, OSError) as error:
             problem = " ".join(str(error).split())
-        annotations = record.get("annotations", [])
-        boxes = np.array([a["bbox"] for a in annotations], np.float32).reshape(-1, 4)
-        modes = [BoxMode(a["bbox_mode"]) for a in annotations]
-        boxes = np.array([BoxMode.convert(b.tolist(), m, BoxMode.XYXY_ABS) for b, m in zip(boxes, modes)], np.float32)
-        return _check_boxes(record, problem, boxes.reshape(-1, 4))
+        return _check_boxes(record, problem)
 
 
-def _check_boxes(record: dict[str, Any], problem: str, boxes: np.ndarray) -> ImageCheck:
-    """Sort the (n, 4) XYXY boxes of a record into those that are used and those that are not."""
+def _check_boxes(record: dict[str, Any], problem: str) -> ImageCheck:
+    """Sort the boxes of a record into those that are used and those that are not."""
     annotations = record.get("annotations", [])
+    boxes = np.zeros((len(annotations), 4), np.float32)
+    for box, annotation in zip(boxes, annotations):
+        box[:] = BoxMode.convert(list(annotation["bbox"]), BoxMode(annotation["bbox_mode"]), BoxMode.XYXY_ABS)
     labels = np.array([a["category_id"] for a in annotations], np.int32)
-    crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)
-    size = (record["height"], record["width"]) if "height" in record else (np.inf, np.inf)
+    crowd = np.array([a.get("iscrowd", 0) for a in annotations], np.int64) > 0
+    size = (int(record["height"]), int(record["width"]))
     flat = ~(boxes[:, 2:] - boxes[:, :2] > 0).all(axis=1)
-    used = np.array(has_area(boxes, size), bool) & ~crowd
+    used = np.array(has_area(boxes, size), np.bool_) & ~crowd
     high = np.array([size[1], size[0]], np.float32)
     sides = np.clip(boxes[:, 2:], 0, high) - np.clip(boxes[:, :2], 0, high)
     left_out = (int(crowd.sum()), int((flat & ~crowd).sum()), int((~used & ~flat & ~crowd).sum()))
