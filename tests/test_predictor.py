@@ -6,7 +6,7 @@ import torch
 
 from regionspot import RegionSpotPredictor
 
-from .helpers import NAMES, as_inputs, draw_scene, tiny_config
+from .helpers import NAMES, as_inputs, draw_scene, spread_tokens, tiny_config
 
 IMAGE, BOXES, _ = draw_scene(0)
 POINTS = np.array([[[10, 10], [50, 40]], [[30, 20], [0, 0]]])
@@ -77,6 +77,27 @@ def test_points_masks_and_combinations(predictor):
 def test_no_boxes_give_no_regions(predictor):
     predictions = predictor.predict(boxes=[])
     assert len(predictions) == 0 and predictions.masks.shape == (0, 48, 64) and predictions.logits.shape == (0, 4)
+
+
+def test_background_names_make_regions_unknown():
+    background = ["sky", "wall"]
+    cfg = tiny_config("MODEL.REGIONSPOT.UNKNOWN.BACKGROUND", tuple(background))
+    torch.manual_seed(0)
+    predictor = RegionSpotPredictor(cfg)
+    spread_tokens(predictor.recognizer, as_inputs(0))
+    predictor.set_image(IMAGE)
+    found = predictor.predict(boxes=BOXES, vocabulary=NAMES, with_masks=False)
+    predictor.recognizer.rule.background = 0  # the same names, as any others
+    every = predictor.predict(boxes=BOXES, vocabulary=NAMES + background, with_masks=False)
+    expected = every.logits.argmax(axis=1) >= len(NAMES)
+    assert 0 < expected.sum() < len(expected)
+    assert found.unknown.tolist() == expected.tolist() and not every.unknown.any()
+    for label, unknown, best in zip(found.labels, expected, found.logits.argmax(axis=1)):
+        assert label == ("unknown" if unknown else NAMES[best])
+    assert found.vocabulary == NAMES and found.classes.max() < len(NAMES)
+    np.testing.assert_allclose(found.logits, every.logits[:, : len(NAMES)], atol=1e-5)
+    shares = np.exp(every.logits) / np.exp(every.logits).sum(axis=1, keepdims=True)  # the background takes its part
+    np.testing.assert_allclose(found.scores, shares[:, : len(NAMES)].max(axis=1), atol=1e-5)
 
 
 def test_views_of_any_strides_are_taken(predictor):

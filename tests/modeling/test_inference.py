@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_api
 
-from regionspot.modeling.inference import DetectionRule, encode_masks
+from regionspot.modeling.inference import DetectionRule, encode_masks, merge_detections
 
-from ..helpers import NAMES, as_inputs, tiny_model
+from ..helpers import NAMES, as_inputs, spread_tokens, tiny_model
 
 BOXES = torch.tensor([[0.0, 0, 10, 10], [1.0, 0, 11, 10], [30.0, 30, 40, 40]])
 PROBABILITIES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]])
@@ -49,6 +50,43 @@ def test_suppression_is_class_wise_and_comes_before_the_cut():
     assert list(select(nms_thresh=0.5, top_k=3)) == [(1, 0), (1, 1), (2, 2)]
 
 
+HALF = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 5]])  # IoU 0.5, to the bit
+
+
+def test_thresholds_keep_what_reaches_them():
+    """What scores, overlaps or is as probable as a threshold says exactly is on the side that the docs say."""
+    scores = torch.tensor([[0.5, 0.25], [0.125, 0.0]])
+    found = DetectionRule(score_thresh=0.25).select(HALF, scores, (50, 50))
+    assert found.scores.tolist() == [0.5, 0.25]  # "scoring lower are dropped"
+    assert len(DetectionRule(score_thresh=0.0).select(HALF, scores, (50, 50))) == 4
+    assert len(DetectionRule(score_thresh=-2.0).select(HALF, torch.where(scores < 0.2, -1, scores), (50, 50))) == 2
+    rule = DetectionRule(unknown_thresh=0.5)
+    assert rule.is_unknown(torch.tensor([[0.5, 0.5], [0.25, 0.375]])).tolist() == [False, True]  # "less probable"
+
+
+def test_boxes_of_just_the_threshold_overlap_stay():
+    scores = torch.tensor([[0.9], [0.8]])
+    assert len(DetectionRule(nms_thresh=0.5).select(HALF, scores, (50, 50))) == 2  # "more IoU than this"
+    assert len(DetectionRule(nms_thresh=0.499).select(HALF, scores, (50, 50))) == 1
+    one, other = (
+        Instances(
+            (50, 50),
+            pred_boxes=Boxes(HALF[[index]]),
+            scores=scores[index],
+            pred_classes=torch.tensor([index]),
+            region_indices=torch.tensor([index]),
+        )
+        for index in (0, 1)
+    )
+    assert len(merge_detections(one, other, 0.5, -1)) == 2 and len(merge_detections(one, other, 0.499, -1)) == 1
+
+
+def test_the_names_behind_the_vocabulary_are_the_background():
+    probabilities = torch.eye(4)  # each region is of one name; the last two are the background's
+    assert DetectionRule(background=2).is_unknown(probabilities).tolist() == [False, False, True, True]
+    assert not DetectionRule().is_unknown(probabilities).any()
+
+
 def test_regions_of_no_class_are_unknown():
     model = tiny_model()
     [plain] = model([as_inputs(0)])
@@ -65,6 +103,7 @@ def test_regions_of_no_class_are_unknown():
 
 def test_background_names_make_regions_unknown():
     model = tiny_model("MODEL.REGIONSPOT.UNKNOWN.BACKGROUND", ("sky", "wall"))
+    spread_tokens(model.recognizer, as_inputs(0))
     [output] = model([as_inputs(0)])
     inputs = as_inputs(0)
     features = model.recognizer.encode_images([inputs["image"]])
@@ -73,6 +112,7 @@ def test_background_names_make_regions_unknown():
     with torch.no_grad():
         [logits] = model.recognizer.classify(tokens, features.feature_map)
     assert output["regions"].unknown.tolist() == (logits.argmax(dim=1) >= len(NAMES)).tolist()
+    assert 0 < output["regions"].unknown.sum() < len(logits)
     torch.testing.assert_close(
         output["regions"].top_scores[:, 0], logits.softmax(dim=1)[:, : len(NAMES)].amax(dim=1), atol=1e-5, rtol=0
     )

@@ -1,7 +1,10 @@
 """The localiser against SAM's own forward pass."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from segment_anything.utils.transforms import ResizeLongestSide
 
 from regionspot.modeling.localizer import Localizer
 from regionspot.structures import Prompts
@@ -57,6 +60,34 @@ def test_equals_sam(image, prompts, multimask):
     torch.testing.assert_close(output.masks, masks[rows, best], atol=1e-5, rtol=0)
 
 
+def test_multimask_chooses_among_the_last_three_by_iou(image):
+    """Token and mask are of the same output, the best of the three; the single-mask output is no candidate."""
+    model = localizer("MODEL.REGIONSPOT.SAM.MULTIMASK", True)
+    sam, hidden = model.sam, []
+    embedding = model.encode_images([image])
+    inputs = (embedding, sam.prompt_encoder.get_dense_pe(), *sam.prompt_encoder(points=None, boxes=BOXES, masks=None))
+    with torch.no_grad():
+        bias = sam.mask_decoder.iou_prediction_head.layers[-1].bias
+        bias[1:] -= sam.mask_decoder(*inputs, True)[1].mean(dim=0)  # boxes differ in what is best
+        bias[0] += 100  # the single-mask output looks best of all
+        handle = sam.mask_decoder.transformer.register_forward_hook(lambda *args: hidden.append(args[-1][0]))
+        masks, ious = sam.mask_decoder(*inputs, True)
+        handle.remove()
+    rows, best = torch.arange(len(BOXES)), ious.argmax(dim=1)  # SAM has cut the first output away
+    assert len(best.unique()) > 1
+    tokens = hidden[0][rows, 1 + 1 + best]  # behind the IoU token and the single-mask token
+    mlps = sam.mask_decoder.output_hypernetworks_mlps
+    kernels = torch.stack([mlps[1 + index](token) for index, token in zip(best.tolist(), tokens)])
+    output = model(embedding, Prompts(boxes=BOXES), with_masks=True, stages=("transformer", "mlp"))
+    for ours, theirs in (
+        (output.iou, ious[rows, best]),
+        (output.masks, masks[rows, best]),
+        (output.stage_tokens["transformer"], tokens),
+        (output.stage_tokens["mlp"], kernels),
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("stage", "dim"), [("prompt_encoder", 32), ("transformer", 32), ("mlp", 4)])
 @pytest.mark.parametrize("chunk", [1, 2, 64])
 def test_stages_have_their_lengths_and_chunks_do_not_matter(image, stage, dim, chunk):
@@ -80,12 +111,43 @@ def test_the_tokens_are_those_of_the_named_stage(image):
     )
 
 
+@pytest.mark.parametrize("boxes", [None, BOXES[:2]], ids=["points", "points and boxes"])
+@pytest.mark.parametrize("labels", [[[1, 0], [1, 1]], [[0, 0], [1, 0]], [[1, -1], [0, -1]]])
+def test_the_prompt_encoder_token_is_the_mean_of_what_was_given(image, boxes, labels):
+    """Foreground and background points and corners alike; no padding, neither the user's nor SAM's own."""
+    model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", "prompt_encoder")
+    labels = torch.tensor(labels)
+    prompts = Prompts(points=POINTS, point_labels=labels, boxes=boxes)
+    tokens = model(model.encode_images([image]), prompts).tokens
+    encoder, size, expected = model.sam.prompt_encoder, (model.image_size, model.image_size), []
+    for index, (points, kinds) in enumerate(zip(POINTS, labels)):
+        given = [(point, kind) for point, kind in zip(points, kinds.tolist()) if kind >= 0]
+        if boxes is not None:
+            given += [(boxes[index, :2], 2), (boxes[index, 2:], 3)]
+        positions = torch.stack([point for point, _ in given])[None] + 0.5  # centers of pixels
+        codes = encoder.pe_layer.forward_with_coords(positions, size)[0]
+        expected.append((codes + torch.cat([encoder.point_embeddings[kind].weight for _, kind in given])).mean(dim=0))
+    torch.testing.assert_close(tokens, torch.stack(expected), atol=1e-5, rtol=0)
+
+
 def test_padding_points_are_no_part_of_the_prompt_encoder_token(image):
     model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", "prompt_encoder")
     embedding = model.encode_images([image])
     one = model(embedding, Prompts(points=POINTS[:, :1], point_labels=LABELS[:, :1])).tokens
     padded = model(embedding, Prompts(points=POINTS, point_labels=torch.tensor([[1, -1], [1, -1]]))).tokens
     torch.testing.assert_close(one, padded)
+
+
+@pytest.mark.parametrize("size", [(130, 90), (300, 200), (20, 30)])
+def test_images_reach_sam_as_its_own_predictor_sends_them(size):
+    """Images in uint8 to the bit, by PIL; images in float as PIL does, which averages over what it takes together."""
+    model, transform = localizer(), ResizeLongestSide(64)
+    given = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = torch.from_numpy(transform.apply_image(given.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+    assert max(expected.shape) == 64 and torch.equal(model._resize(given), expected)
+    channels = [Image.fromarray(channel) for channel in given.float().numpy()]
+    channels = [np.array(x.resize(expected.shape[:0:-1], Image.Resampling.BILINEAR)) for x in channels]
+    torch.testing.assert_close(model._resize(given.float()), torch.from_numpy(np.stack(channels)), atol=1e-2, rtol=0)
 
 
 def test_no_mask_is_computed_unless_asked_for(image, monkeypatch):

@@ -1,14 +1,18 @@
 """Text: trimming, templates, cache; vision features against CLIP's own forward pass."""
 
+import copy
+
 import clip
+import numpy as np
 import pytest
 import torch
+from clip.model import convert_weights
 from torch.nn import functional as F
 
 from regionspot.modeling.text_encoder import TextEncoder, encode_tokens
 from regionspot.modeling.vision_language import encode_patches
 
-from ..helpers import NAMES, tiny_model
+from ..helpers import NAMES, as_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,16 @@ def test_cache_key_tells_apart_what_changes_the_embeddings(clip_model, change, c
     assert len(list(cache_folder.glob("text/*.safetensors"))) == 2
 
 
+def test_cache_key_tells_apart_the_precision_that_clip_computes_in(clip_model, cache_folder):
+    """The same numbers in half precision give other embeddings than in single precision."""
+    single, half = copy.deepcopy(clip_model), copy.deepcopy(clip_model)
+    convert_weights(half)
+    single.load_state_dict(half.state_dict())  # what half precision can hold
+    values = [TextEncoder(model, "one")(NAMES) for model in (single, half)]
+    assert len(list(cache_folder.glob("text/*.safetensors"))) == 2
+    assert not torch.equal(*values)
+
+
 def test_damaged_cache_is_encoded_again(clip_model, cache_folder):
     first = TextEncoder(clip_model, "one")(NAMES)
     [path] = cache_folder.glob("text/*.safetensors")
@@ -97,6 +111,42 @@ def test_patches_lead_to_clips_own_image_feature(clip_model):
         feature = clip_model.visual.ln_post(patches[:, 0]) @ clip_model.visual.proj
         torch.testing.assert_close(feature, clip_model.encode_image(images), atol=1e-5, rtol=0)
     assert patches.shape == (2, 1 + 4 * 4, 64)
+
+
+def bilinear(image, side):
+    """Bring a (3, H, W) image to a square in plain NumPy: the centers of pixels, no antialias."""
+
+    def places(length):
+        centers = np.clip((np.arange(side) + 0.5) * length / side - 0.5, 0, length - 1)
+        low = np.floor(centers).astype(int)
+        return low, np.minimum(low + 1, length - 1), centers - low
+
+    (top, bottom, down), (left, right, along) = (places(length) for length in image.shape[1:])
+    rows = image[:, top] * (1 - down)[:, None] + image[:, bottom] * down[:, None]
+    return rows[:, :, left] * (1 - along) + rows[:, :, right] * along
+
+
+@pytest.mark.parametrize("size", [(130, 90), (32, 32), (20, 50)], ids=["smaller", "as it is", "larger"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_preprocessing_is_bilinear_without_antialias(size, dtype):
+    image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    seen = tiny_model(names=None).recognizer.vision_language.preprocess(image)
+    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    expected = (bilinear(image.double().numpy() / 255, 32) - mean[:, None, None]) / std[:, None, None]
+    np.testing.assert_allclose(seen.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("features", "first"), [("feature_map", 1), ("feature_map+class_token", 0)])
+def test_feature_map_is_what_clip_computes_before_ln_post(features, first):
+    """CLIP puts its class token first: the feature map alone is all that follows it."""
+    model = tiny_model("MODEL.REGIONSPOT.CLIP.FEATURES", features, names=None).recognizer.vision_language
+    images, seen = [as_inputs(i)["image"] for i in (0, 1)], []
+    visual = model.clip_model.visual
+    handle = visual.transformer.register_forward_hook(lambda *args: seen.append(args[-1].transpose(0, 1)))
+    with torch.no_grad():
+        model.clip_model.encode_image(torch.stack([model.preprocess(image) for image in images]))
+    handle.remove()
+    torch.testing.assert_close(model.encode_images(images), seen[0][:, first:], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("features", "length"), [("none", None), ("feature_map", 16), ("feature_map+class_token", 17)])

@@ -1,0 +1,56 @@
+"""The recognizer: settings reach the computation, and boxes are in the frame and the size that they should be."""
+
+import pytest
+import torch
+from detectron2.structures import Boxes
+
+from ..helpers import NAMES, as_inputs, tiny_config, tiny_model
+from .test_losses import plain_focal_loss
+
+BEYOND = torch.tensor([[-5.0, -3.0, 30.0, 20.0], [40.0, 30.0, 80.0, 60.0], [-9.0, 10.0, 70.0, 20.0]])
+INSIDE = torch.tensor([[0.0, 0.0, 30.0, 20.0], [40.0, 30.0, 64.0, 48.0], [0.0, 10.0, 64.0, 20.0]])
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.6, 2.0), (0.25, 0.5)])
+def test_focal_alpha_and_gamma_reach_the_loss(alpha, gamma):
+    loss = "MODEL.REGIONSPOT.LOSS."
+    recognizer = tiny_model(loss + "FOCAL_ALPHA", alpha, loss + "FOCAL_GAMMA", gamma).recognizer
+    tokens, feature_map = [torch.randn(3, 32), torch.randn(1, 32)], torch.randn(2, 17, 64)
+    classes = [torch.tensor([2, 0, 3]), torch.tensor([1])]
+    with torch.no_grad():
+        logits = recognizer.classify(tokens, feature_map)
+        losses = recognizer.losses(tokens, feature_map, classes)
+    expected = sum(plain_focal_loss(x, y, alpha, gamma) for x, y in zip(logits, classes)) / 2
+    assert losses["loss_cls"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_focal_loss_is_the_papers_by_default():
+    node = tiny_config().MODEL.REGIONSPOT.LOSS
+    assert (node.FOCAL_ALPHA, node.FOCAL_GAMMA) == (0.25, 2.0)
+
+
+@pytest.mark.parametrize(("output", "factors"), [(None, (1, 1)), ((96, 256), (4, 2))], ids=["own size", "other size"])
+def test_predicted_boxes_are_cut_to_the_image(output, factors):
+    given = Boxes(BEYOND.clone())
+    sizes = output and [output]
+    [(detections, regions)] = tiny_model().recognizer.recognise([as_inputs(0)["image"]], [given], output_sizes=sizes)
+    expected = INSIDE * torch.tensor(factors).repeat(2)
+    assert torch.equal(regions.pred_boxes.tensor, expected)
+    assert len(detections) == len(BEYOND) * len(NAMES)
+    assert torch.equal(detections.pred_boxes.tensor, expected[detections.region_indices])
+    assert torch.equal(given.tensor, BEYOND)  # the caller's boxes stay as they are
+
+
+def test_boxes_are_cut_before_they_are_prompts():
+    recognizer, images = tiny_model().recognizer, [as_inputs(0)["image"]]
+    [cut], [whole] = (recognizer.position_tokens(images, [Boxes(boxes)]) for boxes in (INSIDE, BEYOND))
+    torch.testing.assert_close(whole, cut)
+
+
+def test_only_the_classes_asked_for_become_detections():
+    recognizer, boxes = tiny_model().recognizer, [Boxes(INSIDE)]
+    images, asked = [as_inputs(0)["image"]], torch.tensor([False, True, False, True])
+    [every], [some] = recognizer(images, boxes), recognizer(images, boxes, classes=asked)
+    kept = every[asked[every.pred_classes]]
+    assert 0 < len(kept) < len(every)
+    assert torch.equal(some.pred_classes, kept.pred_classes) and torch.equal(some.scores, kept.scores)
