@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.build import training_stream
+from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, balance, build_training_stream
 
 from ..helpers import draw_scene, tiny_config, tiny_model, write_dataset
@@ -158,6 +159,22 @@ def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeyp
     mapped = RegionSpotDatasetMapper(cfg, True, token_store=TokenStore(tmp_path / "store"))(record)
     assert mapped["image"].shape == (3, 24, 32) and mapped["instances"].image_size == (24, 32)
     assert mapped["instances"].gt_boxes.tensor.tolist() == [[4, 2, 20, 18]] and mapped["tokens"].sum() == 32
+
+
+def test_a_proposal_of_just_the_threshold_is_learned_from(datasets, tmp_path):
+    """The limit is MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN, and an IoU of just that is a match."""
+    record = {**DatasetCatalog.get(NAMES[0])[0]}
+    record["annotations"] = [{"bbox": [10, 10, 20, 20], "bbox_mode": 0, "category_id": 2, "iscrowd": 0}]
+    boxes = [[10, 10, 20, 15], [10, 10, 20, 14.9], [10, 10, 20, 12.5]]  # IoU 0.5, 0.49, 0.25
+    (tmp_path / "p.json").write_text(json.dumps({"1": {"boxes": boxes}}))
+    for threshold, number in ((0.5, 1), (0.25, 3), (0.51, 0)):
+        cfg = tiny_config("MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", threshold)
+        mapper = RegionSpotDatasetMapper(cfg, True, proposal_file=ProposalFile(tmp_path / "p.json"))
+        found = mapper(record)["instances"]
+        assert len(found) == 1 + number and found.gt_classes.tolist() == [2] * (1 + number)
+        torch.testing.assert_close(
+            found.gt_boxes.tensor[1:], torch.tensor(boxes[:number], dtype=torch.float32).reshape(-1, 4)
+        )
 
 
 def test_proposals_that_match_are_learned_from(datasets, tmp_path):

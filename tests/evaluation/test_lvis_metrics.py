@@ -54,6 +54,30 @@ def test_masks_as_lvis(tmp_path, kind):
     compare(tmp_path / "boxes", world, predictions, "bbox")
 
 
+def test_what_just_reaches_a_threshold_as_lvis(tmp_path):
+    """Each IoU threshold and the ends of the area ranges, to the bit; 32 x 32 is small and medium."""
+    places = [(area, k) for area in (1024.0, 9216.0) for k in range(9, 21)]
+    world, _ = make_world(0, images=len(places), categories=1)
+    category, world["annotations"], predictions = world["categories"][0]["id"], [], []
+    for index, (image, (area, k)) in enumerate(zip(world["images"], places)):
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+        both = {"image_id": image["id"], "category_id": category}
+        world["annotations"].append({"id": index + 1, **both, "bbox": [8, 8, 20, 20], "area": area, "iscrowd": 0})
+        scores = np.random.default_rng(index).random(3).tolist()
+        for score, box in zip(scores, ([8, 8, 20, k], [40, 40, 32, 32], [40, 40, 96, 96])):
+            predictions.append({**both, "bbox": box, "score": score})
+    for entry in world["annotations"]:
+        x, y, w, h = entry["bbox"]
+        entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    values = compare(tmp_path, world, predictions, "bbox")
+    assert values["APs"] > 0 and values["APm"] > 0 and values["APl"] > 0
+    [alone] = [entry for entry in predictions if entry["bbox"][3] == 10][:1]  # of IoU 0.5
+    truth = {**world, "images": [image for image in world["images"] if image["id"] == alone["image_id"]]}
+    truth["annotations"] = [entry for entry in world["annotations"] if entry["image_id"] == alone["image_id"]]
+    values = compare(tmp_path, truth, [alone], "bbox")
+    assert values["AP50"] == pytest.approx(100) and values["AP"] == pytest.approx(10) and values["AP75"] == 0
+
+
 @pytest.mark.parametrize("max_dets", [1, 7, -1])
 def test_limits_as_lvis(tmp_path, max_dets):
     world, predictions = make_world(5, ties=True)

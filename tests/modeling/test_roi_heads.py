@@ -171,6 +171,15 @@ def test_boxes_are_suppressed_before_they_are_recognised():
     assert once.region_indices.max() == len(twice) // 2 - 1
 
 
+def test_boxes_of_just_the_threshold_overlap_are_both_recognized():
+    inputs = bgr(as_inputs(0))
+    inputs["proposals"] = Instances((48, 64), proposal_boxes=Boxes([[0, 0, 10, 10], [0, 0, 10, 5]]))
+    inputs["proposals"].objectness_logits = torch.tensor([2.0, 1.0])
+    for threshold, number in ((0.5, 2), (0.499, 1)):
+        [output] = rcnn(*GIVEN, *NO_NMS, HEAD + "BOX_NMS_THRESH", threshold)([inputs])
+        assert len(output["instances"].region_indices.unique()) == number
+
+
 RES5 = ("MODEL.ROI_HEADS.IN_FEATURES", ["p4"], "MODEL.FPN.OUT_CHANNELS", 32)
 
 
