@@ -240,8 +240,18 @@ def test_tiny_model_overfits_eight_images():
     model = tiny_model("MODEL.REGIONSPOT.INTEGRATION.DROPOUT", 0.0).train()
     optimizer = torch.optim.AdamW(model.recognizer.knowledge_integration.parameters(), lr=7e-4)
     batch = [as_inputs(i) for i in range(8)]
+    images, boxes = [x["image"] for x in batch], [x["instances"].gt_boxes for x in batch]
+    tokens = model.recognizer.position_tokens(images, boxes)  # of the frozen parts, once
+    feature_maps = model.recognizer.vision_language.encode_images(images)
+    stored = [{**x, "tokens": t, "feature_map": m} for x, t, m in zip(batch, tokens, feature_maps)]
+    with torch.no_grad():  # start where the tokens of a random SAM differ: half the steps
+        to_clip, every = model.recognizer.knowledge_integration.to_clip, torch.cat(tokens)
+        to_clip.weight /= every.std(dim=0) / 2
+        to_clip.bias -= to_clip.weight @ every.mean(dim=0)
     for _ in range(500):
-        loss = model(batch)["loss_cls"]
+        loss = model(stored)["loss_cls"]
+        if loss < 0.02:
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
