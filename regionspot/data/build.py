@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import signal
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from regionspot.data.image_check import check_images
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, build_training_stream
 from regionspot.data.training_set import TrainingSet, image_ids, open_training_images
+from regionspot.utils.signals import STOPPING
 from regionspot.vocabulary import dataset_names, load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ def _is_on_gpu(cfg: CfgNode) -> bool:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    for number in STOPPING:  # of a whole process group; the training process ends the workers when it has saved
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_stream(loader: DataLoader) -> TrainingStream:

@@ -4,12 +4,15 @@ import argparse
 import multiprocessing
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import distributed
+
+from regionspot.utils.signals import Interrupted, forwarded_to_children
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
@@ -33,7 +36,9 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         check_gpus(args.num_gpus, device)
         machines = (args.num_machines, args.machine_rank)
-        detectron2_launch(_run, args.num_gpus, *machines, dist_url=args.dist_url, args=(main, args))
+        several = args.num_gpus * args.num_machines > 1  # else it runs in this process, which handles signals itself
+        with forwarded_to_children() if several else nullcontext():
+            detectron2_launch(_run, args.num_gpus, *machines, dist_url=args.dist_url, args=(main, args))
         return
     check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]), device)
     if on_gpu:
@@ -45,7 +50,12 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     fork_workers()
-    result = main(args)
+    try:
+        result = main(args)
+    except Interrupted:  # all processes agreed on it
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        raise
     if distributed.is_initialized():  # a process that leaves with the group's threads at work may be aborted
         comm.synchronize()
         distributed.destroy_process_group()

@@ -33,6 +33,7 @@ from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, UnreadableImages, WeightAverage
 from regionspot.engine.optimizer import build_optimizer
+from regionspot.engine.stop import StopOnSignal
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.modeling import RegionSpot
 from regionspot.utils.files import folder_name
@@ -69,6 +70,7 @@ class RegionSpotTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.stop = StopOnSignal(self.checkpointer, torch.device(cfg.MODEL.DEVICE))
         self.register_hooks(self.build_hooks())
         if comm.is_main_process():  # what a run that was killed while it wrote has left
             for leftover in Path(cfg.OUTPUT_DIR).glob(".*.pth.*.tmp"):
@@ -93,6 +95,17 @@ class RegionSpotTrainer(DefaultTrainer):
         for store in stores:
             store.check_origin(expected)
 
+    def before_train(self) -> None:
+        super().before_train()
+        if self.stop.evaluation_due and self.iter < self.max_iter:  # of the iteration before
+            self.iter -= 1
+            self.storage.iter = self.iter
+            for hook in self._hooks:
+                if isinstance(hook, (hooks.EvalHook, BestCheckpointer)):
+                    hook.after_step()
+            self.iter += 1
+            self.storage.iter = self.iter
+
     def after_train(self) -> None:
         """Run the hooks; those that evaluate only after a training that reached its end."""
         self.storage.iter = self.iter
@@ -105,7 +118,7 @@ class RegionSpotTrainer(DefaultTrainer):
         cfg = self.cfg
 
         def evaluate() -> dict[str, Any]:
-            with self.average.applied() if self.average else contextlib.nullcontext():
+            with self.stop.evaluation(), self.average.applied() if self.average else contextlib.nullcontext():
                 self._last_eval_results = self.test(cfg, self.model)
             return self._last_eval_results
 
@@ -118,7 +131,7 @@ class RegionSpotTrainer(DefaultTrainer):
             kept = cfg.SOLVER.CHECKPOINTS_KEPT if cfg.SOLVER.CHECKPOINTS_KEPT > 0 else None
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=kept))
             result += [Throughput(), hooks.PeriodicWriter(self.build_writers(), period=20)]
-        return result
+        return [*result, self.stop]
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
