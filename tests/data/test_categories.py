@@ -38,6 +38,18 @@ def test_metadata_without_mapping_follow_the_order_of_ids(register_categories):
     assert category_ids(NAME).tolist() == [1, 2, 3]
 
 
+def test_lvis_labels_without_mapping_are_ids_less_1(register_categories):
+    register_categories(entries(cup=3, bowl=2, dog=1), thing_classes=["dog", "bowl", "cup"], evaluator_type="lvis")
+    assert category_ids(NAME).tolist() == [1, 2, 3]
+
+
+def test_lvis_ids_that_begin_at_0_are_refused(register_categories):
+    """Detectron2's loader makes label -1 of id 0."""
+    register_categories(entries(cup=2, bowl=1, dog=0), thing_classes=["dog", "bowl", "cup"], evaluator_type="lvis")
+    with pytest.raises(ValueError, match="category 0 is 'dog', but 'no class' in metadata"):
+        category_ids(NAME)
+
+
 def test_mapping_of_metadata_counts(register_categories):
     mapping = {7: 0, 90: 1, 2: 2}
     register_categories(

@@ -5,14 +5,15 @@ import logging
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
+from regionspot.data.datasets import read_json_dataset
 from regionspot.data.token_store import TokenStore
 from regionspot.engine.convert import convert_tokens
 from regionspot.engine.extract import Extraction, describe_store
 
-from ..helpers import tiny_config, tiny_model, write_dataset
+from ..helpers import NAMES, tiny_config, tiny_model, write_dataset
 
 NAME = "test_convert"
 SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}
@@ -110,3 +111,19 @@ def test_a_folder_of_another_data_set_is_refused(dataset, tmp_path):
     assert convert(tmp_path)["imported"] == 6  # nothing of the failed import is in the way
     with pytest.raises(ValueError, match="finished store already"):
         convert(tmp_path)
+
+
+def test_tokens_of_a_data_set_whose_metadata_have_no_mapping(tmp_path):
+    """As Detectron2's lvis_v1_*: label = id - 1."""
+    path = write_dataset(tmp_path / "data", 6, (1, 2, 3, 4))
+    content = json.loads(path.read_text())
+    records = list(read_json_dataset(path, tmp_path))
+    DatasetCatalog.register(NAME, lambda: records)
+    MetadataCatalog.get(NAME).set(json_file=str(path), thing_classes=NAMES, evaluator_type="lvis")
+    (tmp_path / "tokens").mkdir()
+    write_files(tmp_path / "tokens", content)
+    try:
+        assert convert(tmp_path)["imported"] == 6
+    finally:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)

@@ -10,9 +10,10 @@ from regionspot.vocabulary import dataset_names
 def category_ids(name: str) -> np.ndarray:
     """Return the category ids, in the annotation file, of a data set's labels 0, 1, 2, ...
 
-    Metadata say them (``thing_dataset_id_to_contiguous_id``). Where they do not, labels are in the order of the file's
-    ids: Detectron2's ``lvis_v1_*`` have no mapping, and their ids are 1 to 1203. Both are checked against the names in
-    the file. A data set without ``json_file`` has the ids that Detectron2's ``convert_to_coco_json`` writes.
+    Metadata say them (``thing_dataset_id_to_contiguous_id``). Where they do not, as in Detectron2's ``lvis_v1_*``,
+    labels of LVIS data sets are the ids less 1, and those of others are in the order of the ids. Both are checked
+    against the names in the file. A data set without ``json_file`` has the ids that Detectron2's
+    ``convert_to_coco_json`` writes.
 
     Args:
         name: a registered data set with class names.
@@ -32,11 +33,14 @@ def category_ids(name: str) -> np.ndarray:
         return np.array([by_label[label] for label in range(len(names))], np.int64)
     file = JsonFile(json_file, only_categories=True)
     categories = file.categories()
+    if mapping is None:
+        is_lvis = metadata.get("evaluator_type") == "lvis"
+        mapping = {c.id: c.id - 1 if is_lvis else position for position, c in enumerate(categories)}
     where = f"data set {name!r}, annotations {file.path}"
     remedy = "is it the right file? One of your own is named annotations.json:folder_of_images"
     ids: dict[int, int] = {}
-    for position, category in enumerate(categories):
-        label = position if mapping is None else mapping.get(category.id, -1)
+    for category in categories:
+        label = mapping.get(category.id, -1)
         found = names[label] if 0 <= label < len(names) else "no class"
         if found not in (category.class_name, category.name):  # LVIS's names are the first synonyms
             raise ValueError(
