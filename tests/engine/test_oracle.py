@@ -214,7 +214,7 @@ def test_names_registered_at_import_are_evaluated_by_a_process_of_its_own(trees,
     listing = trees.save(tmp_path / "trees.json", names)
     pairs = ["DATASETS.TEST", repr(names), "OUTPUT_DIR", str(tmp_path), "MODEL.MASK_ON", "True"]
     command = [sys.executable, "-c", code, str(listing), "--eval-only", "--config-file", str(TINY), *pairs]
-    env = {**os.environ, "DETECTRON2_DATASETS": str(trees.root), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "DETECTRON2_DATASETS": str(trees.root), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
