@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import msgspec
 
 from regionspot.data.datasets import JsonDataset, read_json_dataset
 from regionspot.data.datasets.json_file import JsonFile, map_file
+from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
 EXPECTED = 4809  # images
@@ -67,7 +67,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

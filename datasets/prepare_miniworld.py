@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from miniworld.annotate import write_split  # noqa: E402
 from miniworld.generator import draw_captioned, draw_scene  # noqa: E402
+from regionspot.utils.command_line import run_command  # noqa: E402
 
 
 def main() -> None:
@@ -41,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="splits that were drawn are kept")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from regionspot.data.datasets import read_json_dataset
 from regionspot.data.datasets.builtin import odinw_paths
+from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
 MADE, SOURCE = "annotations_without_background.json", "_annotations.coco.json"
@@ -73,4 +74,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="what was made is kept")

@@ -12,6 +12,7 @@ import csv
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -141,7 +142,7 @@ def _headers(paths: list[str], workers: int) -> Iterator[tuple[int, int]]:
     if workers <= 1:
         yield from map(read_header, paths)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap(read_header, paths, chunksize=64)
 
 
@@ -315,7 +316,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    from regionspot.utils.command_line import run_command
+
+    run_command(main, kept="the sizes of images that were read are kept")

@@ -16,6 +16,41 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    model = commands.add_parser("model", help="every part on one image")
+    model.add_argument("--boxes", type=int, default=100, help="boxes in the image")
+    text = commands.add_parser("text", help="text embeddings of a vocabulary")
+    text.add_argument("--names", type=int, default=20, help="class names")
+    data = commands.add_parser("data", help="the loader alone, on drawn pictures of 640 x 480 with 10 boxes")
+    data.add_argument("--images", type=int, default=1000, help="in the drawn data set")
+    data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loading processes")
+    memory = commands.add_parser("memory", help="memory of training from a large annotation file")
+    memory.add_argument("--boxes", type=int, default=1_000_000, help="in the annotation file, 10 an image")
+    memory.add_argument("--workers", type=int, default=4, help="loading processes")
+    memory.add_argument("--iterations", type=int, default=10, help="training steps")
+    evaluation = commands.add_parser("eval", help="evaluation of generated detections, against lvis or pycocotools")
+    evaluation.add_argument("--protocol", choices=["lvis", "coco"], default="lvis", help="by whose rules")
+    evaluation.add_argument("--images", type=int, default=2000, help="in the generated data set")
+    evaluation.add_argument("--categories", type=int, default=1203, help="in the generated data set")
+    evaluation.add_argument("--detections", type=int, default=300, help="an image; and once more with a hundredth")
+    evaluation.add_argument("--task", nargs="+", choices=["bbox", "segm"], default=["bbox"], help="whose IoU counts")
+    evaluation.add_argument("--alone", action="store_true", help="without the reference, and once")
+    for command in (model, text, data, memory):
+        command.add_argument("--config-file", required=True, metavar="FILE")
+        command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    for command in (model, text):
+        command.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
 import clip
 import torch
 from benchmark_data import benchmark_data, benchmark_memory
@@ -28,6 +63,7 @@ from torch import nn
 from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer
 from regionspot.structures import Prompts
+from regionspot.utils.command_line import run_command
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -118,35 +154,6 @@ def benchmark_text(recognizer: RegionRecognizer, number: int, repeats: int) -> l
     ]
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="what", required=True)
-    model = commands.add_parser("model", help="every part on one image")
-    model.add_argument("--boxes", type=int, default=100, help="boxes in the image")
-    text = commands.add_parser("text", help="text embeddings of a vocabulary")
-    text.add_argument("--names", type=int, default=20, help="class names")
-    data = commands.add_parser("data", help="the loader alone, on drawn pictures of 640 x 480 with 10 boxes")
-    data.add_argument("--images", type=int, default=1000, help="in the drawn data set")
-    data.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loading processes")
-    memory = commands.add_parser("memory", help="memory of training from a large annotation file")
-    memory.add_argument("--boxes", type=int, default=1_000_000, help="in the annotation file, 10 an image")
-    memory.add_argument("--workers", type=int, default=4, help="loading processes")
-    memory.add_argument("--iterations", type=int, default=10, help="training steps")
-    evaluation = commands.add_parser("eval", help="evaluation of generated detections, against lvis or pycocotools")
-    evaluation.add_argument("--protocol", choices=["lvis", "coco"], default="lvis", help="by whose rules")
-    evaluation.add_argument("--images", type=int, default=2000, help="in the generated data set")
-    evaluation.add_argument("--categories", type=int, default=1203, help="in the generated data set")
-    evaluation.add_argument("--detections", type=int, default=300, help="an image; and once more with a hundredth")
-    evaluation.add_argument("--task", nargs="+", choices=["bbox", "segm"], default=["bbox"], help="whose IoU counts")
-    evaluation.add_argument("--alone", action="store_true", help="without the reference, and once")
-    for command in (model, text, data, memory):
-        command.add_argument("--config-file", required=True, metavar="FILE")
-        command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    for command in (model, text):
-        command.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
-    return parser.parse_args(arguments)
-
-
 def report_data(args: argparse.Namespace, cfg: CfgNode) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "memory":
@@ -193,4 +200,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,17 +8,8 @@ Example:
 
 import argparse
 
-import torch
-from tqdm import tqdm
 
-from regionspot.checkpoint import load_model
-from regionspot.config import load_config
-from regionspot.data import build_test_loader, dataset_vocabulary
-from regionspot.data.build import check_registered
-
-
-@torch.no_grad()
-def main(arguments: list[str] | None = None) -> float:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--dataset", required=True, metavar="NAME", help="annotated regions of known classes")
@@ -27,6 +18,27 @@ def main(arguments: list[str] | None = None) -> float:
     args = parser.parse_args(arguments)
     if not 0 < args.keep < 1:
         parser.error(f"--keep: expected a share between 0 and 1, got {args.keep}")
+    return args
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
+import torch
+from tqdm import tqdm
+
+from regionspot.checkpoint import load_model
+from regionspot.config import load_config
+from regionspot.data import build_test_loader, dataset_vocabulary
+from regionspot.data.build import check_registered
+from regionspot.utils.command_line import run_command
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> float:
+    args = parse_arguments(arguments)
     fixed = ["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "gt", "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD", "0.0"]
     cfg = load_config(args.config_file, [*args.opts, *fixed])
     check_registered([args.dataset], "--dataset")
@@ -46,4 +58,4 @@ def main(arguments: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

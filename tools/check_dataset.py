@@ -12,9 +12,29 @@ Examples:
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="DATASET", help="a registered name, or annotations.json:directory_of_images")
+    workers = min(os.cpu_count() or 1, 16)
+    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes that read images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
+from tqdm import tqdm
+
+from regionspot.data.dataset_check import check_dataset, is_usable
+from regionspot.utils.command_line import printable, run_command
+from regionspot.utils.files import atomic_path
 
 LISTED = 20  # entries of a kind that are printed; --json has all
 
@@ -42,24 +62,15 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def printable(text: str) -> str:
-    """Return a text of a file as it may reach a terminal."""
-    return text if text.strip() and text.isprintable() else ascii(text)
-
-
 def _listing(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
     more = [f"  ... and {len(entries) - LISTED:,} more; --json FILE lists all"] if len(entries) > LISTED else []
-    return [f"{title}: {len(entries):,}", *(f"  {printable(entry)}" for entry in entries[:LISTED]), *more]
+    shown = [printable(entry) if entry.strip() else repr(entry) for entry in entries[:LISTED]]
+    return [f"{title}: {len(entries):,}", *(f"  {entry}" for entry in shown), *more]
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from regionspot.data.dataset_check import check_dataset, is_usable
-    from regionspot.utils.files import atomic_path
-
     def progress(checks: Any, number: int) -> Any:
         return tqdm(checks, total=number, desc=f"images of {args.dataset}", unit="image")
 
@@ -73,19 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help="a registered name, or annotations.json:directory_of_images")
-    workers = min(os.cpu_count() or 1, 16)
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes that read images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report as JSON")
-    args = parser.parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, KeyError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"error: {message}", file=sys.stderr)
-        return 1
+    return run(parse_arguments(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,12 +9,36 @@ Example:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from regionspot.data.proposals import FORMS, ProposalFile, select_proposals, write_proposals
-
 SUFFIXES = {".json": "glip", ".pkl": "detectron2", ".pickle": "detectron2", ".safetensors": "safetensors"}
+FORMS = ("glip", "coco", "detectron2", "safetensors")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="INPUT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    parser.add_argument("--to", choices=FORMS, help="by default as OUTPUT's suffix says; .json is glip")
+    parser.add_argument("--top-k", type=int, metavar="K", help="the K best boxes of each image")
+    parser.add_argument(
+        "--nms", type=float, metavar="IOU", help="drop boxes over a better one of the same label, if any"
+    )
+    parser.add_argument("--min-score", type=float, metavar="S", help="drop boxes that score lower")
+    args = parser.parse_args(arguments)
+    args.to = args.to or SUFFIXES.get(args.output.suffix.lower())
+    if args.to is None:
+        parser.error(f"{args.output}: expected one of the suffixes {', '.join(SUFFIXES)}, or --to FORM")
+    return args
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
+from regionspot.data.proposals import ProposalFile, select_proposals, write_proposals
+from regionspot.utils.command_line import run_command
 
 
 def convert(source: Path, target: Path, form: str, top_k: int | None, nms: float | None, least: float | None) -> str:
@@ -29,25 +53,9 @@ def convert(source: Path, target: Path, form: str, top_k: int | None, nms: float
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, metavar="INPUT")
-    parser.add_argument("output", type=Path, metavar="OUTPUT")
-    parser.add_argument("--to", choices=FORMS, help="by default as OUTPUT's suffix says; .json is glip")
-    parser.add_argument("--top-k", type=int, metavar="K", help="the K best boxes of each image")
-    parser.add_argument(
-        "--nms", type=float, metavar="IOU", help="drop boxes over a better one of the same label, if any"
-    )
-    parser.add_argument("--min-score", type=float, metavar="S", help="drop boxes that score lower")
-    args = parser.parse_args(arguments)
-    form = args.to or SUFFIXES.get(args.output.suffix.lower())
-    if form is None:
-        parser.error(f"{args.output}: expected one of the suffixes {', '.join(SUFFIXES)}, or --to FORM")
-    try:
-        print(convert(args.input, args.output, form, args.top_k, args.nms, args.min_score))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    args = parse_arguments(arguments)
+    print(convert(args.input, args.output, args.to, args.top_k, args.nms, args.min_score))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,14 +10,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from regionspot.checkpoint import load_model
-from regionspot.config import load_config
-from regionspot.data.build import check_registered
-from regionspot.engine.convert import convert_tokens
-from regionspot.engine.extract import Extraction, describe_store
 
-
-def main(arguments: list[str] | None = None) -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="of the model whose SAM they are of")
     parser.add_argument("--tokens", required=True, type=Path, metavar="DIR", help="where the .pth files lie")
@@ -25,7 +19,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the store")
     parser.add_argument("--shard-images", type=int, default=512, help="images of the data set a shard")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
+from regionspot.checkpoint import load_model
+from regionspot.config import load_config
+from regionspot.data.build import check_registered
+from regionspot.engine.convert import convert_tokens
+from regionspot.engine.extract import Extraction, describe_store
+from regionspot.utils.command_line import run_command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING)
     if not args.tokens.is_dir():
         raise FileNotFoundError(f"--tokens {args.tokens}: no such folder")
@@ -41,4 +52,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="finished shards are kept")

@@ -15,23 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
-from PIL import Image
-from pycocotools import mask as mask_api
-from tqdm import tqdm
-
-from regionspot import RegionPredictions, RegionSpotPredictor
-from regionspot.config import load_config
-from regionspot.structures import check_boxes
-from regionspot.utils.files import atomic_path, read_json
-from regionspot.utils.images import to_rgb_array
-from regionspot.visualization import draw_regions
-from regionspot.vocabulary import load_vocabulary
-from regionspot.weights import KNOWN_WEIGHTS
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,6 +50,30 @@ def join_negative(arguments: list[str]) -> list[str]:
         else:
             joined.append(argument)
     return joined
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+from pycocotools import mask as mask_api
+from tqdm import tqdm
+
+from regionspot import RegionPredictions, RegionSpotPredictor
+from regionspot.config import load_config
+from regionspot.structures import check_boxes
+from regionspot.utils.command_line import printable, run_command
+from regionspot.utils.files import atomic_path, read_json
+from regionspot.utils.images import to_rgb_array
+from regionspot.visualization import draw_regions
+from regionspot.vocabulary import load_vocabulary
+from regionspot.weights import KNOWN_WEIGHTS
 
 
 def parse_boxes(text: str, image: Path) -> list[list[float]]:
@@ -201,7 +208,7 @@ def write_outputs(
         Image.fromarray(picture).save(temporary, format="PNG")
     for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
         place = ", ".join(f"{x:.0f}" for x in box)
-        tqdm.write(f"{path.name}  box {place}:  {label}  (score {score:.3f}, mask IoU {iou:.3f})")
+        tqdm.write(f"{printable(path.name)}  box {place}:  {printable(label)}  (score {score:.3f}, mask IoU {iou:.3f})")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -216,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
     for path, image, prompts in tqdm(inputs, desc="images", unit="image"):
         predictor.set_image(image)
         write_outputs(Path(args.output), path, image, predictor.predict(**prompts), "sam" not in predictor.random_parts)
-    print(f"pictures and JSON are in {args.output}")
+    print(f"pictures and JSON are in {printable(args.output)}")
     if predictor.random_parts:
         print(
             f"\nNo weights were given for {', '.join(predictor.random_parts)}: these parts are untrained, "
@@ -224,16 +231,10 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+def main(arguments: list[str] | None = None) -> None:
     setup_logger(name="regionspot")
-    try:
-        run(args)
-    except (ValueError, KeyError, OSError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 1
-    return 0
+    run(parse_arguments(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, kept="pictures and JSON of the images before are kept")

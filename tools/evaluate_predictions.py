@@ -11,15 +11,42 @@ import logging
 import sys
 from pathlib import Path
 
+PROTOCOLS = ("lvis", "fixed", "coco")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--annotations", required=True, type=Path, metavar="JSON", help="in LVIS or COCO format")
+    parser.add_argument(
+        "--predictions", required=True, type=Path, metavar="JSON", help="results; a list, or JSON lines"
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="by default lvis or coco, by what the annotations have")
+    parser.add_argument("--task", nargs="+", choices=["bbox", "segm"], help="by default those that predictions allow")
+    parser.add_argument("--max-dets", type=int, default=300, metavar="N", help="per image, of protocol lvis; -1: all")
+    parser.add_argument(
+        "--segm-areas",
+        choices=["masks", "boxes"],
+        default="masks",
+        help="what small, medium and large detected masks are told by: masks as Detectron2, boxes as the lvis package",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for metrics.json and per_class_<task>.csv")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
 import numpy as np
 
 from regionspot.evaluation.ground_truth import GroundTruth, read_ground_truth
 from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
 from regionspot.evaluation.results import Results
 from regionspot.evaluation.results_file import read_results
+from regionspot.utils.command_line import run_command
 from regionspot.utils.files import sha256_of_file
 
-PROTOCOLS = ("lvis", "fixed", "coco")
 LIMITS = {
     "lvis": "{} detections per image",
     "fixed": "10000 detections per class",
@@ -62,31 +89,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"written to {args.output}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", required=True, type=Path, metavar="JSON", help="in LVIS or COCO format")
-    parser.add_argument(
-        "--predictions", required=True, type=Path, metavar="JSON", help="results; a list, or JSON lines"
-    )
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="by default lvis or coco, by what the annotations have")
-    parser.add_argument("--task", nargs="+", choices=["bbox", "segm"], help="by default those that predictions allow")
-    parser.add_argument("--max-dets", type=int, default=300, metavar="N", help="per image, of protocol lvis; -1: all")
-    parser.add_argument(
-        "--segm-areas",
-        choices=["masks", "boxes"],
-        default="masks",
-        help="what small, medium and large detected masks are told by: masks as Detectron2, boxes as the lvis package",
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for metrics.json and per_class_<task>.csv")
-    args = parser.parse_args(arguments)
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -14,20 +14,8 @@ Examples:
 import argparse
 import logging
 import os
-import sys
+from functools import partial
 from pathlib import Path
-
-import torch
-from detectron2.config import CfgNode
-
-from regionspot.checkpoint import load_model
-from regionspot.config import load_config
-from regionspot.data.build import check_registered
-from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
-from regionspot.engine import fork_workers
-from regionspot.engine.extract import Extraction, extract_tokens
-from regionspot.engine.launch import check_gpus
-from regionspot.utils.files import folder_name
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,6 +38,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if not args.verify and not (args.config_file and args.datasets and args.output):
         parser.error("expected --config-file, --datasets and --output, or --verify")
     return args
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
+import torch
+from detectron2.config import CfgNode
+
+from regionspot.checkpoint import load_model
+from regionspot.config import load_config
+from regionspot.data.build import check_registered
+from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
+from regionspot.engine import fork_workers
+from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot.engine.launch import check_gpus
+from regionspot.utils.command_line import run_command, run_process
+from regionspot.utils.files import folder_name
 
 
 def store_folder(output: Path, dataset_name: str) -> Path:
@@ -118,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_registered(args.datasets, "--datasets")
     check_gpus(args.num_gpus, cfg.MODEL.DEVICE)
     if args.num_gpus > 1:
-        torch.multiprocessing.spawn(work, (args, cfg), nprocs=args.num_gpus)
+        torch.multiprocessing.spawn(partial(run_process, work), (args, cfg), nprocs=args.num_gpus)
     else:
         work(0, args, cfg)
     report(args)
@@ -126,4 +133,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, kept="finished shards are kept")

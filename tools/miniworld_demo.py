@@ -17,16 +17,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="DIR")
+    parser.add_argument("--config-file", type=Path, default=ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml")
+    parser.add_argument("--train", type=int, default=3200, help="training scenes")
+    parser.add_argument("--test", type=int, default=200, help="test scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
 import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "datasets"))
 
-from miniworld import experiment  # noqa: E402
-from miniworld.pictures import draw_predictions  # noqa: E402
-from regionspot.utils.files import atomic_path  # noqa: E402
+from miniworld import experiment
+from miniworld.pictures import draw_predictions
+from regionspot.utils.command_line import run_command
+from regionspot.utils.files import atomic_path
 
 
 class Stages:
@@ -41,18 +61,6 @@ class Stages:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 1)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="DIR")
-    parser.add_argument("--config-file", type=Path, default=ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml")
-    parser.add_argument("--train", type=int, default=3200, help="training scenes")
-    parser.add_argument("--test", type=int, default=200, help="test scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args()
 
 
 def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) -> dict[str, Any]:
@@ -120,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="what was drawn, and the features, are kept")

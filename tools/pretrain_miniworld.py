@@ -15,6 +15,34 @@ import os
 import sys
 from pathlib import Path
 
+# steps, batch, learning rate, pictures
+RECIPES = {"clip": (6000, 64, 1e-3, 40000), "sam": (5000, 8, 1e-3, 6000)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=sorted(RECIPES), help="which part")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="checkpoint, pictures and result")
+    parser.add_argument("--steps", type=int, help="iterations")
+    parser.add_argument("--batch", type=int, help="pictures in a batch")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--pictures", type=int, help="pictures to draw")
+    parser.add_argument("--seed", type=int, default=0, help="of pictures, weights and batches")
+    parser.add_argument("--device", help="default: cuda, where there is one")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
+    parser.add_argument("--save-every", type=int, default=250, help="iterations between checkpoints")
+    args = parser.parse_args()
+    for key, value in zip(("steps", "batch", "lr", "pictures"), RECIPES[args.what]):
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    return args
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -24,14 +52,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "datasets"))
 
-from miniworld.pretrain_clip import ClipPretraining  # noqa: E402
-from miniworld.pretrain_sam import SamPretraining  # noqa: E402
-from miniworld.weights import pack_weights  # noqa: E402
-from regionspot.utils.files import atomic_path, sha256_of_file  # noqa: E402
+from miniworld.pretrain_clip import ClipPretraining
+from miniworld.pretrain_sam import SamPretraining
+from miniworld.weights import pack_weights
+from regionspot.utils.command_line import run_command
+from regionspot.utils.files import atomic_path, sha256_of_file
+from regionspot.weights import load_checkpoint_file
 
 TASKS: dict[str, type[ClipPretraining] | type[SamPretraining]] = {"clip": ClipPretraining, "sam": SamPretraining}
-# steps, batch, learning rate, pictures
-RECIPES = {"clip": (6000, 64, 1e-3, 40000), "sam": (5000, 8, 1e-3, 6000)}
 
 
 def learning_rate(iteration: int, steps: int, peak: float) -> float:
@@ -42,12 +70,12 @@ def learning_rate(iteration: int, steps: int, peak: float) -> float:
 
 def train(task: ClipPretraining | SamPretraining, args: argparse.Namespace, checkpoint: Path) -> None:
     """Train ``task`` to the end, from the checkpoint if there is one."""
-    device = torch.device(args.device)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task.to(device).train()
     optimizer = torch.optim.AdamW(task.parameters(), lr=args.lr, weight_decay=0.05, betas=(0.9, 0.98))
     start = 0
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = load_checkpoint_file(checkpoint)
         task.load_state_dict(saved["task"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["iteration"]
@@ -76,25 +104,6 @@ def train(task: ClipPretraining | SamPretraining, args: argparse.Namespace, chec
             tqdm.write(f"{iteration + 1}: loss {mean:.3f}, " + ", ".join(f"{k} {v:.3f}" for k, v in report.items()))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=sorted(TASKS), help="which part")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="checkpoint, pictures and result")
-    parser.add_argument("--steps", type=int, help="iterations")
-    parser.add_argument("--batch", type=int, help="pictures in a batch")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--pictures", type=int, help="pictures to draw")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, weights and batches")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
-    parser.add_argument("--save-every", type=int, default=250, help="iterations between checkpoints")
-    args = parser.parse_args()
-    for key, value in zip(("steps", "batch", "lr", "pictures"), RECIPES[args.what]):
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    return args
-
-
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
@@ -116,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="the last checkpoint is kept")

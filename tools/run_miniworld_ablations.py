@@ -16,6 +16,23 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/ablations"), metavar="DIR")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train", type=int, default=3200, help="training scenes")
+    parser.add_argument("--test", type=int, default=200, help="test scenes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
 import numpy as np
 import torch
 from tabulate import tabulate
@@ -24,8 +41,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "datasets"))
 
-from miniworld import experiment  # noqa: E402
-from regionspot.utils.files import atomic_path  # noqa: E402
+from miniworld import experiment
+from regionspot.utils.command_line import run_command
+from regionspot.utils.files import atomic_path
 
 # Config, what it changes, and the paper's AP on LVIS with GLIP boxes (BL; arXiv 2311.01373), where it has one. The
 # paper's 18.5 is the first rung of a cumulative ladder (18.5, 22.1, 23.7), not the full model less one thing.
@@ -79,26 +97,23 @@ def table(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/ablations"), metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=3200, help="training scenes")
-    parser.add_argument("--test", type=int, default=200, help="test scenes")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args()
+    args = parse_arguments()
     experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.jobs)
     tasks = [(name, seed) for name, _, _ in ROWS for seed in range(args.seeds)]
     tasks = [task for task in tasks if not result_path(*task, args).is_file()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
         runs = [pool.submit(run, *task, args) for task in tasks]
-        for done in tqdm(as_completed(runs), total=len(runs), desc="ablations", unit="run"):
-            done.result()
-            with atomic_path(args.output / "table.md") as temporary:
-                temporary.write_text(table(args) + "\n", encoding="utf-8")
+        try:
+            for done in tqdm(as_completed(runs), total=len(runs), desc="ablations", unit="run"):
+                done.result()
+                with atomic_path(args.output / "table.md") as temporary:
+                    temporary.write_text(table(args) + "\n", encoding="utf-8")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # not the other runs before the error is told
+            raise
     print(f"\n{table(args)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="finished runs are kept")

@@ -15,16 +15,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ROOT / "configs" / "tables"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(path.stem for path in TABLES.glob("*.json")))
+    parser.add_argument("--output", type=Path, default=Path("output/tables"), metavar="DIR")
+    parser.add_argument("--num-gpus", default="1", help="processes")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides for all rows")
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
+from regionspot.utils.command_line import run_command
 from regionspot.weights import KNOWN_WEIGHTS
-
-ROOT = Path(__file__).resolve().parents[1]
-TABLES = ROOT / "configs" / "tables"
 
 
 def missing_inputs(cfg: CfgNode) -> list[str]:
@@ -54,7 +70,8 @@ def run_row(config: Path, output: Path, overrides: list[str], arguments: list[st
     if not (done.is_file() and identity.is_file() and identity.read_text() == wanted):
         done.unlink(missing_ok=True)
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(config), "--eval-only"]
-        subprocess.run([*command, *arguments, *overrides, "OUTPUT_DIR", str(output)], check=True)
+        if subprocess.run([*command, *arguments, *overrides, "OUTPUT_DIR", str(output)], check=False).returncode:
+            raise ValueError(f"{config}: the evaluation failed, as said above; the rows before are kept")
         identity.write_text(wanted)
     for path in sorted(output.glob("inference/*/metrics.json")):
         print(json.loads(path.read_text())["protocol"])
@@ -68,12 +85,7 @@ def average(results: dict[str, Any], task: str, key: str) -> float | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=sorted(path.stem for path in TABLES.glob("*.json")))
-    parser.add_argument("--output", type=Path, default=Path("output/tables"), metavar="DIR")
-    parser.add_argument("--num-gpus", default="1", help="processes")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides for all rows")
-    args = parser.parse_intermixed_args(arguments)
+    args = parse_arguments(arguments)
     table = json.loads((TABLES / f"{args.table}.json").read_text())
     lines = []
     for row in table["rows"]:
@@ -94,4 +106,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="finished rows are kept")

@@ -15,9 +15,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse Detectron2's usual arguments (``default_argument_parser``), without the seconds that its import takes."""
+    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default="", metavar="FILE", help="path to config file")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--eval-only", action="store_true", help="perform evaluation only")
+    parser.add_argument("--num-gpus", type=int, default=1, help="number of gpus *per machine*")
+    parser.add_argument("--num-machines", type=int, default=1, help="total number of machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="the rank of this machine (unique per machine)")
+    parser.add_argument("--dist-url", default="auto", help="where processes meet; several machines: tcp://HOST:PORT")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    from startup import answer_first
+
+    answer_first(parse_arguments)
+
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -27,6 +47,7 @@ from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer, launch
 from regionspot.evaluation.report import without_nan
+from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
 
@@ -63,10 +84,12 @@ def main(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    return default_argument_parser(epilog=__doc__).parse_args(arguments)
+def run(args: argparse.Namespace) -> None:
+    launch(main, args, load_config(args.config_file, args.opts).MODEL.DEVICE)
 
 
 if __name__ == "__main__":
     arguments = parse_arguments()
-    launch(main, arguments, load_config(arguments.config_file, arguments.opts).MODEL.DEVICE)
+    if arguments.eval_only:
+        run_command(run, arguments, kept="the predictions so far are kept")
+    run_command(run, arguments, kept="the checkpoints so far are kept", options=["--resume"])

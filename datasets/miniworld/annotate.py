@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def write_split(folder: Path, split: str, number: int, seed: int = 0, workers: i
     arguments = [(str(folder), split, index, seed) for index in range(number)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         for image, objects in tqdm(
             pool.imap(write_scene, arguments, chunksize=32), total=number, desc=f"drawing {split}"
         ):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 from pathlib import Path
 
 import clip
@@ -51,7 +52,7 @@ class CaptionedPictures:
     @staticmethod
     def _draw(path: Path, number: int, seed: int, workers: int) -> None:
         images, labels = np.zeros((number, 96, 96, 3), np.uint8), []
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             drawn = pool.imap(draw_picture, [(seed, i) for i in range(number)], chunksize=64)
             for i, (image, classes) in enumerate(tqdm(drawn, total=number, desc="drawing captioned pictures")):
                 images[i] = image

@@ -1,6 +1,7 @@
 """Trains the miniature SAM: from boxes and points to masks, without knowing any class."""
 
 import multiprocessing
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ class SamPretraining(nn.Module):
             workers: processes that draw.
         """
         super().__init__()
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             drawn = pool.imap(draw_masks, [(seed, i) for i in range(pictures)], chunksize=32)
             self.scenes = list(tqdm(drawn, total=pictures, desc="drawing scenes"))
         self.seed = seed

@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from regionspot.data.build import check_registered
 from regionspot.engine import launch
 from regionspot.engine.optimizer import clip_before_steps
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
+from regionspot.utils.command_line import run_command
 from regionspot.vocabulary import dataset_names
 
 
@@ -74,7 +76,9 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
 
 
 def load(args: argparse.Namespace) -> DictConfig:
-    """Return the config of the command line."""
+    """Return the config of the command line; it is Python, which a YAML file must not run unseen."""
+    if not args.config_file.endswith(".py") or not Path(args.config_file).is_file():
+        raise FileNotFoundError(f"--config-file {args.config_file!r}: expected a lazy config, a .py file")
     return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
 
 
@@ -99,6 +103,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return engine.default_argument_parser(epilog=__doc__).parse_args(arguments)
 
 
+def run(args: argparse.Namespace) -> None:
+    launch(main, args, load(args).train.device)
+
+
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    launch(main, arguments, load(arguments).train.device)
+    run_command(run, parse_arguments(), kept="the checkpoints so far are kept", options=["--resume"])

@@ -35,6 +35,7 @@ from miniworld import experiment  # noqa: E402
 from miniworld.categories import NAMES, NOVEL  # noqa: E402
 from miniworld.generator import Scene  # noqa: E402
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer  # noqa: E402
+from regionspot.utils.command_line import run_command  # noqa: E402
 from regionspot.utils.files import atomic_path  # noqa: E402
 from regionspot.visualization import draw_labels  # noqa: E402
 
@@ -159,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, kept="the checkpoints so far are kept")

@@ -40,6 +40,7 @@ from regionspot.engine.optimizer import build_optimizer
 from regionspot.engine.train_loop import autocast_precision
 from regionspot.evaluation import DetectionLVISEvaluator
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
+from regionspot.utils.command_line import run_command
 
 
 class Trainer(DefaultTrainer):
@@ -122,6 +123,10 @@ def main(args: argparse.Namespace) -> Any:
     return trainer.train()
 
 
+def run(args: argparse.Namespace) -> None:
+    launch(main, args, load_config(args.config_file, args.opts).MODEL.DEVICE)
+
+
 if __name__ == "__main__":
     arguments = default_argument_parser(epilog=__doc__).parse_args()
-    launch(main, arguments, load_config(arguments.config_file, arguments.opts).MODEL.DEVICE)
+    run_command(run, arguments, kept="the checkpoints so far are kept", options=["--resume"])

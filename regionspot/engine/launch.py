@@ -12,6 +12,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import distributed
 
+from regionspot.utils.command_line import run_process
 from regionspot.utils.signals import Interrupted, forwarded_to_children
 
 
@@ -50,8 +51,8 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     fork_workers()
-    try:
-        result = main(args)
+    try:  # one process of several tells the first what went wrong; one alone raises it
+        result = run_process(main, args) if comm.get_world_size() > 1 else main(args)
     except Interrupted:  # all processes agreed on it
         if distributed.is_initialized():
             distributed.destroy_process_group()

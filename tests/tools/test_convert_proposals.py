@@ -12,6 +12,7 @@ import torch
 from torchvision.ops import box_iou, nms
 
 from regionspot.data.proposals import FORMS, ProposalFile
+from regionspot.utils.command_line import run_command
 
 from ..data.test_proposals import random_proposals
 from ..helpers import ROOT
@@ -104,7 +105,7 @@ def test_errors_are_one_line(tmp_path, capsys, content, arguments, message):
     if content is not None:
         (tmp_path / "p.json").write_text(content)
     with pytest.raises(SystemExit) as caught:
-        tool.main([str(tmp_path / "p.json"), str(tmp_path / "q.pkl"), *arguments])
+        run_command(tool.main, [str(tmp_path / "p.json"), str(tmp_path / "q.pkl"), *arguments])
     error = capsys.readouterr().err
     assert caught.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error) and not (tmp_path / "q.pkl").exists()

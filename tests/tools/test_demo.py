@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from regionspot.utils.command_line import run_command
+
 from ..helpers import NAMES, ROOT, TINY, draw_scene
 
 spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
@@ -26,8 +28,9 @@ def image(tmp_path):
 
 def run(image, *arguments):
     output = image.parent / "out"
-    code = demo.main(["--config-file", str(TINY), "--input", str(image), "--output", str(output), *arguments])
-    return code, output
+    with pytest.raises(SystemExit) as ended:
+        run_command(demo.main, ["--config-file", str(TINY), "--input", str(image), "--output", str(output), *arguments])
+    return ended.value.code, output
 
 
 def test_picture_and_json(image, capsys):

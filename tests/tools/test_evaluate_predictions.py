@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from regionspot.utils.command_line import run_command
 from regionspot.utils.files import sha256_of_file
 
 from ..evaluation.reference import assert_same, best_of_each_class, lvis_says, make_world, write_world
@@ -26,9 +27,10 @@ def case(tmp_path):
 
 
 def run(annotations, results, *more):
-    return evaluate_predictions.main(
-        ["--annotations", str(annotations), "--predictions", str(results), *map(str, more)]
-    )
+    arguments = ["--annotations", str(annotations), "--predictions", str(results), *map(str, more)]
+    with pytest.raises(SystemExit) as ended:
+        run_command(evaluate_predictions.main, arguments)
+    return ended.value.code
 
 
 def test_boxes_and_masks(case, tmp_path, capsys):

@@ -1,0 +1,113 @@
+"""How every command ends: what a user did wrong in one line, an interruption in one line, a bug with its traceback."""
+
+import logging
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+
+class ProcessError(Exception):
+    """What a user did wrong, found in one of several processes."""
+
+
+def printable(text: object) -> str:
+    """Return ``text`` in one line, with its control characters, which may steer a terminal, written out."""
+    line = " ".join(str(text).split("\n"))
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
+
+
+def user_error(error: BaseException | None) -> str | None:
+    """Return what to tell a user of an error that he can mend, None if it is a bug.
+
+    His are ``ValueError``, ``OSError``, a ``KeyError`` that says a sentence (one from a dict names a key), and too
+    little memory.
+    """
+    words = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if words.startswith("Caught ") and "Original Traceback" in words:  # by a worker of a loader
+        words = words.strip().rpartition("\n")[2].partition(": ")[2]
+    text = printable(words)
+    if isinstance(error, ProcessRaisedException):
+        before, _, line = str(error).rpartition(f"{ProcessError.__qualname__}: ")
+        return printable(line.strip()) if before else None
+    if isinstance(error, ProcessExitedException):
+        return f"{text}; was there too little memory?"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"too little memory: {text or 'for what was asked'}"
+    is_users = isinstance(error, (ValueError, OSError, ProcessError)) or (isinstance(error, KeyError) and " " in text)
+    return (text or type(error).__name__) if is_users else None
+
+
+def _say(error: BaseException | None) -> str | None:
+    return None if "REGIONSPOT_TRACEBACK" in os.environ else user_error(error)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a record is no traceback of an error that is said in one line later; Detectron2 logs any."""
+    return not record.exc_info or _say(record.exc_info[1]) is None
+
+
+def run_process(main: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``main`` in one of several processes; what a user did wrong reaches the first one as its one line."""
+    try:
+        return main(*arguments)
+    except Exception as error:
+        if (line := _say(error)) is None:
+            raise
+        raise ProcessError(line) from None
+
+
+def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", options: Sequence[str] = ()) -> NoReturn:
+    """Call ``main`` and exit: 0 or the number it returns, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+
+    With ``REGIONSPOT_TRACEBACK`` in the environment every error keeps its traceback.
+
+    Args:
+        main: the command.
+        arguments: of ``main``.
+        kept: what an interruption leaves, such as "finished shards are kept", unless it says so itself.
+        options: that the command needs besides to go on, such as "--resume".
+    """
+    number = signal.SIGINT
+
+    def stop(received: int, _: Any) -> None:
+        nonlocal number
+        number = signal.Signals(received)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # not where a shell has it ignored, as in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_news)
+    try:
+        result = main(*arguments)
+    except KeyboardInterrupt as interrupt:
+        for child in multiprocessing.active_children():  # which a signal to this process alone has not reached
+            child.terminate()
+        again = [sys.argv[0], *(option for option in options if option not in sys.argv), *sys.argv[1:]]
+        left = printable(interrupt) or kept
+        text = f"{left}; to go on" if left else "nothing was kept; to start again"
+        _end(f"interrupted: {text}: {shlex.join(again)}", 128 + number)
+    except Exception as error:
+        if (line := _say(error)) is None:
+            traceback.print_exc()
+            sys.exit(1)
+        _end(f"error: {line}", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    with suppress(OSError):  # a pipe that is closed
+        sys.stdout.flush()
+    sys.stderr.write(f"{printable(line)}\n")
+    sys.exit(code)

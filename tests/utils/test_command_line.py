@@ -1,0 +1,171 @@
+"""How commands end: one line for what a user did, a traceback for a bug, one line for Ctrl-C; --help at once."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from regionspot.utils.command_line import printable, run_command, run_process, user_error
+
+from ..helpers import ROOT
+
+TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if os.access(path, os.X_OK))
+COMMANDS = [
+    *TOOLS,
+    *sorted((ROOT / "datasets").glob("prepare_*.py")),
+    *(path for path in sorted((ROOT / "projects").glob("*/*.py")) if os.access(path, os.X_OK)),
+]
+HELP_OF_ALL = f"""
+import contextlib, io, runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] not in ("torch", "detectron2", "regionspot", "clip", "numpy"), name
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, {str(ROOT / "tools")!r})
+for tool in {list(map(str, TOOLS))!r}:
+    sys.argv, output = [tool, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            runpy.run_path(tool, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0 and "usage:" in output.getvalue(), tool
+    else:
+        raise AssertionError(tool)
+"""
+
+
+class Data:
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+def end(capsys, error, *options, **keywords):
+    """Return exit code and what is said of a command that ends in ``error``."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main, *options, **keywords)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Give the signals back to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("boxes: expected four numbers"), "boxes: expected four numbers"),
+        (KeyError("data set 'x' is not registered"), "data set 'x' is not registered"),
+        (FileNotFoundError(2, "No such file", "x.pth"), "[Errno 2] No such file: 'x.pth'"),
+        (ValueError("two\nlines\x1b[31m\x07"), r"two lines\x1b[31m\x07"),
+        (ValueError(), "ValueError"),
+        (MemoryError(), "too little memory: for what was asked"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "too little memory: DefaultCPU"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory: CUDA out of memory"),
+    ],
+    ids=repr,
+)
+def test_what_a_user_did_is_one_line(capsys, error, line):
+    code, said = end(capsys, error)
+    assert code == 1 and said.startswith(f"error: {line}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), AssertionError(), KeyError("key"), IndexError(3), RuntimeError("x y")]
+)
+def test_a_bug_keeps_its_traceback(capsys, error, monkeypatch):
+    code, said = end(capsys, error)
+    assert code == 1 and "Traceback" in said and "in main" in said
+    monkeypatch.setenv("REGIONSPOT_TRACEBACK", "1")
+    assert "Traceback" in end(capsys, ValueError("a user's"))[1]
+
+
+def test_numbers_returned_are_exit_codes():
+    for result, code in ((3, 3), (None, 0), ({"AP": 1.0}, 0)):
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda value: value, result)
+        assert ended.value.code == code
+
+
+def test_interruption_says_what_was_kept_and_how_to_go_on(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/train_net.py", "--config-file", "a b.yaml"])
+    code, said = end(capsys, KeyboardInterrupt(), kept="checkpoints are kept", options=["--resume"])
+    command = "tools/train_net.py --resume --config-file 'a b.yaml'"
+    assert (code, said) == (130, f"interrupted: checkpoints are kept; to go on: {command}\n")
+    assert "model_3.pth is kept; to go on" in end(capsys, KeyboardInterrupt("model_3.pth is kept"), kept="others")[1]
+    monkeypatch.setattr(sys, "argv", ["x.py", "--resume"])
+    assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("to start again: x.py --resume\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_command_in_one_line(capsys, number, code):
+    with pytest.raises(SystemExit) as ended:
+        run_command(signal.raise_signal, number)
+    said = capsys.readouterr().err
+    assert ended.value.code == code and said.startswith("interrupted: nothing was kept") and said.count("\n") == 1
+
+
+def test_errors_of_loader_workers_are_one_line():
+    with pytest.raises(ValueError, match="Original Traceback") as caught:
+        next(iter(DataLoader(Data(ValueError("image x.jpg cannot be read: cut")), num_workers=1)))
+    assert user_error(caught.value) == "image x.jpg cannot be read: cut"
+
+
+def fail(rank, kind):
+    raise {"user": ValueError("x.pth: no such weights"), "bug": TypeError("a bug")}[kind]
+
+
+def test_errors_of_several_processes_are_one_line(capsys):
+    """Both fail, one line is said; a bug in one keeps its traceback."""
+    for kind, said in (("user", "error: x.pth: no such weights"), ("bug", "TypeError: a bug")):
+        with pytest.raises(SystemExit) as ended:
+            run_command(
+                torch.multiprocessing.start_processes, partial(run_process, fail), (kind,), 2, True, False, "fork"
+            )
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 1 and lines[-1] == said and (len(lines) > 1) == (kind == "bug")
+
+
+def test_names_reach_no_terminal_raw():
+    assert printable("cup\x1b]0;title\x07\r\u202e é 猫") == r"cup\x1b]0;title\x07\r\u202e é 猫"
+
+
+def test_help_needs_no_slow_import():
+    result = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(TOOLS) >= 11
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_ends_by_the_boundary(path):
+    assert "    run_command(" in path.read_text().rpartition('if __name__ == "__main__":')[2]
+
+
+def test_a_command_that_fails_says_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(tmp_path / "no.yaml")])
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "train_net.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: config ") and "no such file" in said
