@@ -44,7 +44,7 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
     Returns:
         (N, grid, grid) float, without the class token's share.
     """
-    if not isinstance(integration.decoder, nn.TransformerDecoder):
+    if not integration.with_features:
         raise ValueError("cross_attention: this model has no feature map to look at (CLIP.FEATURES none)")
     attention = integration.decoder.layers[-1].multihead_attn
     kept: list[torch.Tensor] = []
@@ -61,6 +61,6 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
     finally:
         for hook in hooks:
             hook.remove()
-    weights = kept[0][0]  # (N, L)
+    weights = torch.cat(kept, dim=1)[0]  # (N, L)
     grid = int(weights.shape[1] ** 0.5)
     return weights[:, -grid * grid :].unflatten(1, (grid, grid))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +183,17 @@ def run(folder: Path, *command: object) -> str:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
+
+
+def extra_memory(call: Callable[[], object]) -> int:
+    """Return by how many bytes this process grows, at the most, while ``call`` runs a second time (Linux)."""
+    call()  # what is set up once does not count
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _memory("VmRSS")
+    call()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return 1024 * int(line.split()[1])
