@@ -178,6 +178,8 @@ def _add_sam_config(node: CfgNode) -> None:
     node.SAM.WEIGHTS = "vit_b"
     # Prompts decoded at once; bounds the memory (about 30 MB per prompt at full size).
     node.SAM.PROMPT_CHUNK = 64
+    # Images encoded at once; bounds the memory (2.4 GB per image at full size in float32), whatever the batch.
+    node.SAM.ENCODER_BATCH_SIZE = 1
     # True: decode SAM's several masks and take token and mask of the one with the best predicted IoU.
     node.SAM.MULTIMASK = False
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,59 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def load_vocabulary(source: str | Sequence[str]) -> list[str]:
+class Vocabulary(list[str]):
+    """Class names of which each is read by CLIP as its synonyms, whose embeddings are averaged.
+
+    Attributes:
+        phrases: for each name what CLIP reads in its place: the name itself only where it is among them.
+    """
+
+    phrases: list[tuple[str, ...]]
+
+    def __init__(self, synonyms: Mapping[str, str | Sequence[str]]) -> None:
+        super().__init__(synonyms)
+        self.phrases = [(given,) if isinstance(given, str) else tuple(given) for given in synonyms.values()]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list) and super().__eq__(other) and self.phrases == get_phrases(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+VocabularySource = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+
+
+def get_phrases(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return for each class name what CLIP reads: its synonyms in a ``Vocabulary``, else the name."""
+    return names.phrases if isinstance(names, Vocabulary) else [(name,) for name in names]
+
+
+def load_vocabulary(source: VocabularySource) -> list[str]:
     """Return class names from wherever they are.
 
     Args:
-        source: a sequence of names; "a,b,c"; "dataset:coco_2017_val" for those of a registered data set; or "@path"
-            (the @ may be left out before a path that ends in .txt or .json): a text file with one name a line, a JSON
-            list of names, or a JSON file with COCO's or LVIS's ``categories``.
+        source: a sequence of names; a mapping of names to their synonyms; "a,b,c"; "dataset:coco_2017_val" for those
+            of a registered data set; or "@path" (the @ may be left out before a path that ends in .txt or .json): a
+            text file with one name a line, a JSON list of names, a JSON object of names and lists of synonyms, or a
+            JSON file with COCO's or LVIS's ``categories``.
+
+    Returns:
+        The names; with synonyms a ``Vocabulary``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no names, an empty name, or a JSON file of another form.
+        ValueError: no names, an empty name, a JSON file of another form, or anything else.
     """
+    if isinstance(source, Mapping):
+        return check_synonyms(source, "vocabulary")
     if not isinstance(source, str):
         return check_names(source, "vocabulary")
     if source.startswith("dataset:"):
-        if not (names := dataset_names(source.removeprefix("dataset:"))):
+        name = source.removeprefix("dataset:")
+        if not (names := dataset_names(name) if name else []):
             raise ValueError(
                 f"vocabulary {source!r}: expected a registered data set with class names; those of an annotation file "
                 "are '@annotations.json'"
@@ -45,11 +82,12 @@ def load_vocabulary(source: str | Sequence[str]) -> list[str]:
         path = expand_user(source.removeprefix("@"))
         if not path.is_file():
             raise FileNotFoundError(f"vocabulary {str(path)!r}: no such file. Expected one name a line (.txt), or JSON")
-        return check_names(_read_names(path), str(path))
+        content = _read_names(path)
+        return check_names(content, str(path)) if isinstance(content, list) else check_synonyms(content, str(path))
     return check_names([name.strip() for name in source.split(",") if name.strip()], "vocabulary")
 
 
-def _read_names(path: Path) -> list[Any]:
+def _read_names(path: Path) -> list[Any] | dict[str, Any]:
     if path.suffix != ".json":
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -62,9 +100,10 @@ def _read_names(path: Path) -> list[Any]:
             return [category["name"] for category in sorted(content["categories"], key=lambda category: category["id"])]
         except (KeyError, TypeError) as error:
             raise ValueError(f"vocabulary {path}: every category needs an id and a name") from error
-    if not isinstance(content, list):
+    if not isinstance(content, (list, dict)):
         raise ValueError(
-            f"vocabulary {path}: expected a list of names or COCO's 'categories', got {type(content).__name__}"
+            f"vocabulary {path}: expected a list of names, an object of names and lists of synonyms, or COCO's "
+            f"'categories'; got {type(content).__name__}"
         )
     return content
 
@@ -84,6 +123,8 @@ def dataset_names(name: str) -> list[str]:
 
 def check_names(names: Sequence[Any], what: str) -> list[str]:
     """Return ``names`` as a list of strings, or raise a ValueError that says which name is none."""
+    if isinstance(names, Vocabulary):
+        return names
     if not isinstance(names, Iterable):
         raise ValueError(f"{what}: expected class names, got {names!r:.80}")
     names = [names] if isinstance(names, str) else list(names)
@@ -98,6 +139,16 @@ def check_names(names: Sequence[Any], what: str) -> list[str]:
             "%s: %d names occur more than once %s; they share their scores", what, len(names) - len(set(names)), twice
         )
     return names
+
+
+def check_synonyms(synonyms: Mapping[str, Any], what: str) -> Vocabulary:
+    """Return names and their synonyms, or raise a ValueError that says of which name there is no list of strings."""
+    check_names(list(synonyms), what)
+    for name, given in synonyms.items():
+        if not isinstance(given, (str, list, tuple)):
+            raise ValueError(f"{what}: expected the synonyms of {name!r} as a list of strings, got {given!r}")
+        check_names(given, f"{what}: synonyms of {name!r}")
+    return Vocabulary(synonyms)
 
 
 def clean_name(name: str, style: str = "dataset") -> str:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from regionspot.vocabulary import clean_name, get_templates, load_vocabulary
+from regionspot.vocabulary import clean_name, get_phrases, get_templates, load_vocabulary
 
 COCO = {"categories": [{"id": 7, "name": "zebra"}, {"id": 2, "name": "cup"}]}
 
@@ -26,7 +26,11 @@ def test_names_come_from_anywhere(tmp_path):
         ("[]", "no class names"),
         ('["a", ""]', "number 1 is ''"),
         ('["a", 3]', "number 1 is 3"),
-        ('{"a": 1}', "got dict"),
+        ("7", "got int"),
+        ('{"a": 1}', "synonyms of 'a' as a list of strings, got 1"),
+        ('{"a": []}', "synonyms of 'a': no class names"),
+        ('{"a": ["b", ""]}', "synonyms of 'a': name number 1 is ''"),
+        ('{"": ["b"]}', "name number 0 is ''"),
         ('{"categories": [{"id": 1}]}', "id and a name"),
     ],
 )
@@ -36,9 +40,37 @@ def test_wrong_files_are_refused(tmp_path, content, message):
         load_vocabulary(f"@{tmp_path / 'x.json'}")
 
 
+def test_synonyms_come_from_mappings_and_files(tmp_path):
+    synonyms = {"cup": ["cup", "mug"], "table": "desk"}
+    (tmp_path / "a.json").write_text(json.dumps(synonyms))
+    for source in (synonyms, str(tmp_path / "a.json"), load_vocabulary(synonyms)):
+        names = load_vocabulary(source)
+        assert list(names) == ["cup", "table"] and get_phrases(names) == [("cup", "mug"), ("desk",)]
+        assert names != ["cup", "table"]
+    assert load_vocabulary({"cup": "cup"}) == ["cup"] and get_phrases(["cup"]) == [("cup",)]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (5, "expected class names, got 5"),
+        (None, "expected class names, got None"),
+        ("dataset:", "registered data set"),
+        ({}, "no class names"),
+        ({"cup": 5}, "as a list of strings, got 5"),
+        ([["cup", "mug"]], "name number 0"),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_vocabulary(source)
+
+
 def test_missing_file_and_empty_list_are_refused():
     with pytest.raises(FileNotFoundError, match="names.txt"):
         load_vocabulary("@names.txt")
+    with pytest.raises(FileNotFoundError, match="~nobody_x.txt"):
+        load_vocabulary("~nobody_x.txt")
     with pytest.raises(ValueError, match="at least one"):
         load_vocabulary(" , ")
 

@@ -57,10 +57,9 @@ print(json.dumps({"seconds": seconds, "before": before, "peak": peak(), "metrics
 # The masks of an image's detections, from SAM's logits to RLE: of each box once and in chunks, or of each detection.
 _MASKS = """
 import torch
-from functools import partial
 import numpy as np
 from pycocotools import mask as mask_api
-from regionspot.modeling.inference import RegionMasks
+from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.localizer import Localizer
 from regionspot.modeling.sam import SAM_SIZES, build_sam
 with torch.device("meta"):
@@ -73,9 +72,9 @@ rows = torch.arange(detections) % boxes
 localizer.upsample_masks(masks[:2], size, size)  # the first call of everything costs more
 before, start = peak(), time.process_time()
 if sys.argv[3] == "ours":
-    rles = RegionMasks(masks, rows, partial(localizer.upsample_masks, image_size=size)).to_rles(*size)
+    rles = RegionMasks(masks, rows, localizer.mask_upsampler(size)).to_rles(*size)
 else:
-    full = localizer.upsample_masks(masks[rows], size, size, chunk=detections)
+    full = localizer.upsample_masks(masks[rows], size, size)
     rles = [mask_api.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8)) for mask in full]
     rles = [{**rle, "counts": rle["counts"].decode()} for rle in rles]
 metrics = {str(i): hash(rle["counts"]) for i, rle in enumerate(rles)}

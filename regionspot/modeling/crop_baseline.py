@@ -1,5 +1,8 @@
 """CLIP on crops, the paper's baselines: no module is trained, each region is cut out and shown to CLIP alone."""
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -9,7 +12,6 @@ from torch.nn import functional as F
 from regionspot.modeling.localizer import LocalizerOutput
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
-from regionspot.structures import Prompts
 
 
 class CropRecognizer(RegionRecognizer):
@@ -36,6 +38,18 @@ class CropRecognizer(RegionRecognizer):
         node = cfg.MODEL.REGIONSPOT.CROP
         return {**RegionRecognizer.from_config(cfg), "masked": node.MASKED, "batch_size": node.BATCH_SIZE}
 
+    def locate_boxes(
+        self, images: list[torch.Tensor], boxes: list[Boxes], with_masks: bool, features: ImageFeatures | None
+    ) -> tuple[ImageFeatures, list[LocalizerOutput]]:
+        """Run SAM for masks only, and CLIP on crops only."""
+        if features is None:
+            sizes = [(image.shape[1], image.shape[2]) for image in images]
+            with_sam = with_masks or self.masked
+            features = ImageFeatures(self.localizer.encode_images(images) if with_sam else None, None, sizes)
+        if not with_masks and not self.masked:
+            return features, [LocalizerOutput({}, torch.zeros(len(x)), None) for x in boxes]
+        return super().locate_boxes(images, boxes, True, features)
+
     def region_logits(
         self,
         images: list[torch.Tensor],
@@ -44,27 +58,22 @@ class CropRecognizer(RegionRecognizer):
         located: list[LocalizerOutput],
     ) -> list[torch.Tensor]:
         logits = []
-        for i, (image, image_boxes) in enumerate(zip(images, boxes)):
-            masks = self._masks(features, i, image_boxes, located[i].masks) if self.masked else None
-            parts = [
-                self._encode([self._crop(image, box, None if masks is None else masks[n]) for n, box in part])
-                for part in _chunks(list(enumerate(image_boxes.tensor.tolist())), self.batch_size)
-            ]
-            empty = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
-            logits.append(self.score(torch.cat(parts or empty), with_background=True))
+        for image, image_boxes, size, output in zip(images, boxes, features.sizes, located):
+            masks, given = self._masks(output, size), image_boxes.tensor.tolist()
+            parts = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
+            for start in range(0, len(given), self.batch_size):
+                crops = [self._crop(image, box, next(masks)) for box in given[start : start + self.batch_size]]
+                parts.append(self._encode(crops))
+            logits.append(self.score(torch.cat(parts), with_background=True))
         return logits
 
-    def _masks(
-        self, features: ImageFeatures, index: int, boxes: Boxes, masks: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """Return each box's mask at the image's size, from SAM's logits ``masks`` if they were decoded before."""
-        if masks is None:
-            single = ImageFeatures(features.embeddings[index : index + 1], None, [features.sizes[index]])
-            [output] = self.locate(single, [Prompts(boxes=boxes.tensor)], with_masks=True)
-            masks = output.masks
-        assert masks is not None
-        size = features.sizes[index]
-        return list(self.localizer.upsample_masks(masks, size, size))
+    def _masks(self, output: LocalizerOutput, size: tuple[int, int]) -> Iterator[torch.Tensor | None]:
+        """Yield each box's mask at the image's size, or None without end for box crops."""
+        if not self.masked:
+            return itertools.repeat(None)
+        assert output.masks is not None
+        chunks = self.localizer.mask_upsampler(size).chunks(output.masks, None, size)
+        return itertools.chain.from_iterable(chunks)
 
     def _crop(self, image: torch.Tensor, box: list[float], mask: torch.Tensor | None) -> torch.Tensor:
         height, width = image.shape[-2:]
@@ -77,10 +86,6 @@ class CropRecognizer(RegionRecognizer):
 
     def _encode(self, crops: list[torch.Tensor]) -> torch.Tensor:
         return F.normalize(self.vision_language.clip_model.encode_image(torch.stack(crops)).float(), dim=1)
-
-
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 @META_ARCH_REGISTRY.register()

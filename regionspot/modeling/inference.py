@@ -1,15 +1,12 @@
-"""From logits to detections: scores, the best (box, class) pairs, masks as RLE."""
+"""From logits to detections: scores, the best (box, class) pairs."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import batched_nms
-from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks, pairwise_iou
-from pycocotools import mask as mask_api
+from detectron2.structures import Boxes, Instances, pairwise_iou
 
 SCORE_FUNCTIONS = {"softmax": lambda logits: logits.softmax(dim=1), "sigmoid": torch.sigmoid}
 SCORE_RULES = ("product", "class", "proposal")
@@ -142,75 +139,14 @@ def merge_detections(ours: Instances, theirs: Instances, nms_thresh: float, top_
     if nms_thresh < 1:
         source = order >= len(theirs)  # (N,), True where it is ours
         rivals = (pairwise_iou(merged.pred_boxes, merged.pred_boxes) > nms_thresh) & (source[:, None] != source)
-        kept = torch.ones_like(source)
-        for row in range(len(merged)):
-            if kept[row]:
-                kept[row + 1 :] &= ~rivals[row, row + 1 :]
-        merged = merged[kept]
+        merged = merged[torch.from_numpy(_greedy_keep(rivals.cpu().numpy())).to(source.device)]
     return merged if top_k < 0 else merged[:top_k]
 
 
-class RegionMasks(ROIMasks):
-    """SAM's masks of detections: logits that are brought to full size when they are asked for, each region's once.
-
-    ``Instances`` can hold and index them, and ``detector_postprocess`` takes them as it takes other ``ROIMasks``,
-    though they are no masks relative to boxes.
-    """
-
-    def __init__(self, logits: torch.Tensor, rows: torch.Tensor, upsample: Callable[..., torch.Tensor]) -> None:
-        """
-        Args:
-            logits: (R, h, w) float, SAM's mask logits of all regions of the image.
-            rows: (N,) int64, the region of each detection.
-            upsample: ``Localizer.upsample_masks`` of the image.
-        """
-        self.logits, self.rows, self.upsample = logits, rows, upsample
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """(N, h, w) float mask logits of the detections."""
-        return self.logits[self.rows]
-
-    @property
-    def device(self) -> torch.device:
-        return self.logits.device
-
-    def to(self, device: torch.device) -> "RegionMasks":
-        return RegionMasks(self.logits.to(device), self.rows.to(device), self.upsample)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, item: Any) -> "RegionMasks":
-        rows = self.rows[[item]] if isinstance(item, int) else self.rows[item]
-        return RegionMasks(self.logits, rows, self.upsample)
-
-    def to_bitmasks(self, boxes: Boxes, height: int, width: int, threshold: float = 0.5) -> BitMasks:
-        """Return the masks at an output of (height, width); ``boxes`` and ``threshold`` are not needed."""
-        unique, inverse = self.rows.unique(return_inverse=True)
-        return BitMasks(self.upsample(self.logits[unique], output_size=(height, width))[inverse])
-
-    def to_rles(self, height: int, width: int, chunk: int = 16) -> "RleMasks":
-        """Return the masks at an output of (height, width) as RLEs; no more than a chunk is ever at full size."""
-        unique, inverse = self.rows.unique(return_inverse=True)
-        rles: list[dict] = []
-        for part in unique.split(chunk):
-            rles += encode_masks(self.upsample(self.logits[part], output_size=(height, width)))
-        return RleMasks(rles[i] for i in inverse.tolist())
-
-
-class RleMasks(list):
-    """COCO's RLEs of detections, which ``Instances`` can index as it does tensors; those of a box are one object."""
-
-    def __getitem__(self, item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            rows = item.nonzero().flatten() if item.dtype == torch.bool else item
-            return RleMasks(super(RleMasks, self).__getitem__(row) for row in rows.tolist())
-        found = super().__getitem__(item)
-        return RleMasks(found) if isinstance(item, slice) else found
-
-
-def encode_masks(masks: torch.Tensor) -> list[dict]:
-    """Return COCO's compressed RLE, with ``counts`` as text, of (N, H, W) bool masks."""
-    encoded = mask_api.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
-    return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+def _greedy_keep(rivals: np.ndarray) -> np.ndarray:
+    """Return (N,) bool: which rows stay where each that stays removes its later (N, N) ``rivals``."""
+    kept = np.ones(len(rivals), dtype=bool)
+    for row in np.flatnonzero(rivals.any(axis=1)):
+        if kept[row]:
+            kept[row + 1 :] &= ~rivals[row, row + 1 :]
+    return kept

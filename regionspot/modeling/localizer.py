@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 from regionspot.modeling.frozen import FrozenModule
+from regionspot.modeling.masks import MaskUpsampler
 from regionspot.modeling.sam import build_sam, get_sam_size
 from regionspot.structures import Prompts
 
@@ -51,7 +52,13 @@ class Localizer(FrozenModule):
 
     @configurable
     def __init__(
-        self, *, sam: Sam, token_stage: str = "transformer", prompt_chunk: int = 64, multimask: bool = False
+        self,
+        *,
+        sam: Sam,
+        token_stage: str = "transformer",
+        prompt_chunk: int = 64,
+        multimask: bool = False,
+        encoder_batch_size: int = 1,
     ) -> None:
         """
         Args:
@@ -61,15 +68,18 @@ class Localizer(FrozenModule):
                 transformer) or "mlp" (that token behind its hypernetwork MLP).
             prompt_chunk: prompts decoded at once.
             multimask: choose among SAM's several masks by predicted IoU instead of taking the single-mask output.
+            encoder_batch_size: images encoded at once.
         """
         super().__init__()
         check_stages([token_stage], "MODEL.REGIONSPOT.TOKEN_STAGE")
-        if prompt_chunk < 1:
-            raise ValueError(f"MODEL.REGIONSPOT.SAM.PROMPT_CHUNK: expected at least 1, got {prompt_chunk}")
+        for key, value in (("PROMPT_CHUNK", prompt_chunk), ("ENCODER_BATCH_SIZE", encoder_batch_size)):
+            if value < 1:
+                raise ValueError(f"MODEL.REGIONSPOT.SAM.{key}: expected at least 1, got {value}")
         self.sam = sam
         self.token_stage = token_stage
         self.prompt_chunk = prompt_chunk
         self.multimask = multimask
+        self.encoder_batch_size = encoder_batch_size
         self.freeze()
 
     @classmethod
@@ -80,6 +90,7 @@ class Localizer(FrozenModule):
             "token_stage": node.TOKEN_STAGE,
             "prompt_chunk": node.SAM.PROMPT_CHUNK,
             "multimask": node.SAM.MULTIMASK,
+            "encoder_batch_size": node.SAM.ENCODER_BATCH_SIZE,
         }
 
     @property
@@ -104,7 +115,7 @@ class Localizer(FrozenModule):
 
     @torch.no_grad()
     def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Embed images.
+        """Embed images, ``encoder_batch_size`` of them at once.
 
         Args:
             images: (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
@@ -112,6 +123,10 @@ class Localizer(FrozenModule):
         Returns:
             (B, C, h, w) float32 image embeddings.
         """
+        size = self.encoder_batch_size
+        return torch.cat([self._encode(images[i : i + size]) for i in range(0, len(images), size)])
+
+    def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
         device = self.sam.pixel_mean.device
         inputs = [self.sam.preprocess(self._resize(image).to(device, non_blocking=True).float()) for image in images]
         return self.sam.image_encoder(torch.stack(inputs)).float()
@@ -216,8 +231,12 @@ class Localizer(FrozenModule):
         upscaled = self.sam.mask_decoder.output_upscaling(image)  # (N, C / 8, 4h, 4w)
         return torch.einsum("nc,nchw->nhw", kernels, upscaled)
 
+    def mask_upsampler(self, image_size: tuple[int, int]) -> MaskUpsampler:
+        """Return what turns the mask logits of an image of (height, width) into binary masks."""
+        return MaskUpsampler(self.image_size, self.input_size(image_size), self.sam.mask_threshold)
+
     def upsample_masks(
-        self, masks: torch.Tensor, image_size: tuple[int, int], output_size: tuple[int, int], chunk: int = 16
+        self, masks: torch.Tensor, image_size: tuple[int, int], output_size: tuple[int, int]
     ) -> torch.Tensor:
         """Turn mask logits into binary masks of the output's size.
 
@@ -225,30 +244,28 @@ class Localizer(FrozenModule):
             masks: (N, h, w) float logits, as in ``LocalizerOutput``.
             image_size: (height, width) of the image that was embedded.
             output_size: (height, width) wanted.
-            chunk: masks brought to full size at once.
 
         Returns:
             (N, *output_size) bool.
         """
-        input_size = self.input_size(image_size)
-        full = [
-            self.sam.postprocess_masks(part[:, None].float(), input_size, output_size)[:, 0] > self.sam.mask_threshold
-            for part in masks.split(chunk)
-        ]
-        return torch.cat(full) if len(masks) else masks.new_zeros((0, *output_size), dtype=torch.bool)
+        return self.mask_upsampler(image_size)(masks, output_size)
 
     def mask_prompts(self, masks: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
         """Turn binary masks into SAM's mask prompts.
 
         Args:
-            masks: (N, *image_size) bool.
+            masks: (N, *image_size) bool, on any device.
             image_size: (height, width) of the image.
 
         Returns:
             (N, 1, h, w) float logits over the padded square input, +-10 inside and outside.
         """
         height, width = self.input_size(image_size)
-        inputs = F.interpolate(masks[:, None].float(), (height, width), mode="bilinear", antialias=True)
-        inputs = F.pad(inputs, (0, self.image_size - width, 0, self.image_size - height))
         side = self.sam.prompt_encoder.mask_input_size
-        return 20 * F.interpolate(inputs, side, mode="bilinear", antialias=True) - 10
+        prompts = [torch.zeros(0, 1, *side, device=self.sam.pixel_mean.device)]
+        for part in masks.split(self.mask_upsampler(image_size).chunk_size(image_size)) if len(masks) else ():
+            inputs = part[:, None].to(prompts[0].device, torch.float32)
+            inputs = F.interpolate(inputs, (height, width), mode="bilinear", antialias=True)
+            inputs = F.pad(inputs, (0, self.image_size - width, 0, self.image_size - height))
+            prompts.append(20 * F.interpolate(inputs, side, mode="bilinear", antialias=True) - 10)
+        return torch.cat(prompts)

@@ -6,22 +6,22 @@ The meta-architecture, the predictor and every other way in use this one impleme
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from regionspot.modeling.inference import DetectionRule, RegionMasks
+from regionspot.modeling.inference import DetectionRule
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizer import Localizer, LocalizerOutput
 from regionspot.modeling.losses import region_focal_loss
+from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.text_classifier import TextClassifier
 from regionspot.modeling.text_encoder import TextEncoder
 from regionspot.modeling.vision_language import VisionLanguageModel
 from regionspot.structures import Prompts, check_regions
-from regionspot.vocabulary import load_vocabulary
+from regionspot.vocabulary import VocabularySource, load_vocabulary
 
 MASKS = ("", "bitmask", "rle", "lazy")
 BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the classifier
@@ -32,12 +32,12 @@ class ImageFeatures:
     """What the frozen encoders give for B images.
 
     Attributes:
-        embeddings: (B, C, h, w) float, SAM's image embeddings.
+        embeddings: (B, C, h, w) float, SAM's image embeddings; None where SAM is not run.
         feature_map: (B, L, width) float, CLIP's semantic feature map, or None without CLIP's features.
         sizes: (height, width) of each image as it was given.
     """
 
-    embeddings: torch.Tensor
+    embeddings: torch.Tensor | None
     feature_map: torch.Tensor | None
     sizes: list[tuple[int, int]]
 
@@ -107,7 +107,7 @@ class RegionRecognizer(nn.Module):
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
         }
 
-    def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
+    def set_vocabulary(self, names: VocabularySource, key: str = "default") -> None:
         """Recognise ``names`` from now on.
 
         Args:
@@ -117,20 +117,16 @@ class RegionRecognizer(nn.Module):
         Raises:
             ValueError: no names, an empty name, or a name too long for CLIP; the old vocabulary then stays.
         """
-        classifier, before = self.classifier, (self.classifier.active, dict(self.classifier.vocabularies))
-        classifier.add(key, load_vocabulary(names))
-        classifier.active = key
-        try:
-            assert classifier.embeddings is not None  # encoded now, so that what is wrong is said now
-        except ValueError:
-            classifier.active = before[0]
-            classifier.remove(key)
-            if key in before[1]:
-                classifier.add(key, before[1][key])
-            raise
+        self.classifier.add(key, load_vocabulary(names), encode=True)
+        self.classifier.active = key
+
+    def encode_vocabulary(self, names: VocabularySource) -> tuple[list[str], torch.Tensor]:
+        """Return names and their (K, text_dim) embeddings, which ``classify`` takes; the one in use stays."""
+        loaded = load_vocabulary(names)
+        return list(loaded), self.classifier.text_encoder(loaded)
 
     @contextmanager
-    def using_vocabulary(self, names: str | Sequence[str]) -> Iterator[None]:
+    def using_vocabulary(self, names: VocabularySource) -> Iterator[None]:
         """Recognise ``names`` inside the block and what was recognised before after it."""
         before = self.classifier.active
         key = f"within {before}"  # a block inside a block leaves the outer one's vocabulary alone
@@ -171,6 +167,7 @@ class RegionRecognizer(nn.Module):
 
         ``stages`` says where to take the tokens from, by default from the configured stage.
         """
+        assert features.embeddings is not None
         outputs = []
         for embedding, (height, width), image_prompts in zip(features.embeddings, features.sizes, prompts, strict=True):
             input_height, input_width = self.localizer.input_size((height, width))
@@ -186,7 +183,7 @@ class RegionRecognizer(nn.Module):
         self,
         tokens: list[torch.Tensor],
         feature_map: torch.Tensor | None,
-        vocabularies: Sequence[str] = (),
+        vocabularies: Sequence[str | torch.Tensor] = (),
         with_background: bool = False,
     ) -> list[torch.Tensor]:
         """Return the logits of regions.
@@ -194,7 +191,8 @@ class RegionRecognizer(nn.Module):
         Args:
             tokens: B tensors, (N_i, token_dim) float position-aware tokens.
             feature_map: (B, L, width) float semantic feature map, or None without CLIP's features.
-            vocabularies: for each image the key of its vocabulary; "", or none at all, is the one in use.
+            vocabularies: for each image the key of its vocabulary or its embeddings; "", or none at all, is the one in
+                use.
             with_background: also the logits of the background's names, behind the others.
 
         Returns:
@@ -204,10 +202,12 @@ class RegionRecognizer(nn.Module):
         semantic = self.knowledge_integration(tokens, feature_map)
         return [self.score(x, key, with_background) for x, key in zip(semantic, keys, strict=True)]
 
-    def score(self, semantic_tokens: torch.Tensor, key: str = "", with_background: bool = False) -> torch.Tensor:
-        """Return the (N, K) logits of (N, text_dim) semantic tokens against the vocabulary under ``key``."""
+    def score(
+        self, semantic_tokens: torch.Tensor, vocabulary: str | torch.Tensor = "", with_background: bool = False
+    ) -> torch.Tensor:
+        """Return the (N, K) logits of (N, text_dim) semantic tokens against a vocabulary, see ``TextClassifier``."""
         scale = self.vision_language.clip_model.logit_scale
-        logits = self.classifier(semantic_tokens, scale, key)
+        logits = self.classifier(semantic_tokens, scale, vocabulary)
         if with_background and self.rule.background:
             logits = torch.cat([logits, self.classifier(semantic_tokens, scale, BACKGROUND)], dim=1)
         return logits
@@ -283,8 +283,7 @@ class RegionRecognizer(nn.Module):
         check_regions(images, boxes, proposal_scores)
         if masks not in MASKS:
             raise ValueError(f"masks: expected one of {MASKS}, got {masks!r}")
-        features = features or self.encode_images(images)
-        located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], bool(masks))
+        features, located = self.locate_boxes(images, boxes, bool(masks), features)
         logits = self.region_logits(images, boxes, features, located)
         results = []
         for i, (image_logits, output) in enumerate(zip(logits, located)):
@@ -295,11 +294,19 @@ class RegionRecognizer(nn.Module):
             scaled.clip(wanted)
             given = proposal_scores[i] if proposal_scores else None
             detections, regions = self._detect(scaled, image_logits, given, wanted, classes)
-            if output.masks is not None:
-                upsample = partial(self.localizer.upsample_masks, image_size=size)
+            if masks:
+                assert output.masks is not None
+                upsample = self.localizer.mask_upsampler(size)
                 _add_masks(detections, RegionMasks(output.masks, detections.region_indices, upsample), masks)
             results.append((detections, regions))
         return results
+
+    def locate_boxes(
+        self, images: list[torch.Tensor], boxes: list[Boxes], with_masks: bool, features: ImageFeatures | None
+    ) -> tuple[ImageFeatures, list[LocalizerOutput]]:
+        """Run the frozen parts on images and boxes, as far as a recognizer needs them."""
+        features = features or self.encode_images(images)
+        return features, self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], with_masks)
 
     def region_logits(
         self,

@@ -12,9 +12,10 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from regionspot.modeling.host import build_host_heads, freeze_rcnns_around_heads, refine_boxes
-from regionspot.modeling.inference import RegionMasks, merge_detections
+from regionspot.modeling.inference import merge_detections
 from regionspot.modeling.key_layout import FROZEN, TRAINED
 from regionspot.modeling.localizer import LocalizerOutput
+from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.recognizer_weights import frozen_sources, load_weights
 from regionspot.structures import Prompts, check_boxes, check_classes, read_proposals

@@ -1,9 +1,14 @@
 """Regions against a vocabulary: cosine logits (paper, equation 3)."""
 
+import copy
+import threading
+
 import torch
 from torch import nn
 
 from regionspot.modeling.text_encoder import TextEncoder
+
+_LOCK = threading.RLock()  # of the vocabularies; a lock of a module's own would keep it from being copied
 
 
 class TextClassifier(nn.Module):
@@ -19,21 +24,30 @@ class TextClassifier(nn.Module):
         self.vocabularies: dict[str, list[str]] = {}
         self.active = ""
 
-    def add(self, key: str, names: list[str]) -> None:
-        """Keep ``names`` under ``key``; what was there before is forgotten, unless it is the same."""
-        if self.vocabularies.get(key) != names:
-            self.remove(key)
-            self.vocabularies[key] = list(names)
+    def add(self, key: str, names: list[str], encode: bool = False) -> None:
+        """Keep ``names`` under ``key``; what was there before is forgotten, unless it is the same.
+
+        With ``encode`` they are encoded now; a ValueError of that leaves what was there.
+        """
+        with _LOCK:
+            same = self.vocabularies.get(key) == names
+            if encode and not (same and _buffer(key) in self._buffers):
+                self.text_encoder(names)  # which remembers them
+            if not same:
+                self.remove(key)
+                self.vocabularies[key] = copy.copy(names)
 
     def remove(self, key: str) -> None:
         """Forget the vocabulary under ``key``, if there is one."""
-        if self.vocabularies.pop(key, None) is not None:
-            self._buffers.pop(_buffer(key), None)
+        with _LOCK:
+            if self.vocabularies.pop(key, None) is not None:
+                self._buffers.pop(_buffer(key), None)
 
     def forget_embeddings(self) -> None:
         """Let all embeddings be encoded anew when they are next needed: CLIP's weights have changed."""
-        for key in self.vocabularies:
-            self._buffers.pop(_buffer(key), None)
+        with _LOCK:
+            for key in self.vocabularies:
+                self._buffers.pop(_buffer(key), None)
 
     @property
     def names(self) -> list[str]:
@@ -56,26 +70,35 @@ class TextClassifier(nn.Module):
 
     def get_embeddings(self, key: str = "") -> torch.Tensor:
         """Return the (K, text_dim) float32 embeddings of the vocabulary under ``key``, "" for the one in use."""
-        names, buffer = self.get_names(key), _buffer(key or self.active)
-        if buffer not in self._buffers:
-            self.register_buffer(buffer, self.text_encoder(names), persistent=False)
-        return self.get_buffer(buffer)
+        return self.get(key)[1]
 
-    def forward(self, semantic_tokens: torch.Tensor, logit_scale: torch.Tensor, key: str = "") -> torch.Tensor:
+    def get(self, key: str = "") -> tuple[list[str], torch.Tensor]:
+        """Return the class names under ``key``, "" for those in use, and their embeddings, which belong together."""
+        with _LOCK:
+            names, buffer = self.get_names(key), _buffer(key or self.active)
+            if buffer not in self._buffers:
+                embeddings = self.text_encoder(self.vocabularies[key or self.active])
+                self.register_buffer(buffer, embeddings, persistent=False)
+            return names, self.get_buffer(buffer)
+
+    def forward(
+        self, semantic_tokens: torch.Tensor, logit_scale: torch.Tensor, vocabulary: str | torch.Tensor = ""
+    ) -> torch.Tensor:
         """Return exp(logit_scale) * cosine.
 
         Args:
             semantic_tokens: (N, text_dim) float.
             logit_scale: CLIP's own, a scalar.
-            key: of the vocabulary, "" for the one in use.
+            vocabulary: its key, "" for the one in use; or its embeddings, (K, text_dim) float32.
 
         Returns:
             (N, K) float32 logits.
         """
+        embeddings = vocabulary if isinstance(vocabulary, torch.Tensor) else self.get_embeddings(vocabulary)
         with torch.autocast(semantic_tokens.device.type, enabled=False):
             tokens = semantic_tokens.float()
             tokens = tokens / (tokens.norm(dim=1, keepdim=True) + 1e-7)
-            return logit_scale.exp() * tokens @ self.get_embeddings(key).t()
+            return logit_scale.exp() * tokens @ embeddings.t()
 
 
 def _buffer(key: str) -> str:

@@ -3,29 +3,37 @@
 import hashlib
 import json
 import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import clip
 import torch
 from clip.model import CLIP
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from regionspot.utils.files import atomic_path, cache_dir
-from regionspot.vocabulary import clean_name, get_templates
+from regionspot.vocabulary import clean_name, get_phrases, get_templates
 from regionspot.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 
+KEPT = 4  # vocabularies whose embeddings stay in memory
+LOCK_TIMEOUTS = (30, 1770)  # seconds that another process may take to encode before that is said, and then given up
+_LOCK = threading.RLock()  # of what encoders remember; one of their own would keep models from being copied
+
 
 def text_weights(clip_model: CLIP) -> dict[str, torch.Tensor]:
-    """Return the part of CLIP's state dict that text embeddings depend on."""
+    """Return CLIP's weights that text embeddings depend on: the parameters themselves, not copies of them."""
     return {
         key: value
-        for key, value in clip_model.state_dict().items()
+        for key, value in clip_model.named_parameters()
         if not key.startswith("visual.") and key != "logit_scale"
     }
 
@@ -79,55 +87,92 @@ class TextEncoder:
             raise ValueError(f"MODEL.REGIONSPOT.CLIP.TEXT_BATCH_SIZE: expected at least 1, got {batch_size}")
         clean_name("", name_style)  # refuses an unknown style now, not when names come
         self.batch_size = batch_size
-        self._versions: tuple = ()
+        self._weights: list[tuple[torch.Tensor, int, torch.dtype]] = []  # as they were when they were hashed
         self._fingerprint = ""
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def __call__(self, names: list[str]) -> torch.Tensor:
-        """Return the text embeddings of ``names``, (K, text_dim) float32, L2-normalised; cached on disk.
+    @torch.inference_mode(False)  # what is encoded is kept, and may be trained with later
+    @torch.no_grad()
+    def __call__(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the text embeddings of class names, cached in memory and on disk; any thread may call.
+
+        Args:
+            names: K names; those of a ``Vocabulary`` are the average of their synonyms.
+
+        Returns:
+            (K, text_dim) float32, L2-normalised.
 
         Raises:
-            ValueError: a name is too long for CLIP's context.
+            ValueError: a name is too long for CLIP's context, or CLIP's weights give no finite numbers.
         """
-        cleaned = [clean_name(name, self.name_style) for name in names]
-        path = cache_dir() / "text" / f"{self._key(cleaned)}.safetensors"
-        embeddings = self._read(path, len(cleaned))
+        cleaned = [tuple(clean_name(phrase, self.name_style) for phrase in phrases) for phrases in get_phrases(names)]
+        key = self._key(cleaned)
+        embeddings = self._kept.get(key)
         if embeddings is None:
-            embeddings = self._encode_once(cleaned, path)
+            path = cache_dir() / "text" / f"{key}.safetensors"
+            embeddings = self._read(path, len(cleaned))
+            if embeddings is None:
+                embeddings = self._encode_once(cleaned, path)
+            with _LOCK:
+                self._kept[key] = embeddings
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
         return embeddings.to(self.clip_model.text_projection.device)
 
-    def _encode_once(self, cleaned: list[str], path: Path) -> torch.Tensor:
+    def _encode_once(self, cleaned: list[tuple[str, ...]], path: Path) -> torch.Tensor:
         """Encode into the cache: of several processes one does, the others wait and read."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):
+            with _acquire(FileLock(f"{path}.lock")):
                 embeddings = self._read(path, len(cleaned))
                 if embeddings is None:
-                    embeddings = self.encode(cleaned)
+                    embeddings = self._average(cleaned).cpu()
                     with atomic_path(path) as temporary:
-                        save_file({"embeddings": embeddings.cpu()}, temporary)
+                        save_file({"embeddings": embeddings}, temporary, {"sha256": _digest(embeddings)})
         except OSError as error:
-            logger.warning("text embeddings are not cached, %s cannot be written (%s)", path, error)
-            embeddings = self.encode(cleaned)
+            logger.warning("text embeddings are not cached, %s cannot be used (%s)", path, error)
+            embeddings = self._average(cleaned)
         return embeddings
 
-    def _key(self, cleaned: list[str]) -> str:
-        weights = text_weights(self.clip_model)
-        versions = tuple((id(value), value._version) for value in weights.values())
-        if versions != self._versions:  # hashing takes its time; once for the same weights is enough
-            self._versions, self._fingerprint = versions, fingerprint(weights)
-        content = [self._fingerprint, self.templates, cleaned, str(self.clip_model.dtype)]
+    def _average(self, cleaned: list[tuple[str, ...]]) -> torch.Tensor:
+        """Encode each class's phrases and average them."""
+        flat = self.encode([phrase for phrases in cleaned for phrase in phrases])
+        if not flat.isfinite().all():
+            raise ValueError("text embeddings are not finite: CLIP's weights are damaged, or too large for their dtype")
+        lengths = [len(phrases) for phrases in cleaned]
+        if max(lengths) == 1:
+            return flat
+        means = [phrases.mean(dim=0) if len(phrases) > 1 else phrases[0] for phrases in flat.split(lengths)]
+        return F.normalize(torch.stack(means), dim=1)
+
+    def _key(self, cleaned: list[tuple[str, ...]]) -> str:
+        with _LOCK:
+            weights = text_weights(self.clip_model)
+            current = [(value, value._version, value.dtype) for value in weights.values()]
+            same = len(current) == len(self._weights) and all(
+                new[0] is old[0] and new[1:] == old[1:] for new, old in zip(current, self._weights)
+            )
+            if not same:  # hashing takes its time; once for the same weights is enough
+                self._weights, self._fingerprint = current, fingerprint(weights)
+            content = [self._fingerprint, self.templates, cleaned, str(self.clip_model.dtype)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _read(self, path: Path, number: int) -> torch.Tensor | None:
+        """Return what the cache has, None where that is nothing or damaged."""
         if not path.is_file():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                embeddings = file.get_tensor("embeddings")
+                embeddings, metadata = file.get_tensor("embeddings"), file.metadata() or {}
         except (SafetensorError, OSError) as error:
-            logger.warning("cached text embeddings %s are damaged (%s); encoding again", path, error)
-            return None
-        return embeddings if len(embeddings) == number else None
+            problem = str(error)
+        else:
+            shape = (number, self.clip_model.text_projection.shape[1])
+            problem = _find_damage(embeddings, shape, metadata.get("sha256", ""))
+            if not problem:
+                return embeddings
+        logger.warning("cached text embeddings %s are damaged (%s); encoding again", path, problem)
+        return None
 
     @torch.inference_mode(False)  # what is encoded is kept, and may be trained with later
     @torch.no_grad()
@@ -163,3 +208,35 @@ class TextEncoder:
                 ) from error
         stacked = torch.cat(tokens)
         return stacked, stacked.argmax(dim=1) + 1  # end-of-text has the highest number
+
+
+def _digest(embeddings: torch.Tensor) -> str:
+    return hashlib.sha256(embeddings.contiguous().numpy().data).hexdigest()
+
+
+def _find_damage(embeddings: torch.Tensor, shape: tuple[int, int], sha256: str) -> str:
+    """Say what is wrong with embeddings from a file, "" for nothing."""
+    if embeddings.shape != shape or embeddings.dtype != torch.float32:
+        return f"expected {shape} float32, got {tuple(embeddings.shape)} {embeddings.dtype}"
+    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # which NaN is not
+        return "not of length 1"
+    return "" if _digest(embeddings) == sha256 else "another SHA-256 than when it was written"
+
+
+@contextmanager
+def _acquire(lock: FileLock) -> Iterator[None]:
+    """Hold ``lock``; say so when another process keeps it, and go on without it when that takes too long."""
+    for seconds in LOCK_TIMEOUTS:
+        try:
+            lock.acquire(timeout=seconds)
+            break
+        except Timeout:
+            logger.warning(
+                "another process has held %s for %d s: it encodes the same vocabulary, or it was stopped (then end it)",
+                lock.lock_file,
+                seconds,
+            )
+    try:
+        yield
+    finally:
+        lock.release()

@@ -51,3 +51,20 @@ def test_boxes_at_the_border_and_of_less_than_a_pixel_have_a_crop():
     inputs["instances"].gt_boxes.tensor[:2] = torch.tensor([[63.2, 47.1, 63.4, 47.2], [-5.0, -5, 0.4, 0.4]])
     [output] = model([inputs])
     assert output["instances"].scores.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["box crops", "mask crops", "box crops with masks"])
+def test_sam_runs_for_masks_only(architecture, monkeypatch):
+    masked, with_masks = architecture == "mask crops", architecture == "box crops with masks"
+    model = baseline("MODEL.REGIONSPOT.CROP.MASKED", masked, "MODEL.MASK_ON", with_masks)
+    calls = []
+    for name in ("encode_images", "forward"):
+        original = getattr(model.recognizer.localizer, name)
+        monkeypatch.setattr(
+            model.recognizer.localizer,
+            name,
+            lambda *args, original=original, name=name: calls.append(name) or original(*args),
+        )
+    [output] = model([as_inputs(0)])
+    assert output["instances"].has("pred_masks") == with_masks
+    assert calls == (["encode_images", "forward"] if masked or with_masks else [])

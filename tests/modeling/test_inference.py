@@ -1,12 +1,11 @@
-"""Detections from logits: score rules, labels per box, suppression, unknown regions, masks."""
+"""Detections from logits: score rules, labels per box, suppression, unknown regions, merging."""
 
-import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
-from pycocotools import mask as mask_api
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from regionspot.modeling.inference import DetectionRule, encode_masks, merge_detections
+from regionspot.modeling.inference import DetectionRule, merge_detections
 
 from ..helpers import NAMES, as_inputs, spread_tokens, tiny_model
 
@@ -118,17 +117,54 @@ def test_background_names_make_regions_unknown():
     )
 
 
-def test_masks_of_a_box_are_one_rle():
-    model = tiny_model("MODEL.MASK_ON", True)
-    inputs = {**as_inputs(0), "height": 96, "width": 128}
-    bitmasks = model([inputs])[0]["instances"]
-    model.masks = "rle"
-    detections = model([inputs])[0]["instances"]
-    assert not detections.has("pred_masks") and len(detections) == len(bitmasks)
-    for mask, rle in zip(bitmasks.pred_masks, detections.pred_masks_rle):
-        assert np.array_equal(mask_api.decode({**rle, "counts": rle["counts"].encode()}), mask.numpy())
-    best = detections[detections.scores > detections.scores.median()]
-    assert [id(rle) for rle in best.pred_masks_rle] == [id(rle) for rle in detections.pred_masks_rle[: len(best)]]
-    number = len({id(rle) for rle in detections.pred_masks_rle})
-    assert number == len(inputs["instances"]) < len(detections)
-    assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []
+def instances(number, seed):
+    """Return detections of which many overlap and some tie."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(number, 2, generator=generator) * 30
+    found = Instances((50, 50), pred_boxes=Boxes(torch.cat([corners, corners + 15], dim=1)))
+    found.scores = (torch.rand(number, generator=generator) * 20).round() / 20
+    found.pred_classes = torch.arange(number) + 1000 * seed
+    found.region_indices = torch.arange(number)
+    return found
+
+
+@pytest.mark.parametrize(("number", "others"), [(60, 60), (1, 80), (0, 3), (0, 0)])
+def test_merging_is_greedy_between_sources(number, others):
+    ours, theirs = instances(number, 1), instances(others, 0)
+    kept = []
+    every = [(x, i, False) for i, x in enumerate(theirs.scores.tolist())]
+    every += [(x, i, True) for i, x in enumerate(ours.scores.tolist())]
+    for _, index, is_ours in sorted(every, key=lambda x: -x[0]):  # stable: theirs first
+        box = (ours if is_ours else theirs).pred_boxes[index]
+        rivals = [other for other, source in kept if source != is_ours]
+        if not any(pairwise_iou(box, other.pred_boxes) > 0.3 for other in rivals):
+            kept.append(((ours if is_ours else theirs)[index], is_ours))
+    merged = merge_detections(ours, theirs, 0.3, -1)
+    assert merged.pred_classes.tolist() == [int(x.pred_classes) for x, _ in kept]
+    assert 0 < len(kept) < number + others or number == 0
+
+
+class CountScalars(TorchDispatchMode):
+    """Counts reads of single numbers, each of which waits for an accelerator."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_merging_does_not_read_numbers_one_by_one():
+    with CountScalars() as count:
+        merge_detections(instances(60, 1), instances(60, 0), 0.3, 10)
+    assert count.number < 5
+
+
+def test_predicted_boxes_are_cut_to_the_image():
+    inputs = as_inputs(0, number=2)
+    inputs["instances"].gt_boxes = Boxes(torch.tensor([[-9.0, -5, 30, 30], [40, 20, 90, 77]]))
+    inputs.update(height=96, width=128)
+    found = tiny_model()([inputs])[0]
+    expected = torch.tensor([[0.0, 0, 60, 60], [80, 40, 128, 96]])
+    assert torch.equal(found["instances"].pred_boxes.tensor, expected[found["instances"].region_indices])
+    assert torch.equal(found["regions"].pred_boxes.tensor, expected)

@@ -195,3 +195,23 @@ def test_tokens_depend_on_image_and_box():
     tokens = model(first[None], Prompts(boxes=BOXES)).tokens
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
     assert not torch.allclose(tokens, model(second[None], Prompts(boxes=BOXES)).tokens, atol=1e-4)
+
+
+def test_images_are_encoded_in_chunks(monkeypatch):
+    images = [as_inputs(i, size)["image"] for i, size in enumerate([(48, 64), (64, 40), (130, 90)])]
+    model, batches = localizer("MODEL.REGIONSPOT.SAM.ENCODER_BATCH_SIZE", 3), []
+    expected, original = model.encode_images(images), model.sam.image_encoder.forward
+    monkeypatch.setattr(model.sam.image_encoder, "forward", lambda x: batches.append(len(x)) or original(x))
+    for model.encoder_batch_size in (1, 2, 3):
+        torch.testing.assert_close(model.encode_images(images), expected, atol=1e-5, rtol=1e-5)
+    assert batches == [1, 1, 1, 2, 1, 3]
+    assert localizer().encoder_batch_size == 1
+    with pytest.raises(ValueError, match="ENCODER_BATCH_SIZE: expected at least 1, got 0"):
+        localizer("MODEL.REGIONSPOT.SAM.ENCODER_BATCH_SIZE", 0)
+
+
+def test_float_images_are_resized_as_uint8_ones():
+    """With antialias: without it a fine pattern that is made smaller turns into another one."""
+    model = localizer()
+    image = (torch.arange(3 * 200 * 256).reshape(3, 200, 256) * 2654435761 % 256).to(torch.uint8)  # noise
+    assert (model._resize(image.float()) - model._resize(image).float()).abs().max() <= 1.01

@@ -1,16 +1,22 @@
 """Text: trimming, templates, cache; vision features against CLIP's own forward pass."""
 
 import copy
+import hashlib
+import subprocess
 
 import clip
 import numpy as np
 import pytest
 import torch
 from clip.model import convert_weights
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from regionspot.modeling import text_encoder
 from regionspot.modeling.text_encoder import TextEncoder, encode_tokens
 from regionspot.modeling.vision_language import encode_patches
+from regionspot.vocabulary import load_vocabulary
+from regionspot.weights import fingerprint
 
 from ..helpers import NAMES, as_inputs, tiny_model
 
@@ -50,7 +56,7 @@ def test_second_call_is_read_from_the_cache(clip_model, monkeypatch):
     assert torch.equal(TextEncoder(clip_model, "one")(NAMES), first)
 
 
-@pytest.mark.parametrize("change", ["templates", "names", "style", "weights"])
+@pytest.mark.parametrize("change", ["templates", "names", "style", "weights", "synonyms"])
 def test_cache_key_tells_apart_what_changes_the_embeddings(clip_model, change, cache_folder):
     TextEncoder(clip_model, "one")(["a_b"])
     names, templates, style, model = ["a_b"], "one", "dataset", clip_model
@@ -60,6 +66,8 @@ def test_cache_key_tells_apart_what_changes_the_embeddings(clip_model, change, c
         names = ["a_c"]
     elif change == "style":
         style = "readable"
+    elif change == "synonyms":
+        names = load_vocabulary({"a_b": ["a_b", "c"]})
     else:
         model = tiny_model(
             "MODEL.REGIONSPOT.CLIP.CUSTOM.TEXT_LAYERS", 1, names=None
@@ -78,12 +86,97 @@ def test_cache_key_tells_apart_the_precision_that_clip_computes_in(clip_model, c
     assert not torch.equal(*values)
 
 
-def test_damaged_cache_is_encoded_again(clip_model, cache_folder):
+def other_bytes(path):
+    path.write_bytes(b"damaged")
+
+
+def one_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def rewritten(change):
+    """Return what writes changed embeddings, with a digest that fits them."""
+
+    def damage(path):
+        embeddings = change(load_file(path)["embeddings"]).contiguous()
+        digest = hashlib.sha256(embeddings.numpy().data).hexdigest()
+        save_file({"embeddings": embeddings}, path, {"sha256": digest})
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        other_bytes,
+        one_bit,
+        rewritten(lambda x: x[:3]),
+        rewritten(lambda x: x[:, :16]),
+        rewritten(lambda x: x.double()),
+        rewritten(lambda x: x * 1.01),
+        rewritten(lambda x: x.index_fill(0, torch.tensor([2]), float("nan"))),
+    ],
+)
+def test_damaged_cache_is_encoded_again(clip_model, cache_folder, damage, caplog):
     first = TextEncoder(clip_model, "one")(NAMES)
     [path] = cache_folder.glob("text/*.safetensors")
-    path.write_bytes(b"damaged")
-    assert torch.equal(TextEncoder(clip_model, "one")(NAMES), first)
-    assert path.stat().st_size > 100
+    damage(path)
+    assert torch.equal(TextEncoder(clip_model, "one")(NAMES), first) and "are damaged" in caplog.text
+    caplog.clear()
+    assert torch.equal(TextEncoder(clip_model, "one")(NAMES), first) and not caplog.text
+
+
+def test_weights_are_hashed_once_and_again_when_they_change(clip_model, monkeypatch):
+    clip_model, hashed = copy.deepcopy(clip_model), []
+    monkeypatch.setattr(text_encoder, "fingerprint", lambda state: hashed.append(0) or fingerprint(state))
+    encoder = TextEncoder(clip_model, "one")
+    before = encoder(["cup"])
+    assert torch.equal(encoder(["cup"]), before) and len(encoder(["a", "b"])) == 2 and len(hashed) == 1
+    with torch.no_grad():
+        clip_model.text_projection.mul_(-1)
+    torch.testing.assert_close(encoder(["cup"]), -before)
+    assert len(hashed) == 2
+    clip_model.load_state_dict({**clip_model.state_dict(), "text_projection": -clip_model.text_projection.clone()})
+    torch.testing.assert_close(encoder(["cup"]), before)
+    assert len(hashed) == 3
+    convert_weights(clip_model)
+    encoder(["cup"])
+    assert len(hashed) == 4
+
+
+def test_embedding_of_synonyms_is_the_normalised_mean_of_theirs(clip_model):
+    encoder = TextEncoder(clip_model, "one")
+    cup, mug, table = encoder(["cup", "mug", "table"])
+    found = encoder(load_vocabulary({"vessel": ["cup", "mug"], "cup": ["cup"], "other": "table"}))
+    torch.testing.assert_close(found, torch.stack([F.normalize(cup + mug, dim=0), cup, table]))
+    again = TextEncoder(clip_model, "one")(
+        load_vocabulary({"vessel": ["mug", "cup"], "cup": ["cup"], "other": "table"})
+    )
+    torch.testing.assert_close(again, found)  # from another file
+
+
+def test_lock_of_a_stopped_process_is_said_and_given_up(clip_model, cache_folder, monkeypatch, caplog):
+    expected = TextEncoder(clip_model, "one")(NAMES)
+    [path] = cache_folder.glob("text/*.safetensors")
+    path.unlink()
+    monkeypatch.setattr(text_encoder, "LOCK_TIMEOUTS", (0.1, 0.1))
+    held = subprocess.Popen(["flock", f"{path}.lock", "sh", "-c", "echo held; exec sleep 60"], stdout=subprocess.PIPE)
+    try:
+        assert held.stdout.readline() == b"held\n"
+        assert torch.equal(TextEncoder(clip_model, "one")(NAMES), expected)
+    finally:
+        held.kill()
+    assert "another process has held" in caplog.text and path.name in caplog.text and path.is_file()
+
+
+def test_weights_that_give_no_numbers_are_refused(clip_model, cache_folder):
+    clip_model = copy.deepcopy(clip_model)
+    torch.nn.init.constant_(clip_model.text_projection, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        TextEncoder(clip_model, "one")(NAMES)
+    assert not list(cache_folder.glob("text/*.safetensors"))
 
 
 def test_autocast_and_inference_mode_do_not_reach_the_embeddings(clip_model):

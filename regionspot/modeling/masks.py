@@ -1,0 +1,127 @@
+"""SAM's masks of regions: logits that are brought to full size when, and as far as, they are asked for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import BitMasks, Boxes, ROIMasks
+from pycocotools import mask as mask_api
+from torch.nn import functional as F
+
+MAX_PIXELS = 1 << 25  # of masks that are at full size at once: 128 MB of float32
+
+
+@dataclass(frozen=True)
+class MaskUpsampler:
+    """Turns SAM's mask logits of an image into binary masks, as ``Sam.postprocess_masks`` does; it holds no model.
+
+    Attributes:
+        side: of SAM's square input, pixels.
+        input_size: (height, width) of the image in it, before padding.
+        threshold: logits above it are inside.
+    """
+
+    side: int
+    input_size: tuple[int, int]
+    threshold: float
+
+    def __call__(self, logits: torch.Tensor, output_size: tuple[int, int]) -> torch.Tensor:
+        """Return (N, *output_size) bool masks of (N, h, w) logits."""
+        masks = torch.empty((len(logits), *output_size), dtype=torch.bool, device=logits.device)
+        for part, full in zip(masks.split(self.chunk_size(output_size)), self.chunks(logits, None, output_size)):
+            part.copy_(full)
+        return masks
+
+    def chunk_size(self, output_size: tuple[int, int]) -> int:
+        """Return how many masks are brought to ``output_size`` at once."""
+        return max(MAX_PIXELS // max(self.side**2, output_size[0] * output_size[1]), 1)
+
+    def chunks(
+        self, logits: torch.Tensor, rows: torch.Tensor | None, output_size: tuple[int, int]
+    ) -> Iterator[torch.Tensor]:
+        """Yield the masks of the (N,) ``rows`` of ``logits``, by default all, in order: (n, *output_size) bool."""
+        rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+        for part in rows.split(self.chunk_size(output_size)) if len(rows) else ():
+            masks = F.interpolate(logits[part, None].float(), (self.side, self.side), mode="bilinear")
+            masks = masks[..., : self.input_size[0], : self.input_size[1]]
+            yield F.interpolate(masks, output_size, mode="bilinear")[:, 0] > self.threshold
+
+
+class RegionMasks(ROIMasks):
+    """SAM's masks of detections: logits that are brought to full size when they are asked for, each region's once.
+
+    ``Instances`` can hold and index them, and ``detector_postprocess`` takes them as it takes other ``ROIMasks``,
+    though they are no masks relative to boxes.
+    """
+
+    def __init__(self, logits: torch.Tensor, rows: torch.Tensor, upsample: MaskUpsampler) -> None:
+        """
+        Args:
+            logits: (R, h, w) float, SAM's mask logits of all regions of the image.
+            rows: (N,) int64, the region of each detection.
+            upsample: of the image, ``Localizer.mask_upsampler``.
+        """
+        self.logits, self.rows, self.upsample = logits, rows, upsample
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """(N, h, w) float mask logits of the detections."""
+        return self.logits[self.rows]
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def to(self, device: torch.device) -> "RegionMasks":
+        return RegionMasks(self.logits.to(device), self.rows.to(device), self.upsample)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: Any) -> "RegionMasks":
+        rows = self.rows[[item]] if isinstance(item, int) else self.rows[item]
+        return RegionMasks(self.logits, rows, self.upsample)
+
+    def to_bitmasks(self, boxes: Boxes, height: int, width: int, threshold: float = 0.5) -> BitMasks:
+        """Return the masks at an output of (height, width); ``boxes`` and ``threshold`` are not needed."""
+        unique, inverse = self.rows.unique(return_inverse=True)
+        masks = torch.empty((len(self), height, width), dtype=torch.bool, device=self.device)
+        start = 0
+        for full in self.upsample.chunks(self.logits, unique, (height, width)):
+            [here] = torch.where((inverse >= start) & (inverse < start + len(full)))
+            for row, source in zip(here.tolist(), (inverse[here] - start).tolist()):
+                masks[row] = full[source]
+            start += len(full)
+        return BitMasks(masks)
+
+    def to_rles(self, height: int, width: int) -> "RleMasks":
+        """Return the masks at an output of (height, width) as RLEs; no more than a chunk is ever at full size."""
+        unique, inverse = self.rows.unique(return_inverse=True)
+        rles: list[dict] = []
+        for full in self.upsample.chunks(self.logits, unique, (height, width)):
+            rles += encode_masks(full)
+        return RleMasks(rles[i] for i in inverse.tolist())
+
+    def bounding_boxes(self, height: int, width: int) -> Boxes:
+        """Return the boxes around the masks at an output of (height, width); zeros for an empty mask."""
+        chunks = self.upsample.chunks(self.logits, self.rows, (height, width))
+        return Boxes.cat([BitMasks(full).get_bounding_boxes() for full in chunks])
+
+
+class RleMasks(list):
+    """COCO's RLEs of detections, which ``Instances`` can index as it does tensors; those of a box are one object."""
+
+    def __getitem__(self, item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            rows = item.nonzero().flatten() if item.dtype == torch.bool else item
+            return RleMasks(super(RleMasks, self).__getitem__(row) for row in rows.tolist())
+        found = super().__getitem__(item)
+        return RleMasks(found) if isinstance(item, slice) else found
+
+
+def encode_masks(masks: torch.Tensor) -> list[dict]:
+    """Return COCO's compressed RLE, with ``counts`` as text, of (N, H, W) bool masks."""
+    encoded = mask_api.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+    return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]
