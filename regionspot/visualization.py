@@ -47,6 +47,7 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
     if not integration.with_features:
         raise ValueError("cross_attention: this model has no feature map to look at (CLIP.FEATURES none)")
     attention = integration.decoder.layers[-1].multihead_attn
+    assert isinstance(attention, nn.MultiheadAttention)
     kept: list[torch.Tensor] = []
 
     def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
