@@ -21,8 +21,8 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     cfg.MODEL.REGIONSPOT = CfgNode()
     node = cfg.MODEL.REGIONSPOT
 
-    # The class names: "a,b,c", "@names.txt", "@names.json", "dataset:coco_2017_val", or "" for those of the data set
-    # in use.
+    # The class names: "a,b,c", "@names.txt", "@names.json" (a list, or names with lists of synonyms),
+    # "dataset:coco_2017_val", or "" for those of the data set in use.
     node.VOCABULARY = ""
 
     # Which of SAM's tokens stands for a region: "prompt_encoder", "transformer" or "mlp".

@@ -1,17 +1,24 @@
 """RegionSpot on one's own images: ``set_image`` once, ``predict`` as often as wanted."""
 
-from collections.abc import Sequence
+import numbers
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.structures import BitMasks
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from regionspot.checkpoint import load_model
 from regionspot.modeling.localizer import LocalizerOutput
+from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts, check_boxes
+from regionspot.utils.images import to_rgb_array
+from regionspot.vocabulary import VocabularySource
 
 UNKNOWN = "unknown"
 
@@ -29,9 +36,11 @@ class RegionPredictions:
         top_scores: (N, k) float32, their probabilities.
         logits: (N, K) float32.
         iou: (N,) float32, SAM's own estimate of the mask's IoU.
-        masks: (N, H, W) bool, original pixels; None when not asked for.
         vocabulary: K class names.
         unknown: (N,) bool, regions of no class (``MODEL.REGIONSPOT.UNKNOWN``).
+        image_size: (height, width) of the image.
+        region_masks: SAM's mask logits, on the model's device; None when masks were not asked for. ``masks``, ``mask``
+            and ``rles`` bring them to full size.
     """
 
     boxes: np.ndarray
@@ -42,22 +51,50 @@ class RegionPredictions:
     top_scores: np.ndarray
     logits: np.ndarray
     iou: np.ndarray
-    masks: np.ndarray | None
     vocabulary: list[str]
     unknown: np.ndarray
+    image_size: tuple[int, int]
+    region_masks: RegionMasks | None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def masks(self) -> np.ndarray | None:
+        """(N, H, W) bool, original pixels; None when not asked for. All are computed when first read, and kept."""
+        if self.region_masks is None:
+            return None
+        return self.region_masks.to_bitmasks(None, *self.image_size).tensor.cpu().numpy()
+
+    @cached_property
+    def rles(self) -> list[dict] | None:
+        """N masks as COCO's compressed RLE; None when not asked for. Never more than a few are at full size."""
+        return None if self.region_masks is None else list(self.region_masks.to_rles(*self.image_size))
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the mask of one region, (H, W) bool, original pixels.
+
+        Raises:
+            ValueError: masks were not asked for.
+        """
+        if self.region_masks is None:
+            raise ValueError("no masks: predict them by with_masks=True")
+        return self.region_masks[int(index)].to_bitmasks(None, *self.image_size).tensor[0].cpu().numpy()
+
 
 class RegionSpotPredictor:
-    """Recognises regions of single images; the image encoders run once an image."""
+    """Recognizes regions of single images; the image encoders run once an image.
+
+    ``set_image`` and then ``predict`` is for one thread. Any number of threads may call ``encode`` and ``predict`` with
+    the features that it gave: such a call changes nothing, and its vocabulary, if it has one, is its own.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build the model of ``cfg`` and load its weights (``MODEL.WEIGHTS``, SAM's and CLIP's)."""
         self.model, checkpointer = load_model(cfg)
         # Parts without weights from any file: "trained", "sam", "clip_model". What they say means nothing.
         self.random_parts = sorted({"trained", "sam", "clip_model"} - checkpointer.loaded)
+        self._deep_range = tuple(cfg.INPUT.DEEP_RANGE)
         self._features: ImageFeatures | None = None
 
     @property
@@ -69,26 +106,30 @@ class RegionSpotPredictor:
         """Class names in use."""
         return self.recognizer.vocabulary
 
-    def set_vocabulary(self, names: str | Sequence[str]) -> None:
-        """Recognise ``names`` from now on: a list, "a,b,c" or "@file" (see ``load_vocabulary``)."""
+    def set_vocabulary(self, names: VocabularySource) -> None:
+        """Recognize ``names`` from now on: a list, {name: synonyms}, "a,b,c" or "@file" (see ``load_vocabulary``)."""
         self.recognizer.set_vocabulary(names)
 
     @torch.no_grad()
-    def set_image(self, image: np.ndarray) -> None:
-        """Encode an image.
+    def encode(self, image: str | Path | Image.Image | np.ndarray) -> ImageFeatures:
+        """Return what ``predict`` needs of an image.
 
         Args:
-            image: (H, W, 3) uint8, RGB.
+            image: a path or a PIL image, which are turned upright by their EXIF tag and converted to RGB; or an array,
+                (H, W, 3) uint8, RGB, as it is.
 
         Raises:
-            ValueError: another shape or dtype.
+            FileNotFoundError: no such file.
+            ValueError: not an image, or an array of another shape or dtype.
         """
+        array = to_rgb_array(image, self._deep_range)
+        tensor = torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
+        return self.recognizer.encode_images([tensor])
+
+    def set_image(self, image: str | Path | Image.Image | np.ndarray) -> None:
+        """Encode an image for the calls of ``predict`` that follow; as ``encode``."""
         self._features = None  # an image that is refused must not leave the one before in place
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise ValueError(f"image: expected (H, W, 3) uint8 RGB, got shape {image.shape} and dtype {image.dtype}")
-        tensor = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
-        self._features = self.recognizer.encode_images([tensor])
+        self._features = self.encode(image)
 
     @torch.no_grad()
     def predict(
@@ -97,11 +138,12 @@ class RegionSpotPredictor:
         points: ArrayLike | None = None,
         labels: ArrayLike | None = None,
         masks: ArrayLike | None = None,
-        vocabulary: str | Sequence[str] | None = None,
+        vocabulary: VocabularySource | None = None,
         top_k: int = 5,
         with_masks: bool = True,
+        features: ImageFeatures | None = None,
     ) -> RegionPredictions:
-        """Recognise N regions of the image that was set.
+        """Recognize N regions of an image.
 
         A region is given by a box, by points, by a mask, or by several of them together.
 
@@ -111,30 +153,49 @@ class RegionSpotPredictor:
             labels: (N, P): 1 foreground, 0 background, -1 padding; all 1 by default.
             masks: (N, H, W) bool (or 0 and 1, or 0 and 255), original pixels. Alone, a mask also prompts with the box
                 around it.
-            vocabulary: class names from now on, see ``set_vocabulary``.
+            vocabulary: class names, see ``set_vocabulary``: with ``features`` of this call alone, else from now on.
             top_k: how many best classes to give.
             with_masks: whether to compute masks.
+            features: of the image, from ``encode``; by default those of ``set_image``.
 
         Raises:
             RuntimeError: no image was set.
             ValueError: a prompt of wrong shape or outside the image, or no vocabulary.
         """
-        if self._features is None:
-            raise RuntimeError("no image is set: call set_image(image) first")
-        if top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, got {top_k}")
-        prompts = self._prompts(boxes, points, labels, masks)
+        own = features is not None
+        features = self._check_features(features) if own else self._features
+        if features is None:
+            raise RuntimeError("no image is set: call set_image(image) first, or give features=encode(image)")
+        if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:
+            raise ValueError(f"top_k: expected an integer of at least 1, got {top_k!r}")
+        prompts = self._prompts(boxes, points, labels, masks, features.sizes[0])
+        names, embeddings = self._vocabulary(vocabulary, own)
+        [output] = self.recognizer.locate(features, [prompts], with_masks or prompts.boxes is None)
+        [logits] = self.recognizer.classify([output.tokens], features.feature_map, [embeddings], with_background=True)
+        return self._predictions(prompts, output, logits, names, int(top_k), with_masks, features.sizes[0])
+
+    @staticmethod
+    def _check_features(features: ImageFeatures | None) -> ImageFeatures:
+        if not isinstance(features, ImageFeatures) or len(features.sizes) != 1:
+            raise ValueError(f"features: expected what encode(image) gave, got {type(features).__name__}")
+        return features
+
+    def _vocabulary(self, vocabulary: VocabularySource | None, own: bool) -> tuple[list[str], torch.Tensor]:
+        """Return the names to recognize and their embeddings, which belong to the call."""
+        if vocabulary is not None and own:
+            return self.recognizer.encode_vocabulary(vocabulary)
         if vocabulary is not None:
             self.set_vocabulary(vocabulary)
-        [output] = self.recognizer.locate(self._features, [prompts], with_masks or prompts.boxes is None)
-        [logits] = self.recognizer.classify([output.tokens], self._features.feature_map, with_background=True)
-        return self._predictions(prompts, output, logits, top_k, with_masks)
+        return self.recognizer.classifier.get()
 
     def _prompts(
-        self, boxes: ArrayLike | None, points: ArrayLike | None, labels: ArrayLike | None, masks: ArrayLike | None
+        self,
+        boxes: ArrayLike | None,
+        points: ArrayLike | None,
+        labels: ArrayLike | None,
+        masks: ArrayLike | None,
+        size: tuple[int, int],
     ) -> Prompts:
-        assert self._features is not None
-        size = self._features.sizes[0]
         given = {}
         if masks is not None:
             given["masks"], around = self._mask_prompts(np.asarray(masks), size)
@@ -162,8 +223,8 @@ class RegionSpotPredictor:
         binary = torch.from_numpy(masks.astype(bool))
         if not binary.flatten(1).any(dim=1).all():
             raise ValueError(f"masks: number {int((~binary.flatten(1).any(dim=1)).nonzero()[0])} is empty")
-        prompts = self.recognizer.localizer.mask_prompts(binary.to(self.model.device), size)
-        return prompts, boxes_of_masks(binary.numpy())
+        prompts = self.recognizer.localizer.mask_prompts(binary, size)
+        return prompts, BitMasks(binary).get_bounding_boxes().tensor.numpy()
 
     @staticmethod
     def _point_labels(points: torch.Tensor, labels: ArrayLike | None, size: tuple[int, int]) -> torch.Tensor:
@@ -188,23 +249,26 @@ class RegionSpotPredictor:
         return given.long()
 
     def _predictions(
-        self, prompts: Prompts, output: LocalizerOutput, logits: torch.Tensor, top_k: int, with_masks: bool
+        self,
+        prompts: Prompts,
+        output: LocalizerOutput,
+        logits: torch.Tensor,
+        names: list[str],
+        top_k: int,
+        with_masks: bool,
+        size: tuple[int, int],
     ) -> RegionPredictions:
-        assert self._features is not None
-        size = self._features.sizes[0]
-        masks = (
-            None
-            if output.masks is None
-            else self.recognizer.localizer.upsample_masks(output.masks, size, size).cpu().numpy()
-        )
-        names = self.vocabulary
+        masks = None
+        if output.masks is not None:
+            rows = torch.arange(len(output.masks), device=output.masks.device)
+            masks = RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
         probabilities = self.recognizer.probabilities(logits)
         unknown = self.recognizer.rule.is_unknown(probabilities)
         top_scores, top_classes = probabilities[:, : len(names)].topk(min(top_k, len(names)), dim=1)
         boxes = prompts.clip(size).boxes
         if boxes is None:
             assert masks is not None
-            boxes = torch.from_numpy(boxes_of_masks(masks))
+            boxes = masks.bounding_boxes(*size).tensor
         return RegionPredictions(
             boxes=boxes.cpu().numpy(),
             classes=top_classes[:, 0].cpu().numpy(),
@@ -214,9 +278,10 @@ class RegionSpotPredictor:
             top_scores=top_scores.cpu().numpy(),
             logits=logits[:, : len(names)].cpu().numpy(),
             iou=output.iou.cpu().numpy(),
-            masks=masks if with_masks else None,
             vocabulary=names,
             unknown=unknown.cpu().numpy(),
+            image_size=size,
+            region_masks=masks if with_masks else None,
         )
 
 
@@ -225,13 +290,3 @@ def _float_tensor(value: ArrayLike, what: str, shape: str) -> torch.Tensor:
         return torch.from_numpy(np.array(value, dtype=np.float32, order="C"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: expected numbers of shape {shape}, got {str(value)[:80]}") from error
-
-
-def boxes_of_masks(masks: np.ndarray) -> np.ndarray:
-    """Return the (N, 4) float32 boxes, XYXY, around (N, H, W) bool masks; zeros for an empty mask."""
-    boxes = np.zeros((len(masks), 4), dtype=np.float32)
-    for box, mask in zip(boxes, masks):
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        if len(rows):
-            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return boxes

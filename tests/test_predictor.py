@@ -1,10 +1,17 @@
 """The predictor: prompts of every kind, and the same numbers as the meta-architecture."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pycocotools import mask as mask_api
 
 from regionspot import RegionSpotPredictor
+from regionspot.modeling.masks import MaskUpsampler
 
 from .helpers import NAMES, as_inputs, draw_scene, spread_tokens, tiny_config
 
@@ -49,6 +56,7 @@ def test_result_is_numpy_in_documented_shapes(predictor):
     assert {name: getattr(predictions, name).shape for name in shapes} == shapes
     assert predictions.labels == [NAMES[i] for i in predictions.logits.argmax(axis=1)]
     assert predictor.predict(boxes=BOXES, with_masks=False).masks is None
+    assert predictor.predict(boxes=BOXES, top_k=np.int64(3)).top_classes.shape == (n, 3)
 
 
 def test_image_encoders_run_once(predictor, monkeypatch):
@@ -72,6 +80,96 @@ def test_points_masks_and_combinations(predictor):
     np.testing.assert_allclose(both.logits, by_mask.logits, atol=1e-5)
     assert not np.allclose(predictor.predict(boxes=by_mask.boxes).logits, both.logits, atol=1e-4)
     assert len(predictor.predict(boxes=BOXES[:2], points=POINTS)) == 2
+
+
+def test_masks_are_computed_when_they_are_asked_for(predictor, monkeypatch):
+    original, shown = MaskUpsampler.chunks, []
+
+    def chunks(self, logits, rows, size):
+        shown.extend(rows.tolist())
+        return original(self, logits, rows, size)
+
+    monkeypatch.setattr(MaskUpsampler, "chunks", chunks)
+    predictions = predictor.predict(boxes=BOXES)
+    assert not shown
+    single = predictions.mask(1)
+    assert single.shape == (48, 64) and single.dtype == bool and shown == [1]
+    assert np.array_equal(predictions.masks[1], single) and predictions.masks is predictions.masks
+    assert np.array_equal(mask_api.decode(predictions.rles).transpose(2, 0, 1), predictions.masks)
+    again = pickle.dumps(predictor.predict(boxes=BOXES))
+    assert len(again) < 100_000 and np.array_equal(pickle.loads(again).masks, predictions.masks)
+    without = predictor.predict(points=POINTS, with_masks=False)
+    assert without.masks is None and without.rles is None
+    with pytest.raises(ValueError, match="with_masks"):
+        without.mask(0)
+
+
+def test_threads_get_the_answers_of_one_thread(predictor):
+    """Images, sizes, prompts and vocabularies differ from call to call, and nothing was encoded before."""
+    scenes = [draw_scene(i, size) for i, size in enumerate([(48, 64), (64, 40), (50, 50), (90, 130)] * 2)]
+    vocabularies = [[f"name {i}", "cup", *NAMES[: i % 4]] for i in range(len(scenes))]
+    vocabularies[3] = None  # the one in use
+    start = Barrier(len(scenes))
+
+    def recognize(i):
+        image, boxes, _ = scenes[i]
+        start.wait()
+        results = []
+        for _ in range(3):
+            features = predictor.encode(image)
+            results.append(predictor.predict(boxes, vocabulary=vocabularies[i], features=features, top_k=2))
+        return results
+
+    with ThreadPoolExecutor(len(scenes)) as pool:
+        answers = list(pool.map(recognize, range(len(scenes))))
+    assert predictor.vocabulary == NAMES
+    for (image, boxes, _), vocabulary, results in zip(scenes, vocabularies, answers):
+        alone = predictor.predict(boxes, vocabulary=vocabulary, features=predictor.encode(image))
+        for result in results:
+            assert result.vocabulary == (vocabulary or NAMES) and result.image_size == image.shape[:2]
+            np.testing.assert_allclose(result.logits, alone.logits, atol=1e-4)
+            assert (result.masks != alone.masks).mean() < 1e-3
+
+
+def test_features_belong_to_the_call(predictor):
+    other, boxes, _ = draw_scene(5)
+    features = predictor.encode(other)
+    of_other = predictor.predict(boxes, features=features)
+    own = predictor.predict(BOXES, vocabulary={"vessel": ["cup", "mug"]}, features=predictor.encode(IMAGE))
+    assert own.vocabulary == ["vessel"] and predictor.vocabulary == NAMES
+    again = predictor.predict(BOXES)  # of set_image
+    predictor.set_image(other)
+    np.testing.assert_allclose(predictor.predict(boxes).logits, of_other.logits, atol=1e-5)
+    predictor.set_image(IMAGE)
+    np.testing.assert_allclose(predictor.predict(BOXES).logits, again.logits, atol=1e-5)
+    for wrong in (IMAGE, [features]):
+        with pytest.raises(ValueError, match=r"expected what encode\(image\) gave"):
+            predictor.predict(boxes, features=wrong)
+
+
+def test_synonyms_are_averaged(predictor):
+    cup, mug = predictor.recognizer.classifier.text_encoder(["cup", "mug"])
+    predictions = predictor.predict(BOXES, vocabulary={"vessel": ["cup", "mug"], "cup": ["cup"]})
+    assert predictions.vocabulary == predictor.vocabulary == ["vessel", "cup"]
+    expected = torch.nn.functional.normalize(torch.stack([cup + mug, cup]), dim=1)
+    torch.testing.assert_close(predictor.recognizer.classifier.embeddings, expected)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_paths_and_pil_images_are_read_alike(predictor, tmp_path, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "image.png"
+    Image.fromarray(IMAGE).convert(mode).save(path, exif=exif)
+    upright = Image.fromarray(IMAGE).convert(mode).convert("RGB")
+    upright = upright.transpose(Image.Transpose.ROTATE_270) if orientation == 6 else upright
+    expected = predictor.encode(np.asarray(upright))
+    with Image.open(path) as image:
+        for given in (path, str(path), image):
+            features = predictor.encode(given)
+            assert features.sizes == [upright.size[::-1]]
+            assert torch.equal(features.embeddings, expected.embeddings)
 
 
 def test_no_boxes_give_no_regions(predictor):
@@ -154,7 +252,11 @@ def test_predict_needs_an_image():
         ({"labels": [[1]], "boxes": BOXES}, "without points"),
         ({"boxes": BOXES, "points": POINTS[:1]}, "equally many"),
         ({"masks": np.full((1, 48, 64), -8.0)}, "cut logits at 0"),
-        ({"boxes": BOXES, "top_k": 0}, "at least 1"),
+        ({"boxes": BOXES, "top_k": 0}, "at least 1, got 0"),
+        ({"boxes": BOXES, "top_k": True}, "at least 1, got True"),
+        ({"boxes": BOXES, "top_k": 2.0}, "at least 1, got 2.0"),
+        ({"boxes": BOXES, "top_k": "3"}, "at least 1, got '3'"),
+        ({"boxes": BOXES, "top_k": None}, "at least 1, got None"),
         ({"points": [[[7, 2]]], "labels": [[-1]]}, "at least one point"),
         ({"masks": np.ones((1, 5, 5), bool)}, r"\(N, 48, 64\)"),
         ({"masks": np.zeros((1, 48, 64), bool)}, "number 0 is empty"),

@@ -62,7 +62,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from PIL import Image
-from pycocotools import mask as mask_api
 from tqdm import tqdm
 
 from regionspot import RegionPredictions, RegionSpotPredictor
@@ -136,9 +135,8 @@ def _parse_numbers(text: str, option: str, expected: str) -> list[list[float]]:
 def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions) -> dict[str, Any]:
     """Return what goes into the JSON file of an image of (height, width)."""
     regions = []
-    assert predictions.masks is not None
+    assert predictions.rles is not None
     for i, label in enumerate(predictions.labels):
-        rle = mask_api.encode(np.asfortranarray(predictions.masks[i], dtype=np.uint8))
         regions.append(
             {
                 "box": [round(float(x), 3) for x in predictions.boxes[i]],
@@ -147,7 +145,7 @@ def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions)
                 "score": float(predictions.scores[i]),
                 "iou": float(predictions.iou[i]),
                 "logits": predictions.logits[i].tolist(),
-                "mask": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                "mask": predictions.rles[i],
             }
         )
     return {

@@ -84,7 +84,7 @@ class RegionMasks(ROIMasks):
         rows = self.rows[[item]] if isinstance(item, int) else self.rows[item]
         return RegionMasks(self.logits, rows, self.upsample)
 
-    def to_bitmasks(self, boxes: Boxes, height: int, width: int, threshold: float = 0.5) -> BitMasks:
+    def to_bitmasks(self, boxes: Boxes | None, height: int, width: int, threshold: float = 0.5) -> BitMasks:
         """Return the masks at an output of (height, width); ``boxes`` and ``threshold`` are not needed."""
         unique, inverse = self.rows.unique(return_inverse=True)
         masks = torch.empty((len(self), height, width), dtype=torch.bool, device=self.device)
