@@ -162,6 +162,8 @@ def _add_training_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
+    # Images of one step of evaluation and extraction; SAM.ENCODER_BATCH_SIZE bounds what SAM takes of them at once.
+    cfg.TEST.BATCH_SIZE = 1
     # "fixed" evaluates LVIS by fixed AP (10,000 detections a class over the data set) in place of the standard AP; it
     # wants many detections of an image: raise TEST.DETECTIONS_PER_IMAGE, or set it to -1.
     cfg.TEST.PROTOCOL = ""

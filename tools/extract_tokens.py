@@ -29,7 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-gpus", type=int, default=1, help="processes, each on a GPU of its own if there are any")
     parser.add_argument("--num-machines", type=int, default=1, help="machines that share no folder")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine among them")
-    parser.add_argument("--batch-size", type=int, default=8, help="images encoded at once")
+    parser.add_argument("--batch-size", type=int, help="images of one step; default: TEST.BATCH_SIZE")
     parser.add_argument("--shard-images", type=int, default=512, help="images of the data set a shard")
     parser.add_argument("--skip-damaged", action="store_true", help="leave out pictures that cannot be read")
     parser.add_argument("--verify", nargs="+", type=Path, metavar="DIR", help="check finished stores, and do no more")
@@ -93,7 +93,7 @@ def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
         flip=args.flip,
         feature_maps=args.feature_maps,
         shard_images=args.shard_images,
-        batch_size=args.batch_size,
+        batch_size=cfg.TEST.BATCH_SIZE if args.batch_size is None else args.batch_size,
         skip_damaged=args.skip_damaged,
         workers=cfg.DATALOADER.NUM_WORKERS,
         machine=(args.machine_rank, args.num_machines),

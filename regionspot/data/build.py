@@ -105,7 +105,7 @@ def local_batch_size(cfg: CfgNode) -> int:
     return total // (world * accumulate)
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip: Collection[int] = ()) -> Any:
+def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = ()) -> Any:
     """Return Detectron2's test loader over ``dataset_name``, without the images whose ids are in ``skip``.
 
     Annotated boxes stay with the images; with a proposal file (see ``proposal_source``) its boxes are beside them,
@@ -116,6 +116,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip
             data sets, missing files.
     """
     check_registered([dataset_name], "DATASETS.TEST")
+    if cfg.TEST.BATCH_SIZE < 1:
+        raise ValueError(f"TEST.BATCH_SIZE: expected at least 1, got {cfg.TEST.BATCH_SIZE}")
     source, path = proposal_source(cfg, dataset_name)
     records = DatasetCatalog.get(dataset_name)
     proposals = open_proposals(path, records) if source == "file" else None
@@ -127,7 +129,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, batch_size: int = 1, skip
     if skip:
         records = Subset(records, rows.tolist())
     workers = cfg.DATALOADER.NUM_WORKERS
-    loader = build_detection_test_loader(records, mapper=mapper, batch_size=batch_size, num_workers=workers)
+    loader = build_detection_test_loader(records, mapper=mapper, batch_size=cfg.TEST.BATCH_SIZE, num_workers=workers)
     loader.pin_memory = _is_on_gpu(cfg)  # of which Detectron2's function knows nothing
     return loader
 

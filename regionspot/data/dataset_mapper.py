@@ -136,12 +136,17 @@ class RegionSpotDatasetMapper:
             boxes, classes = kept.gt_boxes.tensor.numpy().astype(float), kept.gt_classes.numpy()
             if with_image:  # which may have been decoded at a smaller size
                 boxes *= np.tile([size[1] / record["width"], size[0] / record["height"]], 2)
-        # with stored tokens the boxes were chosen above, and each has its token
-        record["instances"] = _to_instances(transforms.apply_box(boxes), classes, size, self.token_store is None)
+        # a box that is less than a rounding error wide may have no area when it is flipped: then its token goes, too
+        tokens = {"tokens": record["tokens"]} if self.token_store is not None else {}
+        record["instances"] = _to_instances(transforms.apply_box(boxes), classes, size, **tokens)
+        if tokens:
+            record["tokens"] = record["instances"].tokens
+            record["instances"].remove("tokens")
         if self.proposal_file is not None:
             proposals = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))
             proposals._image_size = tuple(size)
             proposals.proposal_boxes = Boxes(transforms.apply_box(proposals.proposal_boxes.tensor.numpy()))
+            proposals = proposals[proposals.proposal_boxes.nonempty()]
             if self.match_iou:
                 record["instances"] = _add_matched(record["instances"], proposals.proposal_boxes, self.match_iou)
             else:
@@ -211,11 +216,11 @@ def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return boxes, classes
 
 
-def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int], only_areas: bool = True) -> Instances:
-    """Return boxes, cut to an image of (height, width), with their classes; those without area are left out."""
-    instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes))
+def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int], **fields: torch.Tensor) -> Instances:
+    """Return boxes, cut to an image of (height, width), with classes and fields; those without area are left out."""
+    instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes), **fields)
     instances.gt_boxes.clip(size)
-    return instances[instances.gt_boxes.nonempty(threshold=1e-5)] if only_areas else instances
+    return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
 
 
 def _add_matched(instances: Instances, proposals: Boxes, match_iou: float) -> Instances:

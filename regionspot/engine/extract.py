@@ -34,7 +34,7 @@ class Extraction:
         flip: also of the picture flipped from left to right.
         feature_maps: also CLIP's feature maps (300 kB an image at BB's size).
         shard_images: images of the data set a shard.
-        batch_size: images encoded at once.
+        batch_size: images of one step; the localizer's ``encoder_batch_size`` of them are encoded at once.
         workers: processes that read pictures.
         skip_damaged: leave out pictures that cannot be read, with a warning, instead of an error at the end.
         machine: this machine's number and how many there are, where they share no disk: (0, 1) does all shards.
@@ -44,7 +44,7 @@ class Extraction:
     flip: bool = False
     feature_maps: bool = False
     shard_images: int = 512
-    batch_size: int = 8
+    batch_size: int = 1
     workers: int = 0
     skip_damaged: bool = False
     machine: tuple[int, int] = (0, 1)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
+from PIL import Image
+from safetensors.torch import load_file
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.token_store import TokenStore, find_damage
@@ -101,6 +103,43 @@ def test_flips_are_taken_from_the_store(dataset, tmp_path):
     assert seen == {False, True}
     with pytest.raises(ValueError, match="covers no augmentation, but the config asks for RandomFlip"):
         RegionSpotDatasetMapper(cfg, True, token_store=TokenStore(tmp_path / "plain"))
+
+
+def test_boxes_that_vanish_when_flipped_are_left_out_with_their_tokens(tmp_path, register):
+    """In float32: 640 - 0.0001 and 640 - 0.00012 are one number."""
+    path = write_dataset(tmp_path / "data", 1)
+    annotated = json.loads(path.read_text())
+    annotated["images"][0].update(width=640, height=48)
+    Image.new("RGB", (640, 48)).save(path.parent / "images" / "0.png")
+    annotated["annotations"] = [
+        {**annotated["annotations"][0], "id": i + 1, "bbox": [x, 4, width, 20]}
+        for i, (x, width) in enumerate([(30, 9), (1e-4, 2e-5), (300, 40)])
+    ]
+    path.write_text(json.dumps(annotated))
+    [record] = DatasetCatalog.get(register(NAME, path, path.parent / "images"))
+    model = extract(tmp_path / "store", flip=True)
+    cfg = config("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.IMS_PER_BATCH", 1)
+    store = TokenStore(tmp_path / "store")
+    boxes = torch.tensor([[30, 4, 39, 24], [1e-4, 4, 1.2e-4, 24], [300, 4, 340, 24]])
+    numbers = set()
+    for seed in range(8):
+        np.random.seed(seed)
+        mapped = RegionSpotDatasetMapper(cfg, True, token_store=store)(record)
+        flipped = len(mapped["instances"]) == 2
+        rows = [0, 2] if flipped else [0, 1, 2]
+        assert torch.equal(mapped["tokens"], store.get(record["image_id"], boxes, flipped)["tokens"][rows])
+        model.train()([mapped])
+        numbers.add(len(rows))
+    assert numbers == {2, 3}
+
+
+def test_any_batch_size_extracts_the_same(dataset, tmp_path):
+    for size in (1, 4):
+        extract(tmp_path / str(size), shard_images=6, batch_size=size, feature_maps=True, flip=True)
+    one, several = (load_file(tmp_path / str(size) / "shard-00000.safetensors") for size in (1, 4))
+    assert one.keys() == several.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(several[key], value, atol=4e-3, rtol=4e-3)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from regionspot.engine.evaluate import describe_protocol
 from regionspot.evaluation import read_results
 from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
+from regionspot.modeling import RegionSpot
 
-from ..helpers import ROOT, TINY, draw_scene, tiny_config, tiny_model, write_dataset
+from ..helpers import NAMES, ROOT, TINY, draw_scene, tiny_config, tiny_model, write_dataset
 
 sys.path.insert(0, str(ROOT / "tools"))
 import calibrate_unknown  # noqa: E402
@@ -76,6 +77,21 @@ def test_results_say_what_they_are(dataset, tmp_path):
     assert len(results) == 4 * regions and len(results.rles) == regions
     rows = written(tmp_path, "per_class_bbox.csv").splitlines()
     assert len(rows) == 5 and rows[0] == "category_id,name,frequency,annotations,AP"
+
+
+def test_several_images_a_step_are_evaluated_as_one_by_one(dataset, tmp_path, monkeypatch):
+    overrides, batches = ("MODEL.REGIONSPOT.VOCABULARY", ",".join(NAMES)), []
+    forward = RegionSpot.forward
+    monkeypatch.setattr(RegionSpot, "forward", lambda self, batch: batches.append(len(batch)) or forward(self, batch))
+    one = evaluate(tmp_path / "1", *overrides)
+    assert batches == [1] * 10
+    several = evaluate(tmp_path / "4", *overrides, "TEST.BATCH_SIZE", 4)
+    assert batches[10:] == [4, 4, 2]
+    assert one.keys() == several.keys()
+    for task in one:
+        assert several[task] == pytest.approx(one[task], abs=1e-3, nan_ok=True)
+    with pytest.raises(ValueError, match="TEST.BATCH_SIZE: expected at least 1, got 0"):
+        evaluate(tmp_path / "0", *overrides, "TEST.BATCH_SIZE", 0)
 
 
 def test_detectron2s_evaluator_agrees(dataset, tmp_path):
