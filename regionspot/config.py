@@ -124,8 +124,12 @@ def _add_head_config(node: CfgNode) -> None:
     # HOST_CONFIG it is what that says; "" is StandardROIHeads.
     node.HEAD.HOST = ""
     # The classes that the host knows, in its order, in any form that VOCABULARY takes. Of these names detections are
-    # the host's, of all others RegionSpot's; "" takes RegionSpot's for all.
+    # the host's, of all others RegionSpot's; "" takes RegionSpot's for all. Names that are spelled in another way are
+    # matched by plain normalization and LVIS's synonyms; the log says which are.
     node.HEAD.HOST_VOCABULARY = ""
+    # A JSON object from names of the host to the names that they are, or to null for none: of those it has nothing is
+    # matched in another way. "" for none. configs/aliases/coco_lvis.json is one.
+    node.HEAD.HOST_ALIASES = ""
     # Where detections of host and RegionSpot have more IoU than this only those of the better score stay; 1 keeps both,
     # as class-wise suppression does.
     node.HEAD.MERGE_NMS_THRESH = 1.0

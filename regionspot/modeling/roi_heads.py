@@ -1,6 +1,6 @@
 """RegionSpot as the head of another detector: open-vocabulary classes for any ``GeneralizedRCNN``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from regionspot.modeling.host import build_host_heads, freeze_rcnns_around_heads, refine_boxes
+from regionspot.modeling.host_vocabulary import match_names, read_aliases
 from regionspot.modeling.inference import merge_detections
 from regionspot.modeling.key_layout import FROZEN, TRAINED
 from regionspot.modeling.localizer import LocalizerOutput
@@ -48,6 +49,7 @@ class RegionSpotROIHeads(ROIHeads):
         top_k_proposals: int = -1,
         host: nn.Module | None = None,
         host_vocabulary: list[str] | None = None,
+        host_aliases: Mapping[str, str | None] | None = None,
         merge_nms_thresh: float = 1.0,
         freeze: bool = True,
         loaded: Sequence[str] = (),
@@ -65,6 +67,7 @@ class RegionSpotROIHeads(ROIHeads):
             top_k_proposals: boxes kept of an image, best first; -1 for all.
             host: the host's own ROI heads.
             host_vocabulary: the names of its classes, of which detections are then its own.
+            host_aliases: names of its classes under other names, see ``match_names``.
             merge_nms_thresh: of what ``merge_detections`` does with these and RegionSpot's.
             freeze: let nothing of the ``GeneralizedRCNN`` around learn.
             loaded: parts of the recogniser that hold weights from a file.
@@ -90,6 +93,7 @@ class RegionSpotROIHeads(ROIHeads):
         self.input_format, self.masks, self.refine = input_format, masks, refine
         self.box_score, self.box_nms_thresh, self.top_k_proposals = box_score, box_nms_thresh, top_k_proposals
         self.host_vocabulary, self.merge_nms_thresh = list(host_vocabulary or []), merge_nms_thresh
+        self.host_aliases = dict(host_aliases or {})
         self.frozen, self.loaded = freeze, tuple(loaded)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -134,6 +138,7 @@ class RegionSpotROIHeads(ROIHeads):
             "top_k_proposals": cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K,
             "host": host,
             "host_vocabulary": host_vocabulary,
+            "host_aliases": read_aliases(node.HOST_ALIASES, host_vocabulary or []) if node.HOST_ALIASES else None,
             "merge_nms_thresh": node.MERGE_NMS_THRESH,
             "freeze": node.FREEZE_HOST,
             "loaded": sorted(found.parts),
@@ -221,22 +226,14 @@ class RegionSpotROIHeads(ROIHeads):
             return self.recognizer(images, boxes, scores, masks=masks)
         assert self.host is not None
         found, _ = self.host(None, features, proposals)  # no image: the heads that there are do not look at it
-        known = [self._in_our_vocabulary(detections) for detections in found]
-        others = torch.tensor([name not in self.host_vocabulary for name in self.recognizer.vocabulary])
+        matches = torch.tensor(match_names(self.host_vocabulary, self.recognizer.vocabulary, self.host_aliases))
+        known = [_renamed(detections, matches) for detections in found]
+        others = ~torch.isin(torch.arange(len(self.recognizer.vocabulary)), matches)
         encoded = self.recognizer.encode_images(images)
         named = self.recognizer.recognise(images, boxes, scores, None, masks, others, encoded)
         prompts = [Prompts(boxes=detections.pred_boxes.tensor) for detections in known]
         located = self.recognizer.locate(encoded, prompts, with_masks=True) if masks else [None] * len(known)
         return [self._merge(ours, theirs, more) for (ours, _), theirs, more in zip(named, known, located)]
-
-    def _in_our_vocabulary(self, detections: Instances) -> Instances:
-        """Return the host's detections with our class indices, without those of names that are not asked for."""
-        ours = {name: index for index, name in reversed(list(enumerate(self.recognizer.vocabulary)))}
-        indices = torch.tensor([ours.get(name, -1) for name in self.host_vocabulary])
-        classes = indices.to(detections.pred_classes.device)[detections.pred_classes]
-        renamed = Instances(detections.image_size, pred_boxes=detections.pred_boxes, scores=detections.scores)
-        renamed.pred_classes = classes
-        return renamed[(classes >= 0) & renamed.pred_boxes.nonempty()]
 
     def _merge(self, ours: Instances, theirs: Instances, located: LocalizerOutput | None) -> Instances:
         """Merge by score; the boxes of the host's detections are regions behind ours."""
@@ -278,6 +275,14 @@ class RegionSpotROIHeads(ROIHeads):
         if learning is not None:
             losses.update(learning(images, features, proposals, targets)[1])
         return regions, losses
+
+
+def _renamed(detections: Instances, matches: torch.Tensor) -> Instances:
+    """Return the host's detections with the class indices that (K,) ``matches`` has for its, without those of -1."""
+    classes = matches.to(detections.pred_classes.device)[detections.pred_classes]
+    renamed = Instances(detections.image_size, pred_boxes=detections.pred_boxes, scores=detections.scores)
+    renamed.pred_classes = classes
+    return renamed[(classes >= 0) & renamed.pred_boxes.nonempty()]
 
 
 def _add_vocabularies(recognizer: RegionRecognizer, cfg: CfgNode) -> None:

@@ -30,12 +30,13 @@ class TextClassifier(nn.Module):
         With ``encode`` they are encoded now; a ValueError of that leaves what was there.
         """
         with _LOCK:
-            same = self.vocabularies.get(key) == names
-            if encode and not (same and _buffer(key) in self._buffers):
-                self.text_encoder(names)  # which remembers them
+            same, buffer = self.vocabularies.get(key) == names, _buffer(key)
+            embeddings = self.text_encoder(names) if encode and not (same and buffer in self._buffers) else None
             if not same:
                 self.remove(key)
                 self.vocabularies[key] = copy.copy(names)
+            if embeddings is not None:
+                self.register_buffer(buffer, embeddings, persistent=False)
 
     def remove(self, key: str) -> None:
         """Forget the vocabulary under ``key``, if there is one."""

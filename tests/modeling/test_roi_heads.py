@@ -372,6 +372,17 @@ def test_names_that_the_host_knows_are_its_own_and_all_others_as_without_a_host(
         assert torch.equal(masks[tuple(box.tolist())], mask)
 
 
+def test_names_of_the_host_are_matched_in_other_spellings_and_by_aliases(tmp_path):
+    (tmp_path / "aliases.json").write_text('{"crimson thing": "red square"}')
+    spelled = (HEAD + "HOST_VOCABULARY", "zebra, Blue_Squares, cup, crimson thing")
+    aliases = (HEAD + "HOST_ALIASES", str(tmp_path / "aliases.json"))
+    expected = rcnn(*NO_NMS, HEAD + "HOST_VOCABULARY", KNOWN)([bgr(as_inputs(0))])[0]["instances"]
+    found = rcnn(*NO_NMS, *spelled, *aliases)([bgr(as_inputs(0))])[0]["instances"]
+    assert torch.equal(found.pred_classes, expected.pred_classes) and torch.equal(found.scores, expected.scores)
+    without = rcnn(*NO_NMS, *spelled)([bgr(as_inputs(0))])[0]["instances"]
+    assert not torch.equal(without.scores, expected.scores)
+
+
 def test_a_place_may_be_left_to_the_better_of_host_and_regionspot():
     overrides = ("MODEL.REGIONSPOT.SCORE_RULE", "proposal", HEAD + "MERGE_NMS_THRESH", 0.5)
     overrides += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.1)

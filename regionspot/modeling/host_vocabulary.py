@@ -1,0 +1,121 @@
+"""Which of the names to recognize a host detector knows under a name of its own."""
+
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+
+from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
+
+logger = logging.getLogger(__name__)
+
+ALIASES = "MODEL.REGIONSPOT.HEAD.HOST_ALIASES"
+
+
+def read_aliases(path: str | Path, host_names: Sequence[str]) -> dict[str, str | None]:
+    """Read a JSON object from the host's names to names to recognize, or to null for none of them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such an object, or a name that the host does not have.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{ALIASES} {path}: no such file")
+    try:
+        aliases = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{ALIASES} {path}: not valid JSON ({error})") from error
+    if not isinstance(aliases, dict) or not all(x is None or isinstance(x, str) for x in aliases.values()):
+        raise ValueError(f"{ALIASES} {path}: expected a JSON object from the host's names to names, or to null")
+    if unknown := sorted(aliases.keys() - set(host_names)):
+        raise ValueError(f"{ALIASES} {path}: the host has no class named {', '.join(map(repr, unknown[:5]))}")
+    return aliases
+
+
+def match_names(
+    host_names: Sequence[str], names: Sequence[str], aliases: Mapping[str, str | None] | None = None
+) -> tuple[int, ...]:
+    """Return which of ``names`` each class of a host is, -1 for none; the log says so, once for the same names.
+
+    A host's name that an alias has is that name, or none. Else it is, in this order, the name that is spelled alike;
+    the only one that is but for case, underscores, hyphens, spaces and brackets; the only name of an LVIS category of
+    which it is a synonym; the only one that is alike but for a final s. What fits several names is none of them.
+
+    Args:
+        host_names: of the host's classes, in its order.
+        names: to recognize.
+        aliases: of names of the host, see ``read_aliases``.
+    """
+    return _match(tuple(host_names), tuple(names), tuple((aliases or {}).items()))
+
+
+@lru_cache(maxsize=16)
+def _match(
+    host_names: tuple[str, ...], names: tuple[str, ...], aliases: tuple[tuple[str, str | None], ...]
+) -> tuple[int, ...]:
+    given = dict(aliases)
+    first = {name: i for i, name in reversed(list(enumerate(names)))}
+    plain, singular = _index(names, _plain), _index(names, _singular)
+    matches, ways = [], defaultdict(list)
+    for host_name in host_names:
+        candidates = {
+            "spelling": {first[host_name]} if host_name in first else set(),
+            "normalization": plain[_plain(host_name)],
+            "LVIS's synonyms": {i for known in _lvis_synonyms()[_plain(host_name)] for i in plain[known]},
+            "plural": singular[_singular(host_name)],
+        }
+        if host_name in given:
+            alias = given[host_name]
+            candidates = {"alias": {first[alias]} if alias in first else set()}
+        way, found = next(((way, found) for way, found in candidates.items() if found), ("", set()))
+        matches.append(min(found) if len(found) == 1 else -1)
+        pair = f"{host_name} -> {' or '.join(names[i] for i in sorted(found))}"
+        ways[way if len(found) == 1 else "none"].append(host_name if way in ("", "spelling") else pair)
+    _report(ways)
+    return tuple(matches)
+
+
+def _report(ways: Mapping[str, list[str]]) -> None:
+    """Say in the log how each of the host's names was matched."""
+    known = {way: pairs for way, pairs in ways.items() if way != "none"}
+    total, matched = (sum(map(len, x.values())) for x in (ways, known))
+    by_way = [
+        f"{len(pairs)} by {way}" + ("" if way == "spelling" else f" ({', '.join(pairs)})")
+        for way, pairs in sorted(known.items(), key=lambda item: -len(item[1]))
+    ]
+    logger.info("the host knows %d of its %d names here: %s", matched, total, "; ".join(by_way) or "none")
+    if others := ways.get("none"):
+        logger.warning("names of the host that are none, or several, of those to recognize: %s", ", ".join(others))
+
+
+def _index(names: Sequence[str], normalize: Callable[[str], str]) -> defaultdict[str, set[int]]:
+    index: defaultdict[str, set[int]] = defaultdict(set)
+    for i, name in enumerate(names):
+        index[normalize(name)].add(i)
+    return index
+
+
+def _plain(name: str) -> str:
+    """Return a name without case, brackets and what is in them, and all but letters and digits."""
+    return re.sub(r"[\W_]+", "", re.sub(r"\(.*?\)", "", name.lower())) or name
+
+
+def _singular(name: str) -> str:
+    return re.sub(r"(?<=[^s]{2})s$", "", _plain(name))
+
+
+@cache
+def _lvis_synonyms() -> defaultdict[str, set[str]]:
+    """Return the LVIS categories that a normalized name is a synonym of.
+
+    Only from a synonym to its category's name: of LVIS's person "woman" is a synonym, but a person need not be one.
+    """
+    categories: defaultdict[str, set[str]] = defaultdict(set)
+    for category in LVIS_CATEGORIES:
+        for synonym in category["synonyms"]:
+            categories[_plain(synonym)].add(_plain(category["name"]))
+    return categories
