@@ -1,6 +1,5 @@
 """Which of the names to recognize a host detector knows under a name of its own."""
 
-import json
 import logging
 import re
 from collections import defaultdict
@@ -9,6 +8,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
+
+from regionspot.utils.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +23,7 @@ def read_aliases(path: str | Path, host_names: Sequence[str]) -> dict[str, str |
         FileNotFoundError: no such file.
         ValueError: not such an object, or a name that the host does not have.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{ALIASES} {path}: no such file")
-    try:
-        aliases = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{ALIASES} {path}: not valid JSON ({error})") from error
+    aliases = read_json(path, ALIASES)
     if not isinstance(aliases, dict) or not all(x is None or isinstance(x, str) for x in aliases.values()):
         raise ValueError(f"{ALIASES} {path}: expected a JSON object from the host's names to names, or to null")
     if unknown := sorted(aliases.keys() - set(host_names)):
