@@ -51,7 +51,8 @@ from detectron2.config import CfgNode
 from regionspot.checkpoint import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
-from regionspot.data.token_store import MANIFEST, find_damage, read_manifest
+from regionspot.data.token_manifest import MANIFEST, read_manifest
+from regionspot.data.token_store import find_damage
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.launch import check_gpus
@@ -106,14 +107,19 @@ def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print what the stores hold."""
+    """Print what the stores hold, and the lines of a config that train with them."""
+    stores: list[str] = []
     for name in args.datasets:
         folder = store_folder(args.output, name)
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
-            print(f"{folder}: {manifest['boxes']} boxes of {manifest['images']} images")
+            left_out = sum(len(entry.get("left_out", ())) for entry in manifest["shards"])
+            print(f"{folder}: {manifest['boxes']} boxes of {manifest['images']} images, {left_out} unreadable left out")
+            stores.append(str(folder))
         else:
             print(f"{folder}: not finished; other processes or machines have the rest, or copy their shards here")
+    if len(stores) == len(args.datasets):
+        print(f"DATASETS.TRAIN: {tuple(args.datasets)}\nDATASETS.TOKEN_STORES_TRAIN: {tuple(stores)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

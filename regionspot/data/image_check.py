@@ -23,7 +23,7 @@ def check_images(
     records: Any,
     rows: np.ndarray,
     name: str,
-    mapper: RegionSpotDatasetMapper,
+    mapper: RegionSpotDatasetMapper | None,
     skip_unreadable: bool = False,
     remedy: str = SKIP_KEY,
 ) -> None:
@@ -33,7 +33,7 @@ def check_images(
         records: of a data set.
         rows: (n,) which of them are to be used.
         name: of the data set.
-        mapper: reads the sample.
+        mapper: reads the sample; None reads none.
         skip_unreadable: warn instead, unless nothing is left.
         remedy: how to go on without such images, for messages.
 
@@ -41,13 +41,16 @@ def check_images(
         FileNotFoundError: images are missing.
         ValueError: images of the sample cannot be read.
     """
-    path_of = getattr(records, "file_name", None) or (lambda row: records[row]["file_name"])
-    paths = [path_of(row) for row in rows.tolist()]
+    paths = [path_of_image(records, row) for row in rows.tolist()]
     missing = find_missing(paths)
-    sample = [] if len(missing) == len(paths) else np.unique(np.linspace(0, len(paths) - 1, _SAMPLE).astype(int))
+    sample = (
+        []
+        if mapper is None or len(missing) == len(paths)
+        else np.unique(np.linspace(0, len(paths) - 1, _SAMPLE).astype(int))
+    )
     absent, reasons = set(missing), []
     for index in sample:
-        if paths[index] not in absent:
+        if mapper is not None and paths[index] not in absent:
             try:
                 mapper.read_image(records[int(rows[index])])
             except UnreadableImageError as error:
@@ -62,6 +65,11 @@ def check_images(
             continue
         kind = FileNotFoundError if bad is missing else ValueError
         raise kind(f"{message}. tools/check_dataset.py lists all that cannot be used; {remedy}")
+
+
+def path_of_image(records: Any, row: int) -> str:
+    """Return where a record's image lies, without making the record where its parts are in arrays."""
+    return records.file_name(row) if hasattr(records, "file_name") else records[row]["file_name"]
 
 
 def find_missing(paths: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.utils import comm
 from torch.utils.data import Dataset, Subset
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
@@ -93,6 +94,8 @@ def open_training_images(
     mapper = RegionSpotDatasetMapper(cfg, True, token_store=store, proposal_file=file, vocabulary=name)
     if store is not None:
         store.check_origin({"annotations": describe_annotations(name)})
+        if comm.is_main_process():
+            store.verify()
     category_ids(name)  # labels are worth learning only if they are the file's
     records = DatasetCatalog.get(name)
     numbers = _region_numbers(records)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from regionspot.data.dataset_mapper import annotated_regions, has_area, read_annotations
 from regionspot.data.datasets import category_ids
-from regionspot.data.token_store import StoreWriter, pack_images
+from regionspot.data.token_writer import StoreWriter, pack_images
 from regionspot.weights import load_checkpoint_file
 
 logger = logging.getLogger(__name__)

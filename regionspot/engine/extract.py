@@ -14,12 +14,14 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
-from regionspot.data.token_store import StoreWriter, pack_images
+from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
+from regionspot.data.image_check import check_images, path_of_image
+from regionspot.data.token_writer import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.modeling.localizer import check_stages
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts
+from regionspot.utils.files import describe_file, is_same_file
 from regionspot.weights import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -128,6 +130,9 @@ def extract_tokens(
         for start in range(0, len(records), extraction.shard_images)
     ]
     writer = StoreWriter(folder, describe_store(recognizer, sources, dataset_name, extraction), len(shards))
+    remedy = "--skip-damaged leaves such images out"
+    check_images(records.records, np.arange(len(records)), dataset_name, None, extraction.skip_damaged, remedy)
+    writer.discard(_outdated_shards(writer, records, shards))
     if writer.is_complete():
         return True
     done, failures = writer.finished_images(), {}
@@ -144,11 +149,11 @@ def extract_tokens(
                 with _claim(writer.locks / f"{number}.lock") as claimed:
                     if claimed and not writer.is_finished(number):
                         try:
-                            content = _extract_shard(recognizer, Subset(records, rows), extraction, bar)
+                            content, left_out = _extract_shard(recognizer, Subset(records, rows), extraction, bar)
                         except ValueError as error:
                             failures[number] = str(error).strip().splitlines()[-1]
                             continue
-                        writer.write(number, content, len(rows))
+                        writer.write(number, content, len(rows), left_out)
                         worked = True
                 if not writer.is_complete():
                     bar.n = writer.finished_images()
@@ -159,6 +164,22 @@ def extract_tokens(
             "Mend the pictures and run again, or leave them out with --skip-damaged"
         )
     return writer.finish()
+
+
+def _outdated_shards(writer: StoreWriter, records: "_Mapped", shards: Sequence[range]) -> list[int]:
+    """Return finished shards whose images have changed since, or which lack images that can be read by now."""
+    outdated = []
+    for number, rows in enumerate(shards):
+        if not writer.is_finished(number):
+            continue
+        files, left_out = writer.image_files(number), set(writer.left_out(number))
+        index_of = {int(image_id): row for row, image_id in zip(rows, records.ids[rows.start : rows.stop])}
+        again = left_out and (not records.skip_damaged or any(records.is_whole(index_of[i]) for i in left_out))
+        if again or not all(is_same_file(records.path(index_of[i]), file) for i, file in files.items()):
+            outdated.append(number)
+    if outdated:
+        logger.warning("%d of %d shards are made anew: their images have changed", len(outdated), len(shards))
+    return outdated
 
 
 def check_image_ids(ids: np.ndarray, dataset_name: str) -> None:
@@ -190,25 +211,39 @@ class _Mapped(Dataset):
     """A data set's records as the mapper gives them, in the pictures' own frames."""
 
     def __init__(self, records: Any, skip_damaged: bool) -> None:
-        self.records, self.skip_damaged = records, skip_damaged
+        self.records, self.skip_damaged, self.ids = records, skip_damaged, image_ids(records)
         self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB")
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def path(self, index: int) -> str:
+        """Return where an image lies."""
+        return path_of_image(self.records, index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return self.mapper(self.records[index])
-        except ValueError as error:
+            record = self.mapper(self.records[index])
+            return {**record, "image_file": describe_file(record["file_name"])}
+        except UnreadableImageError as error:
             if not self.skip_damaged:
                 raise
             logger.warning("left out: %s", error)
-            return None
+            return {"image_id": self.records[index]["image_id"], "unreadable": str(error)}
+
+    def is_whole(self, index: int) -> bool:
+        """Tell whether an image can be read."""
+        try:
+            self.mapper.read_image(self.records[index])
+        except UnreadableImageError:
+            return False
+        return True
 
 
 def _extract_shard(
     recognizer: RegionRecognizer, records: Subset, extraction: Extraction, bar: tqdm
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Return a shard's tensors, and the ids of the images that could not be read."""
     loader = DataLoader(
         records,
         extraction.batch_size,
@@ -217,11 +252,14 @@ def _extract_shard(
         pin_memory=recognizer.vision_language.pixel_mean.device.type == "cuda",
     )
     images: list[dict[str, Any]] = []
+    left_out: list[int] = []
     for batch in loader:
-        kept = [inputs for inputs in batch if inputs is not None and len(inputs["instances"])]
+        kept = [inputs for inputs in batch if "unreadable" not in inputs and len(inputs["instances"])]
+        left_out += [inputs["image_id"] for inputs in batch if "unreadable" in inputs]
         entries = [
             {
                 "image_id": inputs["image_id"],
+                "image_file": inputs["image_file"],
                 "boxes": inputs["instances"].gt_boxes.tensor,
                 "labels": inputs["instances"].gt_classes,
             }
@@ -236,7 +274,7 @@ def _extract_shard(
                 entry.update({f"flipped_{key}" if flipped else key: value for key, value in features.items()})
         images += entries
         bar.update(len(batch))
-    return pack_images(images)
+    return pack_images(images), left_out
 
 
 @torch.no_grad()

@@ -1,0 +1,176 @@
+"""Writing token stores, shard by shard, by any number of processes."""
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from regionspot.data.token_manifest import (
+    FORMAT,
+    MANIFEST,
+    compare_origins,
+    is_entry,
+    read_manifest,
+    read_object,
+    write_object,
+)
+from regionspot.utils.files import atomic_path, sha256_of_file
+
+
+class StoreWriter:
+    """Writes a store shard by shard; any number of processes may write to one folder, and be killed at any instant.
+
+    A shard is finished when the small JSON beside it is there; both appear whole or not at all. When all are,
+    ``finish`` gathers the JSONs in the manifest.
+    """
+
+    def __init__(self, folder: str | Path, origin: dict[str, Any], number: int) -> None:
+        """
+        Args:
+            folder: of the store.
+            origin: what the features are of; the manifest begins with it.
+            number: of shards.
+
+        Raises:
+            ValueError: the folder holds a store, finished or not, of another origin.
+        """
+        self.folder, self.number = Path(folder), number
+        self.origin = {"format": FORMAT, **origin, "number of shards": number}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (MANIFEST, "origin.json"):
+            if (self.folder / name).is_file():
+                difference = compare_origins(read_object(self.folder / name), self.origin)
+                if difference:
+                    raise ValueError(f"{self.folder} holds a token store that {difference}; give another folder")
+        if self.is_complete():
+            self._reopen()
+        if not self.is_complete():
+            write_object(self.folder / "origin.json", self.origin)
+
+    def is_complete(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    def path(self, shard: int, suffix: str = ".safetensors") -> Path:
+        return self.folder / f"shard-{shard:05d}{suffix}"
+
+    def is_finished(self, shard: int) -> bool:
+        return self._entry(shard) is not None or self.is_complete()
+
+    def finished_images(self) -> int:
+        """Return how many of the data set's images need no more work, as far as it is not complete."""
+        return sum(entry["seen"] for shard in range(self.number) if (entry := self._entry(shard)))
+
+    def _entry(self, shard: int) -> dict[str, Any] | None:
+        """Return what the manifest will say of a finished shard, None of one that is not."""
+        try:
+            entry = read_object(self.path(shard, ".json"))
+            whole = is_entry(entry) and self.path(shard).stat().st_size == entry["bytes"]
+        except (FileNotFoundError, ValueError):  # not there (any more)
+            return None
+        return entry if whole else None
+
+    def _reopen(self, discarded: Collection[int] = ()) -> None:
+        """Take a finished store apart if shards of it are missing, cut or discarded, so that they are made anew."""
+        if not self.is_complete():
+            return
+        entries = read_manifest(self.folder)["shards"]
+        whole = [
+            (path := self.folder / entry["file"]).is_file()
+            and path.stat().st_size == entry["bytes"]
+            and shard not in discarded
+            for shard, entry in enumerate(entries)
+        ]
+        if not all(whole):
+            for shard, (entry, is_whole) in enumerate(zip(entries, whole)):
+                if is_whole:
+                    write_object(self.path(shard, ".json"), entry)
+            (self.folder / MANIFEST).unlink()
+
+    def discard(self, shards: Collection[int]) -> None:
+        """Let shards be made anew."""
+        self._reopen(shards)
+        for shard in shards:
+            self.path(shard, ".json").unlink(missing_ok=True)
+
+    def left_out(self, shard: int) -> list[int]:
+        """Return the ids of the images that a finished shard lacks because they could not be read."""
+        entry = read_manifest(self.folder)["shards"][shard] if self.is_complete() else self._entry(shard)
+        return entry.get("left_out", []) if entry else []
+
+    def image_files(self, shard: int) -> dict[int, list[int]]:
+        """Return, by image id, what ``describe_file`` said of the images of a finished shard."""
+        with safe_open(self.path(shard), framework="pt") as file:
+            if "image_files" not in file.keys():  # noqa: SIM118 - an older store
+                return {}
+            return dict(zip(file.get_tensor("image_ids").tolist(), file.get_tensor("image_files").tolist()))
+
+    def write(self, shard: int, content: dict[str, torch.Tensor], seen: int, left_out: Sequence[int] = ()) -> None:
+        """Write a shard.
+
+        Args:
+            shard: its number.
+            content: tensors as ``TokenStore`` describes them.
+            seen: images of the data set in it, with regions or without.
+            left_out: ids of those that could not be read.
+        """
+        for key, value in content.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{self.path(shard)}: {key} holds NaN or what float16 cannot hold")
+        with atomic_path(self.path(shard)) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files of the owner's alone
+            save_file({key: value.contiguous() for key, value in content.items()}, temporary)
+            temporary.chmod(mode)
+            sha256, size = sha256_of_file(temporary), temporary.stat().st_size
+        counts = {"images": len(content["image_ids"]), "boxes": len(content["boxes"]), "seen": seen}
+        entry = {"file": self.path(shard).name, "sha256": sha256, "bytes": size, **counts}
+        if left_out:
+            entry["left_out"] = list(left_out)
+        write_object(self.path(shard, ".json"), entry)
+
+    def finish(self) -> bool:
+        """Write the manifest if all shards are there; return whether the store is complete."""
+        if not self.is_complete():
+            entries = [entry for shard in range(self.number) if (entry := self._entry(shard))]
+            if len(entries) < self.number and not self.is_complete():
+                return False
+            if not self.is_complete():
+                counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
+                write_object(self.folder / MANIFEST, {**self.origin, **counts, "shards": entries})
+        leftovers = [*self.folder.glob("shard-*.json"), *self.folder.glob(".shard-*.tmp"), self.folder / "origin.json"]
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.locks, ignore_errors=True)
+        return True
+
+    @property
+    def locks(self) -> Path:
+        """Folder of the locks that processes hold while they work."""
+        return self.folder / ".locks"
+
+
+def pack_images(images: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return a shard's tensors.
+
+    Args:
+        images: for each image ``image_id``, ``boxes`` (n, 4), ``labels`` (n,), optionally ``image_file`` (3,) (see
+            ``describe_file``), and features under the shard's keys: tokens (n, D) and, optionally, feature maps
+            (L, width).
+    """
+    lengths = torch.tensor([0] + [len(image["boxes"]) for image in images])
+    content = {
+        "image_ids": torch.tensor([image["image_id"] for image in images], dtype=torch.int64),
+        "offsets": lengths.cumsum(0),
+        "boxes": torch.cat([torch.zeros(0, 4)] + [image["boxes"].float() for image in images]),
+        "labels": torch.cat([torch.zeros(0, dtype=torch.int32)] + [image["labels"].int() for image in images]),
+    }
+    if images and "image_file" in images[0]:
+        content["image_files"] = torch.tensor([image["image_file"] for image in images], dtype=torch.int64)
+    for key in images[0].keys() - {"image_id", "image_file", "boxes", "labels"} if images else ():
+        join = torch.stack if "feature_maps" in key else torch.cat
+        content[key] = join([image[key].half().cpu() for image in images])
+    return content
