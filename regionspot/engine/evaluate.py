@@ -83,7 +83,7 @@ def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
         labels_per_box=node.LABELS_PER_BOX,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         score=rule,
-        vocabulary=f"{len(recognizer.vocabulary)} names ({short_hash(json.dumps(recognizer.vocabulary))})",
+        vocabulary=f"{len(recognizer.vocabulary)} names ({short_hash(json.dumps(recognizer.classifier.get_phrases()))})",
         templates=f"{len(encoder.templates)} ({short_hash(json.dumps([*encoder.templates, node.CLIP.NAME_STYLE]))})",
         checkpoint=f"{architecture} {weights} ({fingerprint(recognizer.state_dict())[:12]})",
         config=_hash_config(cfg),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regionspot.modeling.text_encoder import TextEncoder
+from regionspot.vocabulary import get_phrases
 
 _LOCK = threading.RLock()  # of the vocabularies; a lock of a module's own would keep it from being copied
 
@@ -68,6 +69,11 @@ class TextClassifier(nn.Module):
         if key not in self.vocabularies:
             raise KeyError(f"vocabulary {key!r} is not set: expected one of {', '.join(self.vocabularies) or 'none'}")
         return list(self.vocabularies[key])
+
+    def get_phrases(self) -> list[tuple[str, ...]]:
+        """Return what CLIP reads for each class of the vocabulary in use: its name, or its synonyms."""
+        self.get_names()
+        return get_phrases(self.vocabularies[self.active])
 
     def get_embeddings(self, key: str = "") -> torch.Tensor:
         """Return the (K, text_dim) float32 embeddings of the vocabulary under ``key``, "" for the one in use."""

@@ -123,6 +123,8 @@ def test_identity_knows_all_that_predictions_depend_on(dataset, tmp_path):
         lines.add(describe_protocol(config(tmp_path, *overrides), model, NAME).identity())
     assert len(lines) == len(changes)
     assert describe_protocol(config(tmp_path, "OUTPUT_DIR", "elsewhere"), model, NAME).identity() in lines
+    model.set_vocabulary({name: [name, "thing"] for name in NAMES})
+    assert describe_protocol(config(tmp_path), model, NAME).identity() not in lines
 
 
 def test_lvis_ap_is_of_300_detections_at_the_most(dataset, tmp_path, monkeypatch):
