@@ -67,7 +67,7 @@ def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
     """Return what the numbers of an evaluation depend on."""
     node, recognizer = cfg.MODEL.REGIONSPOT, find_recognizer(model)
     annotations = describe_annotations(name)
-    encoder = recognizer.classifier.text_encoder
+    encoder, phrases = recognizer.classifier.text_encoder, recognizer.classifier.get_phrases()
     metric = choose_metric(cfg, name)
     weights, architecture = Path(cfg.MODEL.WEIGHTS).name or "no file", cfg.MODEL.META_ARCHITECTURE
     if architecture == "CropBaseline":
@@ -83,7 +83,7 @@ def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
         labels_per_box=node.LABELS_PER_BOX,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         score=rule,
-        vocabulary=f"{len(recognizer.vocabulary)} names ({short_hash(json.dumps(recognizer.classifier.get_phrases()))})",
+        vocabulary=f"{len(recognizer.vocabulary)} names ({short_hash(json.dumps(phrases))})",
         templates=f"{len(encoder.templates)} ({short_hash(json.dumps([*encoder.templates, node.CLIP.NAME_STYLE]))})",
         checkpoint=f"{architecture} {weights} ({fingerprint(recognizer.state_dict())[:12]})",
         config=_hash_config(cfg),
