@@ -1,10 +1,16 @@
 """The optimiser of the paper's recipe."""
 
+import logging
+import math
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -50,3 +56,38 @@ def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value:
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
 
     optimizer.register_step_pre_hook(clip_gradients)
+
+
+def fit_schedule(cfg: CfgNode) -> CfgNode:
+    """Return ``cfg`` with warm-up and steps that lie inside the training.
+
+    A warm-up longer than ``SOLVER.MAX_ITER`` would never reach the learning rate, and steps behind it would never
+    lower it: such a warm-up becomes a tenth of the training, and such steps are scaled, the last to 14/15 of it, where
+    the paper's is. A warning gives the numbers.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver, end = cfg.SOLVER, cfg.SOLVER.MAX_ITER
+    if solver.WARMUP_ITERS > end > 0:
+        scaled = max(end // 10, 1)
+        logger.warning("SOLVER.WARMUP_ITERS %d is longer than MAX_ITER %d: %d", solver.WARMUP_ITERS, end, scaled)
+        solver.WARMUP_ITERS = scaled
+    if solver.LR_SCHEDULER_NAME != "WarmupCosineLR" and solver.STEPS and max(solver.STEPS) >= end:
+        scaled_steps = {int(step * end * 14 / 15 / max(solver.STEPS)) for step in solver.STEPS}
+        steps = tuple(sorted(scaled_steps - {0}))
+        logger.warning("SOLVER.STEPS %s do not lie before MAX_ITER %d: %s", tuple(solver.STEPS), end, steps)
+        solver.STEPS = steps
+    return cfg
+
+
+def warn_of_jump(optimizer: torch.optim.Optimizer, scheduler: Any, iteration: int) -> None:
+    """Warn if the rate of a run that goes on is another than its checkpoint's, as after a change of ``MAX_ITER``."""
+    before, after = optimizer.param_groups[0]["lr"], scheduler.get_lr()[0]
+    if not math.isclose(before, after, rel_tol=1e-3):
+        logger.warning(
+            "the learning rate jumps from %.3g to %.3g at iteration %d: SOLVER.MAX_ITER, STEPS or BASE_LR are not "
+            "those of the checkpoint",
+            before,
+            after,
+            iteration,
+        )

@@ -32,7 +32,7 @@ from regionspot.data.image_check import check_images
 from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, UnreadableImages, WeightAverage
-from regionspot.engine.optimizer import build_optimizer
+from regionspot.engine.optimizer import build_optimizer, fit_schedule, warn_of_jump
 from regionspot.engine.stop import StopOnSignal
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.modeling import RegionSpot
@@ -50,6 +50,7 @@ class RegionSpotTrainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         check_architecture(cfg)
+        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # before what is wrong with the test sets
         check_tests(cfg)
         precision = autocast_precision(cfg)
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -81,6 +82,8 @@ class RegionSpotTrainer(DefaultTrainer):
         for name, names in self.vocabularies.items():
             self.recognizer.set_vocabulary(names, name)
         self._trainer.go_on_from(self.start_iter)
+        if 0 < self.start_iter < self.max_iter:
+            warn_of_jump(self._trainer.optimizer, self.scheduler, self.start_iter)
         return super().train()
 
     def _check_token_stores(self) -> None:
@@ -136,6 +139,10 @@ class RegionSpotTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        return super().build_lr_scheduler(fit_schedule(cfg), optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
