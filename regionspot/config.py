@@ -264,6 +264,12 @@ def _merge(cfg: CfgNode, config_file: str | Path, overrides: list[str] | None) -
         cfg.MODEL.DEVICE = "cpu"
     cfg.merge_from_list(overrides or [])
     check_values(cfg, _defaults())
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise ValueError(f"SOLVER.CHECKPOINT_PERIOD: expected at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE: expected cpu, cuda or cuda:0, got {cfg.MODEL.DEVICE!r}") from error
     return cfg
 
 

@@ -38,6 +38,12 @@ def get_sam_size(cfg: CfgNode) -> SamSize:
     node = cfg.MODEL.REGIONSPOT.SAM
     if node.NAME == "custom":
         sizes = {key.lower(): value for key, value in node.CUSTOM.items()}
+        wrong = [key for key, value in node.CUSTOM.items() if type(value) is int and not 0 <= value < 1 << 16]
+        if wrong or not sizes["patch_size"] or sizes["image_size"] < sizes["patch_size"]:
+            raise ValueError(
+                f"MODEL.REGIONSPOT.SAM.CUSTOM: expected sizes below 65536, and an image of one patch at least; got "
+                f"{', '.join(wrong) or 'IMAGE_SIZE'} {node.CUSTOM[wrong[0] if wrong else 'IMAGE_SIZE']}"
+            )
         return SamSize(**{**sizes, "global_attn_indexes": tuple(sizes["global_attn_indexes"])})
     if node.NAME not in SAM_SIZES:
         raise ValueError(

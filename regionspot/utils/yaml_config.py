@@ -74,7 +74,7 @@ def _read_yaml(path: Path, what: str) -> Any:
 
 
 def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
-    """Refuse what Detectron2 lets pass: no value where there was one, and data sets and files that are no names.
+    """Refuse what Detectron2 lets pass: no value where there was one, and sequences of other things.
 
     Raises:
         ValueError: names the key.
@@ -85,7 +85,19 @@ def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
             check_values(value, wanted if isinstance(wanted, CfgNode) else CfgNode(), f"{prefix}{key}.")
         elif value is None and wanted is not None:
             raise ValueError(f"{prefix}{key}: expected {type(wanted)}, got nothing")
-        elif isinstance(value, (list, tuple)) and prefix == "DATASETS." and key != "TRAIN_RATIO":
-            wrong = [item for item in value if not isinstance(item, str)]
+        elif isinstance(value, (list, tuple)) and (kind := _kind_of_items(f"{prefix}{key}", wanted)):
+            wrong = [item for item in value if not isinstance(item, kind)]
             if wrong:
-                raise ValueError(f"{prefix}{key}: expected names, got {wrong[0]!r:.80}")
+                raise ValueError(
+                    f"{prefix}{key}: expected {'names' if kind is str else 'numbers'}, got {wrong[0]!r:.80}"
+                )
+
+
+def _kind_of_items(key: str, default: Any) -> Any:
+    """Return what the items of a sequence must be, as those of the default are, None where it does not tell."""
+    if key == "DATASETS.TRAIN_RATIO":
+        return (int, float)
+    if key.startswith("DATASETS."):
+        return str
+    kinds: list[Any] = [str, (int, float)]
+    return next((kind for kind in kinds if default and all(isinstance(item, kind) for item in default)), None)

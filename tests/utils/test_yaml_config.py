@@ -5,8 +5,9 @@ import urllib.request
 import pytest
 
 from regionspot.config import load_config
+from regionspot.modeling.sam import get_sam_size
 
-from ..helpers import TINY
+from ..helpers import TINY, tiny_config
 
 DEEP = 600
 
@@ -43,6 +44,10 @@ DEEP = 600
         ("SOLVER: {MAX_ITER: 2020-01-01}", "bad.yaml"),
         ("DATASETS: {TRAIN: [5]}", "DATASETS.TRAIN: expected names, got 5"),
         ("DATASETS: {PROPOSAL_FILES_TEST: [[a]]}", "PROPOSAL_FILES_TEST: expected names"),
+        ("DATASETS: {TRAIN_RATIO: [a]}", "TRAIN_RATIO: expected numbers, got 'a'"),
+        ("SOLVER: {STEPS: [a]}", "SOLVER.STEPS: expected numbers, got 'a'"),
+        ("INPUT: {MIN_SIZE_TRAIN: [[5]]}", "INPUT.MIN_SIZE_TRAIN: expected numbers"),
+        ("SOLVER: {CHECKPOINT_PERIOD: 0}", "SOLVER.CHECKPOINT_PERIOD: expected at least 1"),
         ("VERSION: x", "bad.yaml"),
         ("VERSION: 99", "bad.yaml"),
         ("NO_SUCH_KEY: 1", "NO_SUCH_KEY"),
@@ -59,10 +64,18 @@ def test_what_is_no_config_is_said_in_a_sentence(tmp_path, monkeypatch, text, me
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "other.yaml"]
 
 
-@pytest.mark.parametrize("overrides", [["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "None"], ["MODEL", "5"], ["", "1"]])
+@pytest.mark.parametrize(
+    "overrides", [["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "None"], ["MODEL", "5"], ["", "1"], ["MODEL.DEVICE", "x"]]
+)
 def test_wrong_overrides_are_said_in_a_sentence(overrides):
     with pytest.raises(ValueError, match="config .*tiny.yaml"):
         load_config(TINY, overrides)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 5, 2**70])
+def test_sizes_of_a_sam_that_cannot_be_are_refused(value):
+    with pytest.raises(ValueError, match=r"MODEL.REGIONSPOT.SAM.CUSTOM: expected sizes .*IMAGE_SIZE"):
+        get_sam_size(tiny_config("MODEL.REGIONSPOT.SAM.CUSTOM.IMAGE_SIZE", value))
 
 
 def test_base_that_is_missing_names_both_files(tmp_path):
