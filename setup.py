@@ -30,7 +30,7 @@ setup(
         "fvcore>=0.1.5",
         "safetensors>=0.4",
         "msgspec>=0.18",
-        "filelock>=3.12",
+        "filelock>=3.13",
         "tqdm>=4.65",
     ],
     extras_require={

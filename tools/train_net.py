@@ -49,19 +49,20 @@ from regionspot.engine import RegionSpotTrainer, launch
 from regionspot.evaluation.report import without_nan
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
-
-
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Return the frozen config of the command line, with the output folder and the loggers in place."""
-    cfg = load_config(args.config_file, args.opts)
-    cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot")
-    return cfg
+from regionspot.utils.run_lock import run_lock
 
 
 def main(args: argparse.Namespace) -> Any:
-    cfg = setup(args)
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    with run_lock(cfg.OUTPUT_DIR):  # before anything is written there
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot")
+        return run(cfg, args)
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """Train or evaluate as the command line says."""
     if args.eval_only:
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: expected the name of a registered data set")

@@ -22,6 +22,7 @@ from regionspot.evaluation.protocol import ANNOTATED, METRICS, short_hash
 from regionspot.modeling import RegionSpot
 from regionspot.modeling.proposal_sources import detector_config
 from regionspot.utils.files import sha256_of_file
+from regionspot.utils.run_lock import run_lock
 from regionspot.weights import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,15 @@ def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str 
 
     Returns:
         Metrics in percent, by task; {} but in the main process.
+
+    Raises:
+        ValueError: another run evaluates in this directory.
     """
+    with run_lock(output_dir):
+        return _evaluate_alone(cfg, model, name, output_dir)
+
+
+def _evaluate_alone(cfg: CfgNode, model: nn.Module, name: str, output_dir: str | Path) -> dict[str, Any]:
     records = DatasetCatalog.get(name)
     check_image_ids(image_ids(records), name)
     protocol = describe_protocol(cfg, model, name)

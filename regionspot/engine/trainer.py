@@ -37,6 +37,7 @@ from regionspot.engine.stop import StopOnSignal
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.modeling import RegionSpot
 from regionspot.utils.files import folder_name
+from regionspot.utils.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +74,20 @@ class RegionSpotTrainer(DefaultTrainer):
         self.cfg = cfg
         self.stop = StopOnSignal(self.checkpointer, torch.device(cfg.MODEL.DEVICE))
         self.register_hooks(self.build_hooks())
-        if comm.is_main_process():  # what a run that was killed while it wrote has left
-            for leftover in Path(cfg.OUTPUT_DIR).glob(".*.pth.*.tmp"):
-                leftover.unlink()
 
     def train(self) -> Any:
+        """Train, and evaluate as the config says.
+
+        Raises:
+            ValueError: another run is at work in ``OUTPUT_DIR``, or a token store is of other models.
+        """
+        with run_lock(self.cfg.OUTPUT_DIR):
+            if comm.is_main_process():  # what a run that was killed while it wrote has left
+                for leftover in Path(self.cfg.OUTPUT_DIR).glob(".*.pth.*.tmp"):
+                    leftover.unlink()
+            return self._train()
+
+    def _train(self) -> Any:
         self._check_token_stores()
         for name, names in self.vocabularies.items():
             self.recognizer.set_vocabulary(names, name)

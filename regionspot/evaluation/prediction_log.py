@@ -1,118 +1,269 @@
 """Predictions written as they come, so that an evaluation that was cut goes on where it stopped."""
 
+import itertools
 import logging
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
+import torch
 from detectron2.utils import comm
+from torch import distributed
 
+from regionspot.evaluation.class_cap import ClassCap
 from regionspot.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
+_HEADER = struct.Struct("<qII")  # image id, length and CRC-32 of what follows
+_CHUNK = 1 << 26  # bytes that travel at one time
+_REWRITTEN = 1 << 22  # detections in a file before it is rewritten without those that no longer count
+_PATIENCE = timedelta(days=7)  # others wait for the slowest process, and for the main one while it evaluates
 
-class ImagePredictions(msgspec.Struct):
+
+class ImagePredictions(msgspec.Struct, eq=False):
     """The detections of an image, and what was found for each of its regions.
 
     Attributes:
         image_id: the image.
-        classes: (D,) contiguous classes.
-        scores: (D,).
-        boxes: (D, 4) XYWH, original pixels.
-        regions: (D,) index of each detection's region in ``rles``; empty without masks.
-        rles: counts of the regions' compressed RLE.
+        classes: (D,) int, contiguous classes.
+        scores: (D,) float.
+        regions: (D,) int, the row of ``boxes`` and ``rles``.
+        boxes: (R, 4) float XYWH, original pixels.
+        rles: counts of the regions' compressed RLE; empty without masks.
         size: (height, width) of the masks.
-        targets: (N,) annotated classes of the regions, where the regions are the annotated ones.
-        top: for each of these its best classes, best first.
+        targets: (N,) int, annotated classes of the regions, where the regions are the annotated ones.
+        top: (N, k) int, for each of these its best classes, best first.
         unreadable: why the image could not be read; it then has no detections.
     """
 
     image_id: int
-    classes: list[int]
-    scores: list[float]
-    boxes: list[list[float]]
-    regions: list[int] = []
+    classes: np.ndarray
+    scores: np.ndarray
+    regions: np.ndarray
+    boxes: np.ndarray
     rles: list[str] = []
     size: tuple[int, int] = (0, 0)
-    targets: list[int] = []
-    top: list[list[int]] = []
+    targets: np.ndarray | None = None
+    top: np.ndarray | None = None
     unreadable: str = ""
+
+    @classmethod
+    def of_unreadable(cls, image_id: int, reason: str) -> "ImagePredictions":
+        """Return the predictions of an image that could not be read."""
+        none = np.zeros(0, np.int32)
+        return cls(image_id, none, none.astype(np.float32), none, np.zeros((0, 4), np.float32), unreadable=reason)
+
+    def select(self, keep: np.ndarray) -> "ImagePredictions":
+        """Return the detections of ``keep`` (D,) bool, and their regions alone."""
+        if keep.all():
+            return self
+        used, regions = np.unique(self.regions[keep], return_inverse=True)
+        return msgspec.structs.replace(
+            self,
+            classes=self.classes[keep],
+            scores=self.scores[keep],
+            regions=regions.astype(self.regions.dtype),
+            boxes=self.boxes[used],
+            rles=[self.rles[row] for row in used.tolist()] if self.rles else [],
+        )
 
 
 class PredictionLog:
-    """One line an image, in one file a process; lines that were cut off while written do not count."""
+    """Records of images, in one file for each process of each run; what was cut off while written does not count.
 
-    def __init__(self, folder: str | Path, identity: str) -> None:
+    The files of a run carry its identity and a name of its own, so that no two runs write to one file. Processes
+    need no common disk: what the main process does not find in its own directory is sent to it.
+    """
+
+    def __init__(self, directory: str | Path, identity: str, cap: ClassCap | None = None) -> None:
         """
         Args:
-            folder: where the files lie.
-            identity: of model, data and protocol; lines of another are forgotten.
+            directory: where the files lie, on the disk of each process.
+            identity: of model, data and protocol; what another has left is removed.
+            cap: detections that it does not admit are not kept.
         """
-        self.folder, self.identity = Path(folder), identity
+        self.directory, self.cap = Path(directory), cap
+        self.prefix = f"predictions.{identity[:16]}."
         self._file: BinaryIO | None = None
+        self._path = self.directory
+        self._written = 0  # detections in the file
+        self._places: dict[int, tuple[Path, int]] = {}  # of each image's record
 
     def open(self) -> set[int]:
         """Start to write; return the ids of the images that were written before, by whatever number of processes."""
-        done: list[int] = []
-        if comm.is_main_process():
-            done = self._merge()
-        done = comm.all_gather(done)[0]
-        self._file = self._path(comm.get_rank()).open("ab")
-        return set(done)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.glob("predictions.*"):
+            if not path.name.startswith(self.prefix):
+                path.unlink(missing_ok=True)
+        run = comm.all_gather(uuid.uuid4().hex[:8], _patient_group())[0]
+        self._index(path for path in self._files() if f".{run}." not in path.name)
+        done = set().union(*comm.all_gather(set(self._places), _patient_group()))
+        if done and comm.is_main_process():
+            logger.info("%d images were evaluated before: going on", len(done))
+        self._path = self.directory / f"{self.prefix}{run}.{comm.get_rank()}.log"
+        self._file = self._path.open("xb")
+        return done
 
     def append(self, predictions: ImagePredictions) -> None:
+        """Write an image's predictions."""
         assert self._file is not None, "open() comes first"
-        self._file.write(msgspec.json.encode(predictions) + b"\n")
+        if self.cap:
+            predictions = self._admitted(predictions)
+            self.cap.add(predictions.image_id, predictions.classes, predictions.scores)
+        _write(self._file, predictions)
         self._file.flush()
+        self._written += len(predictions.classes)
+        if self.cap and self._written > max(_REWRITTEN, 4 * self.cap.num_kept):
+            self._rewrite(self.cap)
 
-    def gather(self) -> list[ImagePredictions] | None:
-        """Return all images' predictions, sorted by image id, in the main process; None in the others."""
+    def collect(self) -> None:
+        """End writing, and bring all records to where the main process reads them."""
         assert self._file is not None
         self._file.close()
-        own = self._path(comm.get_rank()).read_bytes()
-        parts = comm.gather(own) if comm.get_world_size() > 1 else [own]
-        if not comm.is_main_process():
-            return None
-        images = {image.image_id: image for part in parts for image in _read(part)}
-        return [images[image_id] for image_id in sorted(images)]
-
-    def remove(self) -> None:
-        """Forget what was written: the evaluation is complete."""
-        comm.synchronize()
+        names = comm.all_gather({path.name for path in self._files()}, _patient_group())
+        for name in sorted(set().union(*names) - names[0]):
+            self._send(name, next(rank for rank, own in enumerate(names) if name in own))
         if comm.is_main_process():
-            for path in [*self.folder.glob("predictions.*.jsonl"), self.folder / "predictions.identity"]:
+            self._places = {}
+            if self.cap:
+                self.cap = ClassCap(self.cap.num_classes, self.cap.limit)
+            unreadable = self._index(self._files())
+            self._places = unreadable | self._places
+            if self.cap:
+                self.cap.rank()
+
+    def __len__(self) -> int:
+        """Return the number of images that were found."""
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[ImagePredictions]:
+        """Yield all images' predictions, sorted by image id; in the main process, after ``collect``."""
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path, _ in self._places.values()}
+            for image_id in sorted(self._places):
+                path, offset = self._places[image_id]
+                files[path].seek(offset)
+                predictions = _decode(next(_records(files[path]))[2])
+                yield self._admitted(predictions) if self.cap else predictions
+
+    def finish(self, complete: bool) -> None:
+        """Wait for the main process; forget what was written if for it the evaluation is ``complete``.
+
+        Raises:
+            RuntimeError: it is not; in the other processes.
+        """
+        complete = comm.all_gather(complete, _patient_group())[0]
+        if complete:
+            for path in self._files():
                 path.unlink(missing_ok=True)
+        elif not comm.is_main_process():
+            raise RuntimeError("the main process did not complete the evaluation; its log says why")
 
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"predictions.{rank}.jsonl"
+    def _files(self) -> list[Path]:
+        return sorted(self.directory.glob(f"{self.prefix}*.log"))
 
-    def _merge(self) -> list[int]:
-        """Bring the whole lines of all files together in the main process's; return their image ids."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        known = self.folder / "predictions.identity"
-        paths = sorted(self.folder.glob("predictions.*.jsonl"))
-        images: dict[int, ImagePredictions] = {}
-        if known.is_file() and known.read_text() == self.identity:
-            every = (image for path in paths for image in _read(path.read_bytes()))
-            images = {image.image_id: image for image in every if not image.unreadable}  # they may be whole by now
-        with atomic_path(known) as temporary:
-            temporary.write_text(self.identity)
-        with atomic_path(self._path(0)) as temporary, temporary.open("wb") as file:
-            file.writelines(msgspec.json.encode(image) + b"\n" for image in images.values())
+    def _admitted(self, predictions: ImagePredictions) -> ImagePredictions:
+        assert self.cap is not None
+        return predictions.select(self.cap.admits(predictions.image_id, predictions.classes, predictions.scores))
+
+    def _index(self, paths: Iterator[Path] | list[Path]) -> dict[int, tuple[Path, int]]:
+        """Take note of where each image's record lies, and of the scores of those that are new.
+
+        Returns:
+            The places of images that could not be read, which may be whole by now.
+        """
+        unreadable = {}
         for path in paths:
-            if path != self._path(0):
-                path.unlink()
-        if images:
-            logger.info("%d images were evaluated before: going on", len(images))
-        return list(images)
+            with path.open("rb") as file:
+                for offset, image_id, content in _records(file):
+                    predictions = _decode(content)
+                    if predictions.unreadable:
+                        unreadable[image_id] = (path, offset)
+                        continue
+                    if self.cap and image_id not in self._places:
+                        predictions = self._admitted(predictions)
+                        self.cap.add(image_id, predictions.classes, predictions.scores)
+                    self._places.setdefault(image_id, (path, offset))
+        return unreadable
+
+    def _rewrite(self, cap: ClassCap) -> None:
+        """Leave out of the file what has fallen below the thresholds."""
+        assert self._file is not None
+        self._file.close()
+        cap.rank()
+        self._written = 0
+        with atomic_path(self._path) as temporary, self._path.open("rb") as old, temporary.open("wb") as new:
+            for _, _, content in _records(old):
+                predictions = self._admitted(_decode(content))
+                _write(new, predictions)
+                self._written += len(predictions.classes)
+        self._file = self._path.open("ab")
+
+    def _send(self, name: str, sender: int) -> None:
+        """Bring a file from a process to the main one, a chunk at a time."""
+        if comm.get_rank() == sender:
+            with (self.directory / name).open("rb") as file:
+                for chunk in itertools.chain(iter(lambda: file.read(_CHUNK), b""), [b""]):
+                    _exchange(chunk, sender)
+        elif comm.is_main_process():
+            with atomic_path(self.directory / name) as temporary, temporary.open("wb") as file:
+                while chunk := _exchange(b"", sender):
+                    file.write(chunk)
 
 
-def _read(content: bytes) -> list[ImagePredictions]:
-    decoder, images = msgspec.json.Decoder(ImagePredictions), []
-    for line in content.split(b"\n")[:-1]:  # what is behind the last line end was cut off
-        try:
-            images.append(decoder.decode(line))
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            logger.warning("a line of predictions is damaged: its image is recognised again")
-    return images
+def _exchange(chunk: bytes, sender: int) -> bytes:
+    """Send a chunk to the main process, or in that receive one; an empty one is the last."""
+    group, size = _patient_group(), torch.tensor([len(chunk)])
+    if not comm.is_main_process():
+        distributed.send(size, 0, group)
+        if chunk:
+            distributed.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), 0, group)
+        return chunk
+    distributed.recv(size, sender, group)
+    content = torch.empty(int(size), dtype=torch.uint8)
+    if len(content):
+        distributed.recv(content, sender, group)
+    return content.numpy().tobytes()
+
+
+def _patient_group() -> Any:
+    """Return a group of all processes that may wait for days; NCCL's, whose processes would give up, is no such."""
+    return _make_group(distributed.group.WORLD) if comm.get_world_size() > 1 else None
+
+
+@lru_cache(maxsize=1)  # for as long as these processes belong together
+def _make_group(world: Any) -> Any:
+    return distributed.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def _write(file: BinaryIO, predictions: ImagePredictions) -> None:
+    content = msgspec.msgpack.encode(predictions, enc_hook=lambda x: (x.dtype.str, x.shape, x.tobytes()))
+    file.write(_HEADER.pack(predictions.image_id, len(content), zlib.crc32(content)) + content)
+
+
+def _decode(content: bytes) -> ImagePredictions:
+    def array(_: type, value: Any) -> np.ndarray:
+        kind, shape, data = value
+        return np.frombuffer(data, kind).reshape(shape)
+
+    return msgspec.msgpack.decode(content, type=ImagePredictions, dec_hook=array)
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (offset, image id, content) of the whole records from the file's position on."""
+    while len(header := file.read(_HEADER.size)) == _HEADER.size:
+        image_id, length, checksum = _HEADER.unpack(header)
+        offset, content = file.tell() - _HEADER.size, file.read(length)
+        if len(content) < length or zlib.crc32(content) != checksum:
+            logger.warning("%s: a record is cut off or damaged; what follows is recognized again", file.name)
+            return
+        yield offset, image_id, content

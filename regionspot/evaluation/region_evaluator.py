@@ -1,6 +1,5 @@
 """The evaluator of regions: LVIS AP, fixed AP or COCO AP, of boxes and masks, and accuracy on annotated boxes."""
 
-import itertools
 import logging
 from collections import OrderedDict
 from pathlib import Path
@@ -12,15 +11,19 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
 
 from regionspot.data.datasets import category_ids
 from regionspot.evaluation.accuracy import region_accuracy
+from regionspot.evaluation.class_cap import ClassCap
 from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.lvis_metrics import DETS_PER_CLASS
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
-from regionspot.evaluation.protocol import ANNOTATED, Protocol
+from regionspot.evaluation.protocol import ANNOTATED, Protocol, short_hash
 from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
 from regionspot.evaluation.results import Results
 from regionspot.evaluation.results_file import write_results
+from regionspot.evaluation.rle import PackedMasks
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,8 @@ class RegionEvaluator(DatasetEvaluator):
     """Evaluates a data set by its protocol, and leaves the predictions as COCO results for any other tool.
 
     Predictions are written as they come; images that were done before a run was cut are not done again. Neither the
-    number of processes nor a cut changes a digit.
+    number of processes nor a cut changes a digit. Of fixed AP only those are kept that may be among the best of their
+    class.
     """
 
     def __init__(
@@ -57,7 +61,8 @@ class RegionEvaluator(DatasetEvaluator):
         if not self.metadata.get("json_file"):
             convert_to_coco_json(dataset_name, str(self.json_file), allow_cached=False)
         self.category_ids = category_ids(dataset_name)  # what does not fit is said before inference
-        self.log = PredictionLog(output_dir, protocol.identity() + " ".join(tasks))
+        cap = ClassCap(len(self.metadata.thing_classes), DETS_PER_CLASS) if protocol.metric == "fixed" else None
+        self.log = PredictionLog(output_dir, short_hash(protocol.identity() + " ".join(tasks)), cap)
         self.finished = self.log.open()
 
     def reset(self) -> None:
@@ -67,38 +72,54 @@ class RegionEvaluator(DatasetEvaluator):
         """Write the predictions of a batch, see ``RegionSpot.forward``."""
         for image, output in zip(inputs, outputs):
             if image.get("unreadable"):
-                self.log.append(ImagePredictions(image["image_id"], [], [], [], unreadable=image["unreadable"]))
+                self.log.append(ImagePredictions.of_unreadable(image["image_id"], image["unreadable"]))
                 continue
             detections = output["instances"].to(torch.device("cpu"))
-            boxes = detections.pred_boxes.tensor.numpy()
+            used, first, regions = np.unique(
+                detections.region_indices.numpy(), return_index=True, return_inverse=True
+            )  # what detections of a box share is written once
+            boxes = detections.pred_boxes.tensor.numpy()[first]
             predictions = ImagePredictions(
                 image_id=image["image_id"],
-                classes=detections.pred_classes.tolist(),
-                scores=detections.scores.tolist(),
-                boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).tolist(),
+                classes=detections.pred_classes.numpy().astype(np.int32),
+                scores=detections.scores.numpy(),
+                regions=regions.astype(np.int32).reshape(-1),
+                boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS),
             )
             if "segm" in self.tasks:
-                unique = {id(rle): rle for rle in detections.pred_masks_rle}
-                rows = {key: row for row, key in enumerate(unique)}
-                predictions.regions = [rows[id(rle)] for rle in detections.pred_masks_rle]
-                predictions.rles = [rle["counts"] for rle in unique.values()]
+                predictions.rles = [detections.pred_masks_rle[row]["counts"] for row in first.tolist()]
                 predictions.size = detections.image_size
             if self.protocol.boxes == ANNOTATED:
-                predictions.targets = image["instances"].gt_classes.tolist()
-                predictions.top = output["regions"].top_classes.tolist()
+                predictions.targets = image["instances"].gt_classes.numpy()
+                predictions.top = output["regions"].top_classes.cpu().numpy()
             self.log.append(predictions)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Return the metrics of each task, in percent, in the main process; None in the others."""
-        images = self.log.gather()
-        if images is None:
-            self.log.remove()
-            return None
+        """Return the metrics of each task, in percent, in the main process; None in the others, which wait for it.
+
+        Raises:
+            ValueError: not every image of the data set was evaluated, or its annotations cannot be.
+        """
+        self.log.collect()
+        metrics = None
+        try:
+            if comm.is_main_process():
+                metrics = self._evaluate()
+        finally:
+            self.log.finish(complete=metrics is not None)
+        return metrics
+
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        if self.of and len(self.log) != self.of:
+            raise ValueError(
+                f"{self.output_dir}: predictions of {len(self.log)} images, expected all {self.of} of "
+                f"{self.metadata.name}; run the evaluation again, which goes on with those that are missing"
+            )
         kind = "coco" if self.protocol.metric == "coco" else "lvis"
-        results, truth = self._to_results(images), read_ground_truth(self.json_file)
+        truth = read_ground_truth(self.json_file)
+        results, regions, unreadable = self._read_log()
         write_results(results, self.output_dir / f"{kind}_instances_results.json")
-        line, limit = self.protocol.line(len(images), self.of), self.protocol.detections_per_image
-        unreadable = [image.unreadable for image in images if image.unreadable]
+        line, limit = self.protocol.line(len(self.log), self.of), self.protocol.detections_per_image
         line += f", {len(unreadable)} unreadable" * bool(unreadable)
         limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
         outcomes = {}
@@ -119,30 +140,30 @@ class RegionEvaluator(DatasetEvaluator):
                 len(unreadable),
                 "; ".join(unreadable),
             )
-        if any(image.targets for image in images):
-            metrics["region"] = more["region"] = region_accuracy(images, [f or "" for f in truth.frequencies])
+        if regions:
+            frequencies = [f or "" for f in truth.frequencies]
+            metrics["region"] = more["region"] = region_accuracy(*zip(*regions), frequencies)
             logger.info("accuracy on the annotated boxes\n%s", format_table({"region": metrics["region"]}))
         write_outcomes(self.output_dir, truth, outcomes, **more)
-        self.log.remove()
         return metrics
 
-    def _to_results(self, images: list[ImagePredictions]) -> Results:
-        numbers = [len(image.classes) for image in images]
-        starts = np.cumsum([0] + [len(image.rles) for image in images])
-        classes = itertools.chain.from_iterable(image.classes for image in images)
-        flat = itertools.chain.from_iterable(itertools.chain.from_iterable(image.boxes for image in images))
-        total = sum(numbers)
-        regions = rles = None
-        if "segm" in self.tasks:
-            regions = np.fromiter(
-                (start + row for image, start in zip(images, starts) for row in image.regions), np.int64, total
+    def _read_log(self) -> tuple[Results, list[tuple[np.ndarray, np.ndarray]], list[str]]:
+        """Return all detections, the annotated and the best classes of each image's regions, and what is unreadable."""
+        none = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)), np.zeros(0, np.int64))
+        pieces: list[tuple[np.ndarray, ...]] = [none]
+        rles, accuracies, unreadable = PackedMasks(), [], []
+        for image in self.log:
+            image_ids = np.full(len(image.classes), image.image_id)
+            regions = len(rles) + image.regions.astype(np.int64)
+            pieces.append(
+                (image_ids, self.category_ids[image.classes], image.scores, image.boxes[image.regions], regions)
             )
-            rles = [{"size": list(image.size), "counts": counts} for image in images for counts in image.rles]
-        return Results(
-            image_ids=np.repeat(np.array([image.image_id for image in images], np.int64), numbers),
-            category_ids=self.category_ids[np.fromiter(classes, np.int64, total)],
-            scores=np.fromiter(itertools.chain.from_iterable(image.scores for image in images), np.float64, total),
-            boxes=np.fromiter(flat, np.float64, 4 * total).reshape(-1, 4),
-            regions=regions,
-            rles=rles,
-        )
+            for counts in image.rles:
+                rles.append(image.size, counts.encode())
+            if image.targets is not None and image.top is not None and len(image.targets):
+                accuracies.append((image.targets, image.top))
+            if image.unreadable:
+                unreadable.append(image.unreadable)
+        image_ids, category_ids, scores, boxes, regions = (np.concatenate(column) for column in zip(*pieces))
+        masks = {"regions": regions, "rles": rles} if "segm" in self.tasks else {}
+        return Results(image_ids, category_ids, scores, boxes, **masks), accuracies, unreadable

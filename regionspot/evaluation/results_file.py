@@ -237,14 +237,20 @@ class _Columns:
 def write_results(results: Results, path: str | Path) -> None:
     """Write detections as COCO's results, a JSON list that appears whole or not at all."""
     encoder = msgspec.json.Encoder()
-    columns = zip(
-        results.image_ids.tolist(), results.category_ids.tolist(), results.scores.tolist(), results.boxes.tolist()
-    )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(b"[")
-        for index, (image_id, category_id, score, box) in enumerate(columns):
-            entry = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-            if results.regions is not None and results.rles is not None:
-                entry["segmentation"] = results.rles[results.regions[index]]
-            file.write(b",\n" * (index > 0) + encoder.encode(entry))
+        for start in range(0, len(results), _PIECE):
+            entries = map(encoder.encode, _entries(results, slice(start, start + _PIECE)))
+            file.write(b",\n" * (start > 0) + b",\n".join(entries))
         file.write(b"]")
+
+
+def _entries(results: Results, part: slice) -> Iterator[dict]:
+    columns = (results.image_ids, results.category_ids, results.boxes, results.scores)
+    keys = ("image_id", "category_id", "bbox", "score")
+    for index, values in enumerate(zip(*(column[part].tolist() for column in columns)), part.start):
+        entry = dict(zip(keys, values))
+        if results.regions is not None and results.rles is not None:
+            size, counts = results.rles[results.regions[index]].values()
+            entry["segmentation"] = {"size": size, "counts": counts if isinstance(counts, str) else counts.decode()}
+        yield entry

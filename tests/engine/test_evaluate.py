@@ -3,10 +3,8 @@
 import json
 import logging
 import multiprocessing
-import os
 import pickle
 import random
-import signal
 import sys
 import time
 
@@ -22,10 +20,11 @@ from detectron2.modeling import build_model
 from regionspot.data import build_test_loader
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.evaluate import describe_protocol
-from regionspot.evaluation import read_results
+from regionspot.evaluation import read_ground_truth, read_results, run_lvis_evaluation
 from regionspot.evaluation.accuracy import region_accuracy
-from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
+from regionspot.evaluation.region_evaluator import RegionEvaluator
 from regionspot.modeling import RegionSpot
+from regionspot.modeling.inference import DetectionRule
 
 from ..helpers import NAMES, ROOT, TINY, draw_scene, tiny_config, tiny_model, write_dataset
 
@@ -161,10 +160,10 @@ def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, 
     expected = [written(tmp_path, name) for name in names]
     context, rng, seen = multiprocessing.get_context("fork"), random.Random(2), []
     other = tmp_path / "killed"
-    log = other / "out" / "inference" / NAME / "predictions.0.jsonl"
+    directory = other / "out" / "inference" / NAME
 
     def number_written():
-        return len(log.read_bytes().splitlines()) if log.is_file() else 0
+        return sum(path.read_bytes().count(b"image_id") for path in directory.glob("predictions.*"))
 
     for _ in range(5):
         wanted = number_written() + rng.randrange(3)
@@ -173,13 +172,13 @@ def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, 
         while process.is_alive() and number_written() < wanted:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()  # which may have ended by itself
         process.join()
         seen.append(number_written())
     evaluate(other)
     assert max(seen) > 0  # something was gone on from
     assert [(other / "out" / "inference" / NAME / name).read_text() for name in names] == expected
-    assert not list((other / "out" / "inference" / NAME).glob("predictions.*"))
+    assert not list(directory.glob("predictions.*"))
 
 
 def test_nothing_is_left_to_do_but_the_metrics(dataset, tmp_path, monkeypatch):
@@ -195,28 +194,69 @@ def test_nothing_is_left_to_do_but_the_metrics(dataset, tmp_path, monkeypatch):
     assert written(tmp_path) == expected
 
 
-def test_predictions_of_another_model_do_not_count(dataset, tmp_path):
-    log = PredictionLog(tmp_path, "one")
-    assert log.open() == set()
-    log.append(ImagePredictions(image_id=7, classes=[1], scores=[0.1 + 0.2], boxes=[[1.0, 2.0, 3.0, 4.0]]))
-    with (tmp_path / "predictions.3.jsonl").open("wb") as file:  # of another process, cut off while written
-        file.write(b"\0\0\0\n")
-        file.write(b'{"image_id":9,"classes":[],"scores":[],"boxes":[]}\n{"image_id":10,"cla')
-    again = PredictionLog(tmp_path, "one")
-    assert again.open() == {7, 9}
-    assert [image.image_id for image in again.gather()] == [7, 9] and again.gather()[0].scores == [0.1 + 0.2]
-    assert PredictionLog(tmp_path, "two").open() == set()
+def test_fewer_images_than_the_data_set_has_are_an_error(dataset, tmp_path, monkeypatch):
+    whole = build_test_loader
+    monkeypatch.setattr(
+        "regionspot.engine.evaluate.build_test_loader", lambda *args, **more: [*whole(*args, **more)][1:]
+    )
+    with pytest.raises(ValueError, match="predictions of 9 images, expected all 10"):
+        evaluate(tmp_path)
+    monkeypatch.undo()
+    evaluate(tmp_path)
+    assert "images: 10 of 10" in written(tmp_path)
+
+
+def _evaluate_and_hold(tmp_path, started, ended):
+    torch.set_num_threads(1)
+
+    def process(self, *_):
+        started.set()
+        ended.wait()
+
+    RegionEvaluator.process = process
+    evaluate(tmp_path)
+
+
+def test_second_evaluation_in_a_directory_is_refused(dataset, tmp_path):
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    started, ended = context.Event(), context.Event()
+    process = context.Process(target=_evaluate_and_hold, args=(tmp_path, started, ended))
+    process.start()
+    assert started.wait(60)
+    with pytest.raises(ValueError, match=f"another run is at work there .process {process.pid} on "):
+        evaluate(tmp_path, "MODEL.REGIONSPOT.SCORE_RULE", "class")
+    process.kill()
+    process.join()
+    evaluate(tmp_path)  # the lock has gone with the process
+
+
+@pytest.mark.parametrize("limit", [3, 7])
+def test_fixed_ap_keeps_what_its_limit_leaves(dataset, tmp_path, monkeypatch, limit):
+    """With three scores for all: whom the limit takes is decided by image and order."""
+    probabilities = DetectionRule.probabilities
+    monkeypatch.setattr(DetectionRule, "probabilities", lambda *args: (probabilities(*args) * 3).round() / 3)
+    fixed = ["TEST.PROTOCOL", "fixed", "TEST.DETECTIONS_PER_IMAGE", -1]
+    truth = read_ground_truth(tmp_path / "data" / "annotations.json")
+    path = tmp_path / "out" / "inference" / NAME / "lvis_instances_results.json"
+    evaluate(tmp_path, *fixed)
+    whole = read_results(path)
+    monkeypatch.setattr("regionspot.evaluation.region_evaluator.DETS_PER_CLASS", limit)
+    monkeypatch.setattr("regionspot.evaluation.class_cap._PENDING", 1)
+    evaluate(tmp_path, *fixed)
+    kept = read_results(path)
+    assert len(kept) < len(whole)
+    for task in ("bbox", "segm"):
+        found = [run_lvis_evaluation(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, kept)]
+        np.testing.assert_array_equal(found[0].precision, found[1].precision)
 
 
 def test_region_accuracy():
-    images = [
-        ImagePredictions(1, [], [], [], targets=[0, 1], top=[[0, 1, 2], [0, 1, 2]]),
-        ImagePredictions(2, [], [], [], targets=[2], top=[[0, 1, 3]]),
-    ]
-    found = region_accuracy(images, ["r", "f", "f", "c"])
+    targets, top = [np.array([0, 1]), np.array([2])], [np.array([[0, 1, 2], [0, 1, 2]]), np.array([[0, 1, 3]])]
+    found = region_accuracy(targets, top, ["r", "f", "f", "c"])
     assert found["top1"] == pytest.approx(100 / 3) and found["top5"] == pytest.approx(200 / 3)
     assert found["top1_r"] == 100 and found["top1_f"] == 0 and found["top5_f"] == 50 and np.isnan(found["top1_c"])
-    assert set(region_accuracy(images, ["", "", "", ""])) == {"top1", "top5"}
+    assert set(region_accuracy(targets, top, ["", "", "", ""])) == {"top1", "top5"}
 
 
 def boxes_of(model, tmp_path, *overrides):

@@ -1,6 +1,7 @@
 """tools/train_net.py as a user runs it: the README's walkthrough, torchrun, evaluation, and what is refused."""
 
 import json
+import multiprocessing
 import re
 import shlex
 import sys
@@ -8,7 +9,10 @@ import sys
 import pytest
 import torch
 
-from ..helpers import ROOT, TINY, frozen_overrides, run, tiny_model, write_dataset, write_frozen_parts
+from regionspot.engine import RegionSpotTrainer
+from regionspot.utils.run_lock import run_lock
+
+from ..helpers import ROOT, TINY, frozen_overrides, run, tiny_config, tiny_model, write_dataset, write_frozen_parts
 
 sys.path.insert(0, str(ROOT / "tools"))
 import train_net  # noqa: E402
@@ -115,6 +119,36 @@ def test_coco_data_sets_are_evaluated_by_coco(folder, tmp_path):
     overrides = ["DATASETS.TEST", name, "MODEL.MASK_ON", "True", "OUTPUT_DIR", tmp_path]
     results = run_here(folder, "--eval-only", overrides=overrides)
     assert set(results) == {"bbox", "segm", "region"} and "APr" not in results["bbox"]
+
+
+def _hold(directory, started):
+    with run_lock(directory):
+        started.set()
+        multiprocessing.Event().wait()
+
+
+@pytest.mark.parametrize("what", ["training", "evaluation", "trainer"])
+def test_second_run_in_an_output_directory_is_refused(folder, tmp_path, what):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, started))
+    process.start()
+    assert started.wait(60)
+    leftover = tmp_path / ".model_final.pth.0123.tmp"  # which the first run is writing
+    leftover.touch()
+    before = sorted(tmp_path.iterdir())
+    name = f"('{folder}/my.json:{folder}/my_images',)"
+    overrides = ["DATASETS.TRAIN", name, "DATASETS.TEST", name, "OUTPUT_DIR", tmp_path]
+    try:
+        with pytest.raises(ValueError, match=f"{tmp_path}: another run is at work there .process {process.pid} on "):
+            if what == "trainer":
+                RegionSpotTrainer(tiny_config(*map(str, overrides), *map(str, frozen_overrides(folder)))).train()
+            else:
+                run_here(folder, *["--eval-only"] * (what == "evaluation"), overrides=overrides)
+        assert leftover.exists() and (what == "trainer" or sorted(tmp_path.iterdir()) == before)
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.parametrize(

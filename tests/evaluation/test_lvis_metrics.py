@@ -142,6 +142,17 @@ def test_fixed_ap_is_lvis_ap_of_the_best_of_each_class(tmp_path, task, limit):
         assert_same(evaluate_lvis(truth, read, task, protocol="fixed"), evaluation.metrics())
 
 
+def test_fixed_ap_is_of_10000_detections_of_a_class(tmp_path):
+    world, _ = make_world(0, images=1, categories=2)
+    [image], classes = world["images"], [entry["id"] for entry in world["categories"]]
+    entry = {"image_id": image["id"], "bbox": [0, 0, 1, 1], "category_id": classes[0]}
+    predictions = [{**entry, "score": i / 20_000} for i in range(10_007)] + [{**entry, "score": 0.0}]
+    predictions += [{**entry, "score": 0.0, "category_id": classes[1]}] * 2
+    annotations, results = write_world(tmp_path, world, predictions)
+    evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results), protocol="fixed")
+    assert evaluation.num_limited == 10_000 + 2
+
+
 def test_fixed_ap_has_no_limit_per_image(tmp_path):
     world, predictions = make_world(9, images=2, detections=500, empty=0)
     annotations, results = write_world(tmp_path, world, predictions)

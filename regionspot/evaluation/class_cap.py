@@ -1,0 +1,62 @@
+"""The best detections of each class, while detections still come."""
+
+import numpy as np
+
+_PENDING = 1 << 21  # detections that are not ranked yet, at the least
+
+
+class ClassCap:
+    """Knows what can no longer be among the best detections of its class in the whole data set.
+
+    Detections are ranked by score, then by image id, as fixed AP's limit of a class ranks them. What has been seen so
+    far says which score a detection needs: a threshold of each class, which rises.
+    """
+
+    def __init__(self, num_classes: int, limit: int) -> None:
+        """
+        Args:
+            num_classes: of the vocabulary.
+            limit: detections of a class that count.
+        """
+        self.num_classes, self.limit = num_classes, limit
+        self._kept = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+        self._pending: list[tuple[np.ndarray, ...]] = []
+        self._num_pending = 0
+        self._scores = np.full(num_classes, -np.inf)  # of the last that counts
+        self._image_ids = np.full(num_classes, np.iinfo(np.int64).max)
+
+    @property
+    def num_kept(self) -> int:
+        """How many of the detections that were seen count, and those that are not ranked yet."""
+        return len(self._kept[0]) + self._num_pending
+
+    def admits(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Return (D,) bool: the detection may be among the best of its class.
+
+        Args:
+            image_id: of the image.
+            classes: (D,) int.
+            scores: (D,) float.
+        """
+        needed = self._scores[classes]
+        return (scores > needed) | ((scores == needed) & (image_id <= self._image_ids[classes]))
+
+    def add(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> None:
+        """Take note of an image's detections; of those that are admitted at the least, and of each image once."""
+        self._pending.append((classes.astype(np.int32), scores, np.full(len(classes), image_id)))
+        self._num_pending += len(classes)
+        if self._num_pending > max(_PENDING, len(self._kept[0]) // 2):
+            self.rank()
+
+    def rank(self) -> None:
+        """Bring the thresholds up to date."""
+        classes, scores, image_ids = (np.concatenate(column) for column in zip(self._kept, *self._pending))
+        self._pending, self._num_pending = [], 0
+        order = np.lexsort((image_ids, -scores, classes))
+        begins = np.searchsorted(classes[order], np.arange(self.num_classes + 1))
+        rank = np.arange(len(order)) - np.repeat(begins[:-1], np.diff(begins))
+        full = np.flatnonzero(np.diff(begins) >= self.limit)
+        last = order[begins[full] + self.limit - 1]
+        self._scores[full], self._image_ids[full] = scores[last], image_ids[last]
+        order = order[rank < self.limit]
+        self._kept = (classes[order], scores[order], image_ids[order])

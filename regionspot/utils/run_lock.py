@@ -1,0 +1,47 @@
+"""One run at a time in a directory."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from detectron2.utils import comm
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def run_lock(directory: str | Path) -> Iterator[None]:
+    """Keep a directory for this run inside the block: its main process holds a lock of the operating system.
+
+    The lock ends with the process, however that ends. The run that holds it may take it again.
+
+    Raises:
+        ValueError: another run holds it; in all processes of this one.
+    """
+    directory = Path(directory)
+    lock = FileLock(directory / ".run.lock", is_singleton=True)
+    error = _acquire(lock, directory) if comm.is_main_process() else ""
+    error = comm.all_gather(error)[0]
+    if error:
+        raise ValueError(error)
+    try:
+        yield
+    finally:
+        if comm.is_main_process():
+            lock.release()
+
+
+def _acquire(lock: FileLock, directory: Path) -> str:
+    """Take the lock and write down who holds it, or return why this cannot be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    holder = directory / ".run.txt"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text() if holder.is_file() else "an unknown process"
+        return (
+            f"{directory}: another run is at work there ({who}); wait for its end, or give this one another OUTPUT_DIR"
+        )
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return ""
