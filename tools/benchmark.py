@@ -7,6 +7,7 @@ Examples:
     tools/benchmark.py data --config-file configs/RegionSpot-BB.yaml --workers 0 1 2
     tools/benchmark.py memory --config-file configs/RegionSpot-BB.yaml SOLVER.IMS_PER_BATCH 4
     tools/benchmark.py eval --images 2000 --detections 300 --task bbox segm
+    tools/benchmark.py eval --protocol fixed --images 19809   (all detections of LVIS val: memory and disk)
     tools/benchmark.py eval --protocol coco --images 29821 --categories 13204 --alone   (the size of V3Det val)
 """
 
@@ -32,10 +33,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument("--workers", type=int, default=4, help="loading processes")
     memory.add_argument("--iterations", type=int, default=10, help="training steps")
     evaluation = commands.add_parser("eval", help="evaluation of generated detections, against lvis or pycocotools")
-    evaluation.add_argument("--protocol", choices=["lvis", "coco"], default="lvis", help="by whose rules")
+    evaluation.add_argument("--protocol", choices=["lvis", "coco", "fixed"], default="lvis", help="by whose rules")
     evaluation.add_argument("--images", type=int, default=2000, help="in the generated data set")
     evaluation.add_argument("--categories", type=int, default=1203, help="in the generated data set")
-    evaluation.add_argument("--detections", type=int, default=300, help="an image; and once more with a hundredth")
+    evaluation.add_argument("--detections", type=int, default=300, help="an image, or boxes of one with fixed")
     evaluation.add_argument("--task", nargs="+", choices=["bbox", "segm"], default=["bbox"], help="whose IoU counts")
     evaluation.add_argument("--alone", action="store_true", help="without the reference, and once")
     for command in (model, text, data, memory):
@@ -55,6 +56,7 @@ import clip
 import torch
 from benchmark_data import benchmark_data, benchmark_memory
 from benchmark_eval import HEADERS, benchmark_eval, benchmark_masks
+from benchmark_fixed import benchmark_fixed
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tabulate import tabulate
@@ -169,6 +171,10 @@ def report_data(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def report_eval(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        if args.protocol == "fixed":
+            headers, rows = benchmark_fixed(Path(folder), args.images, args.detections, args.categories)
+            print(tabulate(rows, headers=headers, disable_numparse=True))
+            return
         rows = benchmark_eval(Path(folder), args)
     print(tabulate(rows, headers=HEADERS[: len(rows[0])], disable_numparse=True))
     if not args.alone:

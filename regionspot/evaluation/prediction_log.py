@@ -113,11 +113,15 @@ class PredictionLog:
         self._file = self._path.open("xb")
         return done
 
+    def admits(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Return (D,) bool: which of an image's detections are worth writing, by their classes and scores (D,)."""
+        return self.cap.admits(image_id, classes, scores) if self.cap else np.ones(len(classes), bool)
+
     def append(self, predictions: ImagePredictions) -> None:
         """Write an image's predictions."""
         assert self._file is not None, "open() comes first"
+        predictions = self._admitted(predictions)
         if self.cap:
-            predictions = self._admitted(predictions)
             self.cap.add(predictions.image_id, predictions.classes, predictions.scores)
         _write(self._file, predictions)
         self._file.flush()
@@ -152,8 +156,7 @@ class PredictionLog:
             for image_id in sorted(self._places):
                 path, offset = self._places[image_id]
                 files[path].seek(offset)
-                predictions = _decode(next(_records(files[path]))[2])
-                yield self._admitted(predictions) if self.cap else predictions
+                yield self._admitted(_decode(next(_records(files[path]))[2]))
 
     def finish(self, complete: bool) -> None:
         """Wait for the main process; forget what was written if for it the evaluation is ``complete``.
@@ -172,8 +175,7 @@ class PredictionLog:
         return sorted(self.directory.glob(f"{self.prefix}*.log"))
 
     def _admitted(self, predictions: ImagePredictions) -> ImagePredictions:
-        assert self.cap is not None
-        return predictions.select(self.cap.admits(predictions.image_id, predictions.classes, predictions.scores))
+        return predictions.select(self.admits(predictions.image_id, predictions.classes, predictions.scores))
 
     def _index(self, paths: Iterator[Path] | list[Path]) -> dict[int, tuple[Path, int]]:
         """Take note of where each image's record lies, and of the scores of those that are new.

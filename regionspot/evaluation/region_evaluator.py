@@ -75,6 +75,10 @@ class RegionEvaluator(DatasetEvaluator):
                 self.log.append(ImagePredictions.of_unreadable(image["image_id"], image["unreadable"]))
                 continue
             detections = output["instances"].to(torch.device("cpu"))
+            admitted = self.log.admits(
+                image["image_id"], detections.pred_classes.numpy(), detections.scores.numpy()
+            )  # before anything else is done with what may be hundreds of thousands
+            detections = detections[torch.from_numpy(admitted)]
             used, first, regions = np.unique(
                 detections.region_indices.numpy(), return_index=True, return_inverse=True
             )  # what detections of a box share is written once
