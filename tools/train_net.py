@@ -58,11 +58,11 @@ def main(args: argparse.Namespace) -> Any:
     with run_lock(cfg.OUTPUT_DIR):  # before anything is written there
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot")
-        return run(cfg, args)
+        return train_or_evaluate(cfg, args)
 
 
-def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    """Train or evaluate as the command line says."""
+def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """Do what the command line says."""
     if args.eval_only:
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: expected the name of a registered data set")
