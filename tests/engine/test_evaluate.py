@@ -410,6 +410,7 @@ def test_a_row_of_a_table_is_run_once(tmp_path, monkeypatch):
         (tmp_path / "results.json").write_text(
             json.dumps({"one": {"bbox": {"AP": 10.0}}, "two": {"bbox": {"AP": 20.0, "APm": None}}})
         )
+        return run_table.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(run_table.subprocess, "run", run)
     for overrides, number in (([], 1), ([], 1), (["TEST.DETECTIONS_PER_IMAGE", "7"], 2)):
