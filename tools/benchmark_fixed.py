@@ -71,8 +71,7 @@ def benchmark_fixed(
     register_json_dataset(DATASET, json_file, folder, "lvis")
     ids = [image["id"] for image in json.loads(json_file.read_text())["images"]]
     DatasetCatalog.get(DATASET)
-    texts = ["generated", "fixed", "generated", *("",) * 5]
-    protocol = Protocol(*texts[:3], -1, -1, *texts[3:])
+    protocol = Protocol("generated", "fixed", "generated", -1, -1, "", "", "", "", "")
     disk, rule, generator = Disk(folder / "out"), DetectionRule(top_k=-1), torch.Generator().manual_seed(0)
     rows, start = [], time.process_time()
 

@@ -145,8 +145,9 @@ class RegionEvaluator(DatasetEvaluator):
                 "; ".join(unreadable),
             )
         if regions:
+            targets, top = zip(*regions)
             frequencies = [f or "" for f in truth.frequencies]
-            metrics["region"] = more["region"] = region_accuracy(*zip(*regions), frequencies)
+            metrics["region"] = more["region"] = region_accuracy(targets, top, frequencies)
             logger.info("accuracy on the annotated boxes\n%s", format_table({"region": metrics["region"]}))
         write_outcomes(self.output_dir, truth, outcomes, **more)
         return metrics
@@ -158,16 +159,15 @@ class RegionEvaluator(DatasetEvaluator):
         rles, accuracies, unreadable = PackedMasks(), [], []
         for image in self.log:
             image_ids = np.full(len(image.classes), image.image_id)
-            regions = len(rles) + image.regions.astype(np.int64)
-            pieces.append(
-                (image_ids, self.category_ids[image.classes], image.scores, image.boxes[image.regions], regions)
-            )
+            rows = len(rles) + image.regions.astype(np.int64)
+            columns = (image_ids, self.category_ids[image.classes], image.scores, image.boxes[image.regions], rows)
+            pieces.append(columns)
             for counts in image.rles:
                 rles.append(image.size, counts.encode())
             if image.targets is not None and image.top is not None and len(image.targets):
                 accuracies.append((image.targets, image.top))
             if image.unreadable:
                 unreadable.append(image.unreadable)
-        image_ids, category_ids, scores, boxes, regions = (np.concatenate(column) for column in zip(*pieces))
-        masks = {"regions": regions, "rles": rles} if "segm" in self.tasks else {}
-        return Results(image_ids, category_ids, scores, boxes, **masks), accuracies, unreadable
+        ids, categories, scores, boxes, regions = (np.concatenate(column) for column in zip(*pieces))
+        masks = (regions, rles) if "segm" in self.tasks else (None, None)
+        return Results(ids, categories, scores, boxes, *masks), accuracies, unreadable
