@@ -1,11 +1,23 @@
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU wherever they run; before CUDA is looked for
+os.environ["OMP_NUM_THREADS"] = "1"  # networks as small as these are faster so, and forked processes need it
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.data import register_json_dataset
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def session_cache(tmp_path_factory):
+    """Keep what fixtures of whole modules cache apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGIONSPOT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -277,15 +277,6 @@ def test_masks_of_results_are_kept_if_asked_for(tmp_path):
     assert [rle["counts"] for rle in again.rles] == ["abc1", "abc2", "abc0"] and again.rles[0]["size"] == [48, 64]
 
 
-def test_selection_keeps_what_just_reaches_a_threshold(tmp_path):
-    boxes = [[0, 0, 10, 10], [0, 0, 10, 5], [30, 30, 40, 40], [30, 30, 40, 34.9]]
-    entry = {"boxes": boxes, "scores": [1.0, 0.75, 0.5, 0.25]}
-    arrays = ProposalFile(write_json(tmp_path / "p.json", {"1": entry})).arrays
-    assert select_proposals(arrays, min_score=0.5).scores.tolist() == [1, 0.75, 0.5]
-    assert len(select_proposals(arrays, nms_iou=0.5).boxes) == 4  # "by more than this IoU"
-    assert len(select_proposals(arrays, nms_iou=0.4999).boxes) == 3
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

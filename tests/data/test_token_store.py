@@ -2,10 +2,8 @@
 
 import json
 import multiprocessing
-import os
 import pickle
 import random
-import signal
 import time
 
 import numpy as np
@@ -258,20 +256,14 @@ def test_a_changed_byte_is_found_and_named(dataset, tmp_path):
         TokenStore(tmp_path / "store")
 
 
-def _extract_slowly(folder):
-    torch.set_num_threads(1)
-    extract(folder)
-
-
 def test_extraction_killed_at_ten_random_moments_ends_with_an_undisturbed_store(dataset, tmp_path):
-    torch.set_num_threads(1)
     extract(tmp_path / "undisturbed")
     context, rng, killed = multiprocessing.get_context("fork"), random.Random(3), 0
     while killed < 10:
-        process = context.Process(target=_extract_slowly, args=(tmp_path / "store",))
+        process = context.Process(target=extract, args=(tmp_path / "store",))
         process.start()
         time.sleep(rng.uniform(0.01, 0.12))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         killed += 1
         if (tmp_path / "store" / "manifest.json").is_file():  # it was done: the remaining kills begin anew
@@ -294,7 +286,6 @@ def test_several_processes_share_the_work(dataset, tmp_path):
 
 
 def _extract_shared(folder):
-    torch.set_num_threads(1)
     model = tiny_model()
     extract_tokens(model.recognizer, SOURCES, NAME, folder, Extraction(shard_images=1, batch_size=2), False)
 

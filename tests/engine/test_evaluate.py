@@ -148,13 +148,7 @@ def test_boxes_are_evaluated_where_masks_are_not_annotated(tmp_path, register, c
     assert set(metrics) == {"bbox", "region"} and "masks are not evaluated" in caplog.text
 
 
-def _evaluate_slowly(tmp_path):
-    torch.set_num_threads(1)
-    evaluate(tmp_path)
-
-
 def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, tmp_path):
-    torch.set_num_threads(1)
     evaluate(tmp_path)
     names = ("metrics.json", "lvis_instances_results.json", "per_class_segm.csv")
     expected = [written(tmp_path, name) for name in names]
@@ -167,7 +161,7 @@ def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, 
 
     for _ in range(5):
         wanted = number_written() + rng.randrange(3)
-        process = context.Process(target=_evaluate_slowly, args=(other,))
+        process = context.Process(target=evaluate, args=(other,))
         process.start()
         while process.is_alive() and number_written() < wanted:
             time.sleep(0.002)

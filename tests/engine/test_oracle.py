@@ -128,7 +128,6 @@ def run(trees, tmp_path_factory):
             register_all(trees.root)
             if oracle:
                 oracle.install(patch)
-            torch.set_num_threads(1)  # for networks as small as these
             return train_net.main(train_net.parse_arguments(arguments)), output
 
     return run

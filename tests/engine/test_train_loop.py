@@ -117,7 +117,6 @@ def train_process(args):
 def test_processes_agree_on_a_loss_that_is_not_finite(cfg, tmp_path, monkeypatch, precision):
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
-    torch.set_num_threads(1)
     group = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
     launch(train_process, Namespace(**group, cfg=cfg, folder=tmp_path, precision=precision), "cpu")
     (first, _), (second, images) = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]

@@ -105,7 +105,6 @@ def test_evaluation_on_one_process_and_on_two(folder, tmp_path):
     two = run(tmp_path, sys.executable, ROOT / "tools/train_net.py", *options, *overrides)
     [written] = (tmp_path / "inference").glob("*/metrics.json")
     by_two = written.read_text()
-    torch.set_num_threads(1)
     one = run_here(folder, "--eval-only", overrides=overrides)
     assert written.read_text() == by_two  # to the last digit
     rows = [line.split("copypaste: ")[1] for line in two.splitlines() if "copypaste: " in line]

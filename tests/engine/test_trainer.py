@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import random
-import signal
 import time
 
 import numpy as np
@@ -81,30 +80,24 @@ EXACT = ("SOLVER.MAX_ITER", 40, "SOLVER.CHECKPOINT_PERIOD", 6, "SOLVER.EMA.ENABL
 EXACT += ("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.ACCUMULATE", 2)
 
 
-def _train_in_child(scenes, output, overrides):
-    torch.set_num_threads(1)
-    train(scenes, output, *overrides, resume=True)
-
-
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_training_killed_at_five_random_moments_ends_with_the_same_weights(scenes, tmp_path, precision):
-    torch.set_num_threads(1)
-    overrides = (*EXACT, "SOLVER.AMP.ENABLED", precision == "bf16")
+    overrides, killed = (*EXACT, "SOLVER.AMP.ENABLED", precision == "bf16"), tmp_path / "killed"
     start = time.perf_counter()
     train(scenes, tmp_path / "undisturbed", *overrides)
     seconds = time.perf_counter() - start
     context, rng, iterations = multiprocessing.get_context("fork"), random.Random(1), []
     for _ in range(5):
-        process = context.Process(target=_train_in_child, args=(scenes, tmp_path / "killed", overrides))
+        process = context.Process(target=train, args=(scenes, killed, *overrides), kwargs={"resume": True})
         process.start()
         time.sleep(rng.uniform(0.3, 0.8) * seconds)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
-        last = tmp_path / "killed" / "last_checkpoint"
-        iterations.append(saved(tmp_path / "killed", last.read_text())["iteration"] if last.is_file() else -1)
-    train(scenes, tmp_path / "killed", *overrides, resume=True)
+        last = killed / "last_checkpoint"
+        iterations.append(saved(killed, last.read_text())["iteration"] if last.is_file() else -1)
+    train(scenes, killed, *overrides, resume=True)
     assert max(iterations) > 0  # something was resumed from
-    assert_same(saved(tmp_path / "killed"), saved(tmp_path / "undisturbed"))
+    assert_same(saved(killed), saved(tmp_path / "undisturbed"))
 
 
 def test_a_random_seed_is_kept_when_training_goes_on(scenes, tmp_path):

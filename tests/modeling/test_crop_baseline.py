@@ -45,6 +45,20 @@ def test_equals_clip_itself(masked, batch):
         assert len(output["instances"]) == len(boxes) * len(NAMES)
 
 
+def test_crops_hold_every_pixel_that_is_half_in_the_box():
+    model, inputs = baseline(), as_inputs(3)
+    inputs["instances"] = inputs["instances"][:2]
+    inputs["instances"].gt_boxes.tensor[:] = torch.tensor([[3.6, 4.4, 20.6, 22.7], [9.9, 8.1, 30.4, 31.2]])
+    vision = model.recognizer.vision_language
+    crops = [inputs["image"][:, 4:23, 3:21], inputs["image"][:, 8:31, 9:30]]
+    with torch.no_grad():
+        seen = vision.clip_model.encode_image(torch.stack([vision.preprocess(crop.float()) for crop in crops]))
+    logits = vision.clip_model.logit_scale.exp() * F.normalize(seen, dim=1) @ model.recognizer.classifier.embeddings.t()
+    [output] = model([inputs])
+    expected = logits.softmax(dim=1).sort(dim=1, descending=True).values
+    torch.testing.assert_close(output["regions"].top_scores, expected, atol=1e-5, rtol=0)
+
+
 def test_boxes_at_the_border_and_of_less_than_a_pixel_have_a_crop():
     model = baseline()
     inputs = as_inputs(0)

@@ -158,13 +158,3 @@ def test_merging_does_not_read_numbers_one_by_one():
     with CountScalars() as count:
         merge_detections(instances(60, 1), instances(60, 0), 0.3, 10)
     assert count.number < 5
-
-
-def test_predicted_boxes_are_cut_to_the_image():
-    inputs = as_inputs(0, number=2)
-    inputs["instances"].gt_boxes = Boxes(torch.tensor([[-9.0, -5, 30, 30], [40, 20, 90, 77]]))
-    inputs.update(height=96, width=128)
-    found = tiny_model()([inputs])[0]
-    expected = torch.tensor([[0.0, 0, 60, 60], [80, 40, 128, 96]])
-    assert torch.equal(found["instances"].pred_boxes.tensor, expected[found["instances"].region_indices])
-    assert torch.equal(found["regions"].pred_boxes.tensor, expected)

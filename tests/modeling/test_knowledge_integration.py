@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from regionspot.config import load_config
 from regionspot.modeling import knowledge_integration
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 
-from ..helpers import extra_memory
+from ..helpers import ROOT, extra_memory, tiny_config
 
 SIZES = {"token_dim": 8, "clip_width": 32, "text_dim": 16, "num_heads": 4, "ffn_dim": 48, "depth": 2}
 
@@ -81,3 +82,21 @@ def test_dropout_is_applied_in_training_only():
     assert torch.equal(model(tokens, feature_map)[0], model(tokens, feature_map)[0])
     model.train()
     assert not torch.allclose(model(tokens, feature_map)[0], model(tokens, feature_map)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("features", "norms"), [("none", 2), ("feature_map", 3)])
+def test_settings_reach_the_layers(features, norms):
+    keys = {"DEPTH": 2, "NUM_HEADS": 2, "FFN_DIM": 96, "DROPOUT": 0.3}
+    overrides = [part for key, value in keys.items() for part in (f"MODEL.REGIONSPOT.INTEGRATION.{key}", value)]
+    cfg = tiny_config(*overrides, "MODEL.REGIONSPOT.CLIP.FEATURES", features)
+    layers = KnowledgeIntegration(cfg, token_dim=32, clip_width=64, text_dim=32).decoder.layers
+    kinds = [(m.num_heads, m.dropout) for m in layers.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert kinds == [(2, 0.3)] * 2 * (norms - 1)
+    assert len(layers) == 2 and {layer.linear1.out_features for layer in layers} == {96}
+    assert sum(isinstance(m, nn.LayerNorm) for m in layers.modules()) == 2 * norms
+    assert {m.p for m in layers.modules() if isinstance(m, nn.Dropout)} == {0.3}
+
+
+def test_the_sizes_are_the_papers_by_default():
+    node = load_config(ROOT / "configs/RegionSpot-BB.yaml").MODEL.REGIONSPOT.INTEGRATION
+    assert (node.DEPTH, node.NUM_HEADS, node.FFN_DIM, node.DROPOUT) == (3, 8, 2048, 0.1)

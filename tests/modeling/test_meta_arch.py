@@ -78,6 +78,23 @@ def test_output_is_in_the_size_wanted_and_masks_only_if_asked_for():
     assert masked.pred_masks.shape == (len(masked), 96, 256) and masked.pred_masks.dtype == torch.bool
 
 
+def test_output_is_in_the_images_own_size_by_default():
+    inputs = {key: value for key, value in as_inputs(0).items() if key not in ("height", "width")}
+    [output] = tiny_model("MODEL.MASK_ON", True)([inputs])
+    assert output["instances"].image_size == output["regions"].image_size == (48, 64)
+    assert output["instances"].pred_masks.shape[1:] == (48, 64)
+    torch.testing.assert_close(output["regions"].pred_boxes.tensor, inputs["instances"].gt_boxes.tensor)
+
+
+def test_only_the_best_proposals_are_recognized():
+    inputs = as_inputs(0)
+    proposals = Instances((48, 64), proposal_boxes=inputs["instances"].gt_boxes)
+    proposals.scores = torch.linspace(0.2, 0.9, len(proposals))
+    [output] = tiny_model("MODEL.REGIONSPOT.PROPOSALS.TOP_K", 2)([{**inputs, "proposals": proposals}])
+    expected = proposals.proposal_boxes.tensor.flip(0)[:2]
+    assert len(proposals) > 2 and torch.equal(output["regions"].pred_boxes.tensor, expected)
+
+
 def test_scores_are_probabilities_times_the_proposals_scores():
     model = tiny_model()
     inputs = as_inputs(0)

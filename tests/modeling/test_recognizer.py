@@ -3,6 +3,9 @@
 import pytest
 import torch
 from detectron2.structures import Boxes
+from segment_anything.utils.transforms import ResizeLongestSide
+
+from regionspot.structures import Prompts
 
 from ..helpers import NAMES, as_inputs, tiny_config, tiny_model
 from .test_losses import plain_focal_loss
@@ -45,6 +48,20 @@ def test_boxes_are_cut_before_they_are_prompts():
     recognizer, images = tiny_model().recognizer, [as_inputs(0)["image"]]
     [cut], [whole] = (recognizer.position_tokens(images, [Boxes(boxes)]) for boxes in (INSIDE, BEYOND))
     torch.testing.assert_close(whole, cut)
+
+
+@pytest.mark.parametrize("size", [(130, 90), (41, 100)])
+def test_prompts_reach_sam_where_its_own_predictor_puts_them(size):
+    """The longest side becomes SAM's, the other one whole pixels: x and y have factors of their own."""
+    recognizer, image = tiny_model().recognizer, as_inputs(0, size)["image"]
+    boxes = torch.tensor([[3.0, 5.0, 30.5, 20.0], [20.0, 1.0, 88.0, 40.0]])
+    points, labels = torch.tensor([[[9.0, 30.0]], [[60.0, 7.5]]]), torch.ones(2, 1)
+    transform = ResizeLongestSide(64)
+    scaled = Prompts(transform.apply_boxes_torch(boxes, size), transform.apply_coords_torch(points, size), labels)
+    features = recognizer.encode_images([image])
+    [found] = recognizer.locate(features, [Prompts(boxes, points, labels)])
+    expected = recognizer.localizer(features.embeddings, scaled)
+    torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-6, rtol=0)
 
 
 def test_only_the_classes_asked_for_become_detections():

@@ -215,6 +215,22 @@ def test_refined_boxes_are_those_of_the_hosts_detections(heads, agnostic):
         torch.testing.assert_close(detections.scores.sum(), foreground.sum())
 
 
+def test_each_box_is_moved_by_the_regression_of_its_most_probable_class():
+    model = rcnn(*REFINED, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False)
+    predictor, shifts = model.roi_heads.host.box_predictor, torch.tensor([0.1, 0.2, 0.3, 0.4])  # widths to the right
+    torch.nn.init.zeros_(predictor.bbox_pred.weight)
+    torch.nn.init.zeros_(predictor.cls_score.weight)
+    predictor.bbox_pred.bias.data.view(4, 4)[:, 0] = shifts * predictor.box2box_transform.weights[0]
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 20.0], [8.0, 4.0, 28.0, 14.0]])
+    proposals = Instances((48, 64), proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(2))
+    features = model.backbone(model.preprocess_image([bgr(as_inputs(0))]).tensor)
+    for best in range(4):
+        predictor.cls_score.bias.data = torch.eye(5)[best]
+        [(refined, _)] = refine_boxes(model.roi_heads.host, features, [proposals])
+        expected = boxes + torch.stack([boxes[:, 2] - boxes[:, 0], torch.zeros(2)] * 2, dim=1) * shifts[best]
+        torch.testing.assert_close(refined.tensor, expected, atol=1e-4, rtol=0)
+
+
 def test_training_changes_the_attention_module_and_nothing_else():
     model = rcnn(*REFINED, "MODEL.ROI_HEADS.NUM_CLASSES", 1)
     before = copy.deepcopy(model.state_dict())  # with the running statistics of BatchNorm

@@ -237,7 +237,6 @@ def folder(tmp_path_factory):
 
 
 def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
-    torch.set_num_threads(1)
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     with monkeypatch.context() as patch:
         patch.setattr(torch.multiprocessing, "start_processes", forked)
