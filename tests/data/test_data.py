@@ -86,6 +86,14 @@ def test_boxes_follow_the_image(tmp_path, register):
     torch.testing.assert_close(mapped["instances"].gt_boxes.tensor, torch.from_numpy(draw_scene(0)[1]) * 2)
 
 
+@pytest.mark.parametrize("is_train", [True, False])
+def test_channels_are_in_the_configs_order(tmp_path, register, is_train):
+    [record] = DatasetCatalog.get(register("test_order", write_dataset(tmp_path, 1), tmp_path / "images"))
+    expected = torch.from_numpy(draw_scene(0)[0]).permute(2, 0, 1)
+    rgb, bgr = (RegionSpotDatasetMapper(tiny_config("INPUT.FORMAT", x), is_train)(record) for x in ("RGB", "BGR"))
+    assert torch.equal(rgb["image"], expected) and torch.equal(bgr["image"], expected.flip(0))
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -69,6 +69,14 @@ def test_proposal_file_takes_the_place_of_the_annotated_boxes(dataset, tmp_path)
     assert outputs[0].scores.sum().item() == pytest.approx(1.4, abs=1e-4)
 
 
+def test_each_test_set_has_its_own_file(dataset, tmp_path, register):
+    other = register("test_others", tmp_path / "data" / "annotations.json", tmp_path / "data" / "images")
+    paths = tuple(str(write_json(tmp_path / f"{x}.json", {"1": {"boxes": [[x, 0, 30, 30]]}})) for x in (3, 7))
+    cfg = config("DATASETS.TEST", (dataset, other), "DATASETS.PROPOSAL_FILES_TEST", paths)
+    found = [next(iter(build_test_loader(cfg, name)))[0]["proposals"] for name in (dataset, other)]
+    assert [x.proposal_boxes.tensor[0, 0].item() for x in found] == [3, 7]
+
+
 def test_every_form_gives_the_same_bits_through_the_mapper(dataset, tmp_path):
     content, _ = random_proposals(tmp_path)
     paths = {form: tmp_path / f"{form}.bin" for form in FORMS}  # written by hand, with names that say nothing

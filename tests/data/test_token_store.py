@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import random
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.token_store import TokenStore, find_damage
+from regionspot.data.token_writer import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations
 from regionspot.engine.extract import Extraction, check_image_ids, describe_sam, extract_tokens
 from regionspot.structures import Prompts
@@ -80,6 +82,25 @@ def test_store_holds_every_region_in_every_stage_and_flipped(dataset, tmp_path):
             for stage in stages:
                 stored = TokenStore(tmp_path / "store", stage).get(record["image_id"], boxes, flipped)["tokens"]
                 torch.testing.assert_close(stored, located.stage_tokens[stage], atol=2e-3, rtol=2e-3)
+
+
+def test_images_in_any_order_have_their_own_tokens(tmp_path):
+    """Ids descend in the first shard and are mixed with those of the second."""
+    origin = {"stages": ["transformer"], "clip": None, "flip": False, "sam": {}, "annotations": {}}
+    writer = StoreWriter(tmp_path, origin, 2)
+    for shard, ids in enumerate(([9, 2, 5], [1, 7])):
+        boxes = [torch.full((image_id % 3 + 1, 4), float(image_id)) for image_id in ids]
+        images = [
+            {"image_id": image_id, "boxes": x, "labels": x[:, 0], "tokens.transformer": 2 * x}
+            for image_id, x in zip(ids, boxes)
+        ]
+        writer.write(shard, pack_images(images), len(ids))
+    writer.finish()
+    store = TokenStore(tmp_path)
+    assert store.image_ids.tolist() == [1, 2, 5, 7, 9]
+    for image_id in (9, 2, 5, 1, 7):
+        boxes = torch.full((image_id % 3 + 1, 4), float(image_id))
+        assert torch.equal(store.get(image_id, boxes)["tokens"], 2 * boxes)
 
 
 def test_flips_are_taken_from_the_store(dataset, tmp_path):

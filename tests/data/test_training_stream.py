@@ -75,11 +75,13 @@ def test_images_with_rare_classes_come_more_often():
     assert counts[0] / counts[5] == pytest.approx(3, abs=0.4)  # sqrt(0.9 / 0.1)
 
 
-def test_repeat_factors_are_detectron2s(datasets):
+@pytest.mark.parametrize("root", [True, False])
+def test_repeat_factors_are_detectron2s(datasets, root):
     cfg = tiny_config("DATALOADER.REPEAT_THRESHOLD", 0.9, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    cfg.DATALOADER.REPEAT_SQRT = root
     records = DatasetCatalog.get(datasets[1])
     for subset in (records, Subset(records, np.array([1, 4, 7, 8]))):
-        expected = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(list(subset), 0.9)
+        expected = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(list(subset), 0.9, root)
         for dataset in (subset, [subset[i] for i in range(len(subset))]):
             stream = build_training_stream(cfg, [dataset], 0)
             torch.testing.assert_close(stream.repeat_factors, expected)

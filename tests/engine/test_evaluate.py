@@ -121,7 +121,9 @@ def test_identity_knows_all_that_predictions_depend_on(dataset, tmp_path):
     for overrides in changes:
         lines.add(describe_protocol(config(tmp_path, *overrides), model, NAME).identity())
     assert len(lines) == len(changes)
-    assert describe_protocol(config(tmp_path, "OUTPUT_DIR", "elsewhere"), model, NAME).identity() in lines
+    elsewhere = config(tmp_path, "OUTPUT_DIR", "elsewhere")
+    elsewhere.MODEL.DEVICE = "cuda:1"
+    assert describe_protocol(elsewhere, model, NAME).identity() in lines
     model.set_vocabulary({name: [name, "thing"] for name in NAMES})
     assert describe_protocol(config(tmp_path), model, NAME).identity() not in lines
 
@@ -243,6 +245,15 @@ def test_fixed_ap_keeps_what_its_limit_leaves(dataset, tmp_path, monkeypatch, li
     for task in ("bbox", "segm"):
         found = [run_lvis_evaluation(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, kept)]
         np.testing.assert_array_equal(found[0].precision, found[1].precision)
+
+
+def test_predictions_are_in_the_order_of_their_images(tmp_path):
+    """Whichever came first, so that ties are broken alike for any number of processes."""
+    log = PredictionLog(tmp_path, "one")
+    log.open()
+    for image_id in (9, 3, 12, 7):
+        log.append(ImagePredictions(image_id, [], [], []))
+    assert [image.image_id for image in log.gather()] == [3, 7, 9, 12]
 
 
 def test_region_accuracy():

@@ -16,6 +16,7 @@ from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.data import register_json_dataset
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot.engine.trainer import best_metric
 
 from ..helpers import frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
 
@@ -188,6 +189,19 @@ def test_evaluation_while_training_keeps_the_best(scenes, tmp_path):
     second = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 20, resume=True)
     hook = next(h for h in second._hooks if type(h).__name__ == "BestCheckpointer")
     assert hook.best_metric >= state["best_metric"] and first.max_iter == second.start_iter
+
+
+@pytest.mark.parametrize(
+    ("sets", "metric", "name"),
+    [
+        (("a",), "bbox/AP", "bbox/AP"),
+        (("a", "b"), "bbox/AP", "a/bbox/AP"),
+        (("a", "b"), "b/bbox/AP", "b/bbox/AP"),
+        (("odinw_a", "odinw_b"), "odinw_average/bbox/AP", "odinw_average/bbox/AP"),
+    ],
+)
+def test_the_best_is_chosen_by_the_first_test_set_unless_another_is_named(sets, metric, name):
+    assert best_metric(tiny_config("DATASETS.TEST", sets, "TEST.BEST_METRIC", metric)) == name
 
 
 def test_a_loss_that_is_not_a_number_names_the_images(scenes, tmp_path):

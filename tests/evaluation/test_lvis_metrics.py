@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 
+from regionspot.evaluation import matching
 from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.lvis_metrics import evaluate_lvis, run_lvis_evaluation
 from regionspot.evaluation.results_file import read_results
@@ -85,6 +86,13 @@ def test_limits_as_lvis(tmp_path, max_dets):
     theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets)
     ours = evaluate_lvis(read_ground_truth(annotations), read_results(results), max_dets=max_dets)
     assert_same(ours, {key: theirs[key] for key in KEYS})
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50])
+def test_pairs_in_blocks_of_any_size_as_lvis(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(matching, "_PAIRS", limit)
+    monkeypatch.setattr(matching, "_EDGES", limit)
+    compare(tmp_path, *make_world(0, **HOSTILE["crowded"]), "bbox")
 
 
 def test_the_world_is_not_trivial(tmp_path):

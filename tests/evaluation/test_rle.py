@@ -6,7 +6,7 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
 
-from regionspot.evaluation.rle import check_rles
+from regionspot.evaluation.rle import areas_of, boxes_of, check_rles
 
 
 def is_mask(text, pixels):
@@ -59,6 +59,14 @@ def test_many_masks(number):
     check_rles([rle] * number, str)
     with pytest.raises(ValueError, match=f"^{number - 1}: "):
         check_rles([rle] * (number - 1) + [{**rle, "size": [30, 21]}], str)
+
+
+@pytest.mark.parametrize("number", [1, 254, 255, 256, 600])
+def test_areas_and_boxes_of_many_masks_are_those_of_each(number):
+    drawn = np.random.default_rng(number).random((number, 12, 17)) < 0.02
+    rles = [mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in drawn]
+    assert areas_of(rles).tolist() == drawn.sum(axis=(1, 2)).tolist()
+    assert boxes_of(rles).tolist() == [mask_utils.toBbox(rle).tolist() for rle in rles]
 
 
 def test_sizes_that_are_expected():

@@ -1,0 +1,46 @@
+"""What an evaluation comes to: limits reach the metrics, and files say what was found."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.report import evaluate_task, write_outcomes
+from regionspot.evaluation.results_file import read_results
+
+from .reference import lvis_says, make_world, write_world
+
+
+def test_the_limit_of_detections_reaches_the_metrics(tmp_path):
+    world, predictions = make_world(5)
+    annotations, results = write_world(tmp_path, world, predictions)
+    truth, read = read_ground_truth(annotations), read_results(results)
+    for limit in (1, 300):
+        theirs, _ = lvis_says(annotations, predictions, "bbox", limit)
+        outcome = evaluate_task(truth, read, "bbox", "lvis", limit)
+        assert outcome.metrics["AP"] == pytest.approx(theirs["AP"], abs=1e-9)
+        assert f"AR@{limit}" in outcome.recalls
+
+
+def test_files_hold_every_class_and_null_for_what_is_not_annotated(tmp_path):
+    world, predictions = make_world(1, frequencies="rc")
+    annotations, results = write_world(tmp_path, world, predictions)
+    truth = read_ground_truth(annotations)
+    outcome = evaluate_task(truth, read_results(results), "bbox", "lvis")
+    write_outcomes(tmp_path, truth, {"bbox": outcome}, protocol="a line")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["protocol"] == "a line" and found["bbox"]["APf"] is None
+    assert found["bbox"]["AP"] == outcome.metrics["AP"] > 0
+    with (tmp_path / "per_class_bbox.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    by_id = {entry["id"]: entry for entry in world["categories"]}
+    assert [int(row["category_id"]) for row in rows] == sorted(by_id)
+    for row in rows:
+        category = by_id[int(row["category_id"])]
+        own = [entry for entry in world["annotations"] if entry["category_id"] == category["id"]]
+        assert (row["name"], row["frequency"]) == (category["name"], category["frequency"])
+        assert int(row["annotations"]) == sum(entry["area"] > 0 and not entry.get("ignore") for entry in own)
+    shown = [float(row["AP"]) for row in rows if row["AP"]]
+    assert np.mean(shown) == pytest.approx(outcome.metrics["AP"])
