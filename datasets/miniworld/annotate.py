@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import signal
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def write_split(folder: Path, split: str, number: int, seed: int = 0, workers: i
         split: "train", "val" or "test".
         number: of scenes.
         seed: of the world.
-        workers: processes that draw.
+        workers: processes that draw; 1 draws in this one.
 
     Returns:
         The annotation file; what is there already for the same number and seed is kept.
@@ -37,10 +39,13 @@ def write_split(folder: Path, split: str, number: int, seed: int = 0, workers: i
     arguments = [(str(folder), split, index, seed) for index in range(number)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for image, objects in tqdm(
-            pool.imap(write_scene, arguments, chunksize=32), total=number, desc=f"drawing {split}"
-        ):
+    with ExitStack() as stack:
+        drawn: Iterable = map(write_scene, arguments)
+        if workers > 1:  # to start them takes as long as some hundred scenes
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)))
+            drawn = pool.imap(write_scene, arguments, chunksize=32)
+        for image, objects in tqdm(drawn, total=number, desc=f"drawing {split}"):
             images.append(image)
             for entry in objects:
                 annotations.append({"id": len(annotations) + 1, **entry})

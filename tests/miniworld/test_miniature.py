@@ -63,7 +63,7 @@ def run(tool, *arguments, **environment):
 def demo(tmp_path_factory):
     """The folder of a short demo, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    sizes = ["--train", 200, "--test", 30]
+    sizes = ["--train", 200, "--test", 30, "--workers", 1]
     quick = ROOT / "configs" / "quick_schedules" / "RegionSpot-mini-quick.yaml"
     return folder, run("miniworld_demo.py", "--output", folder, "--config-file", quick, *sizes)
 

@@ -1,6 +1,7 @@
 """The drawn world: the same every time, and valid LVIS."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from ..helpers import tiny_model
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return folder, {split: LVIS(str(write_split(folder, split, 40, workers=2))) for split in ("train", "test")}
+    return folder, {split: LVIS(str(write_split(folder, split, 40))) for split in ("train", "test")}
 
 
 def test_a_scene_is_a_function_of_seed_split_and_index():
@@ -59,6 +60,15 @@ def test_files_are_what_is_drawn(written):
                     and mask[y : y + h, x].any()
                     and mask[y, x : x + w].any()
                 )
+
+
+def test_any_number_of_processes_writes_the_same(written, tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")  # nothing need be imported again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    path = write_split(tmp_path, "test", 40, workers=2)
+    assert path.read_bytes() == (written[0] / "test.json").read_bytes()
+    for picture in sorted((tmp_path / "test").iterdir()):
+        assert picture.read_bytes() == (written[0] / "test" / picture.name).read_bytes()
 
 
 def test_novel_categories_are_annotated_in_test_and_never_in_training(written):
