@@ -247,15 +247,6 @@ def test_fixed_ap_keeps_what_its_limit_leaves(dataset, tmp_path, monkeypatch, li
         np.testing.assert_array_equal(found[0].precision, found[1].precision)
 
 
-def test_predictions_are_in_the_order_of_their_images(tmp_path):
-    """Whichever came first, so that ties are broken alike for any number of processes."""
-    log = PredictionLog(tmp_path, "one")
-    log.open()
-    for image_id in (9, 3, 12, 7):
-        log.append(ImagePredictions(image_id, [], [], []))
-    assert [image.image_id for image in log.gather()] == [3, 7, 9, 12]
-
-
 def test_region_accuracy():
     targets, top = [np.array([0, 1]), np.array([2])], [np.array([[0, 1, 2], [0, 1, 2]]), np.array([[0, 1, 3]])]
     found = region_accuracy(targets, top, ["r", "f", "f", "c"])
