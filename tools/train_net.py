@@ -37,15 +37,13 @@ if __name__ == "__main__":
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
-from regionspot.engine import RegionSpotTrainer, launch
+from regionspot.engine import RegionSpotTrainer, launch, set_up_run
 from regionspot.evaluation.report import without_nan
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
@@ -56,8 +54,7 @@ def main(args: argparse.Namespace) -> Any:
     cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
     with run_lock(cfg.OUTPUT_DIR):  # before anything is written there
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot")
+        set_up_run(cfg, args)
         return train_or_evaluate(cfg, args)
 
 

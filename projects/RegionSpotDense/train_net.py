@@ -17,14 +17,13 @@ from detectron2 import engine
 from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from regionspot import RegionRecognizer
 from regionspot.checkpoint import find_recognizer
 from regionspot.data.build import check_registered
-from regionspot.engine import launch
+from regionspot.engine import launch, set_up_run
 from regionspot.engine.optimizer import clip_before_steps
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.utils.command_line import run_command
@@ -84,8 +83,7 @@ def load(args: argparse.Namespace) -> DictConfig:
 
 def main(args: argparse.Namespace) -> Any:
     cfg = load(args)
-    engine.default_setup(cfg, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="regionspot")
+    set_up_run(cfg, args)
     for part in ("test",) if args.eval_only else ("train", "test"):
         names = cfg.dataloader[part].dataset.names
         check_registered(names if isinstance(names, ListConfig) else [names], f"dataloader.{part}.dataset.names")

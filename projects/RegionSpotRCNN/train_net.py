@@ -23,20 +23,20 @@ from detectron2.engine import (
     SimpleTrainer,
     create_ddp_model,
     default_argument_parser,
-    default_setup,
 )
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
+from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from regionspot import RegionSpotROIHeads
 from regionspot.checkpoint import find_recognizer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered, dataset_vocabulary
-from regionspot.engine import launch
+from regionspot.engine import launch, set_up_run
 from regionspot.engine.optimizer import build_optimizer
+from regionspot.engine.run_setup import log_size
 from regionspot.engine.train_loop import autocast_precision
 from regionspot.evaluation import DetectionLVISEvaluator
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
@@ -51,7 +51,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         check_solver(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
+        model = build_model(cfg)  # `self.build_model` would log all of its modules
+        log_size(model)
         optimizer = self.build_optimizer(cfg, model)
         device_ids = [comm.get_local_rank()] if torch.device(cfg.MODEL.DEVICE).type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
@@ -108,11 +109,10 @@ def main(args: argparse.Namespace) -> Any:
     if not args.eval_only:
         check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="regionspot")
+    set_up_run(cfg, args)
     if args.eval_only:
         torch.manual_seed(max(cfg.SEED, 0))  # what has no weights is random, and the same in all processes
-        model = Trainer.build_model(cfg)
+        model = build_model(cfg)
         SafeDetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():

@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch import nn
 
@@ -33,6 +33,7 @@ from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, UnreadableImages, WeightAverage
 from regionspot.engine.optimizer import build_optimizer, fit_schedule, warn_of_jump
+from regionspot.engine.run_setup import log_size
 from regionspot.engine.stop import StopOnSignal
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.modeling import RegionSpot
@@ -145,6 +146,12 @@ class RegionSpotTrainer(DefaultTrainer):
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=kept))
             result += [Throughput(), hooks.PeriodicWriter(self.build_writers(), period=20)]
         return [*result, self.stop]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_model(cfg)
+        log_size(model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

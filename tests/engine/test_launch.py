@@ -62,7 +62,7 @@ def test_device_in_yaml_alone_is_respected(two_gpus, tmp_path, monkeypatch, tool
     group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     for name, value in group.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("detectron2.engine.default_setup", reached)
+    monkeypatch.setattr("regionspot.engine.set_up_run", reached)
     monkeypatch.setattr("detectron2.utils.comm._LOCAL_PROCESS_GROUP", None)
     monkeypatch.setattr(sys, "argv", [tool, "--config-file", str(path)])
     try:

@@ -1,6 +1,7 @@
 """tools/train_net.py as a user runs it: the README's walkthrough, torchrun, evaluation, and what is refused."""
 
 import json
+import logging
 import multiprocessing
 import re
 import shlex
@@ -8,7 +9,9 @@ import sys
 
 import pytest
 import torch
+from termcolor import colored
 
+from regionspot.config import load_config
 from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.run_lock import run_lock
 
@@ -148,6 +151,21 @@ def test_second_run_in_an_output_directory_is_refused(folder, tmp_path, what):
     finally:
         process.kill()
         process.join()
+
+
+def test_log_is_short_and_plain(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if for a terminal
+    data = f"('{folder}/my.json:{folder}/my_images',)"
+    overrides = ["DATASETS.TRAIN", data, "DATASETS.TEST", data, "SOLVER.MAX_ITER", 60, "SOLVER.IMS_PER_BATCH", 1]
+    run_here(folder, overrides=[*overrides, "SOLVER.CHECKPOINT_PERIOD", 20, "OUTPUT_DIR", tmp_path])
+    logging.getLogger("detectron2").warning(colored("in color", "red"))
+    log = (tmp_path / "log.txt").read_text()
+    assert "in color" in log and "\x1b" not in log and len(log.splitlines()) < 60
+    for said in ("torch", "8 images with", "0.16 million parameters learn", "iter: 59", "bbox", "Saved checkpoint"):
+        assert said in log, said
+    written = load_config(tmp_path / "config.yaml")
+    assert written.SOLVER.MAX_ITER == 60 and str(tmp_path) == written.OUTPUT_DIR
+    assert "PyTorch" in (tmp_path / "environment.txt").read_text()
 
 
 @pytest.mark.parametrize(

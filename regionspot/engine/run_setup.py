@@ -1,0 +1,87 @@
+"""How a run begins: its directory, its loggers, its seed, and a few lines that say what it is."""
+
+import argparse
+import logging
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import detectron2
+import torch
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from regionspot.utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"  # as Detectron2 writes files
+_COLOR = re.compile(r"\x1b\[[\d;]*m")
+
+
+class PlainFormatter(logging.Formatter):
+    """Leaves out the colors that Detectron2 and fvcore put into their messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _COLOR.sub("", super().format(record))
+
+
+def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
+    """Do what Detectron2's ``default_setup`` does, with a log that a person can read.
+
+    What that logs in hundreds of colored lines lies beside ``log.txt``: ``config.yaml`` (the whole config) and
+    ``environment.txt``.
+
+    Args:
+        cfg: Detectron2's config, or a lazy config with ``train.output_dir``, ``train.seed`` and so on.
+        args: of the command line.
+    """
+    is_lazy = not isinstance(cfg, CfgNode)
+    output = Path(cfg.train.output_dir if is_lazy else cfg.OUTPUT_DIR)
+    seed = cfg.train.get("seed", -1) if is_lazy else cfg.SEED
+    rank = comm.get_rank()
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("fvcore", "detectron2", "regionspot"):
+        for handler in setup_logger(str(output), rank, name=name).handlers:
+            if isinstance(handler, logging.StreamHandler) and not (handler.stream.closed or handler.stream.isatty()):
+                handler.setFormatter(PlainFormatter(_FORMAT, "%m/%d %H:%M:%S"))
+    if comm.is_main_process():
+        with atomic_path(output / "config.yaml") as temporary:
+            if is_lazy:
+                LazyConfig.save(cfg, str(temporary))
+            else:
+                temporary.write_text(cfg.dump(), encoding="utf-8")
+        with atomic_path(output / "environment.txt") as temporary:
+            temporary.write_text(f"{collect_env_info()}\n", encoding="utf-8")
+    _introduce(output)
+    seed_all_rng(None if seed < 0 else seed + rank)
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.train.get("cudnn_benchmark", False) if is_lazy else cfg.CUDNN_BENCHMARK
+
+
+def _introduce(output: Path) -> None:
+    versions = {"regionspot": sys.modules["regionspot"].__version__, "detectron2": detectron2.__version__}
+    versions |= {"torch": torch.__version__, "Python": platform.python_version()}
+    logger.info(", ".join(f"{name} {version}" for name, version in versions.items()))
+    logger.info("process %d of %d: %s", comm.get_rank() + 1, comm.get_world_size(), shlex.join(sys.argv))
+    logger.info("whole config: %s, environment: %s", output / "config.yaml", output / "environment.txt")
+
+
+def log_size(model: nn.Module) -> None:
+    """Log how many parameters a model has, in place of its modules in hundreds of lines."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    every, device = sum(size for size, _ in sizes), next(model.parameters()).device
+    logger.info(
+        "%s on %s: %.2f million parameters learn, of %.2f", type(model).__name__, device, trained / 1e6, every / 1e6
+    )
