@@ -18,10 +18,6 @@ from ..helpers import ROOT, TINY
 NO_DATA = "DATASETS: {TRAIN: [], TEST: []}\n"
 
 
-class ReachedError(Exception):
-    """The run has come to where its processes are joined."""
-
-
 @pytest.fixture
 def two_gpus(monkeypatch):
     """Let this machine seem to have two GPUs wherever the environment does not hide them."""
@@ -49,14 +45,17 @@ def test_processes_on_cpus_beside_gpus_are_joined_by_gloo(two_gpus, tmp_path, mo
     [
         ("tools/train_net.py", f"_BASE_: {TINY}\n"),
         ("projects/RegionSpotRCNN/train_net.py", f"_BASE_: {ROOT}/tests/tiny_rcnn.yaml\n{NO_DATA}"),
-        ("projects/RegionSpotDense/train_net.py", "train:\n  device: cpu\n"),
+        ("projects/RegionSpotDense/train_net.py", "train = dict(device='cpu')\n"),
     ],
 )
-def test_device_in_yaml_alone_is_respected(two_gpus, tmp_path, monkeypatch, tool, config):
-    def reached(*_):
-        raise ReachedError(distributed.get_backend())
+def test_device_in_config_alone_is_respected(two_gpus, tmp_path, monkeypatch, tool, config):
+    backends = []
 
-    path = tmp_path / "config.yaml"
+    def reached(*_):
+        backends.append(distributed.get_backend())
+        raise KeyboardInterrupt
+
+    path = tmp_path / ("config.py" if "train = " in config else "config.yaml")
     path.write_text(config)  # the base says cpu
     group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "test"}
     group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}
@@ -64,10 +63,12 @@ def test_device_in_yaml_alone_is_respected(two_gpus, tmp_path, monkeypatch, tool
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("regionspot.engine.set_up_run", reached)
     monkeypatch.setattr("detectron2.utils.comm._LOCAL_PROCESS_GROUP", None)
+    monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.setattr(sys, "argv", [tool, "--config-file", str(path)])
     try:
-        with pytest.raises(ReachedError, match="gloo"):
+        with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / tool), run_name="__main__")
+        assert backends == ["gloo"]
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
