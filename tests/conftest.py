@@ -1,4 +1,5 @@
 import os
+import signal
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU wherever they run; before CUDA is looked for
 os.environ["OMP_NUM_THREADS"] = "1"  # networks as small as these are faster so, and forked processes need it
@@ -10,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from regionspot.data import register_json_dataset
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -50,6 +50,13 @@ def test_lvis_ids_that_begin_at_0_are_refused(register_categories):
         category_ids(NAME)
 
 
+def test_mapping_of_a_part_of_the_categories(register_categories):
+    register_categories(
+        entries(cup=2, dog=7, bowl=90), thing_classes=["bowl", "cup"], thing_dataset_id_to_contiguous_id={90: 0, 2: 1}
+    )
+    assert category_ids(NAME).tolist() == [90, 2]
+
+
 def test_mapping_of_metadata_counts(register_categories):
     mapping = {7: 0, 90: 1, 2: 2}
     register_categories(
@@ -84,7 +91,7 @@ def test_data_set_without_a_file_has_the_ids_that_detectron2_writes(tmp_path):
         ({"dog": 1, "cup": 2, "bowl": 3}, None, "category 2 is 'cup', but 'bowl' in metadata"),
         ({"dog": 1, "bowl": 2, "cup": 3, "hat": 4}, None, "category 4 is 'hat', but 'no class' in metadata"),
         ({"dog": 1, "bowl": 2}, None, "1 of 3 classes have no category, the first is 'cup'"),
-        ({"dog": 1, "bowl": 2, "cup": 3}, {1: 0, 2: 1}, "category 3 is 'cup', but 'no class' in metadata"),
+        ({"dog": 1, "bowl": 2, "cup": 3}, {1: 0, 2: 1}, "1 of 3 classes have no category, the first is 'cup'"),
         ({"dog": 1, "bowl": 2, "cup": 3}, {1: 1, 2: 0, 3: 2}, "category 1 is 'dog', but 'bowl' in metadata"),
     ],
 )

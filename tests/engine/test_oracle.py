@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin as detectron2_builtin
 
 from regionspot.data.datasets.builtin import register_all
+from regionspot.modeling.masks import RleMasks
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.text_encoder import TextEncoder
@@ -86,7 +87,7 @@ class Oracle:
             rows = self.truth.annotations_of(path, instances.pred_boxes.tensor.numpy())
             masks = self.truth.masks[resolve(path)]
             if all(masks):
-                instances.pred_masks_rle = [masks[row] for row in rows]
+                instances.pred_masks_rle = RleMasks(masks[row] for row in rows)
         return output
 
 

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from regionspot import RegionSpot
 
-from ..helpers import NAMES, as_inputs, frozen_overrides, run, write_dataset, write_frozen_parts
+from ..helpers import NAMES, ROOT, as_inputs, frozen_overrides, run, write_dataset, write_frozen_parts
 from ..modeling.test_meta_arch import assert_same
 from .tiny_dense import PROJECT, tiny_dense_config
 
@@ -205,7 +205,7 @@ def test_shipped_configs_load_anywhere_and_take_overrides(name, tmp_path, monkey
 
 
 def arguments(folder, *options):
-    return train_net.parse_arguments(["--config-file", str(folder / "tiny.yaml"), *map(str, options)])
+    return train_net.parse_arguments(["--config-file", str(folder / "tiny.py"), *map(str, options)])
 
 
 def metrics(output):
@@ -224,13 +224,15 @@ def folder(tmp_path_factory):
     model = build(CONFIGS[0])
     write_frozen_parts(model.recognizer, folder)
     frozen = ",".join(f"'{part}'" for part in frozen_overrides(folder))
-    cfg = tiny_dense_config(
-        CONFIGS[0],
+    options = [
         *[f"model.recognizer.cfg.overrides=[{frozen}]", f"model.detector_weights={folder}/detector.pth"],
         *[f"dataloader.{part}.dataset.names='{folder}/my.json:{folder}/my_images'" for part in ("train", "test")],
         *["optimizer.lr=3e-4", "train.max_iter=4", "train.log_period=1", "train.eval_period=100"],
+    ]
+    (folder / "tiny.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.projects.tiny_dense import tiny_dense_config\n"
+        f"globals().update(tiny_dense_config({CONFIGS[0]!r}, *{options!r}).items())\n"
     )
-    LazyConfig.save(cfg, str(folder / "tiny.yaml"))  # as train_net.py saves its own
     trained = train_net.main(arguments(folder, *WHOLE, f"train.output_dir={folder}/whole"))
     torch.save({"model": trained.detector.state_dict()}, folder / "detector.pth")
     return folder
@@ -238,9 +240,9 @@ def folder(tmp_path_factory):
 
 def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    output = f"train.output_dir={folder}/two"
     with monkeypatch.context() as patch:
         patch.setattr(torch.multiprocessing, "start_processes", forked)
-        output = f"train.output_dir={folder}/two"
         train_net.launch(train_net.main, arguments(folder, "--num-gpus", 2, "--dist-url", "auto", output), "cpu")
     by_two = metrics(folder / "two")
     checkpoint = f"train.init_checkpoint={folder}/two/model_final.pth"
@@ -252,13 +254,13 @@ def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
     saved = torch.load(folder / "two" / "model_final.pth", weights_only=True)
     assert {key.split(".")[0] for key in saved["model"]} == {"detector", "recognizer"}
 
-    command = [PROJECT / "train_net.py", "--config-file", "two/config.yaml", "--resume", "train.max_iter=6"]
+    command = [PROJECT / "train_net.py", "--config-file", "tiny.py", "--resume", output, "train.max_iter=6"]
     log = run(folder, sys.executable, *command)
     assert "Starting training from iteration 4" in log and metrics(folder / "two")["iteration"] == 6
 
 
 def test_names_are_those_of_the_data_set_unless_the_config_has_others(folder):
-    cfg = LazyConfig.load(str(folder / "tiny.yaml"))
+    cfg = LazyConfig.load(str(folder / "tiny.py"))
     recognizer = instantiate(cfg.model.recognizer)
     assert train_net.names_of(recognizer, cfg.dataloader.test) == [NAMES[i] for i in (1, 0, 3, 2)]  # by category id
     cfg.model.recognizer.cfg.overrides.extend(["MODEL.REGIONSPOT.VOCABULARY", "a,b,c,d"])

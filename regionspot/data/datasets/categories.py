@@ -10,10 +10,10 @@ from regionspot.vocabulary import dataset_names
 def category_ids(name: str) -> np.ndarray:
     """Return the category ids, in the annotation file, of a data set's labels 0, 1, 2, ...
 
-    Metadata say them (``thing_dataset_id_to_contiguous_id``). Where they do not, as in Detectron2's ``lvis_v1_*``,
-    labels of LVIS data sets are the ids less 1, and those of others are in the order of the ids. Both are checked
-    against the names in the file. A data set without ``json_file`` has the ids that Detectron2's
-    ``convert_to_coco_json`` writes.
+    Metadata say them (``thing_dataset_id_to_contiguous_id``), of all categories or, for a detector that knows some
+    classes only, of a part. Where they do not, as in Detectron2's ``lvis_v1_*``, labels of LVIS data sets are the ids
+    less 1, and those of others are in the order of the ids. Both are checked against the names in the file. A data
+    set without ``json_file`` has the ids that Detectron2's ``convert_to_coco_json`` writes.
 
     Args:
         name: a registered data set with class names.
@@ -40,7 +40,8 @@ def category_ids(name: str) -> np.ndarray:
     remedy = "is it the right file? One of your own is named annotations.json:folder_of_images"
     ids: dict[int, int] = {}
     for category in categories:
-        label = mapping.get(category.id, -1)
+        if (label := mapping.get(category.id)) is None:
+            continue
         found = names[label] if 0 <= label < len(names) else "no class"
         if found not in (category.class_name, category.name):  # LVIS's names are the first synonyms
             raise ValueError(
