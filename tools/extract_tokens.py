@@ -57,12 +57,12 @@ from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.launch import check_gpus
 from regionspot.utils.command_line import run_command, run_process
-from regionspot.utils.files import folder_name
+from regionspot.utils.files import short_folder_name
 
 
 def store_folder(output: Path, dataset_name: str) -> Path:
-    """Return a data set's folder below ``output``."""
-    return output / folder_name(dataset_name)
+    """Return a data set's folder below ``output``; that of another one is refused when it is opened."""
+    return output / short_folder_name(dataset_name)
 
 
 def verify(folders: list[Path]) -> int:
@@ -119,7 +119,7 @@ def report(args: argparse.Namespace) -> None:
         else:
             print(f"{folder}: not finished; other processes or machines have the rest, or copy their shards here")
     if len(stores) == len(args.datasets):
-        print(f"DATASETS.TRAIN: {tuple(args.datasets)}\nDATASETS.TOKEN_STORES_TRAIN: {tuple(stores)}")
+        print(f"DATASETS:\n  TRAIN: {tuple(args.datasets)}\n  TOKEN_STORES_TRAIN: {tuple(stores)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

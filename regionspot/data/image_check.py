@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
+from regionspot.data.token_store import TokenStore
+from regionspot.utils.files import is_same_file
 
 logger = logging.getLogger(__name__)
 
+_COMPARED = 200_000  # images whose size and time are compared with a token store's
+_READ = 1000  # of them, if their time has changed
 _SAMPLE = 16  # images that are decoded
 _LISTED = 3  # images that a message names
 _FEW = 100  # paths of a directory that are looked up one by one
@@ -43,11 +47,8 @@ def check_images(
     """
     paths = [path_of_image(records, row) for row in rows.tolist()]
     missing = find_missing(paths)
-    sample = (
-        []
-        if mapper is None or len(missing) == len(paths)
-        else np.unique(np.linspace(0, len(paths) - 1, _SAMPLE).astype(int))
-    )
+    has_sample = mapper is not None and len(missing) < len(paths)
+    sample = _spread(len(paths), _SAMPLE).tolist() if has_sample else []
     absent, reasons = set(missing), []
     for index in sample:
         if mapper is not None and paths[index] not in absent:
@@ -65,6 +66,54 @@ def check_images(
             continue
         kind = FileNotFoundError if bad is missing else ValueError
         raise kind(f"{message}. tools/check_dataset.py lists all that cannot be used; {remedy}")
+
+
+def check_unchanged(store: TokenStore, records: Any, rows: np.ndarray, ids: np.ndarray) -> None:
+    """Refuse a store whose images were edited after it was made, as far as it says what they were.
+
+    Of very many images a sample is looked at. Images that are gone are none of this function's business.
+
+    Args:
+        store: of the tokens.
+        records: of the data set.
+        rows: (n,) which of them are in the store.
+        ids: (I,) image ids of all records.
+
+    Raises:
+        ValueError: names some of the images.
+    """
+    rows = rows[_spread(len(rows), _COMPARED)]
+    described = store.image_files(ids[rows])
+    changed: list[tuple[str, list[int]]] = []
+    touched: list[tuple[str, list[int]]] = []
+    for row, was in zip(rows.tolist(), described.tolist()):
+        path = path_of_image(records, row)
+        if was[0] and (state := _stat(path)) is not None and [state.st_size, state.st_mtime_ns] != was[:2]:
+            (touched if state.st_size == was[0] else changed).append((path, was))
+    looked_at = [touched[i] for i in _spread(len(touched), _READ)]
+    changed += [(path, was) for path, was in looked_at if not is_same_file(path, was)]
+    if len(looked_at) < len(touched):
+        logger.info(
+            "%s: %d images are of another time; %d of them were read", store.folder, len(touched), len(looked_at)
+        )
+    if changed:
+        some = "; ".join(path for path, _ in changed[:_LISTED]) + ("; ..." if len(changed) > _LISTED else "")
+        raise ValueError(
+            f"token store {store.folder}: of {len(rows)} images that were looked at {len(changed)} have changed since "
+            f"their tokens were extracted: {some}; run tools/extract_tokens.py again, which makes their shards anew"
+        )
+
+
+def _spread(number: int, most: int) -> np.ndarray:
+    """Return indices from 0 to ``number``, evenly spread if there are more than ``most``."""
+    return np.arange(number) if number <= most else np.linspace(0, number - 1, most).astype(int)
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return Path(path).stat()
+    except OSError:
+        return None
 
 
 def path_of_image(records: Any, row: int) -> str:

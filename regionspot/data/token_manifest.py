@@ -52,6 +52,20 @@ def is_entry(entry: Any) -> bool:
     return re.fullmatch(r"shard-\d+\.safetensors", entry["file"]) is not None  # of this folder, not "../"
 
 
+def check_origin(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a store of another origin, for training and for extraction alike.
+
+    Raises:
+        ValueError: how ``compare_origins`` has them differ, and what to do.
+    """
+    difference = compare_origins(found, expected)
+    if difference:
+        raise ValueError(
+            f"token store {folder} {difference}; delete it and run tools/extract_tokens.py again, or extract into "
+            "another directory"
+        )
+
+
 def compare_origins(found: dict[str, Any], expected: dict[str, Any]) -> str:
     """Return how a store's origin differs from what is expected, "" if it does not.
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from regionspot.data.token_manifest import compare_origins, read_manifest, read_object, write_object
+from regionspot.data.token_manifest import check_origin, read_manifest, read_object, write_object
 from regionspot.utils.files import sha256_of_file
 
 REMEDY = "delete this shard and run tools/extract_tokens.py again, which makes it anew"
@@ -106,6 +106,17 @@ class TokenStore:
             features["feature_map"] = shard[f"{prefix}feature_maps"][row].float()
         return features
 
+    def image_files(self, image_ids: np.ndarray) -> np.ndarray:
+        """Return what ``describe_file`` said of images of the store, (n, 3) int64; zeros where it was not asked."""
+        none = torch.zeros(0, 3, dtype=torch.int64)
+        files = np.zeros((len(self), 3), np.int64)
+        for number, shard in enumerate(self._shards):
+            recorded = shard.get("image_files", none).numpy()
+            if len(recorded):
+                ours = self._where[:, 0] == number
+                files[ours] = recorded[self._where[ours, 1]]
+        return files[np.searchsorted(self.image_ids, image_ids)]
+
     def verify(self) -> None:
         """Compare the shards' SHA-256 with the manifest; what is found right is remembered by size and time.
 
@@ -140,9 +151,7 @@ class TokenStore:
         Raises:
             ValueError: names both.
         """
-        difference = compare_origins(self.manifest, expected)
-        if difference:
-            raise ValueError(f"token store {self.folder} {difference}; extract the tokens again")
+        check_origin(self.folder, self.manifest, expected)
 
 
 def _check_size(folder: Path, entry: dict[str, Any]) -> None:

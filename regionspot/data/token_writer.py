@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from regionspot.data.token_manifest import (
     FORMAT,
     MANIFEST,
-    compare_origins,
+    check_origin,
     is_entry,
     read_manifest,
     read_object,
@@ -43,9 +43,7 @@ class StoreWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST, "origin.json"):
             if (self.folder / name).is_file():
-                difference = compare_origins(read_object(self.folder / name), self.origin)
-                if difference:
-                    raise ValueError(f"{self.folder} holds a token store that {difference}; give another folder")
+                check_origin(self.folder, read_object(self.folder / name), self.origin)
         if self.is_complete():
             self._reopen()
         if not self.is_complete():

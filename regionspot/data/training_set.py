@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.datasets.categories import category_ids
-from regionspot.data.image_check import check_images
+from regionspot.data.image_check import check_images, check_unchanged
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.token_store import TokenStore
 from regionspot.utils.files import sha256_of_file
@@ -111,6 +111,8 @@ def open_training_images(
         raise ValueError(f"data set {name!r}: no image has a box to learn from; is it the right annotation file?")
     if store is None or not store.has_feature_maps:  # else no image is read
         check_images(records, np.flatnonzero(kept), name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
+    if store is not None and comm.is_main_process():
+        check_unchanged(store, records, np.flatnonzero(kept), image_ids(records))
     logger.info("%s: %d images with %d regions; %s", name, kept.sum(), numbers[kept].sum(), _left_out(records, numbers))
     images = records if isinstance(records, Dataset) else DatasetFromList(records, copy=True)
     return Subset(images, np.flatnonzero(kept)), mapper  # type: ignore[arg-type]

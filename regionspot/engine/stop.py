@@ -105,4 +105,4 @@ class StopOnSignal(HookBase):
             self.checkpointer.save(name, iteration=iteration)
         text = f"stopped after iteration {min(iteration + 1, end)} of {end}: {name}.pth is kept"
         logger.info("%s; the same command with --resume goes on", text)
-        raise Interrupted(text)
+        raise Interrupted(text, self._received[0] if self._received else signal.SIGTERM)

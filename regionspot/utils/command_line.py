@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from regionspot.utils.signals import Interrupted
+
 
 class ProcessError(Exception):
     """What a user did wrong, found in one of several processes."""
@@ -94,6 +96,7 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
             child.terminate()
         again = [sys.argv[0], *(option for option in options if option not in sys.argv), *sys.argv[1:]]
         left = printable(interrupt) or kept
+        number = interrupt.number if isinstance(interrupt, Interrupted) else number
         text = f"{left}; to go on" if left else "nothing was kept; to start again"
         _end(f"interrupted: {text}: {shlex.join(again)}", 128 + number)
     except Exception as error:

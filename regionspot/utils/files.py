@@ -64,6 +64,12 @@ def folder_name(dataset_name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", dataset_name)
 
 
+def short_folder_name(dataset_name: str) -> str:
+    """Return a name for people: of "path/to/my.json:data/photos" "my-photos", which another data set may have, too."""
+    json_file, separator, images = dataset_name.rpartition(".json:")
+    return folder_name(f"{Path(json_file).name}-{Path(images).name}" if separator else dataset_name)
+
+
 def describe_file(path: str | Path) -> list[int]:
     """Return a file's size, its time of modification in nanoseconds, and 63 bits of the SHA-256 of its bytes."""
     state = Path(path).stat()

@@ -14,6 +14,10 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 class Interrupted(KeyboardInterrupt):
     """A signal has asked the process to stop. Its text, if any, says what was kept."""
 
+    def __init__(self, text: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(*([text] if text else []))
+        self.number = number
+
 
 def install_handlers(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     """Let ``handler`` have the signals; return the handlers before, {} in a thread, which cannot have any."""
@@ -49,9 +53,9 @@ def forwarded_to_children() -> Iterator[None]:
         yield
     except Exception as error:
         if received:  # the processes' ends by the signal are no errors of their own
-            raise Interrupted from error
+            raise Interrupted(number=received[0]) from error
         raise
     finally:
         restore_handlers(previous)
     if received:
-        raise Interrupted
+        raise Interrupted(number=received[0])

@@ -13,9 +13,17 @@ from safetensors.torch import load_file, save_file
 from regionspot.data import build_train_loader
 from regionspot.data.dataset_mapper import annotated_regions
 from regionspot.data.token_store import TokenStore
-from regionspot.utils.files import sha256_of_file
+from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot.utils.files import sha256_of_file, short_folder_name
 
-from .test_token_store import config, content, dataset, extract  # noqa: F401
+from ..helpers import tiny_model, write_dataset
+from .test_token_store import SOURCES, config, content, dataset, extract  # noqa: F401
+
+
+def test_stores_are_named_after_data_sets():
+    names = {"a/my.json:~/b/my_photos/": "my-my_photos", "/x y/all.coco.json:train": "all.coco-train"}
+    for name, expected in {**names, "lvis_v1_train": "lvis_v1_train", "a.json:../..": "a-.."}.items():
+        assert short_folder_name(name) == expected
 
 
 @pytest.fixture
@@ -138,6 +146,53 @@ def test_second_run_sees_edited_pixels(store, dataset, tmp_path):  # noqa: F811
     after = content(store)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"shard-00002.safetensors", "manifest.json"}
+
+
+@pytest.mark.parametrize("feature_maps", [False, True])
+def test_training_refuses_tokens_of_edited_images(dataset, tmp_path, feature_maps):  # noqa: F811
+    extract(tmp_path / "store", feature_maps=feature_maps)
+    cfg, folder = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),)), tmp_path / "data" / "images"
+    (folder / "4.png").touch()  # the same bytes at another time
+    build_train_loader(cfg)
+    for edit in (lambda data: data + b"0", lambda data: data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]):
+        whole = (folder / "2.png").read_bytes()
+        (folder / "2.png").write_bytes(edit(whole))
+        message = r"of 6 images that were looked at 1 have changed .*2\.png; run tools/extract_tokens.py again"
+        with pytest.raises(ValueError, match=message):
+            build_train_loader(cfg)
+        (folder / "2.png").write_bytes(whole)
+    if feature_maps:  # then training reads no images, which need not be there
+        (folder / "2.png").unlink()
+    build_train_loader(cfg)
+
+
+def test_training_looks_at_a_sample_of_very_many_images(store, dataset, tmp_path, monkeypatch):  # noqa: F811
+    for image in (tmp_path / "data" / "images").iterdir():
+        image.write_bytes(image.read_bytes()[:-1] + b"0")
+    monkeypatch.setattr("regionspot.data.image_check._COMPARED", 4)
+    monkeypatch.setattr("regionspot.data.image_check._READ", 2)
+    with pytest.raises(ValueError, match="of 4 images that were looked at 2 have changed"):
+        build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(store),), "DATALOADER.SKIP_UNREADABLE", True))
+
+
+def test_edited_annotations_get_one_advice(store, dataset, tmp_path):  # noqa: F811
+    path = tmp_path / "data" / "annotations.json"
+    path.write_text(path.read_text() + " ")
+    said = set()
+    for use in (extract, lambda folder: build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(folder),)))):
+        with pytest.raises(ValueError, match="of another annotations: .*; delete it and run .*extract_tokens") as error:
+            use(store)
+        said.add(str(error.value))
+    assert len(said) == 1
+
+
+def test_data_sets_whose_stores_have_one_name_do_not_mix(store, tmp_path, register):
+    other = write_dataset(tmp_path / "other" / "data", 6, first=20)
+    register("test_stores_2", other, other.parent / "images")
+    before = content(store)
+    with pytest.raises(ValueError, match="of another dataset: expected test_stores_2, got test_stores"):
+        extract_tokens(tiny_model().recognizer, SOURCES, "test_stores_2", store, Extraction(shard_images=2), False)
+    assert content(store) == before
 
 
 def test_files_of_a_store_respect_the_umask(dataset, tmp_path):  # noqa: F811

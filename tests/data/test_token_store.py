@@ -124,6 +124,23 @@ def test_flips_are_taken_from_the_store(dataset, tmp_path):
         RegionSpotDatasetMapper(cfg, True, token_store=TokenStore(tmp_path / "plain"))
 
 
+@pytest.mark.parametrize("flips", [0, 1, 2, 3])
+def test_flipped_images_have_the_features_of_flipped_images(dataset, tmp_path, flips):
+    """Map and tokens: those that the encoders give for what as many flips make of the image."""
+    recognizer = extract(tmp_path / "store", flip=True, feature_maps=True).recognizer
+    options = {"augmentations": [T.RandomFlip(prob=1.0)] * flips, "image_format": "RGB"}
+    record = DatasetCatalog.get(dataset)[0]
+    stored = RegionSpotDatasetMapper(**options, token_store=TokenStore(tmp_path / "store"))(record)
+    online = RegionSpotDatasetMapper(**options)(record)
+    assert torch.equal(stored["instances"].gt_boxes.tensor, online["instances"].gt_boxes.tensor)
+    with torch.no_grad():
+        maps = recognizer.vision_language.encode_images([online["image"], online["image"].flip(2)])
+        [tokens] = recognizer.position_tokens([online["image"]], [online["instances"].gt_boxes])
+    assert (maps[0] - maps[1]).abs().max() > 0.1
+    torch.testing.assert_close(stored["feature_map"], maps[0], atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(stored["tokens"], tokens, atol=4e-3, rtol=4e-3)
+
+
 def test_boxes_that_vanish_when_flipped_are_left_out_with_their_tokens(tmp_path, register):
     """In float32: 640 - 0.0001 and 640 - 0.00012 are one number."""
     path = write_dataset(tmp_path / "data", 1)
@@ -337,7 +354,7 @@ def test_damaged_manifests_are_said_to_be_so(dataset, tmp_path, text):
     extract(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_text(text)
     for use in (TokenStore, lambda folder: list(find_damage(folder)), extract):
-        with pytest.raises(ValueError, match=r"manifest.json(:| is) (damaged|of format)|holds a token store"):
+        with pytest.raises(ValueError, match=r"manifest.json(:| is) (damaged|of format)|of another (format|dataset)"):
             use(tmp_path / "store")
 
 

@@ -65,6 +65,10 @@ def test_the_walkthrough_of_the_readme(folder):
         schedule = [] if "extract" in tool else ["SOLVER.WARMUP_ITERS", 3, "SOLVER.STEPS", "()"]
         outputs.append(run(folder, sys.executable, ROOT / tool, *arguments, *frozen_overrides(folder), *schedule))
     assert "8 images" in outputs[0]
+    printed = outputs[0][outputs[0].index("DATASETS:\n") :]
+    (folder / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
+    assert load_config(folder / "printed.yaml").DATASETS.TRAIN == ("my.json:my_images",)
+    assert load_config(folder / "printed.yaml").DATASETS.TOKEN_STORES_TRAIN == ("tokens/my-my_images",)
     assert torch.load(folder / "output" / "mine" / "model_final.pth", weights_only=True)["iteration"] == 11
     assert "Starting training from iteration 12" in outputs[2]  # --resume of a run that was done
     assert "protocol: coco on my_val.json:my_images" in outputs[3] and "images: 8 of 8" in outputs[3]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from regionspot.utils.command_line import printable, run_command, run_process, user_error
+from regionspot.utils.signals import Interrupted
 
 from ..helpers import ROOT
 
@@ -115,6 +116,11 @@ def test_interruption_says_what_was_kept_and_how_to_go_on(capsys, monkeypatch):
     assert "model_3.pth is kept; to go on" in end(capsys, KeyboardInterrupt("model_3.pth is kept"), kept="others")[1]
     monkeypatch.setattr(sys, "argv", ["x.py", "--resume"])
     assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("to start again: x.py --resume\n")
+
+
+def test_interruption_that_was_handled_has_the_code_of_its_signal(capsys):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        assert end(capsys, Interrupted("model_3.pth is kept", number))[0] == code
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
