@@ -78,7 +78,7 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
         kept: what an interruption leaves, such as "finished shards are kept", unless it says so itself.
         options: that the command needs besides to go on, such as "--resume".
     """
-    number = signal.SIGINT
+    number: int = signal.SIGINT
 
     def stop(received: int, _: Any) -> None:
         nonlocal number

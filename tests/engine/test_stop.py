@@ -2,18 +2,18 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 
-from regionspot.engine import RegionSpotTrainer
+from regionspot.engine import RegionSpotTrainer, launch
 from regionspot.utils.signals import Interrupted
 
-from ..helpers import ROOT, TINY
 from .test_trainer import EXACT, assert_same, config, saved, scenes, train  # noqa: F401
 
 OVERRIDES = (*EXACT, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 100)
@@ -102,27 +102,40 @@ def test_stopped_evaluation_is_the_first_of_the_run_that_goes_on(scenes, tmp_pat
     assert_same(saved(tmp_path / "run", "model_best.pth"), saved(tmp_path / "whole", "model_best.pth"))
 
 
-def command(scenes, output, *options):  # noqa: F811
-    data = [f"('{scenes}/data/annotations.json:{scenes}/data/images',)", "DATASETS.TEST", "()"]
-    frozen = ["MODEL.REGIONSPOT.SAM.WEIGHTS", scenes / "sam.pth", "MODEL.REGIONSPOT.CLIP.WEIGHTS", scenes / "clip.pth"]
-    solver = ["SOLVER.MAX_ITER", 400, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.STEPS", "()", "OUTPUT_DIR", output]
-    options = [ROOT / "tools/train_net.py", "--config-file", TINY, "--dist-url", "auto", *options]
-    return [sys.executable, *map(str, [*options, "DATASETS.TRAIN", *data, *frozen, *solver])]
+class SendToParent(HookBase):
+    """The last process asks the launcher to stop, which tells all."""
 
-
-def test_two_processes_stop_together_where_the_first_is_told_to(scenes, tmp_path):  # noqa: F811
-    log = tmp_path / "stdout"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command(scenes, tmp_path / "out", "--num-gpus", 2), stdout=file, stderr=file, env=environment, cwd=tmp_path
-        )
-        deadline = time.monotonic() + 300
-        while "iter: " not in log.read_text() and time.monotonic() < deadline and process.poll() is None:
+    def before_step(self):
+        if self.trainer.iter == 4 and comm.get_rank() == 1:
+            os.kill(os.getppid(), signal.SIGTERM)
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143, log.read_text()
-    assert "iter: " in log.read_text(), log.read_text()[-3000:]
-    [checkpoint] = (tmp_path / "out").glob("model_*.pth")
-    assert (tmp_path / "out" / "last_checkpoint").read_text() == checkpoint.name != "model_final.pth"
-    assert saved(tmp_path / "out", checkpoint.name)["iteration"] == int(checkpoint.stem[6:])
+
+
+def train_in_process(args):
+    torch.set_num_threads(1)
+    cfg = config(args.scenes, args.output, *OVERRIDES)
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.register_hooks([SendToParent()] if args.stops else [])
+    trainer.train()
+
+
+def test_two_processes_stop_together_and_go_on_to_the_bit(scenes, tmp_path, monkeypatch):  # noqa: F811
+    torch.set_num_threads(1)
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
+
+    def train_two(output, stops=False):
+        output.mkdir(exist_ok=True)
+        args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", scenes=scenes)
+        launch(train_in_process, Namespace(**vars(args), output=output, stops=stops), "cpu")
+
+    train_two(tmp_path / "whole")
+    with pytest.raises(Interrupted) as stopped:
+        train_two(tmp_path / "run", stops=True)
+    assert stopped.value.number == signal.SIGTERM
+    [checkpoint] = (tmp_path / "run").glob("model_*.pth")
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == checkpoint.name != "model_final.pth"
+    assert 4 <= saved(tmp_path / "run", checkpoint.name)["iteration"] == int(checkpoint.stem[6:]) < 11
+    train_two(tmp_path / "run")
+    assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
