@@ -65,7 +65,7 @@ def test_the_walkthrough_of_the_readme(folder):
         schedule = [] if "extract" in tool else ["SOLVER.WARMUP_ITERS", 3, "SOLVER.STEPS", "()"]
         outputs.append(run(folder, sys.executable, ROOT / tool, *arguments, *frozen_overrides(folder), *schedule))
     assert "8 images" in outputs[0]
-    printed = outputs[0][outputs[0].index("DATASETS:\n") :]
+    [printed] = re.findall(r"DATASETS:\n.*\n.*\n", outputs[0])
     (folder / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
     assert load_config(folder / "printed.yaml").DATASETS.TRAIN == ("my.json:my_images",)
     assert load_config(folder / "printed.yaml").DATASETS.TOKEN_STORES_TRAIN == ("tokens/my-my_images",)
