@@ -9,11 +9,12 @@ UV := uv==0.13.8
 # A RegionSpot checkpoint for the photograph, if there is one: make photo WEIGHTS=regionspot_bb.pth
 WEIGHTS ?=
 
-.PHONY: help demo photo test lint format detectron2 lock clean
+.PHONY: help demo photo test gpu-check lint format detectron2 lock clean
 help:
 	@echo "make demo   regions of a real photograph, then training and evaluation in a drawn world (output/demo)"
 	@echo "make photo  the photograph alone"
 	@echo "make test   the tests, on a CPU, with no downloads"
+	@echo "make gpu-check  on a machine with CUDA: training, extraction, evaluation and the golden numbers on its GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   pin the newest versions that setup.py admits in requirements/lock.txt"
 
@@ -28,6 +29,9 @@ photo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+gpu-check: $(VENV)/.ready
+	$(BIN)/python tools/gpu_check.py --output output/gpu-check
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

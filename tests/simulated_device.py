@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_iter, tree_map_only
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -83,39 +82,65 @@ class _Operations(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """Lets ``torch.tensor(..., device=...)`` give values: of a "meta" tensor PyTorch drops them."""
+    """Lets ``torch.tensor`` make and read simulated tensors, which it does without an operation to catch."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function in (torch.tensor, torch.as_tensor) and is_simulated(kwargs.get("device")):
-            kwargs.pop("device")
-            return function(*args, **kwargs).to(DEVICE)
-        return function(*args, **kwargs)
+        if function not in (torch.tensor, torch.as_tensor):
+            return function(*args, **kwargs)
+        data, *rest = args
+        if not isinstance(data, torch.Tensor):
+            data = convert(data, SimulatedTensor, SimulatedTensor.tolist)
+        there = is_simulated(kwargs.get("device"))
+        if there:
+            del kwargs["device"]
+        result = function(data, *rest, **kwargs)
+        return result.to(DEVICE) if there else result
 
 
 def is_simulated(device: torch.device | str | None) -> bool:
     return device is not None and torch.device(device).type == DEVICE.type
 
 
+def tensors_in(values) -> Iterator[torch.Tensor]:
+    """Yield the tensors among an operation's arguments, which may be lists of tensors."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+def convert(value, kind: type, function):
+    """Apply a function to what is of a kind in an argument or a result."""
+    if isinstance(value, kind):
+        return function(value)
+    return type(value)(convert(x, kind, function) for x in value) if isinstance(value, (list, tuple)) else value
+
+
+def unwrap(value):
+    return convert(value, SimulatedTensor, lambda tensor: tensor.inner)
+
+
 def run(operation, args: tuple, kwargs: dict):
     """Run an operation on the inner tensors; its results are on the device asked for, or else on its arguments'."""
     if operation is aten._fused_sdp_choice.default:
         return 0  # the plain mathematics of attention
-    simulated = any(isinstance(x, SimulatedTensor) for x in tree_iter((args, kwargs)))
-    if simulated and operation not in ACROSS:
+    given = {isinstance(tensor, SimulatedTensor) for tensor in tensors_in((*args, *kwargs.values()))}
+    if given == {True, False} and operation not in ACROSS:
         check_devices(operation, args, kwargs)
-    inner_args, inner_kwargs = tree_map_only(SimulatedTensor, lambda x: x.inner, (args, kwargs))
+    inner_kwargs = {name: unwrap(value) for name, value in kwargs.items()}
     device = kwargs.get("device")
     if device is not None:
         inner_kwargs["device"] = "cpu"
         inner_kwargs.pop("pin_memory", None)
-    result = operation(*inner_args, **inner_kwargs)
-    there = simulated if device is None else is_simulated(device)
+    result = operation(*unwrap(args), **inner_kwargs)
     if operation is aten.copy_.default:
         return args[0]
-    if there:
-        result = tree_map_only(torch.Tensor, SimulatedTensor, result)
-    return return_and_correct_aliasing(operation, args, kwargs, result) if simulated and there else result
+    if True not in given if device is None else not is_simulated(device):
+        return result
+    result = convert(result, torch.Tensor, SimulatedTensor)
+    return return_and_correct_aliasing(operation, args, kwargs, result) if True in given else result
 
 
 def check_devices(operation, args: tuple, kwargs: dict) -> None:
@@ -127,8 +152,8 @@ def check_devices(operation, args: tuple, kwargs: dict) -> None:
         given = {name: value for name, value in given.items() if name not in from_cpu}
     written = {x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write}
     for name, value in given.items():
-        for tensor in tree_iter(value):
-            if not isinstance(tensor, torch.Tensor) or isinstance(tensor, SimulatedTensor):
+        for tensor in tensors_in([value]):
+            if isinstance(tensor, SimulatedTensor):
                 continue
             if tensor.dim() or name in written or schema.name in WITHOUT_SCALARS:
                 raise MixedDevicesError(

@@ -86,7 +86,7 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
 
 @dataclass
 class RegionResults:
-    """Logits or similarities of regions, and what they are; filled scene by scene."""
+    """Logits or similarities of regions, on the CPU, and what they are; filled scene by scene."""
 
     logits: list[torch.Tensor] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
@@ -129,7 +129,8 @@ def recognise_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
         boxes = jitter(scene.boxes, rng) if jittered else scene.boxes
         features, located, mask_tensor = locate_boxes(recognizer, scene, boxes)
         regions = [Boxes(torch.from_numpy(boxes))]
-        results.logits += recognizer.region_logits([to_tensor(scene)], regions, features, [located])
+        logits = recognizer.region_logits([to_tensor(scene)], regions, features, [located])
+        results.logits += [image_logits.cpu() for image_logits in logits]
         results.targets += scene.classes.tolist()
         masks = mask_tensor.cpu().numpy()
         overlap, union = (masks & scene.masks).sum(axis=(1, 2)), (masks | scene.masks).sum(axis=(1, 2))

@@ -55,12 +55,14 @@ def register_hosts_data(split: str) -> None:
     MetadataCatalog.get("miniworld_train_objects").set(thing_classes=["object"])
     DatasetCatalog.get("miniworld_train"), DatasetCatalog.get(f"miniworld_{split}")  # names come with annotations
     train, test = MetadataCatalog.get("miniworld_train"), MetadataCatalog.get(f"miniworld_{split}")
+    labels, test_labels = train.thing_dataset_id_to_contiguous_id, test.thing_dataset_id_to_contiguous_id
+    others = [category for category in test_labels if category not in labels]  # which it never predicts
     DatasetCatalog.register(f"miniworld_{split}_closed", lambda: DatasetCatalog.get(f"miniworld_{split}"))
     MetadataCatalog.get(f"miniworld_{split}_closed").set(
         json_file=test.json_file,
         evaluator_type="lvis",
-        thing_classes=train.thing_classes,
-        thing_dataset_id_to_contiguous_id=train.thing_dataset_id_to_contiguous_id,
+        thing_classes=[*train.thing_classes, *(test.thing_classes[test_labels[category]] for category in others)],
+        thing_dataset_id_to_contiguous_id={**labels, **{x: len(labels) + k for k, x in enumerate(others)}},
     )
 
 
@@ -86,7 +88,8 @@ def train_recognizer(args: argparse.Namespace) -> Path:
     output = args.output / "regionspot"
     if not (output / "model_final.pth").is_file():
         config = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
-        experiment.train(experiment.miniworld_config(config, output, args.seed), args.output / "features")
+        cfg = experiment.miniworld_config(config, output, args.seed, args.opts)
+        experiment.train(cfg, args.output / "features")
     return output / "model_final.pth"
 
 

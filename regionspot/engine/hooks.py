@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.utils.memory import peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -135,4 +138,28 @@ class Throughput(HookBase):
                 "%.1f images/s, %.0f%% of the time waiting for data",
                 latest["images_per_second"].median(self.period),
                 100 * latest["data_share"].median(self.period),
+            )
+
+
+class FirstSteps(HookBase):
+    """Logs after a run's first steps what it takes: memory, and time to the end without evaluations."""
+
+    def __init__(self, device: torch.device, steps: int = 5) -> None:
+        """
+        Args:
+            device: whose memory is meant.
+            steps: how many; the first, which also starts workers and chooses kernels, is not timed.
+        """
+        self.device, self.steps = device, steps
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1 - self.trainer.start_iter
+        if done == 1:
+            self.start = time.perf_counter()
+        if done == self.steps:
+            seconds, end = (time.perf_counter() - self.start) / (done - 1), self.trainer.max_iter
+            left = timedelta(seconds=round(seconds * (end - self.trainer.iter - 1)))
+            logger.info(
+                "first %d steps: peak memory %.2f GB (%s), %.3f s a step, about %s to iteration %d",
+                *(done, peak_memory(self.device), self.device.type, seconds, left, end),
             )

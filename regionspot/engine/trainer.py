@@ -31,7 +31,14 @@ from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.image_check import check_images
 from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
-from regionspot.engine.hooks import AverageState, BestCheckpointer, Throughput, UnreadableImages, WeightAverage
+from regionspot.engine.hooks import (
+    AverageState,
+    BestCheckpointer,
+    FirstSteps,
+    Throughput,
+    UnreadableImages,
+    WeightAverage,
+)
 from regionspot.engine.optimizer import build_optimizer, fit_schedule, warn_of_jump
 from regionspot.engine.run_setup import log_size
 from regionspot.engine.stop import StopOnSignal
@@ -144,7 +151,8 @@ class RegionSpotTrainer(DefaultTrainer):
                 result.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(cfg)))
             kept = cfg.SOLVER.CHECKPOINTS_KEPT if cfg.SOLVER.CHECKPOINTS_KEPT > 0 else None
             result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=kept))
-            result += [Throughput(), hooks.PeriodicWriter(self.build_writers(), period=20)]
+            result += [Throughput(), FirstSteps(self._trainer.device)]
+            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return [*result, self.stop]
 
     @classmethod

@@ -1,6 +1,7 @@
 """One training step where numbers are not finite: float16 skips it, other precisions stop in all processes."""
 
 import json
+import re
 from argparse import Namespace
 from functools import partial
 
@@ -97,6 +98,19 @@ def test_float16_learns_what_float32_does(cfg):
         losses.append(trainer.storage.history("total_loss").values())
     assert losses[0] != losses[1]
     torch.testing.assert_close(*(torch.tensor(values)[:, 0] for values in losses), rtol=0.02, atol=0)
+
+
+def test_first_steps_say_what_the_run_takes(cfg, caplog):
+    cfg.SOLVER.MAX_ITER = 7
+    trainer = build(cfg, None)
+    with caplog.at_level("INFO", "regionspot.engine.hooks"):
+        trainer.train()
+    [line] = [message for message in caplog.messages if message.startswith("first ")]
+    found = re.fullmatch(
+        r"first 5 steps: peak memory (.*) GB \(cpu\), (.*) s a step, about 0:00:(..) to iteration 7", line
+    )
+    memory, seconds, left = map(float, found.groups())
+    assert 0.1 < memory < 20 and 0 < seconds < 10 and left == round(2 * seconds)
 
 
 def train_process(args):

@@ -1,0 +1,73 @@
+"""The demo, the ablations and the detection of the miniature world on a simulated accelerator."""
+
+import os
+import sys
+from argparse import Namespace
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from miniworld import experiment
+from miniworld.pictures import draw_predictions
+
+from ..helpers import ROOT
+
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "projects" / "RegionSpotRCNN")]
+import miniworld_demo  # noqa: E402
+import miniworld_detection  # noqa: E402
+import run_miniworld_ablations  # noqa: E402
+
+MINI = [
+    "MODEL.DEVICE",
+    "meta",
+    "SOLVER.MAX_ITER",
+    "2",
+    "SOLVER.IMS_PER_BATCH",
+    "4",
+    "MODEL.REGIONSPOT.CLIP.TEMPLATES",
+    "one",
+]
+
+
+@pytest.fixture(autouse=True)
+def catalogs(monkeypatch):
+    """Forget what is registered in place of the miniature world of $DETECTRON2_DATASETS."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+
+
+@pytest.fixture
+def miniworld(tmp_path):
+    """Scenes in a folder, registered; a config, and a model that has seen them."""
+    experiment.draw_data(tmp_path / "data", {"train": 6, "test": 2}, 1)
+    config = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
+    cfg = experiment.miniworld_config(config, tmp_path / "out", 0, MINI)
+    return cfg, experiment.train(cfg, tmp_path / "features"), experiment.test_scenes("test", 2)
+
+
+def test_demo(miniworld, tmp_path):
+    """What tools/miniworld_demo.py does."""
+    cfg, model, scenes = miniworld
+    summary = miniworld_demo.evaluate(cfg, model, scenes, tmp_path, miniworld_demo.Stages())
+    assert {"base_top1", "jittered_base_top1", "crop_mask_base_top1", "mask_AP"} <= set(summary)
+    assert "attention_0" in draw_predictions(model.recognizer, scenes[:1])
+
+
+def test_ablations(tmp_path):
+    jobs = os.cpu_count()  # so that a run takes one thread, as all tests do
+    args = Namespace(output=tmp_path, train=4, test=2, jobs=jobs, seeds=1, opts=MINI)
+    run_miniworld_ablations.run("RegionSpot-mini", 0, args)
+    assert "full model" in run_miniworld_ablations.table(args)
+
+
+def test_detection_in_miniature(tmp_path):
+    """What projects/RegionSpotRCNN/miniworld_detection.py does for one of its hosts."""
+    few = ["MODEL.RPN.POST_NMS_TOPK_TEST", "8", "TEST.DETECTIONS_PER_IMAGE", "5"]
+    args = Namespace(output=tmp_path, weights=None, seed=0, split="test", opts=[*MINI, *few])
+    experiment.draw_data(tmp_path / "data", {"train": 6, "test": 2}, 1)
+    miniworld_detection.register_hosts_data("test")
+    host, head = miniworld_detection.train_host("class-agnostic", args), miniworld_detection.train_recognizer(args)
+    cfg, model = miniworld_detection.build("RegionSpot-head", args, host, head)
+    assert model.device.type == "meta" and "segm" in miniworld_detection.Trainer.test(cfg, model)
+    [scene] = experiment.test_scenes("test", 1)
+    assert miniworld_detection.draw_detections(model, scene, score=0.0).dtype == "uint8"

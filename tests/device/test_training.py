@@ -1,0 +1,87 @@
+"""Extraction, training and evaluation on a simulated accelerator, compared with the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from safetensors.torch import load_file
+
+from regionspot.data import register_json_dataset
+from regionspot.engine import RegionSpotTrainer
+from regionspot.engine.extract import Extraction, extract_tokens
+
+from ..helpers import frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
+from ..simulated_device import simulated_device
+
+NAME = "test_device"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder with a registered data set, the frozen weights, and stores of both devices (maps-cpu, ...)."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_frozen_parts(tiny_model(names=None).recognizer, folder)
+    register_json_dataset(NAME, write_dataset(folder / "data", 6), folder / "data" / "images", "lvis")
+    for name in ("cpu", "meta"):
+        with simulated_device():
+            stages = ("prompt_encoder", "transformer", "mlp")
+            extract(folder, folder / f"maps-{name}", name, stages=stages, flip=True, feature_maps=True)
+            extract(folder, folder / f"tokens-{name}", name)
+    yield folder
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+def extract(scenes, output, name, **options):
+    model = tiny_model("MODEL.DEVICE", name, names=None)
+    sources = {"sam": str(scenes / "sam.pth"), "clip_model": str(scenes / "clip.pth")}
+    extract_tokens(model.recognizer, sources, NAME, output, Extraction(**options), show_progress=False)
+
+
+def train(scenes, output, store, *overrides, resume=False):
+    """Train for four steps, evaluate where SAM is in the loop, and return the trainer."""
+    data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", () if store else (NAME,), "OUTPUT_DIR", str(output)]
+    data += ["DATASETS.TOKEN_STORES_TRAIN", (str(store),)] if store else []
+    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", ()]
+    cfg = tiny_config(*frozen_overrides(scenes), *data, *solver, *overrides)
+    output.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    trainer = RegionSpotTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+WITH_ALL = ["SOLVER.EMA.ENABLED", True, "SOLVER.ACCUMULATE", 2, "MODEL.MASK_ON", True, "SOLVER.CHECKPOINT_PERIOD", 2]
+
+
+@pytest.mark.parametrize("source", ["", "tokens", "maps"])
+def test_training_equals_the_cpu(scenes, tmp_path, source):
+    losses = []
+    for name in ("cpu", "meta"):
+        store = scenes / f"{source}-{name}" if source else None
+        trainer = train(scenes, tmp_path / name, store, *WITH_ALL, "MODEL.DEVICE", name)
+        losses.append([value for value, _ in trainer.storage.history("total_loss").values()])
+        assert next(trainer.model.parameters()).device.type == name
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    state = [torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in ("cpu", "meta")]
+    assert all(value.device.type == "cpu" for value in state[1]["model"].values())
+
+
+def test_training_is_resumed_on_either_device(scenes, tmp_path):
+    train(scenes, tmp_path / "out", scenes / "maps-cpu", *WITH_ALL, "MODEL.DEVICE", "meta")
+    for iterations, name in ((6, "cpu"), (8, "meta")):
+        more = ["SOLVER.MAX_ITER", iterations, "MODEL.DEVICE", name]
+        trainer = train(scenes, tmp_path / "out", scenes / "maps-cpu", *WITH_ALL, *more, resume=True)
+        assert trainer.start_iter == iterations - 2
+
+
+def test_stores_equal_those_of_the_cpu(scenes):
+    here, there = (
+        [load_file(x) for x in sorted((scenes / f"maps-{n}").rglob("*.safetensors"))] for n in ("cpu", "meta")
+    )
+    assert len(here) == len(there) > 0
+    for one, other in zip(here, there):
+        assert one.keys() == other.keys() and any("flipped_tokens.mlp" in key for key in one)
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], atol=2e-3, rtol=1e-3)  # float16
