@@ -28,7 +28,7 @@ photo: $(VENV)/.ready
 	    --output output/demo --cached-weights-only MODEL.WEIGHTS "$(WEIGHTS)"
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu-check: $(VENV)/.ready
 	$(BIN)/python tools/gpu_check.py --output output/gpu-check
