@@ -27,6 +27,7 @@ from regionspot.engine import launch, set_up_run
 from regionspot.engine.optimizer import clip_before_steps
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.utils.command_line import run_command
+from regionspot.utils.run_lock import run_lock
 from regionspot.vocabulary import dataset_names
 
 
@@ -83,7 +84,13 @@ def load(args: argparse.Namespace) -> DictConfig:
 
 def main(args: argparse.Namespace) -> Any:
     cfg = load(args)
-    set_up_run(cfg, args)
+    with run_lock(cfg.train.output_dir):  # before anything is written there
+        set_up_run(cfg, args)
+        return train_or_evaluate(cfg, args)
+
+
+def train_or_evaluate(cfg: DictConfig, args: argparse.Namespace) -> Any:
+    """Do what the command line says."""
     for part in ("test",) if args.eval_only else ("train", "test"):
         names = cfg.dataloader[part].dataset.names
         check_registered(names if isinstance(names, ListConfig) else [names], f"dataloader.{part}.dataset.names")

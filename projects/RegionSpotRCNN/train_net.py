@@ -41,6 +41,7 @@ from regionspot.engine.train_loop import autocast_precision
 from regionspot.evaluation import DetectionLVISEvaluator
 from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.utils.command_line import run_command
+from regionspot.utils.run_lock import run_lock
 
 
 class Trainer(DefaultTrainer):
@@ -109,7 +110,13 @@ def main(args: argparse.Namespace) -> Any:
     if not args.eval_only:
         check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     cfg.freeze()
-    set_up_run(cfg, args)
+    with run_lock(cfg.OUTPUT_DIR):  # before anything is written there
+        set_up_run(cfg, args)
+        return train_or_evaluate(cfg, args)
+
+
+def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """Do what the command line says."""
     if args.eval_only:
         torch.manual_seed(max(cfg.SEED, 0))  # what has no weights is random, and the same in all processes
         model = build_model(cfg)

@@ -11,6 +11,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
+from filelock import FileLock
 
 from regionspot import RegionSpot
 
@@ -257,6 +258,12 @@ def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
     command = [PROJECT / "train_net.py", "--config-file", "tiny.py", "--resume", output, "train.max_iter=6"]
     log = run(folder, sys.executable, *command)
     assert "Starting training from iteration 4" in log and metrics(folder / "two")["iteration"] == 6
+
+
+def test_directory_of_another_run_is_refused(folder, tmp_path):
+    with FileLock(tmp_path / ".run.lock"), pytest.raises(ValueError, match="another run is at work"):
+        train_net.main(arguments(folder, f"train.output_dir={tmp_path}"))
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
 
 
 def test_names_are_those_of_the_data_set_unless_the_config_has_others(folder):
