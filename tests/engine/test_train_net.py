@@ -16,6 +16,7 @@ from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.run_lock import run_lock
 
 from ..helpers import ROOT, TINY, frozen_overrides, run, tiny_config, tiny_model, write_dataset, write_frozen_parts
+from ..processes import run_program
 
 sys.path.insert(0, str(ROOT / "tools"))
 import train_net  # noqa: E402
@@ -63,7 +64,7 @@ def test_the_walkthrough_of_the_readme(folder):
         arguments = [str(TINY) if a.startswith("configs/") else a for a in arguments]
         arguments = ["12" if arguments[i - 1] == "SOLVER.MAX_ITER" else a for i, a in enumerate(arguments)]
         schedule = [] if "extract" in tool else ["SOLVER.WARMUP_ITERS", 3, "SOLVER.STEPS", "()"]
-        outputs.append(run(folder, sys.executable, ROOT / tool, *arguments, *frozen_overrides(folder), *schedule))
+        outputs.append(run_program(folder, ROOT / tool, *arguments, *frozen_overrides(folder), *schedule))
     assert "8 images" in outputs[0]
     [printed] = re.findall(r"DATASETS:\n.*\n.*\n", outputs[0])
     (folder / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
@@ -89,10 +90,11 @@ def test_two_processes_train_to_what_one_does_with_twice_the_batch(folder, tmp_p
         *frozen_overrides(folder),
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    for launcher in ([sys.executable], torchrun):
-        output = tmp_path / str(len(launcher))
-        run(tmp_path, *launcher, ROOT / "tools/train_net.py", "--config-file", TINY, *overrides, "OUTPUT_DIR", output)
-        weights.append(torch.load(output / "model_final.pth", weights_only=True))
+    command = [ROOT / "tools/train_net.py", "--config-file", TINY, *overrides, "OUTPUT_DIR"]
+    run_program(tmp_path, *command, tmp_path / "one")
+    run(tmp_path, *torchrun, *command, tmp_path / "two")
+    for name in ("one", "two"):
+        weights.append(torch.load(tmp_path / name / "model_final.pth", weights_only=True))
     assert weights[0]["frozen"] == weights[1]["frozen"]
     for key, value in weights[0]["model"].items():
         torch.testing.assert_close(value, weights[1]["model"][key], atol=2e-4, rtol=0)
@@ -109,7 +111,7 @@ def test_evaluation_on_one_process_and_on_two(folder, tmp_path):
     options = ["--eval-only", "--num-gpus", "2", "--dist-url", "auto", "--config-file", TINY]
     overrides = ["MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path, "MODEL.MASK_ON", "True"]
     overrides += ["DATASETS.TEST", f"('{folder}/my.json:{folder}/my_images',)", *frozen_overrides(folder)]
-    two = run(tmp_path, sys.executable, ROOT / "tools/train_net.py", *options, *overrides)
+    two = run_program(tmp_path, ROOT / "tools/train_net.py", *options, *overrides)
     [written] = (tmp_path / "inference").glob("*/metrics.json")
     by_two = written.read_text()
     one = run_here(folder, "--eval-only", overrides=overrides)

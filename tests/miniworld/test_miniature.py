@@ -1,9 +1,6 @@
 """The committed weights, and the demo end to end at a small size."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from detectron2.modeling import build_model
@@ -15,6 +12,7 @@ from regionspot.checkpoint import RegionSpotCheckpointer
 from regionspot.utils.files import sha256_of_file
 
 from ..helpers import ROOT
+from ..processes import run_program
 
 CONFIG = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
 
@@ -51,21 +49,15 @@ def test_sam_is_as_good_as_reported(recognizer):
         assert found[key] == pytest.approx(report[key], abs=0.06)
 
 
-def run(tool, *arguments, **environment):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *map(str, arguments)]
-    env = {**os.environ, **environment}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=env, check=False)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The folder of a short demo, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     sizes = ["--train", 200, "--test", 30, "--workers", 1]
     quick = ROOT / "configs" / "quick_schedules" / "RegionSpot-mini-quick.yaml"
-    return folder, run("miniworld_demo.py", "--output", folder, "--config-file", quick, *sizes)
+    return folder, run_program(
+        folder, ROOT / "tools" / "miniworld_demo.py", "--output", folder, "--config-file", quick, *sizes
+    )
 
 
 def test_demo_learns_and_writes_its_summary(demo):
@@ -87,7 +79,9 @@ def test_lvis_evaluation_of_the_demos_model(demo, tmp_path, processes):
     folder, _ = demo
     weights = ["MODEL.WEIGHTS", folder / "training" / "model_final.pth", "OUTPUT_DIR", tmp_path]
     options = ["--config-file", CONFIG, "--eval-only", "--num-gpus", processes, "--dist-url", "auto"]
-    lines = run("train_net.py", *options, *weights, DETECTRON2_DATASETS=str(folder / "data")).splitlines()
+    data = f"{folder}/data/miniworld/test.json:{folder}/data/miniworld"
+    command = [ROOT / "tools" / "train_net.py", *options, *weights, "DATASETS.TEST", f"('{data}',)"]
+    lines = run_program(tmp_path, *command).splitlines()
     rows = [line.split("copypaste: ")[1] for line in lines if "copypaste: " in line]
     assert [rows[0], rows[3]] == ["Task: bbox", "Task: segm"]
     keys, boxes, masks = (row.split(",") for row in (rows[1], rows[2], rows[5]))

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 
@@ -15,8 +14,9 @@ from filelock import FileLock
 
 from regionspot import RegionSpot
 
-from ..helpers import NAMES, ROOT, as_inputs, frozen_overrides, run, write_dataset, write_frozen_parts
+from ..helpers import NAMES, ROOT, as_inputs, frozen_overrides, write_dataset, write_frozen_parts
 from ..modeling.test_meta_arch import assert_same
+from ..processes import run_program
 from .tiny_dense import PROJECT, tiny_dense_config
 
 logging.getLogger("detectron2").setLevel(logging.ERROR)
@@ -256,7 +256,7 @@ def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
     assert {key.split(".")[0] for key in saved["model"]} == {"detector", "recognizer"}
 
     command = [PROJECT / "train_net.py", "--config-file", "tiny.py", "--resume", output, "train.max_iter=6"]
-    log = run(folder, sys.executable, *command)
+    log = run_program(folder, *command)
     assert "Starting training from iteration 4" in log and metrics(folder / "two")["iteration"] == 6
 
 

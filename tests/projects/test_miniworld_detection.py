@@ -1,7 +1,6 @@
 """Open-vocabulary detection in the miniature world, end to end at a small size."""
 
 import json
-import sys
 from collections import Counter
 
 import torch
@@ -10,7 +9,8 @@ from detectron2.modeling import build_model
 from miniworld.experiment import miniworld_config
 from regionspot.checkpoint import RegionSpotCheckpointer
 
-from ..helpers import ROOT, run
+from ..helpers import ROOT
+from ..processes import run_program
 
 
 def test_hosts_are_trained_and_their_boxes_named(tmp_path):
@@ -22,7 +22,7 @@ def test_hosts_are_trained_and_their_boxes_named(tmp_path):
     script = ROOT / "projects" / "RegionSpotRCNN" / "miniworld_detection.py"
     options = ["--output", tmp_path / "out", "--weights", tmp_path / "regionspot.pth", "--train", 24, "--test", 6]
     overrides = ["SOLVER.MAX_ITER", 2, "TEST.DETECTIONS_PER_IMAGE", 7]
-    said = run(tmp_path, sys.executable, "-W", "ignore", script, *options, "--workers", 1, *overrides)
+    said = run_program(tmp_path, script, *options, "--workers", 1, *overrides)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary) == 3 and all("APr" in row["bbox"] for row in summary.values())
     assert summary["the host, closed-set"]["bbox"]["APr"] == 0

@@ -25,12 +25,12 @@ from ..helpers import (
     as_inputs,
     flat,
     frozen_overrides,
-    run,
     tiny_config,
     tiny_model,
     write_dataset,
     write_frozen_parts,
 )
+from ..processes import run_program
 
 PROJECT = ROOT / "projects" / "RegionSpotRCNN"
 CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
@@ -55,8 +55,8 @@ def overrides(folder, output, *more):
 
 
 def run_project(folder, output, *options, processes=1, more=()):
-    script = [sys.executable, PROJECT / "train_net.py", "--config-file", CONFIG, "--num-gpus", processes]
-    return run(folder, *script, "--dist-url", "auto", *options, *overrides(folder, output, *more))
+    script = [PROJECT / "train_net.py", "--config-file", CONFIG, "--num-gpus", processes]
+    return run_program(folder, *script, "--dist-url", "auto", *options, *overrides(folder, output, *more))
 
 
 def metrics_of(log):

@@ -1,0 +1,63 @@
+"""Programs as a user runs them, but forked from the tests: nothing is imported again, which takes longest of all."""
+
+import logging
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from detectron2.utils.logger import setup_logger
+
+
+class Program:
+    """A Python program in a process of its own; what it says goes to a file."""
+
+    def __init__(self, folder: Path, script: Path, *arguments: object) -> None:
+        """
+        Args:
+            folder: where it runs.
+            script: the program.
+            arguments: of its command line.
+        """
+        self.folder, self.argv = folder, [str(part) for part in (script, *arguments)]
+        self.log = folder / f".said-{time.monotonic_ns()}"
+        self.process = multiprocessing.get_context("fork").Process(target=self._become)
+        self.process.start()
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.is_file() else ""
+
+    def wait(self, seconds: float = 300) -> int:
+        """Return its exit status; it is killed if it takes longer than ``seconds``."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def _become(self) -> None:
+        with self.log.open("w") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
+        os.chdir(self.folder)
+        sys.argv, sys.path[:0] = self.argv, [str(Path(self.argv[0]).parent)]
+        for name in (None, *logging.root.manager.loggerDict):  # those of the tests lead elsewhere
+            logging.getLogger(name).handlers.clear()
+        setup_logger.cache_clear()
+        forked = partial(torch.multiprocessing.start_processes, start_method="fork")
+        torch.multiprocessing.start_processes = forked  # type: ignore[assignment]
+        runpy.run_path(self.argv[0], run_name="__main__")
+
+
+def run_program(folder: Path, script: Path, *arguments: object) -> str:
+    """Run a Python program in ``folder`` and return what it says; it must succeed."""
+    program = Program(folder, script, *arguments)
+    status = program.wait()
+    assert status == 0, program.said()[-5000:]
+    return program.said()
