@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from detectron2.utils.logger import setup_logger
 
+from .helpers import ROOT
+
 
 class Program:
     """A Python program in a process of its own; what it says goes to a file."""
@@ -47,6 +49,9 @@ class Program:
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
         os.chdir(self.folder)
         sys.argv, sys.path[:0] = self.argv, [str(Path(self.argv[0]).parent)]
+        for name, module in list(sys.modules.items()):  # several programs are called train_net
+            if str(getattr(module, "__file__", None)).startswith((f"{ROOT}/tools", f"{ROOT}/projects")):
+                del sys.modules[name]
         for name in (None, *logging.root.manager.loggerDict):  # those of the tests lead elsewhere
             logging.getLogger(name).handlers.clear()
         setup_logger.cache_clear()
