@@ -45,7 +45,7 @@ def test_processes_on_cpus_beside_gpus_are_joined_by_gloo(two_gpus, tmp_path, mo
     [
         ("tools/train_net.py", f"_BASE_: {TINY}\n"),
         ("projects/RegionSpotRCNN/train_net.py", f"_BASE_: {ROOT}/tests/tiny_rcnn.yaml\n{NO_DATA}"),
-        ("projects/RegionSpotDense/train_net.py", "train = dict(device='cpu')\n"),
+        ("projects/RegionSpotDense/train_net.py", "train = dict(device='cpu', output_dir='out')\n"),
     ],
 )
 def test_device_in_config_alone_is_respected(two_gpus, tmp_path, monkeypatch, tool, config):
@@ -65,6 +65,7 @@ def test_device_in_config_alone_is_respected(two_gpus, tmp_path, monkeypatch, to
     monkeypatch.setattr("detectron2.utils.comm._LOCAL_PROCESS_GROUP", None)
     monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.setattr(sys, "argv", [tool, "--config-file", str(path)])
+    monkeypatch.chdir(tmp_path)
     try:
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / tool), run_name="__main__")
