@@ -31,7 +31,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu-check: $(VENV)/.ready
-	$(BIN)/python tools/gpu_check.py --output output/gpu-check
+	$(BIN)/python tools/gpu_check.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

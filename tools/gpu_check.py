@@ -5,7 +5,7 @@ What is computed there is compared with the CPU, in float32 without TF32. Prints
 the peak memory of this process, and exits with 1 if one failed. Without CUDA it says so and exits with 0.
 
 Example:
-    tools/gpu_check.py --output output/gpu-check
+    tools/gpu_check.py --output output
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/gpu-check"), metavar="DIR", help="emptied first")
+    parser.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help="DIR/gpu-check is made anew")
     parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="names as they are printed")
     return parser.parse_args(arguments)
 
@@ -246,9 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.ERROR)
     print(f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} of them), PyTorch {torch.__version__}")
-    shutil.rmtree(args.output, ignore_errors=True)
-    args.output.mkdir(parents=True)
-    return 0 if run_checks(Setting("cuda", args.output), args.only or list(CHECKS)) else 1
+    folder = args.output / "gpu-check"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return 0 if run_checks(Setting("cuda", folder), args.only or list(CHECKS)) else 1
 
 
 if __name__ == "__main__":
