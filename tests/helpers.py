@@ -1,11 +1,13 @@
 """What several tests need: tiny models, drawn images, a generated data set, deterministic weights."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -173,6 +175,15 @@ def flat(node: object, prefix: str = "") -> dict:
     if not isinstance(node, dict):
         return {prefix: node}
     return {name: value for key in node for name, value in flat(node[key], f"{prefix}.{key}".strip(".")).items()}
+
+
+def load_program(path: Path) -> ModuleType:
+    """Return a program as a module of a name of its own: there is a train_net.py in tools/ and in each project."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(folder: Path, *command: object) -> str:

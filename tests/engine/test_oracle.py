@@ -21,11 +21,10 @@ from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.text_encoder import TextEncoder
 from regionspot.utils.files import folder_name
 
-from ..helpers import ROOT, TINY
+from ..helpers import ROOT, TINY, load_program
 from ..official_trees import ODINW, Truth, write_official_trees
 
-sys.path.insert(0, str(ROOT / "tools"))
-import train_net  # noqa: E402
+train_net = load_program(ROOT / "tools" / "train_net.py")
 
 SETS = ["coco_2017", "lvis_v1", "objects365_v1", "objects365_v2", "v3det", "openimages_v6", "miniworld"]
 SETS += [f"odinw_{name}" for name in ODINW]

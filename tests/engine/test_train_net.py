@@ -15,11 +15,20 @@ from regionspot.config import load_config
 from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.run_lock import run_lock
 
-from ..helpers import ROOT, TINY, frozen_overrides, run, tiny_config, tiny_model, write_dataset, write_frozen_parts
+from ..helpers import (
+    ROOT,
+    TINY,
+    frozen_overrides,
+    load_program,
+    run,
+    tiny_config,
+    tiny_model,
+    write_dataset,
+    write_frozen_parts,
+)
 from ..processes import run_program
 
-sys.path.insert(0, str(ROOT / "tools"))
-import train_net  # noqa: E402
+train_net = load_program(ROOT / "tools" / "train_net.py")
 
 
 @pytest.fixture(scope="module")
