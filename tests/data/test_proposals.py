@@ -195,6 +195,13 @@ def test_the_summary_counts_what_is_left_out(tmp_path):
         file.summarise([5, 6], [(1, 1)] * 2)
 
 
+@pytest.mark.parametrize("ids", [(1, 2, 9), (9, 1, 2), (2, 9, 1)])
+def test_the_summary_takes_images_in_any_order(tmp_path, ids):
+    content = {str(image_id): {"boxes": [[21, 5, 60, 29], [1, 31, 19, 47]]} for image_id in SIZES}
+    file = ProposalFile(write_json(tmp_path / "p.json", content))
+    assert "boxes dropped: 2 outside the image, 0 without" in file.summarise(ids, [SIZES[i] for i in ids])
+
+
 def test_the_loader_says_so_before_the_run(tmp_path, dataset, caplog):
     caplog.set_level(logging.INFO, "regionspot")
     loader(write_json(tmp_path / "p.json", {str(i): {"boxes": []} for i in range(1, 7)}), dataset)
