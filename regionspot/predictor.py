@@ -90,7 +90,16 @@ class RegionSpotPredictor:
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        """Build the model of ``cfg`` and load its weights (``MODEL.WEIGHTS``, SAM's and CLIP's)."""
+        """Build the model of ``cfg`` and load its weights (``MODEL.WEIGHTS``, SAM's and CLIP's).
+
+        Raises:
+            ValueError: a model other than RegionSpot itself.
+        """
+        if cfg.MODEL.META_ARCHITECTURE != "RegionSpot":  # CropBaseline has logits of its own for boxes alone
+            raise ValueError(
+                "MODEL.META_ARCHITECTURE: the predictor expects RegionSpot, got "
+                f"{cfg.MODEL.META_ARCHITECTURE}; tools/train_net.py --eval-only evaluates others"
+            )
         self.model, checkpointer = load_model(cfg)
         # Parts without weights from any file: "trained", "sam", "clip_model". What they say means nothing.
         self.random_parts = sorted({"trained", "sam", "clip_model"} - checkpointer.loaded)

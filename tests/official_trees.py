@@ -267,10 +267,17 @@ def write_openimages(trees):
 
 
 def write_odinw(trees):
-    """ANNOTATIONS for all but Aquarium, which comes as Roboflow exports it, with a background that has id 0."""
+    """ANNOTATIONS for all but Aquarium, which comes as Roboflow exports it, with a background that has id 0.
+
+    PascalVOC has no images for testing.
+    """
     for name, (valid, train, classes) in ODINW.items():
         categories = [{"id": index, "name": c, "supercategory": "all"} for index, c in enumerate(classes, 1)]
-        for split, directory in (("val", valid), ("train", train)):
+        tested = valid if valid == "export" else str(Path(valid).parent / "test")
+        splits = {"val": valid, "train": train, "test": tested}
+        if name == "PascalVOC":
+            del splits["test"]
+        for split, directory in splits.items():
             folder = trees.root / "odinw" / name / directory
             json_file = folder / (f"{split}_{ANNOTATIONS}" if name == "pistols" else ANNOTATIONS)
             paths = [f"{split} {path}" for path in ODD_NAMES[len(name) % 2 :: 2]]
@@ -281,12 +288,14 @@ def write_odinw(trees):
                 content["categories"].insert(0, {"id": 0, "name": "all", "supercategory": "none"})
                 json_file.unlink()
                 (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    for listing in (trees.files, trees.images):
+        listing["odinw_PascalVOC_test"] = listing["odinw_PascalVOC_val"]
     prepare_odinw.main(["--root", str(trees.root)])
 
 
 def write_miniworld(trees):
     folder = trees.root / "miniworld"
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         (folder / split).mkdir(parents=True)
         scenes = [write_scene((str(folder), split, index, 0)) for index in range(2)]
         images = [image for image, _ in scenes]

@@ -277,3 +277,8 @@ def test_wrong_images_are_refused(predictor, image):
         predictor.set_image(image)
     with pytest.raises(RuntimeError, match="no image is set"):
         predictor.predict(boxes=BOXES)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="expects RegionSpot, got CropBaseline"):
+        RegionSpotPredictor(tiny_config("MODEL.META_ARCHITECTURE", "CropBaseline"))

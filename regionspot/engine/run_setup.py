@@ -27,13 +27,25 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"  # as Detectron2 writes files
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
+_CONTROL = re.compile(rf"(?!{_COLOR.pattern})[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs, new lines and colors
 
 
-class PlainFormatter(logging.Formatter):
-    """Leaves out the colors that Detectron2 and fvcore put into their messages."""
+class PrintableFormatter(logging.Formatter):
+    """Writes control characters out, as they may steer a terminal; colors pass to terminals alone."""
+
+    def __init__(self, formatter: logging.Formatter, with_colors: bool) -> None:
+        """
+        Args:
+            formatter: of the lines; Detectron2 and fvcore put colors into their messages.
+            with_colors: leave these in.
+        """
+        super().__init__()
+        self.formatter, self.with_colors = formatter, with_colors
 
     def format(self, record: logging.LogRecord) -> str:
-        return _COLOR.sub("", super().format(record))
+        line = self.formatter.format(record)
+        line = line if self.with_colors else _COLOR.sub("", line)
+        return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), line)
 
 
 def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
@@ -53,8 +65,10 @@ def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name in ("fvcore", "detectron2", "regionspot"):
         for handler in setup_logger(str(output), rank, name=name).handlers:
-            if isinstance(handler, logging.StreamHandler) and not (handler.stream.closed or handler.stream.isatty()):
-                handler.setFormatter(PlainFormatter(_FORMAT, "%m/%d %H:%M:%S"))
+            if isinstance(handler, logging.StreamHandler) and not handler.stream.closed:
+                is_terminal = handler.stream.isatty()
+                formatter = handler.formatter if is_terminal else logging.Formatter(_FORMAT, "%m/%d %H:%M:%S")
+                handler.setFormatter(PrintableFormatter(formatter, is_terminal))
     if comm.is_main_process():
         with atomic_path(output / "config.yaml") as temporary:
             if is_lazy:

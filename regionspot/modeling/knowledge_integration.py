@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 MAX_QUERIES = 1024  # regions that attend at once, and the most that are padded to those of another image
+MAX_DEPTH = 100  # the paper compares 1, 3 and 6; a slip of the keyboard would build layers until memory is full
 
 
 class RegionDecoderLayer(nn.Module):
@@ -111,9 +112,9 @@ class KnowledgeIntegration(nn.Module):
             region_attention: False decodes each region alone ("one box at a time").
         """
         super().__init__()
-        if clip_width % num_heads or depth < 1:
+        if clip_width % num_heads or not 1 <= depth <= MAX_DEPTH:
             raise ValueError(
-                "MODEL.REGIONSPOT.INTEGRATION: expected DEPTH of at least 1 and NUM_HEADS that divides "
+                f"MODEL.REGIONSPOT.INTEGRATION: expected DEPTH of 1 to {MAX_DEPTH} and NUM_HEADS that divides "
                 f"{clip_width}, CLIP's width; got {depth} and {num_heads}"
             )
         self.with_features = with_features

@@ -94,7 +94,8 @@ def load_weights(
     _load_strictly(recognizer, state, path)
     prefixes = {"trained": TRAINED, **FROZEN}
     parts = {part for part, prefix in prefixes.items() if any(key.startswith(prefix) for key in state)}
-    logger.info("Loaded %s from %s", ", ".join(sorted(parts)) or "nothing", [path, *sources.values()])
+    files = [source for source in (path, *sources.values()) if source]
+    logger.info("Loaded %s from %s", ", ".join(sorted(parts)) or "nothing", ", ".join(files) or "no file")
     return LoadedWeights(parts, sources, rest)
 
 

@@ -30,8 +30,8 @@ def printable(text: object) -> str:
 def user_error(error: BaseException | None) -> str | None:
     """Return what to tell a user of an error that he can mend, None if it is a bug.
 
-    His are ``ValueError``, ``OSError``, a ``KeyError`` that says a sentence (one from a dict names a key), and too
-    little memory.
+    His are ``ValueError``, ``OSError``, a loss that is not a number, a ``KeyError`` that says a sentence (one from a
+    dict names a key), and too little memory.
     """
     words = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if words.startswith("Caught ") and "Original Traceback" in words:  # by a worker of a loader
@@ -44,7 +44,7 @@ def user_error(error: BaseException | None) -> str | None:
         return f"{text}; was there too little memory?"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"too little memory: {text or 'for what was asked'}"
-    is_users = isinstance(error, (ValueError, OSError, ProcessError)) or (isinstance(error, KeyError) and " " in text)
+    is_users = isinstance(error, (ValueError, OSError, FloatingPointError, ProcessError)) or (isinstance(error, KeyError) and " " in text)
     return (text or type(error).__name__) if is_users else None
 
 

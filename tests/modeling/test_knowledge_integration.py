@@ -15,7 +15,7 @@ SIZES = {"token_dim": 8, "clip_width": 32, "text_dim": 16, "num_heads": 4, "ffn_
 
 def module(**arguments):
     torch.manual_seed(0)
-    model = KnowledgeIntegration(**SIZES, **arguments)
+    model = KnowledgeIntegration(**{**SIZES, **arguments})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -95,6 +95,12 @@ def test_settings_reach_the_layers(features, norms):
     assert len(layers) == 2 and {layer.linear1.out_features for layer in layers} == {96}
     assert sum(isinstance(m, nn.LayerNorm) for m in layers.modules()) == 2 * norms
     assert {m.p for m in layers.modules() if isinstance(m, nn.Dropout)} == {0.3}
+
+
+@pytest.mark.parametrize("depth", [0, 2**70])
+def test_impossible_depth_is_refused(depth):
+    with pytest.raises(ValueError, match="expected DEPTH of 1 to 100"):
+        module(depth=depth)
 
 
 def test_the_sizes_are_the_papers_by_default():

@@ -80,6 +80,7 @@ def handlers():
         (FileNotFoundError(2, "No such file", "x.pth"), "[Errno 2] No such file: 'x.pth'"),
         (ValueError("two\nlines\x1b[31m\x07"), r"two lines\x1b[31m\x07"),
         (ValueError(), "ValueError"),
+        (FloatingPointError("not a number in iteration 3"), "not a number in iteration 3"),
         (MemoryError(), "too little memory: for what was asked"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "too little memory: DefaultCPU"),
         (torch.OutOfMemoryError("CUDA out of memory"), "too little memory: CUDA out of memory"),
