@@ -44,7 +44,8 @@ def user_error(error: BaseException | None) -> str | None:
         return f"{text}; was there too little memory?"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"too little memory: {text or 'for what was asked'}"
-    is_users = isinstance(error, (ValueError, OSError, FloatingPointError, ProcessError)) or (isinstance(error, KeyError) and " " in text)
+    is_sentence = isinstance(error, KeyError) and " " in text
+    is_users = is_sentence or isinstance(error, (ValueError, OSError, FloatingPointError, ProcessError))
     return (text or type(error).__name__) if is_users else None
 
 
