@@ -67,8 +67,9 @@ def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
         for handler in setup_logger(str(output), rank, name=name).handlers:
             if isinstance(handler, logging.StreamHandler) and not handler.stream.closed:
                 is_terminal = handler.stream.isatty()
-                formatter = handler.formatter if is_terminal else logging.Formatter(_FORMAT, "%m/%d %H:%M:%S")
-                handler.setFormatter(PrintableFormatter(formatter, is_terminal))
+                colored = handler.formatter if is_terminal else None
+                plain = logging.Formatter(_FORMAT, "%m/%d %H:%M:%S")
+                handler.setFormatter(PrintableFormatter(colored or plain, is_terminal))
     if comm.is_main_process():
         with atomic_path(output / "config.yaml") as temporary:
             if is_lazy:
