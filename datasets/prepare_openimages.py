@@ -27,7 +27,7 @@ import pandas as pd  # of the fast CSV readers the lightest (11 MB), and at home
 from PIL import Image
 from tqdm import tqdm
 
-# split: (annotations, folder of the images)
+# split: (annotations, directory of the images)
 SPLITS = {
     "train": ("oidv6-train-annotations-bbox.csv", "train"),
     "val": ("validation-annotations-bbox.csv", "validation"),
@@ -104,11 +104,11 @@ def read_header(path: str) -> tuple[int, int]:
         return DAMAGED
 
 
-def read_sizes(folder: Path, names: np.ndarray, cache: Path, workers: int = 1, every: float = 30.0) -> np.ndarray:
+def read_sizes(directory: Path, names: np.ndarray, cache: Path, workers: int = 1, every: float = 30.0) -> np.ndarray:
     """Return the images' sizes; those that ``cache`` has are not read again.
 
     Args:
-        folder: of the images.
+        directory: of the images.
         names: (I,) image ids, sorted.
         cache: written every so often, and in the end, however it comes.
         workers: processes.
@@ -127,8 +127,8 @@ def read_sizes(folder: Path, names: np.ndarray, cache: Path, workers: int = 1, e
         return sizes
     last = time.monotonic()
     try:
-        headers = _headers([str(folder / f"{names[index]}.jpg") for index in todo], workers)
-        for index, size in zip(todo, tqdm(headers, total=len(todo), desc=f"image sizes of {folder.name}")):
+        headers = _headers([str(directory / f"{names[index]}.jpg") for index in todo], workers)
+        for index, size in zip(todo, tqdm(headers, total=len(todo), desc=f"image sizes of {directory.name}")):
             sizes[index] = size
             if time.monotonic() - last > every:
                 write_sizes(cache, names, sizes)
@@ -155,8 +155,8 @@ def write_sizes(cache: Path, names: np.ndarray, sizes: np.ndarray) -> None:
         np.savez(file, names=names[known].astype("S"), sizes=sizes[known])
 
 
-def convert(folder: Path, split: str, workers: int = 1, skip_missing: bool = False) -> Path:
-    """Convert a split below ``folder``; return the file, which was read again and has as many images and boxes.
+def convert(directory: Path, split: str, workers: int = 1, skip_missing: bool = False) -> Path:
+    """Convert a split below ``directory``; return the file, which was read again and has as many images and boxes.
 
     Image ids are 1, 2, ... in the order of all ImageIDs of the CSV, whether or not some are skipped.
 
@@ -165,18 +165,18 @@ def convert(folder: Path, split: str, workers: int = 1, skip_missing: bool = Fal
         ValueError: a CSV of another form.
     """
     annotations, images = SPLITS[split]
-    for path in (folder / annotations, folder / "class-descriptions-boxable.csv"):
+    for path in (directory / annotations, directory / "class-descriptions-boxable.csv"):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; it is one of OpenImages' downloads")
-    classes = read_classes(folder / "class-descriptions-boxable.csv")
-    boxes = read_boxes(folder / annotations, classes)
+    classes = read_classes(directory / "class-descriptions-boxable.csv")
+    boxes = read_boxes(directory / annotations, classes)
     order = np.argsort(boxes["ImageID"].cat.categories.to_numpy(str))
     names = boxes["ImageID"].cat.categories.to_numpy(str)[order]
     rows = np.argsort(order)[boxes["ImageID"].cat.codes.to_numpy()]  # (M,) into names
-    sizes = read_sizes(folder / images, names, folder / f"image_sizes_{images}.npz", workers)
+    sizes = read_sizes(directory / images, names, directory / f"image_sizes_{images}.npz", workers)
     lost = np.flatnonzero(sizes[:, 0] <= 0)
     if len(lost):
-        what = f"{len(lost)} of {len(names)} images are missing or damaged below {folder / images}: " + ", ".join(
+        what = f"{len(lost)} of {len(names)} images are missing or damaged below {directory / images}: " + ", ".join(
             f"{names[index]}.jpg" + (" (damaged)" if sizes[index, 0] < 0 else "") for index in lost[:5]
         )
         if not skip_missing:
@@ -184,8 +184,8 @@ def convert(folder: Path, split: str, workers: int = 1, skip_missing: bool = Fal
         print(f"{what}; left out")
         boxes = boxes[sizes[rows, 0] > 0]
         rows = rows[sizes[rows, 0] > 0]
-    path = folder / f"openimages_v6_{split}.json"
-    _write(path, folder / images, classes, names, sizes, boxes, rows)
+    path = directory / f"openimages_v6_{split}.json"
+    _write(path, directory / images, classes, names, sizes, boxes, rows)
     return path
 
 
@@ -264,9 +264,9 @@ def _annotations(
 def benchmark(number: int) -> None:
     """Print time and memory of converting ``number`` generated boxes, without the reading of headers."""
     with tempfile.TemporaryDirectory() as root:
-        folder = Path(root, "openimages")
-        folder.mkdir()
-        generate(folder, number)
+        directory = Path(root, "openimages")
+        directory.mkdir()
+        generate(directory, number)
         start = time.perf_counter()
         subprocess.run([sys.executable, __file__, "--root", root, "--splits", "train"], check=True)
         seconds = time.perf_counter() - start
@@ -274,17 +274,17 @@ def benchmark(number: int) -> None:
         print(f"{number:,} boxes: {seconds:.0f} s, peak {peak:.1f} GiB")
 
 
-def generate(folder: Path, number: int) -> None:
+def generate(directory: Path, number: int) -> None:
     """Write a training CSV of OpenImages' shape (8.4 boxes an image, 601 classes) and the sizes of its images."""
     generator = np.random.default_rng(0)
     images = max(1, round(number / 8.4))
     names = np.array([f"{index:016x}" for index in range(images)])
-    write_sizes(folder / "image_sizes_train.npz", names, generator.integers(300, 1025, (images, 2), dtype=np.int32))
+    write_sizes(directory / "image_sizes_train.npz", names, generator.integers(300, 1025, (images, 2), dtype=np.int32))
     lines = "".join(f"/m/{index:05x},Class {index}\n" for index in range(601))
-    (folder / "class-descriptions-boxable.csv").write_text(lines)
+    (directory / "class-descriptions-boxable.csv").write_text(lines)
     rows = np.concatenate([np.arange(images), generator.integers(0, images, number - images)])  # none without a box
     rows.sort()
-    with (folder / SPLITS["train"][0]).open("w") as file:
+    with (directory / SPLITS["train"][0]).open("w") as file:
         file.write("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,")
         file.write("IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n")
         for part in _parts(number, "generating boxes"):

@@ -114,11 +114,11 @@ def _add_head_config(node: CfgNode) -> None:
     node.HEAD.WEIGHTS = ""
     # False: the host learns, too, by its own losses. True: nothing but the attention module does.
     node.HEAD.FREEZE_HOST = True
-    # Boxes to recognise: "proposals" as the host's RPN gives them, or "refined" by the host's own box regression.
+    # Boxes to recognize: "proposals" as the host's RPN gives them, or "refined" by the host's own box regression.
     node.HEAD.BOXES = "proposals"
     # Their scores: "objectness" of the RPN, or "foreground" of the host's box head (with "refined" only).
     node.HEAD.BOX_SCORE = "objectness"
-    # Of two boxes with more IoU than this only the better is recognised, whatever it shows; 1 for none.
+    # Of two boxes with more IoU than this only the better is recognized, whatever it shows; 1 for none.
     node.HEAD.BOX_NMS_THRESH = 1.0
     # The host's own ROI heads, for "refined" and HOST_VOCABULARY: StandardROIHeads, CascadeROIHeads, Res5ROIHeads. With
     # HOST_CONFIG it is what that says; "" is StandardROIHeads.

@@ -99,7 +99,7 @@ def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "b
 def check_regions(
     images: Sequence[torch.Tensor], boxes: Sequence[Boxes], scores: Sequence[torch.Tensor | None] | None
 ) -> None:
-    """Refuse what ``RegionRecognizer`` cannot recognise, see there for what is expected.
+    """Refuse what ``RegionRecognizer`` cannot recognize, see there for what is expected.
 
     Raises:
         ValueError: not as many of each, an image or scores of wrong shape, scores outside [0, 1], boxes that are no

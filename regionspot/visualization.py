@@ -1,4 +1,4 @@
-"""Pictures of recognised regions, and of what they look at."""
+"""Pictures of recognized regions, and of what they look at."""
 
 from typing import Any
 

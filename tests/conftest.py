@@ -23,11 +23,11 @@ def session_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory, monkeypatch):
+def cache_directory(tmp_path_factory, monkeypatch):
     """Keep each test's cache apart from the user's and from the others'."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("REGIONSPOT_CACHE", str(folder))
-    return folder
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(directory))
+    return directory
 
 
 @pytest.fixture

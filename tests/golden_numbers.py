@@ -21,14 +21,14 @@ NAMES += ["iou_predictions", "semantic_tokens", "logits", "scores"]
 
 
 @torch.no_grad()
-def compute(folder: Path, device: str) -> dict[str, np.ndarray]:
+def compute(directory: Path, device: str) -> dict[str, np.ndarray]:
     """Return everything that the golden file holds, computed from a checkpoint that carries its frozen parts.
 
     Args:
-        folder: for the checkpoint, 700 MB.
+        directory: for the checkpoint, 700 MB.
         device: to compute on.
     """
-    path = folder / "released.pth"
+    path = directory / "released.pth"
     with torch.device("meta"):
         layout = build_model(load_config(CONFIG, ["MODEL.DEVICE", "meta"]))
     torch.save({"model": released_state(layout)}, path)

@@ -23,7 +23,7 @@ from regionspot.modeling.key_layout import to_released_key
 ROOT = Path(__file__).parents[1]
 TINY = Path(__file__).with_name("tiny.yaml")
 NAMES = ["red square", "green disc", "blue square", "white disc"]
-COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220], [240, 240, 240]])
+COLORS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220], [240, 240, 240]])
 
 
 def tiny_config(*overrides: object) -> CfgNode:
@@ -84,7 +84,7 @@ def draw_scene(index: int, size: tuple[int, int] = (48, 64)) -> tuple[np.ndarray
         label = int(rng.integers(4))
         rows, columns = np.mgrid[:side, :side] - (side - 1) / 2
         inside = np.ones((side, side), bool) if label % 2 == 0 else rows**2 + columns**2 <= (side / 2) ** 2
-        image[y : y + side, x : x + side][inside] = COLOURS[label]
+        image[y : y + side, x : x + side][inside] = COLORS[label]
         boxes.append([x, y, x + side, y + side])
         classes.append(label)
     return image, np.array(boxes, np.float32), np.array(classes)
@@ -106,7 +106,7 @@ def as_inputs(index: int, size: tuple[int, int] = (48, 64), number: int | None =
 
 
 def write_dataset(
-    folder: Path,
+    directory: Path,
     number: int = 8,
     category_ids: tuple[int, ...] = (3, 1, 10, 7),
     names: list[str] = NAMES,
@@ -115,17 +115,17 @@ def write_dataset(
     """Write drawn scenes as a data set in LVIS format; return the annotation file.
 
     Args:
-        folder: of the data set.
+        directory: of the data set.
         number: of scenes.
         category_ids: of the four classes, in the order of ``NAMES``; by default with gaps.
         names: what the four classes are called.
         first: index of the first scene.
     """
-    (folder / "images").mkdir(parents=True)
+    (directory / "images").mkdir(parents=True)
     images, annotations = [], []
     for index in range(number):
         image, boxes, classes = draw_scene(first + index)
-        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        Image.fromarray(image).save(directory / "images" / f"{index}.png")
         present = sorted({category_ids[label] for label in classes})
         images.append(
             {
@@ -153,20 +153,20 @@ def write_dataset(
         {"id": i, "name": name, "frequency": "rcff"[k], "image_count": 1, "instance_count": 1}
         for k, (i, name) in enumerate(zip(category_ids, names))
     ]
-    path = folder / "annotations.json"
+    path = directory / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return path
 
 
-def write_frozen_parts(recognizer: RegionRecognizer, folder: Path) -> None:
+def write_frozen_parts(recognizer: RegionRecognizer, directory: Path) -> None:
     """Write SAM's and CLIP's weights as files, so that several processes have the same."""
-    torch.save(recognizer.localizer.sam.state_dict(), folder / "sam.pth")
-    torch.save(recognizer.vision_language.clip_model.state_dict(), folder / "clip.pth")
+    torch.save(recognizer.localizer.sam.state_dict(), directory / "sam.pth")
+    torch.save(recognizer.vision_language.clip_model.state_dict(), directory / "clip.pth")
 
 
-def frozen_overrides(folder: Path) -> list[str]:
+def frozen_overrides(directory: Path) -> list[str]:
     """Return the config overrides that name what ``write_frozen_parts`` wrote."""
-    files = {"SAM": folder / "sam.pth", "CLIP": folder / "clip.pth"}
+    files = {"SAM": directory / "sam.pth", "CLIP": directory / "clip.pth"}
     return [part for name, path in files.items() for part in (f"MODEL.REGIONSPOT.{name}.WEIGHTS", str(path))]
 
 
@@ -186,11 +186,17 @@ def load_program(path: Path) -> ModuleType:
     return module
 
 
-def run(folder: Path, *command: object) -> str:
-    """Run a program in ``folder``, with one thread, and return what it says; it must succeed."""
+def run(directory: Path, *command: object) -> str:
+    """Run a program in ``directory``, with one thread, and return what it says; it must succeed."""
     env = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=folder, env=env, check=False
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=directory,
+        env=env,
+        check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr

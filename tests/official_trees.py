@@ -213,38 +213,38 @@ def write_objects365(trees):
     categories = [{"id": index, "name": name} for index, name in enumerate(names, 1)]
     extra = {"iscrowd": 0, "isfake": 0, "isreflected": 0}
     for split in ("train", "val"):
-        folder = trees.root / "objects365"
+        directory = trees.root / "objects365"
         paths = [f"obj365_{split}_{index:012d}.jpg" for index in (86, 1013)]
-        json_file = folder / f"objects365_{split}.json"
-        trees.add(f"objects365_v1_{split}", json_file, folder / split, paths, categories, extra=extra)
-        folder = trees.root / "objects365_v2"
+        json_file = directory / f"objects365_{split}.json"
+        trees.add(f"objects365_v1_{split}", json_file, directory / split, paths, categories, extra=extra)
+        directory = trees.root / "objects365_v2"
         paths = [f"patch{index}/objects365_v{1 + index // 16}_{split}{index:08d}.jpg" for index in (8, 43)]
-        json_file = folder / f"zhiyuan_objv2_{split}.json"
+        json_file = directory / f"zhiyuan_objv2_{split}.json"
         file_name = "images/v1/{}".format
         name = f"objects365_v2_{split}"
-        trees.add(name, json_file, folder / split, paths, categories, extra=extra, file_name=file_name)
+        trees.add(name, json_file, directory / split, paths, categories, extra=extra, file_name=file_name)
 
 
 def write_v3det(trees):
-    folder = trees.root / "v3det"
+    directory = trees.root / "v3det"
     names = [f"kind {index}" for index in range(13204)]
     for place, name in zip((0, 1, 4401, 6602, 8000, 13203), V3DET_NAMES):
         names[place] = name
     categories = [{"id": index, "name": name, "cat_info": "", "novel": False} for index, name in enumerate(names, 1)]
     for split in ("train", "val"):
         paths = [f"images/n0{index}/{index}_{split}_a45.jpg" for index in (1440764, 7749)]
-        json_file = folder / f"v3det_2023_v1_{split}.json"
-        trees.add(f"v3det_{split}", json_file, folder, paths, categories, extra={"iscrowd": 0})
+        json_file = directory / f"v3det_2023_v1_{split}.json"
+        trees.add(f"v3det_{split}", json_file, directory, paths, categories, extra={"iscrowd": 0})
 
 
 def write_openimages(trees):
     """The official CSVs, and what prepare_openimages.py makes of them."""
-    folder = trees.root / "openimages"
-    folder.mkdir()
+    directory = trees.root / "openimages"
+    directory.mkdir()
     labels = {f"/m/0{index:04x}": f"Thing {index}" for index in range(601)}
     labels |= {"/m/00000": 'Bow, and "arrow"', "/m/00258": "Zucchini"}
     lines = [f'{key},"{name.replace(chr(34), 2 * chr(34))}"' for key, name in labels.items()]
-    (folder / "class-descriptions-boxable.csv").write_text("\n".join(lines) + "\n")
+    (directory / "class-descriptions-boxable.csv").write_text("\n".join(lines) + "\n")
     for split, csv, directory in (
         ("train", "oidv6-train-annotations-bbox.csv", "train"),
         ("val", "validation-annotations-bbox.csv", "validation"),
@@ -253,15 +253,15 @@ def write_openimages(trees):
         rows = ["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction"]
         order = class_order(601)
         for name in names:
-            height, width, boxes = trees.draw(folder / directory / f"{name}.jpg")
+            height, width, boxes = trees.draw(directory / directory / f"{name}.jpg")
             for x0, y0, x1, y1 in boxes:
                 sides = f"{x0 / width:.6f},{x1 / width:.6f},{y0 / height:.6f},{y1 / height:.6f}"
                 rows.append(f"{name},xclick,{list(labels)[next(order)]},1,{sides},0,0,0,0")
             rows.append(f"{name},xclick,/m/00003,1,0,1,0,1,0,0,1,0")  # a group
-        (folder / csv).write_text("\n".join(rows) + "\n")
-        trees.files[f"openimages_v6_{split}"] = (folder / f"openimages_v6_{split}.json", folder / directory)
+        (directory / csv).write_text("\n".join(rows) + "\n")
+        trees.files[f"openimages_v6_{split}"] = (directory / f"openimages_v6_{split}.json", directory / directory)
         trees.images[f"openimages_v6_{split}"] = {
-            index: folder / directory / f"{name}.jpg" for index, name in enumerate(names, 1)
+            index: directory / directory / f"{name}.jpg" for index, name in enumerate(names, 1)
         }
     prepare_openimages.main(["--root", str(trees.root), "--workers", "1"])
 
@@ -278,31 +278,31 @@ def write_odinw(trees):
         if name == "PascalVOC":
             del splits["test"]
         for split, directory in splits.items():
-            folder = trees.root / "odinw" / name / directory
-            json_file = folder / (f"{split}_{ANNOTATIONS}" if name == "pistols" else ANNOTATIONS)
+            directory = trees.root / "odinw" / name / directory
+            json_file = directory / (f"{split}_{ANNOTATIONS}" if name == "pistols" else ANNOTATIONS)
             paths = [f"{split} {path}" for path in ODD_NAMES[len(name) % 2 :: 2]]
             every = {"iscrowd": 0, "segmentation": []}
-            trees.add(f"odinw_{name}_{split}", json_file, folder, paths, categories, extra=every)
+            trees.add(f"odinw_{name}_{split}", json_file, directory, paths, categories, extra=every)
             if name == "Aquarium":
                 content = json.loads(json_file.read_text())
                 content["categories"].insert(0, {"id": 0, "name": "all", "supercategory": "none"})
                 json_file.unlink()
-                (folder / "_annotations.coco.json").write_text(json.dumps(content))
+                (directory / "_annotations.coco.json").write_text(json.dumps(content))
     for listing in (trees.files, trees.images):
         listing["odinw_PascalVOC_test"] = listing["odinw_PascalVOC_val"]
     prepare_odinw.main(["--root", str(trees.root)])
 
 
 def write_miniworld(trees):
-    folder = trees.root / "miniworld"
+    directory = trees.root / "miniworld"
     for split in ("train", "val", "test"):
-        (folder / split).mkdir(parents=True)
-        scenes = [write_scene((str(folder), split, index, 0)) for index in range(2)]
+        (directory / split).mkdir(parents=True)
+        scenes = [write_scene((str(directory), split, index, 0)) for index in range(2)]
         images = [image for image, _ in scenes]
         annotations = [{"id": i, **entry} for i, entry in enumerate((a for _, part in scenes for a in part), 1)]
-        paths = {image["id"]: folder / image["file_name"] for image in images}
+        paths = {image["id"]: directory / image["file_name"] for image in images}
         every = miniworld_categories(split, annotations)
-        trees.write(f"miniworld_{split}", folder / f"{split}.json", folder, images, annotations, every, paths)
+        trees.write(f"miniworld_{split}", directory / f"{split}.json", directory, images, annotations, every, paths)
 
 
 class Truth:

@@ -18,15 +18,15 @@ from .helpers import ROOT
 class Program:
     """A Python program in a process of its own; what it says goes to a file."""
 
-    def __init__(self, folder: Path, script: Path, *arguments: object) -> None:
+    def __init__(self, directory: Path, script: Path, *arguments: object) -> None:
         """
         Args:
-            folder: where it runs.
+            directory: where it runs.
             script: the program.
             arguments: of its command line.
         """
-        self.folder, self.argv = folder, [str(part) for part in (script, *arguments)]
-        self.log = folder / f".said-{time.monotonic_ns()}"
+        self.directory, self.argv = directory, [str(part) for part in (script, *arguments)]
+        self.log = directory / f".said-{time.monotonic_ns()}"
         self.process = multiprocessing.get_context("fork").Process(target=self._become)
         self.process.start()
 
@@ -47,7 +47,7 @@ class Program:
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
-        os.chdir(self.folder)
+        os.chdir(self.directory)
         sys.argv, sys.path[:0] = self.argv, [str(Path(self.argv[0]).parent)]
         for name, module in list(sys.modules.items()):  # several programs are called train_net
             if str(getattr(module, "__file__", None)).startswith((f"{ROOT}/tools", f"{ROOT}/projects")):
@@ -60,9 +60,9 @@ class Program:
         runpy.run_path(self.argv[0], run_name="__main__")
 
 
-def run_program(folder: Path, script: Path, *arguments: object) -> str:
-    """Run a Python program in ``folder`` and return what it says; it must succeed."""
-    program = Program(folder, script, *arguments)
+def run_program(directory: Path, script: Path, *arguments: object) -> str:
+    """Run a Python program in ``directory`` and return what it says; it must succeed."""
+    program = Program(directory, script, *arguments)
     status = program.wait()
     assert status == 0, program.said()[-5000:]
     return program.said()

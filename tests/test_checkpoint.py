@@ -36,8 +36,8 @@ def released(tmp_path):
     return tmp_path
 
 
-def frozen_files(folder):
-    return {"sam_weights": str(folder / "sam.pth"), "clip_weights": str(folder / "clip.pth")}
+def frozen_files(directory):
+    return {"sam_weights": str(directory / "sam.pth"), "clip_weights": str(directory / "clip.pth")}
 
 
 def test_released_checkpoint_loads_with_and_without_its_frozen_parts(released):
@@ -240,7 +240,7 @@ def test_a_whole_model_that_holds_another_recognizer_too(released):
     torch.testing.assert_close(logits_of(model), logits_of(released_model(released)), atol=0, rtol=0)
 
 
-def released_model(folder):
+def released_model(directory):
     model = tiny_model()
-    RegionSpotCheckpointer(model).load(str(folder / "whole.pth"))
+    RegionSpotCheckpointer(model).load(str(directory / "whole.pth"))
     return model

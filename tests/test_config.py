@@ -103,15 +103,15 @@ def differences(path, base):
     return {key for key in one if one[key] != two[key]}
 
 
-@pytest.mark.parametrize("folder", ["ablations", "miniworld/ablations"])
-def test_ablations_differ_in_one_thing(folder):
+@pytest.mark.parametrize("directory", ["ablations", "miniworld/ablations"])
+def test_ablations_differ_in_one_thing(directory):
     bases = {"ablations": "ablations/Base-ablation.yaml", "miniworld/ablations": "miniworld/RegionSpot-mini.yaml"}
     data = {"DATASETS.TRAIN", "DATASETS.TOKEN_STORES_TRAIN", "DATASETS.TRAIN_RATIO"}
-    paths = [path for path in (ROOT / "configs" / folder).glob("*.yaml") if not path.stem.startswith("Base")]
+    paths = [path for path in (ROOT / "configs" / directory).glob("*.yaml") if not path.stem.startswith("Base")]
     assert len(paths) == 11
     rung = {"INTEGRATION.REGION_ATTENTION", "CLIP.FEATURES", "CLIP.TEMPLATES"}  # the first of the paper's ladder
     for path in paths:
-        found = differences(path, ROOT / "configs" / bases[folder])
+        found = differences(path, ROOT / "configs" / bases[directory])
         if path.stem == "one-box-ladder":
             assert found == {f"MODEL.REGIONSPOT.{key}" for key in rung}
         else:

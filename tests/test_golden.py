@@ -8,10 +8,10 @@ from .golden_numbers import EXPECTED, NAMES, compute
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("golden")
+    directory = tmp_path_factory.mktemp("golden")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGIONSPOT_CACHE", str(folder))
-        return compute(folder, "cpu")
+        patch.setenv("REGIONSPOT_CACHE", str(directory))
+        return compute(directory, "cpu")
 
 
 @pytest.mark.parametrize("name", NAMES)

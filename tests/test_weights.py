@@ -81,9 +81,9 @@ def test_a_server_that_does_not_resume_is_read_from_the_start(server, tmp_path, 
     assert fetch(server, path, sha256).read_bytes() == CONTENT
 
 
-def test_url_is_fetched_into_the_cache(server, cache_folder):
+def test_url_is_fetched_into_the_cache(server, cache_directory):
     assert resolve_weights(server).read_bytes() == CONTENT
-    assert resolve_weights(server).is_relative_to(cache_folder)
+    assert resolve_weights(server).is_relative_to(cache_directory)
 
 
 def test_without_network_the_error_says_which_file_to_put_where(monkeypatch):

@@ -157,12 +157,12 @@ def benchmark_text(recognizer: RegionRecognizer, number: int, repeats: int) -> l
 
 
 def report_data(args: argparse.Namespace, cfg: CfgNode) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         if args.what == "memory":
-            rows = benchmark_memory(cfg, Path(folder), args.boxes, args.workers, args.iterations)
+            rows = benchmark_memory(cfg, Path(directory), args.boxes, args.workers, args.iterations)
             print(tabulate(rows, headers=["memory of all processes together", ""], disable_numparse=True))
             return
-        steps, loaders = benchmark_data(cfg, Path(folder), args.images, args.workers)
+        steps, loaders = benchmark_data(cfg, Path(directory), args.images, args.workers)
     headers = ["step, in one process", "images/s", "times as fast as the plain way"]
     print(tabulate(steps, headers=headers, disable_numparse=True), end="\n\n")
     headers = ["loader alone, images/s", *(f"{number} workers" for number in args.workers)]
@@ -170,12 +170,12 @@ def report_data(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def report_eval(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         if args.protocol == "fixed":
-            headers, rows = benchmark_fixed(Path(folder), args.images, args.detections, args.categories)
+            headers, rows = benchmark_fixed(Path(directory), args.images, args.detections, args.categories)
             print(tabulate(rows, headers=headers, disable_numparse=True))
             return
-        rows = benchmark_eval(Path(folder), args)
+        rows = benchmark_eval(Path(directory), args)
     print(tabulate(rows, headers=HEADERS[: len(rows[0])], disable_numparse=True))
     if not args.alone:
         print("the metrics agree to 1e-9")

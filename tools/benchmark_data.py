@@ -26,14 +26,14 @@ DATASET = "benchmark_train"
 SIZE = (480, 640)
 
 
-def write_dataset(folder: Path, images: int, boxes: int, pictures: int = 64) -> None:
+def write_dataset(directory: Path, images: int, boxes: int, pictures: int = 64) -> None:
     """Write and register a data set like COCO: JPEGs of 640 x 480, of which ``pictures`` are used in turn."""
     rng, (height, width) = np.random.default_rng(0), SIZE
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (directory / "images").mkdir(parents=True, exist_ok=True)
     for index in range(min(pictures, images)):
         coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"{index}.jpg", quality=90)
-    with (folder / "annotations.json").open("w") as file:
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(directory / "images" / f"{index}.jpg", quality=90)
+    with (directory / "annotations.json").open("w") as file:
         records = [
             {"id": i, "file_name": f"{i % pictures}.jpg", "height": height, "width": width} for i in range(images)
         ]
@@ -49,10 +49,10 @@ def write_dataset(folder: Path, images: int, boxes: int, pictures: int = 64) -> 
     if DATASET in DatasetCatalog:
         DatasetCatalog.remove(DATASET)
         MetadataCatalog.remove(DATASET)
-    register_json_dataset(DATASET, folder / "annotations.json", folder / "images", "coco")
+    register_json_dataset(DATASET, directory / "annotations.json", directory / "images", "coco")
 
 
-def write_store(folder: Path, dim: int, shard_images: int = 512, maps: tuple[int, int] | None = None) -> None:
+def write_store(directory: Path, dim: int, shard_images: int = 512, maps: tuple[int, int] | None = None) -> None:
     """Write a store of random tokens for the data set, and of feature maps of a size (L, width) if one is given."""
     records = DatasetCatalog.get(DATASET)
     number = -(-len(records) // shard_images)
@@ -62,7 +62,7 @@ def write_store(folder: Path, dim: int, shard_images: int = 512, maps: tuple[int
         "sam": {},
         "flip": False,
     }
-    writer = StoreWriter(folder, {**origin, "clip": {} if maps else None, "stages": ["transformer"]}, number)
+    writer = StoreWriter(directory, {**origin, "clip": {} if maps else None, "stages": ["transformer"]}, number)
     for shard in tqdm(range(number), desc="writing tokens", unit="shard"):
         images = []
         for index in range(shard * shard_images, min((shard + 1) * shard_images, len(records))):
@@ -85,21 +85,23 @@ def per_second(calls: Iterator[Any], number: int, seconds: float = 3.0) -> float
     return done / (time.perf_counter() - start)
 
 
-def steps(folder: Path, reduced: int) -> list[tuple[str, float, float | None]]:
+def steps(directory: Path, reduced: int) -> list[tuple[str, float, float | None]]:
     """Return what each step of the mapper does a second in one process, and the plain way to do the same."""
     records = DatasetCatalog.get(DATASET)
-    store = TokenStore(folder / "tokens")
-    (folder / "pth").mkdir(exist_ok=True)
+    store = TokenStore(directory / "tokens")
+    (directory / "pth").mkdir(exist_ok=True)
     regions = [annotated_regions(records[i]).gt_boxes.tensor for i in range(len(records))]
     for index, boxes in enumerate(regions):
-        torch.save({"mask_tokens": store.get(index, boxes)["tokens"].half()[:, None]}, folder / "pth" / f"{index}.pth")
+        torch.save(
+            {"mask_tokens": store.get(index, boxes)["tokens"].half()[:, None]}, directory / "pth" / f"{index}.pth"
+        )
     order = itertools.cycle(np.random.default_rng(1).permutation(len(records)).tolist())
 
     def decode(size: int) -> Iterator[Any]:
         return (decode_image(records[i]["file_name"], "RGB", size) for i in order)
 
     whole = per_second(decode(0), 2000)
-    loads = (torch.load(folder / "pth" / f"{i}.pth", weights_only=True) for i in order)
+    loads = (torch.load(directory / "pth" / f"{i}.pth", weights_only=True) for i in order)
     return [
         ("record with its boxes", per_second((annotated_regions(records[i]) for i in order), 20000), None),
         ("picture", whole, None),
@@ -108,20 +110,20 @@ def steps(folder: Path, reduced: int) -> list[tuple[str, float, float | None]]:
     ]
 
 
-def benchmark_data(cfg: CfgNode, folder: Path, images: int, workers: list[int]) -> tuple[list[tuple], list[tuple]]:
+def benchmark_data(cfg: CfgNode, directory: Path, images: int, workers: list[int]) -> tuple[list[tuple], list[tuple]]:
     """Return rows of the mapper's steps, and of the loader's images a second for numbers of workers."""
-    write_dataset(folder, images, boxes=10)
+    write_dataset(directory, images, boxes=10)
     reduced = 224
-    write_store(folder / "tokens", dim=256)
-    write_store(folder / "maps", dim=256, maps=(197, 768))
-    measured = steps(folder, reduced)
+    write_store(directory / "tokens", dim=256)
+    write_store(directory / "maps", dim=256, maps=(197, 768))
+    measured = steps(directory, reduced)
     rows = [(name, f"{rate:.0f}", f"{rate / plain:.2f}" if plain else "") for name, rate, plain in measured]
-    tokens = ["DATASETS.TOKEN_STORES_TRAIN", (str(folder / "tokens"),)]
+    tokens = ["DATASETS.TOKEN_STORES_TRAIN", (str(directory / "tokens"),)]
     ways: dict[str, list[Any]] = {
         "SAM in the loop: whole pictures": [],
         "stored tokens": tokens,
         "stored tokens, reduced JPEGs": [*tokens, "INPUT.REDUCED_JPEG", reduced],
-        "stored tokens and feature maps": ["DATASETS.TOKEN_STORES_TRAIN", (str(folder / "maps"),)],
+        "stored tokens and feature maps": ["DATASETS.TOKEN_STORES_TRAIN", (str(directory / "maps"),)],
     }
     loaders = []
     for name, overrides in ways.items():
@@ -164,15 +166,29 @@ class _MeasuredTrainer(RegionSpotTrainer):
         self.most = max(self.most, memory_of_processes())
 
 
-def benchmark_memory(cfg: CfgNode, folder: Path, boxes: int, workers: int, iterations: int) -> list[tuple[str, str]]:
+def benchmark_memory(cfg: CfgNode, directory: Path, boxes: int, workers: int, iterations: int) -> list[tuple[str, str]]:
     """Train from the store of a large annotation file; return the memory when it was loaded and at the most."""
-    write_dataset(folder, boxes // 10, boxes=10)
+    write_dataset(directory, boxes // 10, boxes=10)
     node = cfg.MODEL.REGIONSPOT.SAM
     dim = node.CUSTOM.PROMPT_DIM if node.NAME == "custom" else 256
-    write_store(folder / "tokens", dim, shard_images=2048)
+    write_store(directory / "tokens", dim, shard_images=2048)
     cfg = cfg.clone()
-    data = ["DATASETS.TRAIN", (DATASET,), "DATASETS.TEST", (), "DATASETS.TOKEN_STORES_TRAIN", (str(folder / "tokens"),)]
-    schedule = ["SOLVER.MAX_ITER", iterations, "DATALOADER.NUM_WORKERS", workers, "OUTPUT_DIR", str(folder / "output")]
+    data = [
+        "DATASETS.TRAIN",
+        (DATASET,),
+        "DATASETS.TEST",
+        (),
+        "DATASETS.TOKEN_STORES_TRAIN",
+        (str(directory / "tokens"),),
+    ]
+    schedule = [
+        "SOLVER.MAX_ITER",
+        iterations,
+        "DATALOADER.NUM_WORKERS",
+        workers,
+        "OUTPUT_DIR",
+        str(directory / "output"),
+    ]
     names = ["MODEL.REGIONSPOT.CLIP.TEMPLATES", "none"]  # how the embeddings come about does not matter here
     cfg.merge_from_list([*data, *schedule, *names])
     before, start = memory_of_processes(), time.perf_counter()

@@ -82,7 +82,7 @@ metrics = {str(i): hash(rle["counts"]) for i, rle in enumerate(rles)}
 
 
 def write_case(
-    folder: Path, images: int, detections: int, categories: int, masks: bool = False, seed: int = 0
+    directory: Path, images: int, detections: int, categories: int, masks: bool = False, seed: int = 0
 ) -> tuple[Path, Path]:
     """Write annotations like LVIS val's (12 boxes an image, 3 classes and 15 verified ones) and detections.
 
@@ -95,10 +95,10 @@ def write_case(
     import pycocotools.mask as mask_utils
 
     rng, (height, width) = np.random.default_rng(seed), SIZE
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     records: list[dict] = []
     annotations: list[dict] = []
-    with (folder / "results.json").open("w") as file:
+    with (directory / "results.json").open("w") as file:
         file.write("[")
         for image in tqdm(range(1, images + 1), desc="drawing detections", unit="image"):
             verified = (rng.choice(categories, 18, replace=False) + 1).tolist()
@@ -133,8 +133,8 @@ def write_case(
     frequencies = rng.choice(["r", "c", "f"], categories, p=[0.28, 0.38, 0.34]).tolist()
     classes = [{"id": i + 1, "name": f"thing {i}", "frequency": f} for i, f in enumerate(frequencies)]
     content = {"info": {}, "images": records, "annotations": annotations, "categories": classes}
-    (folder / "annotations.json").write_text(json.dumps(content))
-    return folder / "annotations.json", folder / "results.json"
+    (directory / "annotations.json").write_text(json.dumps(content))
+    return directory / "annotations.json", directory / "results.json"
 
 
 def measure(code: str, annotations: Path, results: Path, task: str, protocol: str) -> dict:
@@ -146,17 +146,17 @@ def measure(code: str, annotations: Path, results: Path, task: str, protocol: st
     return json.loads(output.splitlines()[-1])
 
 
-def benchmark_eval(folder: Path, args: argparse.Namespace) -> list[tuple[str, ...]]:
+def benchmark_eval(directory: Path, args: argparse.Namespace) -> list[tuple[str, ...]]:
     """Return rows of a table: what, seconds and memory of ours and the reference, and how many times as good ours is.
 
     Args:
-        folder: for the generated files.
+        directory: for the generated files.
         args: ``images`` and ``categories`` of the data set, ``detections`` an image, ``task``, ``protocol``, and
             ``alone`` if the reference is not measured.
     """
     rows = []
     for number in dict.fromkeys((args.detections, args.detections if args.alone else max(1, args.detections // 100))):
-        paths = write_case(folder / str(number), args.images, number, args.categories, "segm" in args.task)
+        paths = write_case(directory / str(number), args.images, number, args.categories, "segm" in args.task)
         for task in args.task:
             ours = measure(_OURS, *paths, task, args.protocol)
             row = [f"{args.protocol} {task}, {args.images} images, {args.images * number} detections", *_cells(ours)]

@@ -58,21 +58,21 @@ def draw_detections(rule: DetectionRule, boxes: int, classes: int, generator: to
 
 
 def benchmark_fixed(
-    folder: Path, images: int, boxes: int, classes: int
+    directory: Path, images: int, boxes: int, classes: int
 ) -> tuple[list[str], list[tuple[str, str, str, str]]]:
     """Return the headers and the rows of a table.
 
     Args:
-        folder: for the generated annotations, the predictions and the results.
+        directory: for the generated annotations, the predictions and the results.
         images, classes: of the data set.
         boxes: of an image, each of which is a detection of every class.
     """
-    json_file, _ = write_case(folder / "data", images, 1, classes)
-    register_json_dataset(DATASET, json_file, folder, "lvis")
+    json_file, _ = write_case(directory / "data", images, 1, classes)
+    register_json_dataset(DATASET, json_file, directory, "lvis")
     ids = [image["id"] for image in json.loads(json_file.read_text())["images"]]
     DatasetCatalog.get(DATASET)
     protocol = Protocol("generated", "fixed", "generated", -1, -1, "", "", "", "", "")
-    disk, rule, generator = Disk(folder / "out"), DetectionRule(top_k=-1), torch.Generator().manual_seed(0)
+    disk, rule, generator = Disk(directory / "out"), DetectionRule(top_k=-1), torch.Generator().manual_seed(0)
     rows, start = [], time.process_time()
 
     def note(step: str) -> None:
@@ -85,7 +85,7 @@ def benchmark_fixed(
         rows.append((step, *cells))
 
     note("before")
-    evaluator = RegionEvaluator(DATASET, folder / "out", protocol, ("bbox",), images)
+    evaluator = RegionEvaluator(DATASET, directory / "out", protocol, ("bbox",), images)
     disk.start()
     for number, image_id in enumerate(tqdm(ids, desc="evaluating", unit="image"), 1):
         instances = draw_detections(rule, boxes, classes, generator)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Turn a file of proposals of any form into any other, and keep only the best of each image if asked to.
 
-The input's form is recognised by its content. Forms: glip ({image_id: {boxes, scores, labels}}), coco (COCO results),
+The input's form is recognized by its content. Forms: glip ({image_id: {boxes, scores, labels}}), coco (COCO results),
 detectron2 (its pickle), safetensors (ours: small, and there at once).
 
 Example:

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING)
     if not args.tokens.is_dir():
-        raise FileNotFoundError(f"--tokens {args.tokens}: no such folder")
+        raise FileNotFoundError(f"--tokens {args.tokens}: no such directory")
     cfg = load_config(args.config_file, args.opts)
     check_registered([args.dataset], "--dataset")
     model, checkpointer = load_model(cfg)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Recognise regions of images: for each writes OUTPUT/<stem>.png and OUTPUT/<stem>.json.
+"""Recognize regions of images: for each writes OUTPUT/<stem>.png and OUTPUT/<stem>.json.
 
 Examples:
     tools/demo.py --config-file configs/RegionSpot-BB.yaml --input cup.jpg --boxes "172,17,408,308;326,66,424,326" \\
@@ -158,7 +158,7 @@ def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions)
 
 
 def leave_absent_weights(cfg: CfgNode) -> None:
-    """Blank the known weights that are not in the cache folder, and say so."""
+    """Blank the known weights that are not in the cache directory, and say so."""
     for part in ("SAM", "CLIP"):
         known = KNOWN_WEIGHTS.get(cfg.MODEL.REGIONSPOT[part].WEIGHTS)
         if known is not None and not known.path.is_file():
@@ -177,7 +177,7 @@ def load_inputs(args: argparse.Namespace, deep_range: Sequence[float]) -> list[t
     for path in map(Path, args.input):
         if (Path(args.output) / f"{path.stem}.png").resolve() == path.resolve():
             raise ValueError(
-                f"--output {args.output}: the picture would overwrite the input {path}; give another folder"
+                f"--output {args.output}: the picture would overwrite the input {path}; give another directory"
             )
         image = to_rgb_array(path, deep_range)
         prompts: dict[str, Any] = {}
@@ -195,14 +195,14 @@ def load_inputs(args: argparse.Namespace, deep_range: Sequence[float]) -> list[t
 
 
 def write_outputs(
-    folder: Path, path: Path, image: np.ndarray, predictions: RegionPredictions, with_masks: bool
+    directory: Path, path: Path, image: np.ndarray, predictions: RegionPredictions, with_masks: bool
 ) -> None:
-    """Write picture and JSON of an image, and say what was recognised."""
+    """Write picture and JSON of an image, and say what was recognized."""
     picture = draw_regions(image, predictions, with_masks)
     content = json.dumps(describe(path, (image.shape[0], image.shape[1]), predictions))
-    with atomic_path(folder / f"{path.stem}.json") as temporary:
+    with atomic_path(directory / f"{path.stem}.json") as temporary:
         temporary.write_text(content, encoding="utf-8")
-    with atomic_path(folder / f"{path.stem}.png") as temporary:
+    with atomic_path(directory / f"{path.stem}.png") as temporary:
         Image.fromarray(picture).save(temporary, format="PNG")
     for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
         place = ", ".join(f"{x:.0f}" for x in box)

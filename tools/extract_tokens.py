@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Extract SAM's tokens of every annotated box into token stores, or verify stores.
 
-It may be stopped at any moment and goes on when it is started again. Several machines that share the folder may run
+It may be stopped at any moment and goes on when it is started again. Several machines that share the directory may run
 it at once; machines that do not share one take --num-machines and --machine-rank, and their shards are copied
 together before it is run once more.
 
@@ -22,12 +22,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="", metavar="FILE", help="of the model whose SAM to run")
     parser.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="registered names, or my.json:images")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="each data set's store is a folder in it")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="each data set's store is a directory in it")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of SAM; default: the config's TOKEN_STAGE")
     parser.add_argument("--flip", action="store_true", help="also of the pictures flipped from left to right")
     parser.add_argument("--feature-maps", action="store_true", help="also CLIP's feature maps")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes, each on a GPU of its own if there are any")
-    parser.add_argument("--num-machines", type=int, default=1, help="machines that share no folder")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines that share no directory")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine among them")
     parser.add_argument("--batch-size", type=int, help="images of one step; default: TEST.BATCH_SIZE")
     parser.add_argument("--shard-images", type=int, default=512, help="images of the data set a shard")
@@ -57,25 +57,27 @@ from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.launch import check_gpus
 from regionspot.utils.command_line import run_command, run_process
-from regionspot.utils.files import short_folder_name
+from regionspot.utils.files import short_directory_name
 
 
-def store_folder(output: Path, dataset_name: str) -> Path:
-    """Return a data set's folder below ``output``; that of another one is refused when it is opened."""
-    return output / short_folder_name(dataset_name)
+def store_directory(output: Path, dataset_name: str) -> Path:
+    """Return a data set's directory below ``output``; that of another one is refused when it is opened."""
+    return output / short_directory_name(dataset_name)
 
 
-def verify(folders: list[Path]) -> int:
+def verify(directories: list[Path]) -> int:
     """Print what is wrong with stores; return how many things are."""
     problems = 0
-    for folder in folders:
+    for directory in directories:
         try:
-            found, manifest = list(find_damage(folder)), read_manifest(folder)
+            found, manifest = list(find_damage(directory)), read_manifest(directory)
         except (FileNotFoundError, ValueError) as error:
             print(error)
             problems += 1
             continue
-        print("\n".join(found) or f"{folder}: {manifest['boxes']} boxes of {manifest['images']} images, all as written")
+        print(
+            "\n".join(found) or f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, all as written"
+        )
         problems += len(found)
     return problems
 
@@ -100,9 +102,9 @@ def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
         machine=(args.machine_rank, args.num_machines),
     )
     for name in args.datasets:
-        folder = store_folder(args.output, name)
+        directory = store_directory(args.output, name)
         extract_tokens(
-            model.recognizer, checkpointer.frozen_sources, name, folder, extraction, show_progress=index == 0
+            model.recognizer, checkpointer.frozen_sources, name, directory, extraction, show_progress=index == 0
         )
 
 
@@ -110,14 +112,16 @@ def report(args: argparse.Namespace) -> None:
     """Print what the stores hold, and the lines of a config that train with them."""
     stores: list[str] = []
     for name in args.datasets:
-        folder = store_folder(args.output, name)
-        if (folder / MANIFEST).is_file():
-            manifest = read_manifest(folder)
+        directory = store_directory(args.output, name)
+        if (directory / MANIFEST).is_file():
+            manifest = read_manifest(directory)
             left_out = sum(len(entry.get("left_out", ())) for entry in manifest["shards"])
-            print(f"{folder}: {manifest['boxes']} boxes of {manifest['images']} images, {left_out} unreadable left out")
-            stores.append(str(folder))
+            print(
+                f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, {left_out} unreadable left out"
+            )
+            stores.append(str(directory))
         else:
-            print(f"{folder}: not finished; other processes or machines have the rest, or copy their shards here")
+            print(f"{directory}: not finished; other processes or machines have the rest, or copy their shards here")
     if len(stores) == len(args.datasets):
         print(f"DATASETS:\n  TRAIN: {tuple(args.datasets)}\n  TOKEN_STORES_TRAIN: {tuple(stores)}")
 

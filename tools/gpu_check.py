@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help="DIR/gpu-check is made anew")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), metavar="DIR", help="DIR/gpu-check is made again"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="names as they are printed")
     return parser.parse_args(arguments)
 
@@ -66,7 +68,7 @@ class Setting:
     """What to check on, and how much."""
 
     device: str
-    folder: Path
+    directory: Path
     scenes: int = 48
     steps: int = 10
     images: int = 8
@@ -80,7 +82,7 @@ class Setting:
         fixed: list[Any] = [part for key, value in solver.items() for part in (f"SOLVER.{key}", value)]
         fixed += ["MODEL.REGIONSPOT.CLIP.TEMPLATES", "one"]
         fixed += ["MODEL.DEVICE", self.device, "MODEL.REGIONSPOT.INTEGRATION.DROPOUT", 0.0, "DATASETS.TEST", ()]
-        return experiment.miniworld_config(CONFIG, self.folder / output, 0, [*fixed, *overrides])
+        return experiment.miniworld_config(CONFIG, self.directory / output, 0, [*fixed, *overrides])
 
 
 def train(cfg: CfgNode, resume: bool = False) -> list[float]:
@@ -110,7 +112,9 @@ def expect(value: float, tolerance: float, what: str) -> str:
 def check_golden(setting: Setting) -> str:
     """The golden numbers of a RegionSpot-BB, to a thousandth of the spread of each."""
     golden_numbers = importlib.import_module("tests.golden_numbers")  # the tests are no part of the package
-    return expect(golden_numbers.largest_error(golden_numbers.compute(setting.folder, setting.device)), 1e-3, "error")
+    return expect(
+        golden_numbers.largest_error(golden_numbers.compute(setting.directory, setting.device)), 1e-3, "error"
+    )
 
 
 def check_training(setting: Setting, precision: str) -> str:
@@ -133,7 +137,7 @@ def check_training(setting: Setting, precision: str) -> str:
 def check_resuming(setting: Setting) -> str:
     """A run that goes on from its middle ends with the weights of one that was not cut."""
     train(setting.config("whole"))
-    whole, cut = setting.folder / "whole", setting.folder / "cut"
+    whole, cut = setting.directory / "whole", setting.directory / "cut"
     shutil.copytree(whole, cut, dirs_exist_ok=True)
     for path in cut.glob("model_final*"):
         path.unlink()
@@ -147,13 +151,13 @@ def check_extraction(setting: Setting) -> str:
     """Stores of tokens of all stages and of feature maps equal the CPU's."""
     tensors: list[list[dict[str, torch.Tensor]]] = []
     for device in ("cpu", setting.device):
-        folder = setting.folder / f"store-{len(tensors)}"
+        directory = setting.directory / f"store-{len(tensors)}"
         model, checkpointer = load_model(setting.config("extraction", "MODEL.DEVICE", device))
         extraction = Extraction(("prompt_encoder", "transformer", "mlp"), flip=True, feature_maps=True)
         _reset_peak(setting)
         sources = checkpointer.frozen_sources
-        extract_tokens(model.recognizer, sources, "miniworld_train", folder, extraction, show_progress=False)
-        tensors.append([load_file(path) for path in sorted(folder.rglob("*.safetensors"))])
+        extract_tokens(model.recognizer, sources, "miniworld_train", directory, extraction, show_progress=False)
+        tensors.append([load_file(path) for path in sorted(directory.rglob("*.safetensors"))])
     errors = [
         float((value.float() - there[key].float()).abs().max() / (value.float().std() + 1e-6))
         for here, there in zip(*tensors, strict=True)
@@ -186,7 +190,7 @@ def check_processes(setting: Setting) -> str:
         path.write_text(cfg.dump())
         options = ["--config-file", path, "--num-gpus", number, "--dist-url", "auto"]
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *map(str, options)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(setting.folder / "data")}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(setting.directory / "data")}
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
         if result.returncode:
             raise AssertionError(f"{' '.join(command)}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
@@ -197,7 +201,7 @@ def check_processes(setting: Setting) -> str:
 
 def check_demo(setting: Setting) -> str:
     """The demo runs, with TF32 as PyTorch has it by default."""
-    options = ["--config-file", QUICK, "--output", setting.folder / "demo", "--workers", 1]
+    options = ["--config-file", QUICK, "--output", setting.directory / "demo", "--workers", 1]
     options += ["--train", 4 * setting.scenes, "--test", setting.scenes, "MODEL.DEVICE", setting.device]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         miniworld_demo.main([str(option) for option in options])
@@ -223,7 +227,7 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
 def run_checks(setting: Setting, names: list[str]) -> bool:
     """Run checks, print a line for each, and return whether all passed."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    experiment.draw_data(setting.folder / "data", {"train": setting.scenes, "test": setting.scenes // 4}, 1)
+    experiment.draw_data(setting.directory / "data", {"train": setting.scenes, "test": setting.scenes // 4}, 1)
     passed = True
     for name in names:
         start = time.perf_counter()
@@ -246,10 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.ERROR)
     print(f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} of them), PyTorch {torch.__version__}")
-    folder = args.output / "gpu-check"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return 0 if run_checks(Setting("cuda", folder), args.only or list(CHECKS)) else 1
+    directory = args.output / "gpu-check"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return 0 if run_checks(Setting("cuda", directory), args.only or list(CHECKS)) else 1
 
 
 if __name__ == "__main__":

@@ -68,13 +68,13 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
     recognizer = model.recognizer
     summary: dict[str, Any] = {}
     with stage("regions", "top-1 and top-5 of the test regions, by true and by jittered boxes"):
-        results = experiment.recognise_scenes(recognizer, scenes)
+        results = experiment.recognize_scenes(recognizer, scenes)
         summary.update(results.accuracies(), sam_iou=float(np.mean(results.ious)))
-        summary.update(experiment.recognise_scenes(recognizer, scenes, jittered=True).accuracies("jittered_"))
+        summary.update(experiment.recognize_scenes(recognizer, scenes, jittered=True).accuracies("jittered_"))
     with stage("crops", "the same regions by CLIP on box crops and on mask crops"):
         for kind in ("box", "mask"):
             baseline = experiment.crop_recognizer(recognizer, masked=kind == "mask")
-            crops = experiment.recognise_scenes(baseline, scenes)
+            crops = experiment.recognize_scenes(baseline, scenes)
             summary.update(crops.accuracies(f"crop_{kind}_"))
     with stage("lvis", "LVIS AP of boxes and masks, by true boxes and by a proposal file"):
         summary.update(experiment.average_precision(cfg, model, "test"))

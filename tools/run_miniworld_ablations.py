@@ -73,7 +73,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
     cfg = experiment.miniworld_config(ROOT / "configs" / "miniworld" / f"{name}.yaml", output, seed, args.opts)
     model = experiment.train(cfg, args.output / "features")
-    numbers = experiment.recognise_scenes(model.recognizer, experiment.test_scenes("test", args.test)).accuracies()
+    numbers = experiment.recognize_scenes(model.recognizer, experiment.test_scenes("test", args.test)).accuracies()
     numbers.update(experiment.average_precision(cfg, model, "test"))
     with atomic_path(result_path(name, seed, args)) as temporary:
         temporary.write_text(json.dumps(numbers))

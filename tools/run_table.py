@@ -55,9 +55,9 @@ def missing_inputs(cfg: CfgNode) -> list[str]:
         except (KeyError, FileNotFoundError) as error:
             missing.append(str(error.args[0]))
             continue
-        folder = Path(MetadataCatalog.get(name).image_root)
-        if not folder.is_dir():
-            missing.append(f"images {folder}")
+        directory = Path(MetadataCatalog.get(name).image_root)
+        if not directory.is_dir():
+            missing.append(f"images {directory}")
     return missing
 
 

@@ -18,11 +18,11 @@ from miniworld.generator import SIZE, draw_scene, is_annotated
 from regionspot.utils.files import atomic_path
 
 
-def write_split(folder: Path, split: str, number: int, seed: int = 0, workers: int = 1) -> Path:
-    """Draw the first ``number`` scenes of a split into ``folder/<split>`` and annotate them in ``folder/<split>.json``.
+def write_split(directory: Path, split: str, number: int, seed: int = 0, workers: int = 1) -> Path:
+    """Draw the first ``number`` scenes of a split into ``directory/<split>``, annotated in ``directory/<split>.json``.
 
     Args:
-        folder: of the data set.
+        directory: of the data set.
         split: "train", "val" or "test".
         number: of scenes.
         seed: of the world.
@@ -31,12 +31,12 @@ def write_split(folder: Path, split: str, number: int, seed: int = 0, workers: i
     Returns:
         The annotation file; what is there already for the same number and seed is kept.
     """
-    path = folder / f"{split}.json"
+    path = directory / f"{split}.json"
     info = {"description": "miniature world", "split": split, "number": number, "seed": seed}
     if path.is_file() and json.loads(path.read_text())["info"] == info:
         return path
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    arguments = [(str(folder), split, index, seed) for index in range(number)]
+    (directory / split).mkdir(parents=True, exist_ok=True)
+    arguments = [(str(directory), split, index, seed) for index in range(number)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -64,11 +64,11 @@ def write_split(folder: Path, split: str, number: int, seed: int = 0, workers: i
 
 
 def write_scene(arguments: tuple[str, str, int, int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write the picture of a (folder, split, index, seed); return its image record and its annotations."""
-    folder, split, index, seed = arguments
+    """Write the picture of a (directory, split, index, seed); return its image record and its annotations."""
+    directory, split, index, seed = arguments
     scene = draw_scene(split, index, seed)
     name = f"{split}/{index:06d}.png"
-    with atomic_path(Path(folder) / name) as temporary:
+    with atomic_path(Path(directory) / name) as temporary:
         Image.fromarray(scene.image).save(temporary, format="PNG", compress_level=1)
     annotations = []
     for label, mask, (x0, y0, x1, y1) in zip(scene.classes.tolist(), scene.masks, scene.boxes.tolist()):

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from miniworld.categories import CATEGORIES, COLOURS, NAMES, PATTERNS, SHAPES
+from miniworld.categories import CATEGORIES, COLORS, NAMES, PATTERNS, SHAPES
 from miniworld.generator import Scene, draw_captioned
 from regionspot.modeling.vision_language import PIXEL_MEAN, PIXEL_STD
 from regionspot.vocabulary import get_templates
 
-WORDS = (*PATTERNS, *COLOURS, *SHAPES)
+WORDS = (*PATTERNS, *COLORS, *SHAPES)
 CONTEXT = 40  # tokens of the longest caption, with room to spare
 
 
@@ -38,10 +38,10 @@ def draw_picture(arguments: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
 
 
 class CaptionedPictures:
-    """Captioned pictures in memory, drawn once and kept in a folder."""
+    """Captioned pictures in memory, drawn once and kept in a directory."""
 
-    def __init__(self, folder: Path, number: int, seed: int, workers: int) -> None:
-        path = folder / f"captioned_{seed}_{number}.npy"
+    def __init__(self, directory: Path, number: int, seed: int, workers: int) -> None:
+        path = directory / f"captioned_{seed}_{number}.npy"
         if not path.is_file():
             self._draw(path, number, seed, workers)
         self.images = np.load(path)
@@ -105,6 +105,6 @@ def words_of(classes: list[int]) -> np.ndarray:
 
 
 def to_input(images: np.ndarray) -> torch.Tensor:
-    """Return normalised (B, 3, 96, 96) float input of (B, 96, 96, 3) uint8 pictures."""
+    """Return normalized (B, 3, 96, 96) float input of (B, 96, 96, 3) uint8 pictures."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)

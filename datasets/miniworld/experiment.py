@@ -35,7 +35,7 @@ WEIGHTS = ROOT / "datasets" / "miniworld" / "weights"
 
 
 def miniworld_config(config_file: Path, output: Path, seed: int = 0, overrides: list[str] | None = None) -> CfgNode:
-    """Return a config of ``configs/miniworld`` that works from any folder."""
+    """Return a config of ``configs/miniworld`` that works from any directory."""
     frozen = [
         part
         for name in ("SAM", "CLIP")
@@ -57,10 +57,10 @@ def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
         register_json_dataset(name, path, root / "miniworld")
 
 
-def store_path(cfg: CfgNode, folder: Path, split: str) -> Path:
+def store_path(cfg: CfgNode, directory: Path, split: str) -> Path:
     """Return where the features of a split lie; one store for each choice of frozen features."""
     node = cfg.MODEL.REGIONSPOT
-    return folder / f"{split}-{node.TOKEN_STAGE}-{node.CLIP.FEATURES}"
+    return directory / f"{split}-{node.TOKEN_STAGE}-{node.CLIP.FEATURES}"
 
 
 def train(cfg: CfgNode, features: Path) -> RegionSpot:
@@ -121,7 +121,7 @@ def jitter(boxes: np.ndarray, rng: np.random.Generator, strength: float = 0.08) 
 
 
 @torch.no_grad()
-def recognise_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered: bool = False) -> RegionResults:
+def recognize_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered: bool = False) -> RegionResults:
     """Classify the objects of scenes by their boxes, and compare the masks with the visible parts."""
     recognizer.set_vocabulary(NAMES)
     results, rng = RegionResults(), np.random.default_rng(5)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from miniworld.categories import BASE, CATEGORIES, COLOURS, FREQUENCIES, NAMES, PATTERNS, SHAPES
+from miniworld.categories import BASE, CATEGORIES, COLORS, FREQUENCIES, NAMES, PATTERNS, SHAPES
 
 SIZE = 192
 SPLITS = {"train": 0, "val": 1, "test": 2, "captions": 3, "masks": 4}
@@ -56,7 +56,7 @@ def draw_captioned(index: int, seed: int = 0, spread: float = 1.0) -> Scene:
     Args:
         index: of the picture.
         seed: of the world.
-        spread: how far from the middle objects may lie, from 0 (centred) to 1 (anywhere).
+        spread: how far from the middle objects may lie, from 0 (centered) to 1 (anywhere).
     """
     rng = np.random.default_rng([seed, SPLITS["captions"], index])
     number = int(rng.choice([1, 1, 2, 3]))
@@ -100,13 +100,13 @@ def compose(
     areas: list[int] = []
     for label, radius in zip(classes, radii):
         for _ in range(8):
-            mask, colours = draw_object(rng, int(label), float(radius), spread)
+            mask, colors = draw_object(rng, int(label), float(radius), spread)
             if all((earlier & ~mask).sum() >= visible * area for earlier, area in zip(masks, areas)):
                 masks = [earlier & ~mask for earlier in masks]
                 masks.append(mask)
                 areas.append(int(mask.sum()))
                 placed.append(int(label))
-                image[mask] = colours
+                image[mask] = colors
                 break
     noise = rng.normal(0, 5, image.shape).astype(np.float32)
     pixels = np.clip(image + noise, 0, 255).astype(np.uint8)
@@ -131,23 +131,23 @@ def draw_object(rng: np.random.Generator, label: int, radius: float, spread: flo
     """Draw an object somewhere in the picture.
 
     Returns:
-        Its mask, (192, 192) bool, and the float32 colours of the pixels under it, (mask.sum(), 3).
+        Its mask, (192, 192) bool, and the float32 colors of the pixels under it, (mask.sum(), 3).
     """
-    pattern, colour, shape = CATEGORIES[label]
+    pattern, color, shape = CATEGORIES[label]
     reach = (SIZE / 2 - radius * 0.8) * spread
-    centre = SIZE / 2 + rng.uniform(-reach, reach, 2)
+    center = SIZE / 2 + rng.uniform(-reach, reach, 2)
     angle = rng.uniform(-0.35, 0.35)
     ys, xs = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
-    x, y = (xs - centre[0]) / radius, (ys - centre[1]) / radius
+    x, y = (xs - center[0]) / radius, (ys - center[1]) / radius
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     mask = inside_shape(shape, u, v)
     u, v = u[mask] * radius, v[mask] * radius  # pixels
-    rgb = np.array(COLOURS[colour], np.float32) * rng.uniform(0.82, 1.1) + rng.uniform(-14, 14, 3).astype(np.float32)
+    rgb = np.array(COLORS[color], np.float32) * rng.uniform(0.82, 1.1) + rng.uniform(-14, 14, 3).astype(np.float32)
     shade = 1 + 0.1 * (u + v)[:, None] / radius
     ink = in_pattern(pattern, u, v, rng.uniform(5.5, 7.5))
     light = np.float32(rng.uniform(0.72, 0.86))
-    colours = np.where(ink[:, None], rgb + (245 - rgb) * light, rgb) * shade
-    return mask, colours.astype(np.float32)
+    colors = np.where(ink[:, None], rgb + (245 - rgb) * light, rgb) * shade
+    return mask, colors.astype(np.float32)
 
 
 def inside_shape(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -35,16 +35,16 @@ CLIP_SIZE = ClipSize(
 class ClipPretraining(nn.Module):
     """CLIP, the head that names words, and their loss."""
 
-    def __init__(self, folder: Path, seed: int, pictures: int, workers: int) -> None:
+    def __init__(self, directory: Path, seed: int, pictures: int, workers: int) -> None:
         """
         Args:
-            folder: where the drawn pictures are kept.
+            directory: where the drawn pictures are kept.
             seed: of the pictures and of the training.
             pictures: how many to draw.
             workers: processes that draw.
         """
         super().__init__()
-        self.pictures, self.seed = CaptionedPictures(folder, pictures, seed, workers), seed
+        self.pictures, self.seed = CaptionedPictures(directory, pictures, seed, workers), seed
         self.model = build_clip(CLIP_SIZE)
         # A feature map that holds position: it starts from a sine-cosine term.
         with torch.no_grad():
@@ -108,6 +108,6 @@ def report_clip(clip_model: CLIP, number: int = 400, seed: int = 1) -> dict[str,
     seen = torch.cat([clip_model.encode_image(part.to(device)) for part in to_input(np.stack(pictures)).split(100)])
     guesses = (seen.float() @ TextEncoder(clip_model).encode(NAMES).t()).argmax(dim=1).tolist()
     result = {"top1": float(np.mean([guess == label for guess, label in zip(guesses, labels)]))}
-    for k, attribute in enumerate(("pattern", "colour", "shape")):
+    for k, attribute in enumerate(("pattern", "color", "shape")):
         result[attribute] = float(np.mean([CATEGORIES[g][k] == CATEGORIES[t][k] for g, t in zip(guesses, labels)]))
     return result

@@ -42,10 +42,10 @@ class SamPretraining(nn.Module):
 
     model: Sam
 
-    def __init__(self, folder: Path, seed: int, pictures: int, workers: int) -> None:
+    def __init__(self, directory: Path, seed: int, pictures: int, workers: int) -> None:
         """
         Args:
-            folder: not used: scenes are drawn again at each start, which takes seconds.
+            directory: not used: scenes are drawn again at each start, which takes seconds.
             seed: of the scenes and of the training.
             pictures: how many scenes to draw.
             workers: processes that draw.

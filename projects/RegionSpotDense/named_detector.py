@@ -27,7 +27,7 @@ def load_detector(detector: nn.Module, weights: str) -> nn.Module:
 
 
 class NamedDetector(nn.Module):
-    """A detector finds boxes, whatever it calls them; the recogniser names them over any vocabulary."""
+    """A detector finds boxes, whatever it calls them; the recognizer names them over any vocabulary."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class NamedDetector(nn.Module):
         self.register_load_state_dict_pre_hook(_to_our_keys)
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
-        """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
+        """Recognize ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
         self.recognizer.set_vocabulary(names, key)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]] | dict[str, torch.Tensor]:
@@ -123,7 +123,7 @@ class NamedDetector(nn.Module):
 
 
 def _to_our_keys(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, *__: object) -> None:
-    """Let a checkpoint in the released layout, such as one of the attention module alone, load into the recogniser."""
+    """Let a checkpoint in the released layout, such as one of the attention module alone, load into the recognizer."""
     translate_released_keys(state, f"{prefix}recognizer.")
     if state and not any(key.startswith(f"{prefix}recognizer.") for key in state):
         raise ValueError(

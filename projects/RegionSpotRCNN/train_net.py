@@ -74,8 +74,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         is_lvis = MetadataCatalog.get(dataset_name).get("evaluator_type") == "lvis"
-        folder = output_folder or f"{cfg.OUTPUT_DIR}/inference"
-        return (DetectionLVISEvaluator if is_lvis else COCOEvaluator)(dataset_name, output_dir=folder)
+        directory = output_folder or f"{cfg.OUTPUT_DIR}/inference"
+        return (DetectionLVISEvaluator if is_lvis else COCOEvaluator)(dataset_name, output_dir=directory)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:

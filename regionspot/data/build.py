@@ -45,7 +45,7 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
             f"got {len(stores)}"
         )
     if any(not path for path in stores):
-        raise ValueError("DATASETS.TOKEN_STORES_TRAIN: expected a folder for each data set, got an empty name")
+        raise ValueError("DATASETS.TOKEN_STORES_TRAIN: expected a directory for each data set, got an empty name")
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         raise ValueError(
             "DATALOADER.ASPECT_RATIO_GROUPING: images are brought to squares, so it gains nothing and keeps a resumed "
@@ -168,7 +168,7 @@ def open_proposals(path: str, records: Any) -> ProposalFile:
         sizes = np.stack([records.heights, records.widths], axis=1)
     else:
         sizes = np.array([(record["height"], record["width"]) for record in records]).reshape(-1, 2)
-    summary = proposals.summarise(ids, sizes)
+    summary = proposals.summarize(ids, sizes)
     logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
     return proposals
 
@@ -183,7 +183,7 @@ def check_registered(names: Sequence[str], key: str) -> None:
             close = difflib.get_close_matches(name, list(DatasetCatalog), 5, 0.3)
             raise KeyError(
                 f"{key}: data set {name!r} is not registered; do you mean {', '.join(close) or 'my.json:my_images'}? "
-                "A file of your own is named annotations.json:folder_of_images"
+                "A file of your own is named annotations.json:directory_of_images"
             )
         json_file = MetadataCatalog.get(name).get("json_file")
         if json_file and not Path(json_file).is_file():

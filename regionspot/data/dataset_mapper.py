@@ -45,7 +45,7 @@ class RegionSpotDatasetMapper:
             image_format: "RGB" or "BGR".
             token_store: stored features of the annotated boxes; images are then flipped from left to right only, and
                 only if the store covers that.
-            proposal_file: boxes to recognise in place of the annotated ones; in training, boxes to learn from beside
+            proposal_file: boxes to recognize in place of the annotated ones; in training, boxes to learn from beside
                 them.
             vocabulary: key of the vocabulary that the regions are scored against, "" for the one in use.
             reduced_size: let a JPEG be decoded at a smaller size whose shorter side is at least this; 0 does not. For
@@ -188,7 +188,7 @@ def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> N
     if augmentations:
         names = ", ".join(type(augmentation).__name__ for augmentation in augmentations)
         raise ValueError(
-            f"token store {store.folder} covers {covered}, but the config asks for {names}: "
+            f"token store {store.directory} covers {covered}, but the config asks for {names}: "
             "set INPUT.MIN_SIZE_TRAIN (0,), INPUT.RANDOM_FLIP none (or horizontal, with a store made with --flip) and "
             "INPUT.CROP.ENABLED False, or train without stored tokens"
         )

@@ -94,12 +94,12 @@ def check_unchanged(store: TokenStore, records: Any, rows: np.ndarray, ids: np.n
     changed += [(path, was) for path, was in looked_at if not is_same_file(path, was)]
     if len(looked_at) < len(touched):
         logger.info(
-            "%s: %d images are of another time; %d of them were read", store.folder, len(touched), len(looked_at)
+            "%s: %d images are of another time; %d of them were read", store.directory, len(touched), len(looked_at)
         )
     if changed:
         some = "; ".join(path for path, _ in changed[:_LISTED]) + ("; ..." if len(changed) > _LISTED else "")
         raise ValueError(
-            f"token store {store.folder}: of {len(rows)} images that were looked at {len(changed)} have changed since "
+            f"token store {store.directory}: of {len(rows)} images that were checked {len(changed)} have changed since "
             f"their tokens were extracted: {some}; run tools/extract_tokens.py again, which makes their shards anew"
         )
 

@@ -11,13 +11,13 @@ FORMAT = "regionspot-tokens-1"
 MANIFEST = "manifest.json"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a finished store."""
-    path = folder / MANIFEST
+    path = directory / MANIFEST
     if not path.is_file():
-        if (folder / "origin.json").is_file():
-            raise ValueError(f"token store {folder} is not finished; run tools/extract_tokens.py again, it goes on")
-        raise FileNotFoundError(f"token store {folder}: no {MANIFEST} there; make it with tools/extract_tokens.py")
+        if (directory / "origin.json").is_file():
+            raise ValueError(f"token store {directory} is not finished; run tools/extract_tokens.py again, it goes on")
+        raise FileNotFoundError(f"token store {directory}: no {MANIFEST} there; make it with tools/extract_tokens.py")
     manifest = read_object(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"token store: {path} is of format {manifest.get('format')!r}, expected {FORMAT!r}")
@@ -49,10 +49,10 @@ def is_entry(entry: Any) -> bool:
     left_out = entry.get("left_out", [])
     if not isinstance(left_out, list) or not all(type(image) is int for image in left_out):
         return False
-    return re.fullmatch(r"shard-\d+\.safetensors", entry["file"]) is not None  # of this folder, not "../"
+    return re.fullmatch(r"shard-\d+\.safetensors", entry["file"]) is not None  # of this directory, not "../"
 
 
-def check_origin(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_origin(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Refuse a store of another origin, for training and for extraction alike.
 
     Raises:
@@ -61,7 +61,7 @@ def check_origin(folder: Path, found: dict[str, Any], expected: dict[str, Any]) 
     difference = compare_origins(found, expected)
     if difference:
         raise ValueError(
-            f"token store {folder} {difference}; delete it and run tools/extract_tokens.py again, or extract into "
+            f"token store {directory} {difference}; delete it and run tools/extract_tokens.py again, or extract into "
             "another directory"
         )
 

@@ -20,7 +20,7 @@ VERIFIED = ".verified.json"  # which shards were compared with their SHA-256
 class TokenStore:
     """Random access to a finished store; its shards are memory-mapped, and nothing in them is ever executed.
 
-    A store is a folder with ``manifest.json`` and shards ``shard-00000.safetensors``, ... A shard holds, of I images
+    A store is a directory with ``manifest.json`` and shards ``shard-00000.safetensors``, ... A shard holds, of I images
     with N regions in all:
 
     * ``image_ids`` (I,) int64 and ``offsets`` (I + 1,) int64: the regions of image i are offsets[i] to offsets[i + 1];
@@ -30,24 +30,24 @@ class TokenStore:
     * ``flipped_tokens.<stage>`` and ``flipped_feature_maps``, the same of the picture flipped from left to right.
     """
 
-    def __init__(self, folder: str | Path, stage: str = "transformer") -> None:
+    def __init__(self, directory: str | Path, stage: str = "transformer") -> None:
         """
         Args:
-            folder: the store.
+            directory: the store.
             stage: whose tokens to read, "prompt_encoder", "transformer" or "mlp".
 
         Raises:
             FileNotFoundError: no such store, or a shard is missing.
             ValueError: unfinished, damaged, or without tokens of this stage.
         """
-        self.folder, self.stage = Path(folder), stage
-        self.manifest = read_manifest(self.folder)
+        self.directory, self.stage = Path(directory), stage
+        self.manifest = read_manifest(self.directory)
         if stage not in self.manifest["stages"]:
             raise ValueError(
-                f"token store {folder} has no tokens of stage {stage!r}: expected one of "
+                f"token store {directory} has no tokens of stage {stage!r}: expected one of "
                 f"{', '.join(self.manifest['stages'])}; set MODEL.REGIONSPOT.TOKEN_STAGE, or extract this stage"
             )
-        self._shards = [_open_shard(self.folder, entry) for entry in self.manifest["shards"]]
+        self._shards = [_open_shard(self.directory, entry) for entry in self.manifest["shards"]]
         ids = [shard["image_ids"].numpy() for shard in self._shards] or [np.zeros(0, np.int64)]
         self._where = np.concatenate([np.stack([np.full(len(x), k), np.arange(len(x))], 1) for k, x in enumerate(ids)])
         every = np.concatenate(ids)
@@ -55,7 +55,7 @@ class TokenStore:
         self.image_ids, self._where = every[order], self._where[order].astype(np.int32)
 
     def __reduce__(self) -> tuple:
-        return TokenStore, (str(self.folder), self.stage)  # a spawned worker maps the files for itself
+        return TokenStore, (str(self.directory), self.stage)  # a spawned worker maps the files for itself
 
     def __len__(self) -> int:
         """Number of images."""
@@ -88,16 +88,16 @@ class TokenStore:
         place = int(np.searchsorted(self.image_ids, image_id))
         if place == len(self.image_ids) or self.image_ids[place] != image_id:
             raise KeyError(
-                f"token store {self.folder}: no image {image_id}; was it extracted from the same annotations?"
+                f"token store {self.directory}: no image {image_id}; was it extracted from the same annotations?"
             )
         number, row = self._where[place]
         shard, entry = self._shards[number], self.manifest["shards"][number]
-        _check_size(self.folder, entry)  # reading behind the end of a map would kill the process without a word
+        _check_size(self.directory, entry)  # reading behind the end of a map would kill the process without a word
         start, stop = shard["offsets"][row : row + 2].tolist()
         stored = shard["boxes"][start:stop]
         if stored.shape != boxes.shape or not torch.allclose(stored, boxes.float(), atol=0.01):
             raise ValueError(
-                f"token store {self.folder}: image {image_id} has other boxes than when the tokens were extracted "
+                f"token store {self.directory}: image {image_id} has other boxes than when the tokens were extracted "
                 f"({stop - start} then, {len(boxes)} now); extract them again"
             )
         prefix = "flipped_" if flipped else ""
@@ -123,22 +123,22 @@ class TokenStore:
         Raises:
             ValueError: a shard is damaged.
         """
-        marker, known = self.folder / VERIFIED, {}
+        marker, known = self.directory / VERIFIED, {}
         if marker.is_file():
             with contextlib.suppress(ValueError):
                 known = read_object(marker)
         states, new = {}, []
         for entry in self.manifest["shards"]:
-            state = (self.folder / entry["file"]).stat()
+            state = (self.directory / entry["file"]).stat()
             states[entry["file"]] = [entry["sha256"], state.st_size, state.st_mtime_ns]
             if known.get(entry["file"]) != states[entry["file"]]:
                 new.append(entry)
-        for entry in tqdm(new, desc=f"verifying {self.folder}, once", unit="shard", disable=len(new) < 2):
-            path = self.folder / entry["file"]
+        for entry in tqdm(new, desc=f"verifying {self.directory}, once", unit="shard", disable=len(new) < 2):
+            path = self.directory / entry["file"]
             if (found := sha256_of_file(path)) != entry["sha256"]:
                 raise ValueError(_damaged(path, entry["sha256"], found))
         if new:
-            with contextlib.suppress(OSError):  # the folder may be read-only
+            with contextlib.suppress(OSError):  # the directory may be read-only
                 write_object(marker, states)
 
     def check_origin(self, expected: dict[str, Any]) -> None:
@@ -151,11 +151,11 @@ class TokenStore:
         Raises:
             ValueError: names both.
         """
-        check_origin(self.folder, self.manifest, expected)
+        check_origin(self.directory, self.manifest, expected)
 
 
-def _check_size(folder: Path, entry: dict[str, Any]) -> None:
-    path = folder / entry["file"]
+def _check_size(directory: Path, entry: dict[str, Any]) -> None:
+    path = directory / entry["file"]
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -166,9 +166,9 @@ def _check_size(folder: Path, entry: dict[str, Any]) -> None:
         raise ValueError(f"token store: shard {path} is damaged: expected {entry['bytes']} bytes, got {size}; {REMEDY}")
 
 
-def _open_shard(folder: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
-    path = folder / entry["file"]
-    _check_size(folder, entry)
+def _open_shard(directory: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    path = directory / entry["file"]
+    _check_size(directory, entry)
     try:
         with safe_open(path, framework="pt") as file:  # the tensors are maps of the file, read when they are used
             content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -198,22 +198,22 @@ def _damaged(path: Path, expected: str, found: str) -> str:
     return f"{path} is damaged: expected SHA-256 {expected[:12]}, got {found[:12]}; {REMEDY}"
 
 
-def find_damage(folder: str | Path) -> Iterator[str]:
+def find_damage(directory: str | Path) -> Iterator[str]:
     """Check a store against its manifest; yield a line for every shard that is missing, changed or superfluous.
 
     Raises:
         FileNotFoundError: no store there.
         ValueError: not finished, or its manifest is damaged.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    for entry in tqdm(manifest["shards"], desc=f"verifying {folder}", unit="shard"):
-        path = folder / entry["file"]
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for entry in tqdm(manifest["shards"], desc=f"verifying {directory}", unit="shard"):
+        path = directory / entry["file"]
         if not path.is_file():
             yield f"{path} is missing: run tools/extract_tokens.py again, which makes it anew"
         elif (found := sha256_of_file(path)) != entry["sha256"]:
             yield _damaged(path, entry["sha256"], found)
     listed = {entry["file"] for entry in manifest["shards"]}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(directory.glob("*.safetensors")):
         if path.name not in listed:
             yield f"{path} is not in the manifest"

@@ -22,38 +22,38 @@ from regionspot.utils.files import atomic_path, sha256_of_file
 
 
 class StoreWriter:
-    """Writes a store shard by shard; any number of processes may write to one folder, and be killed at any instant.
+    """Writes a store shard by shard; any number of processes may write to one directory, and be killed at any instant.
 
     A shard is finished when the small JSON beside it is there; both appear whole or not at all. When all are,
     ``finish`` gathers the JSONs in the manifest.
     """
 
-    def __init__(self, folder: str | Path, origin: dict[str, Any], number: int) -> None:
+    def __init__(self, directory: str | Path, origin: dict[str, Any], number: int) -> None:
         """
         Args:
-            folder: of the store.
+            directory: of the store.
             origin: what the features are of; the manifest begins with it.
             number: of shards.
 
         Raises:
-            ValueError: the folder holds a store, finished or not, of another origin.
+            ValueError: the directory holds a store, finished or not, of another origin.
         """
-        self.folder, self.number = Path(folder), number
+        self.directory, self.number = Path(directory), number
         self.origin = {"format": FORMAT, **origin, "number of shards": number}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         for name in (MANIFEST, "origin.json"):
-            if (self.folder / name).is_file():
-                check_origin(self.folder, read_object(self.folder / name), self.origin)
+            if (self.directory / name).is_file():
+                check_origin(self.directory, read_object(self.directory / name), self.origin)
         if self.is_complete():
             self._reopen()
         if not self.is_complete():
-            write_object(self.folder / "origin.json", self.origin)
+            write_object(self.directory / "origin.json", self.origin)
 
     def is_complete(self) -> bool:
-        return (self.folder / MANIFEST).is_file()
+        return (self.directory / MANIFEST).is_file()
 
     def path(self, shard: int, suffix: str = ".safetensors") -> Path:
-        return self.folder / f"shard-{shard:05d}{suffix}"
+        return self.directory / f"shard-{shard:05d}{suffix}"
 
     def is_finished(self, shard: int) -> bool:
         return self._entry(shard) is not None or self.is_complete()
@@ -72,12 +72,12 @@ class StoreWriter:
         return entry if whole else None
 
     def _reopen(self, discarded: Collection[int] = ()) -> None:
-        """Take a finished store apart if shards of it are missing, cut or discarded, so that they are made anew."""
+        """Take a finished store apart if shards of it are missing, cut or discarded, so that they are made again."""
         if not self.is_complete():
             return
-        entries = read_manifest(self.folder)["shards"]
+        entries = read_manifest(self.directory)["shards"]
         whole = [
-            (path := self.folder / entry["file"]).is_file()
+            (path := self.directory / entry["file"]).is_file()
             and path.stat().st_size == entry["bytes"]
             and shard not in discarded
             for shard, entry in enumerate(entries)
@@ -86,17 +86,17 @@ class StoreWriter:
             for shard, (entry, is_whole) in enumerate(zip(entries, whole)):
                 if is_whole:
                     write_object(self.path(shard, ".json"), entry)
-            (self.folder / MANIFEST).unlink()
+            (self.directory / MANIFEST).unlink()
 
     def discard(self, shards: Collection[int]) -> None:
-        """Let shards be made anew."""
+        """Let shards be made again."""
         self._reopen(shards)
         for shard in shards:
             self.path(shard, ".json").unlink(missing_ok=True)
 
     def left_out(self, shard: int) -> list[int]:
         """Return the ids of the images that a finished shard lacks because they could not be read."""
-        entry = read_manifest(self.folder)["shards"][shard] if self.is_complete() else self._entry(shard)
+        entry = read_manifest(self.directory)["shards"][shard] if self.is_complete() else self._entry(shard)
         return entry.get("left_out", []) if entry else []
 
     def image_files(self, shard: int) -> dict[int, list[int]]:
@@ -138,8 +138,12 @@ class StoreWriter:
                 return False
             if not self.is_complete():
                 counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
-                write_object(self.folder / MANIFEST, {**self.origin, **counts, "shards": entries})
-        leftovers = [*self.folder.glob("shard-*.json"), *self.folder.glob(".shard-*.tmp"), self.folder / "origin.json"]
+                write_object(self.directory / MANIFEST, {**self.origin, **counts, "shards": entries})
+        leftovers = [
+            *self.directory.glob("shard-*.json"),
+            *self.directory.glob(".shard-*.tmp"),
+            self.directory / "origin.json",
+        ]
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)
         shutil.rmtree(self.locks, ignore_errors=True)
@@ -147,8 +151,8 @@ class StoreWriter:
 
     @property
     def locks(self) -> Path:
-        """Folder of the locks that processes hold while they work."""
-        return self.folder / ".locks"
+        """Directory of the locks that processes hold while they work."""
+        return self.directory / ".locks"
 
 
 def pack_images(images: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

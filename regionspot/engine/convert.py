@@ -20,19 +20,19 @@ OUTCOMES = ("imported", "without regions", "without a file", "damaged", "of othe
 
 
 def convert_tokens(
-    token_folder: str | Path, dataset_name: str, stage: str, dim: int, folder: str | Path, origin: dict[str, Any]
+    token_directory: str | Path, dataset_name: str, stage: str, dim: int, directory: str | Path, origin: dict[str, Any]
 ) -> dict[str, int]:
-    """Pack a folder of the authors' files into a token store.
+    """Pack a directory of the authors' files into a token store.
 
     Such a file is a dict with ``mask_tokens`` (N, 1, D) or (N, D) and ``classes`` (N,), the raw category ids. It has
     no boxes: they are those of the data set's annotations, which must be of the same classes in the same order.
 
     Args:
-        token_folder: where the files lie.
+        token_directory: where the files lie.
         dataset_name: the registered data set that they are of.
         stage: of SAM, that the tokens were taken from.
         dim: length D that a token of this stage has.
-        folder: of the store.
+        directory: of the store.
         origin: what the manifest begins with, see ``regionspot.engine.extract.describe_store``.
 
     Returns:
@@ -45,31 +45,33 @@ def convert_tokens(
     counts = dict.fromkeys(OUTCOMES, 0)
     records, raw = DatasetCatalog.get(dataset_name), category_ids(dataset_name)
     size = origin["images of a shard"]
-    writer = StoreWriter(folder, origin, -(-len(records) // size))
+    writer = StoreWriter(directory, origin, -(-len(records) // size))
     if writer.is_complete():
-        raise ValueError(f"{folder} holds a finished store already; delete it first, or give another folder")
+        raise ValueError(f"{directory} holds a finished store already; delete it first, or give another directory")
     with tqdm(total=len(records), desc=f"tokens of {dataset_name}", unit="image") as bar:
         for number in range(writer.number):
             images, rows = [], range(number * size, min((number + 1) * size, len(records)))
             for index in rows:
-                what, entry = _convert(records[index], Path(token_folder), raw, stage, dim)
+                what, entry = _convert(records[index], Path(token_directory), raw, stage, dim)
                 counts[what] += 1
                 images += [entry] if entry else []
                 bar.update()
             writer.write(number, pack_images(images), len(rows))
     if not counts["imported"]:
-        shutil.rmtree(folder)
-        raise ValueError(f"{token_folder}: no file fits data set {dataset_name!r}; {counts}. Is it the right data set?")
+        shutil.rmtree(directory)
+        raise ValueError(
+            f"{token_directory}: no file fits data set {dataset_name!r}; {counts}. Is it the right data set?"
+        )
     writer.finish()
     return counts
 
 
 def _convert(
-    record: dict[str, Any], token_folder: Path, raw: np.ndarray, stage: str, dim: int
+    record: dict[str, Any], token_directory: Path, raw: np.ndarray, stage: str, dim: int
 ) -> tuple[str, dict[str, Any] | None]:
     """Return what became of an image, and its entry in the store if it was imported."""
     instances = annotated_regions(record)
-    path = token_folder / f"{record['image_id']}.pth"
+    path = token_directory / f"{record['image_id']}.pth"
     if not len(instances):
         return "without regions", None
     if not path.is_file():

@@ -99,20 +99,20 @@ def extract_tokens(
     recognizer: RegionRecognizer,
     sources: dict[str, str],
     dataset_name: str,
-    folder: str | Path,
+    directory: str | Path,
     extraction: Extraction,
     show_progress: bool = True,
 ) -> bool:
     """Extract features of all annotated regions of a data set; images without any are left out.
 
-    Several processes may do so into one folder at once: each takes the shards that nobody else is at. Shards that
+    Several processes may do so into one directory at once: each takes the shards that nobody else is at. Shards that
     are finished are kept. What a shard holds does not depend on who wrote it, nor on what was there before.
 
     Args:
         recognizer: with its frozen weights loaded.
         sources: names of the files that "sam" and "clip_model" came from.
         dataset_name: a registered data set.
-        folder: of the store.
+        directory: of the store.
         extraction: what to extract.
         show_progress: a progress bar over all images.
 
@@ -129,7 +129,7 @@ def extract_tokens(
         range(start, min(start + extraction.shard_images, len(records)))
         for start in range(0, len(records), extraction.shard_images)
     ]
-    writer = StoreWriter(folder, describe_store(recognizer, sources, dataset_name, extraction), len(shards))
+    writer = StoreWriter(directory, describe_store(recognizer, sources, dataset_name, extraction), len(shards))
     remedy = "--skip-damaged leaves such images out"
     check_images(records.records, np.arange(len(records)), dataset_name, None, extraction.skip_damaged, remedy)
     writer.discard(_outdated_shards(writer, records, shards))
@@ -178,7 +178,7 @@ def _outdated_shards(writer: StoreWriter, records: "_Mapped", shards: Sequence[r
         if again or not all(is_same_file(records.path(index_of[i]), file) for i, file in files.items()):
             outdated.append(number)
     if outdated:
-        logger.warning("%d of %d shards are made anew: their images have changed", len(outdated), len(shards))
+        logger.warning("%d of %d shards are made again: their images have changed", len(outdated), len(shards))
     return outdated
 
 

@@ -1,4 +1,4 @@
-"""The optimiser of the paper's recipe."""
+"""The optimizer of the paper's recipe."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser over the parameters that learn.
+    """Build the optimizer over the parameters that learn.
 
     ``SOLVER.OPTIMIZER`` "AdamW" is the paper's, "SGD" Detectron2's. With ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``
     "full_model" the gradient's norm over all parameters is bounded by ``CLIP_VALUE``; the other types are

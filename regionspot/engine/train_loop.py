@@ -57,7 +57,7 @@ class TrainLoop(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.skipped = self.skipped_in_row = 0  # steps, whose gradients had overflowed in float16
 
-    def go_on_from(self, iteration: int) -> None:
+    def resume_from(self, iteration: int) -> None:
         """Draw the data from where they are when ``iteration`` begins; to be called before the first step."""
         stream, sampler = training_stream(self.data_loader), self.data_loader.batch_sampler
         stream.seed = self.data_loader.dataset.seed = self.seed

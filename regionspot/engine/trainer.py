@@ -44,14 +44,14 @@ from regionspot.engine.run_setup import log_size
 from regionspot.engine.stop import StopOnSignal
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.modeling import RegionSpot
-from regionspot.utils.files import folder_name
+from regionspot.utils.files import directory_name
 from regionspot.utils.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
 
 class RegionSpotTrainer(DefaultTrainer):
-    """``DefaultTrainer`` with RegionSpot's loaders, optimiser, checkpoints and vocabularies, on GPUs or CPUs."""
+    """``DefaultTrainer`` with RegionSpot's loaders, optimizer, checkpoints and vocabularies, on GPUs or CPUs."""
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build everything that ``cfg`` names; weights are loaded by ``resume_or_load``."""
@@ -99,7 +99,7 @@ class RegionSpotTrainer(DefaultTrainer):
         self._check_token_stores()
         for name, names in self.vocabularies.items():
             self.recognizer.set_vocabulary(names, name)
-        self._trainer.go_on_from(self.start_iter)
+        self._trainer.resume_from(self.start_iter)
         if 0 < self.start_iter < self.max_iter:
             warn_of_jump(self._trainer.optimizer, self.scheduler, self.start_iter)
         return super().train()
@@ -197,8 +197,8 @@ class RegionSpotTrainer(DefaultTrainer):
                 if evaluators:
                     results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluators[index])
                     continue
-                folder = os.path.join(cfg.OUTPUT_DIR, "inference", folder_name(name))
-                results[name] = evaluate_dataset(cfg, model, name, folder)
+                directory = os.path.join(cfg.OUTPUT_DIR, "inference", directory_name(name))
+                results[name] = evaluate_dataset(cfg, model, name, directory)
         if len(results) == 1:
             return next(iter(results.values()))
         odinw = [result for name, result in results.items() if name.startswith("odinw_") and result]

@@ -43,8 +43,8 @@ class DetectionLVISEvaluator(LVISEvaluator):
                     "vocabulary must be the data set's, name by name"
                 )
             detection["category_id"] = ids[label]
-        folder = Path(self._output_dir)
-        path = folder / "lvis_instances_results.json"
+        directory = Path(self._output_dir)
+        path = directory / "lvis_instances_results.json"
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(detections))
         if not self._do_evaluation:
@@ -55,4 +55,4 @@ class DetectionLVISEvaluator(LVISEvaluator):
         outcomes = {task: evaluate_task(truth, results, task, "lvis", self._max_dets_per_image) for task in tasks}
         self._results.update({task: outcome.metrics for task, outcome in outcomes.items()})
         logger.info("%s", format_table(self._results))
-        write_outcomes(folder, truth, outcomes)
+        write_outcomes(directory, truth, outcomes)

@@ -58,12 +58,12 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
     return tabulate([[task, *values.values()] for task, values in rows.items()], headers=headers, floatfmt=".3f")
 
 
-def write_outcomes(folder: Path, truth: GroundTruth, outcomes: dict[str, Outcome], **more: object) -> None:
+def write_outcomes(directory: Path, truth: GroundTruth, outcomes: dict[str, Outcome], **more: object) -> None:
     """Write metrics.json, with null where nothing is annotated and ``more`` beside, and per_class_<task>.csv."""
     metrics = {task: without_nan(outcome.metrics) for task, outcome in outcomes.items()}
     for task, outcome in outcomes.items():
         with (
-            atomic_path(folder / f"per_class_{task}.csv") as path,
+            atomic_path(directory / f"per_class_{task}.csv") as path,
             path.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
@@ -72,7 +72,7 @@ def write_outcomes(folder: Path, truth: GroundTruth, outcomes: dict[str, Outcome
                 value = outcome.per_class[category]
                 shown = "" if math.isnan(value) else repr(value)
                 writer.writerow([category, name, frequency or "", outcome.numbers[category], shown])
-    with atomic_path(folder / "metrics.json") as path:
+    with atomic_path(directory / "metrics.json") as path:
         path.write_text(json.dumps({**metrics, **more}, indent=1) + "\n")
 
 

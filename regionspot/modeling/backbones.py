@@ -15,7 +15,7 @@ from regionspot.modeling.vision_language import encode_patches, get_clip_size
 class SquareBackbone(Backbone):
     """A vision transformer with one feature map and an input of one size.
 
-    The input is normalised and padded to the square that ``padding_constraints`` tells ``GeneralizedRCNN``.
+    The input is normalized and padded to the square that ``padding_constraints`` tells ``GeneralizedRCNN``.
     """
 
     def __init__(self, feature: str, channels: int, patch_size: int, image_size: int) -> None:

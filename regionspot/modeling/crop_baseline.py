@@ -15,10 +15,10 @@ from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 
 
 class CropRecognizer(RegionRecognizer):
-    """A recogniser whose logits are CLIP's own image-text similarities of crops.
+    """A recognizer whose logits are CLIP's own image-text similarities of crops.
 
     A box is cut out and brought to CLIP's square as whole images are (aspect ratio not kept); for mask crops what is
-    not under SAM's mask of the box is blanked with CLIP's mean colour.
+    not under SAM's mask of the box is blanked with CLIP's mean color.
     """
 
     @configurable

@@ -38,7 +38,7 @@ def refine_boxes(
 ) -> list[tuple[Boxes, torch.Tensor]]:
     """Move proposals by the host's own box regression, each once, whatever its class.
 
-    Where the regression is that of a class, it is that of the proposal's likeliest one.
+    Where the regression is that of a class, it is that of the proposal's most probable one.
 
     Args:
         heads: one of ``HOSTS``.
@@ -64,10 +64,10 @@ def refine_boxes(
     ):
         foreground = probabilities[:, :-1]  # (N, K); the last is the background
         each = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (N, 1 or K, 4)
-        likeliest, best = foreground.max(dim=1)
+        largest, best = foreground.max(dim=1)
         refined = Boxes(each[torch.arange(len(each)), best if each.shape[1] > 1 else torch.zeros_like(best)])
         refined.clip(given.image_size)
-        objects = likeliest if predictor.use_sigmoid_ce else foreground.sum(dim=1)  # classes exclude each other or not
+        objects = largest if predictor.use_sigmoid_ce else foreground.sum(dim=1)  # classes exclude each other or not
         results.append((refined, objects))
     return results
 
@@ -83,9 +83,9 @@ def _run_cascade(heads: CascadeROIHeads, features: list[torch.Tensor], proposals
 
 
 def freeze_host(model: nn.Module) -> None:
-    """Let nothing of a detector that holds a ``RegionRecognizer`` learn but the recogniser's attention module.
+    """Let nothing of a detector that holds a ``RegionRecognizer`` learn but the recognizer's attention module.
 
-    What stands beside the part that holds the recogniser takes no gradient and works as at inference (no running
+    What stands beside the part that holds the recognizer takes no gradient and works as at inference (no running
     means, no dropout, no losses of its own), whatever ``model.train()`` says.
 
     Args:

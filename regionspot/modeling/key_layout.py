@@ -1,4 +1,4 @@
-"""The key layout of the released checkpoints, and how it maps to the recogniser's own state dict.
+"""The key layout of the released checkpoints, and how it maps to the recognizer's own state dict.
 
 Released keys are ``sam.*`` and ``clip_model.*`` (frozen) and ``to_clip.*``, ``decoder.*``, ``projector.*`` (trained),
 all under ``model.``.
@@ -19,7 +19,7 @@ def is_released_key(key: str) -> bool:
 
 
 def to_recognizer_key(key: str) -> str | None:
-    """Return the recogniser's key for a released key (with or without ``model.``), or None where it has none."""
+    """Return the recognizer's key for a released key (with or without ``model.``), or None where it has none."""
     key = key.removeprefix("model.")
     if key.startswith(_TRAINED_PARTS):
         return TRAINED + key
@@ -30,7 +30,7 @@ def to_recognizer_key(key: str) -> str | None:
 
 
 def to_released_key(key: str) -> str:
-    """Return the released key for one of the recogniser's."""
+    """Return the released key for one of the recognizer's."""
     if key.startswith(TRAINED):
         return "model." + key.removeprefix(TRAINED)
     for part, prefix in FROZEN.items():
@@ -40,7 +40,7 @@ def to_released_key(key: str) -> str:
 
 
 def translate_released_keys(state: dict[str, torch.Tensor], prefix: str) -> None:
-    """Rename the released keys in ``state``, in place, to those of a recogniser under ``prefix``."""
+    """Rename the released keys in ``state``, in place, to those of a recognizer under ``prefix``."""
     for key in [key for key in state if is_released_key(key)]:
         value = state.pop(key)
         if (renamed := to_recognizer_key(key)) is not None:

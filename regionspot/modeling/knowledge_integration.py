@@ -149,7 +149,7 @@ class KnowledgeIntegration(nn.Module):
             feature_map: (B, L, clip_width) float, or None without CLIP's features.
 
         Returns:
-            B tensors, (N_i, text_dim) float semantic tokens, not normalised.
+            B tensors, (N_i, text_dim) float semantic tokens, not normalized.
         """
         lengths = [len(t) for t in tokens]
         if len(tokens) > 1 and max(lengths) > MAX_QUERIES:  # one image at a time: nothing is padded

@@ -1,4 +1,4 @@
-"""The localiser: a frozen SAM that turns prompts into position-aware tokens and masks (paper, section 3.1)."""
+"""The localizer: a frozen SAM that turns prompts into position-aware tokens and masks (paper, section 3.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class LocalizerOutput:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """(N, D) float32 tokens of the only stage that was asked for, by default the localiser's own."""
+        """(N, D) float32 tokens of the only stage that was asked for, by default the localizer's own."""
         [tokens] = self.stage_tokens.values()
         return tokens
 
@@ -95,7 +95,7 @@ class Localizer(FrozenModule):
 
     @property
     def token_dim(self) -> int:
-        """Length D of a position-aware token of the localiser's own stage."""
+        """Length D of a position-aware token of the localizer's own stage."""
         return self.stage_dim(self.token_stage)
 
     def stage_dim(self, stage: str) -> int:
@@ -138,7 +138,7 @@ class Localizer(FrozenModule):
         if image.dtype == torch.uint8 and image.device.type == "cpu":  # as SAM's own predictor does, to the bit
             resized = to_pil_image(image).resize(size[::-1], Image.Resampling.BILINEAR)
             return pil_to_tensor(resized)
-        return resize(image, list(size), antialias=True)  # differs from the above by one grey level at the most
+        return resize(image, list(size), antialias=True)  # differs from the above by one gray level at the most
 
     @torch.no_grad()
     def forward(
@@ -150,7 +150,7 @@ class Localizer(FrozenModule):
             embedding: (1, C, h, w) image embedding.
             prompts: N prompts, boxes and points in pixels of SAM's input.
             with_masks: compute the masks, too.
-            stages: where to take tokens from; the localiser's own stage by default.
+            stages: where to take tokens from; the localizer's own stage by default.
 
         Returns:
             Tokens, IoU estimates and masks of the N prompts, in their order.

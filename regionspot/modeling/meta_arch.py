@@ -17,7 +17,7 @@ from regionspot.structures import check_boxes, check_classes, read_proposals
 
 @META_ARCH_REGISTRY.register()
 class RegionSpot(nn.Module):
-    """Recognise given regions of images over any vocabulary ("Recognize Any Regions", arXiv 2311.01373).
+    """Recognize given regions of images over any vocabulary ("Recognize Any Regions", arXiv 2311.01373).
 
     Its state dict is Detectron2's ordinary one; it also loads the released checkpoints' keys as they are.
     """
@@ -71,7 +71,7 @@ class RegionSpot(nn.Module):
         return self.recognizer.vision_language.pixel_mean.device
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
-        """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
+        """Recognize ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
         self.recognizer.set_vocabulary(names, key)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]] | dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ class RegionSpot(nn.Module):
 
         Returns:
             In training ``{"loss_cls": scalar}``; else for each image ``{"instances": Instances, "regions":
-            Instances}``: detections and all regions, as ``RegionRecognizer.recognise`` describes them.
+            Instances}``: detections and all regions, as ``RegionRecognizer.recognize`` describes them.
 
         Raises:
             KeyError: an image comes without boxes.
@@ -114,7 +114,7 @@ class RegionSpot(nn.Module):
             (int(inputs.get("height", image.shape[1])), int(inputs.get("width", image.shape[2])))
             for inputs, image in zip(batched_inputs, images)
         ]
-        results = self.recognizer.recognise(
+        results = self.recognizer.recognize(
             images, [boxes for boxes, _ in regions], [scores for _, scores in regions], sizes, self.masks
         )
         return [{"instances": detections, "regions": regions} for detections, regions in results]

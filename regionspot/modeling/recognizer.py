@@ -1,4 +1,4 @@
-"""The recogniser: localiser, vision-language model and knowledge integration as one module.
+"""The recognizer: localizer, vision-language model and knowledge integration as one module.
 
 The meta-architecture, the predictor and every other way in use this one implementation.
 """
@@ -108,7 +108,7 @@ class RegionRecognizer(nn.Module):
         }
 
     def set_vocabulary(self, names: VocabularySource, key: str = "default") -> None:
-        """Recognise ``names`` from now on.
+        """Recognize ``names`` from now on.
 
         Args:
             names: class names in the order of the class indices, or anything else ``load_vocabulary`` takes.
@@ -127,7 +127,7 @@ class RegionRecognizer(nn.Module):
 
     @contextmanager
     def using_vocabulary(self, names: VocabularySource) -> Iterator[None]:
-        """Recognise ``names`` inside the block and what was recognised before after it."""
+        """Recognize ``names`` inside the block and what was recognized before after it."""
         before = self.classifier.active
         key = f"within {before}"  # a block inside a block leaves the outer one's vocabulary alone
         self.set_vocabulary(names, key)
@@ -243,7 +243,7 @@ class RegionRecognizer(nn.Module):
         masks: str = "",
         classes: torch.Tensor | None = None,
     ) -> list[Instances]:
-        """Recognise the boxes of images.
+        """Recognize the boxes of images.
 
         Args:
             images: B images, (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
@@ -259,11 +259,11 @@ class RegionRecognizer(nn.Module):
             Detectron2's ``detector_postprocess`` takes) or ``pred_masks_rle`` (COCO's compressed RLE; the detections
             of a box share one). An unknown region has no detection.
         """
-        results = self.recognise(images, boxes, proposal_scores, output_sizes, masks, classes)
+        results = self.recognize(images, boxes, proposal_scores, output_sizes, masks, classes)
         return [detections for detections, _ in results]
 
     @torch.no_grad()
-    def recognise(
+    def recognize(
         self,
         images: list[torch.Tensor],
         boxes: list[Boxes],
@@ -273,7 +273,7 @@ class RegionRecognizer(nn.Module):
         classes: torch.Tensor | None = None,
         features: ImageFeatures | None = None,
     ) -> list[tuple[Instances, Instances]]:
-        """Recognise the boxes of images; arguments as for ``forward``, and ``features`` if they are known already.
+        """Recognize the boxes of images; arguments as for ``forward``, and ``features`` if they are known already.
 
         Returns:
             For each image the detections, as ``forward`` gives them, and all its regions: ``Instances`` in the order

@@ -1,4 +1,4 @@
-"""Weights of a recogniser, from released checkpoints, from our own, and from those of models that hold one."""
+"""Weights of a recognizer, from released checkpoints, from our own, and from those of models that hold one."""
 
 import logging
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class LoadedWeights:
 
 
 def load_recognizer(cfg: CfgNode, weights: str = "") -> RegionRecognizer:
-    """Build the recogniser of ``cfg`` and load its weights: a plain ``nn.Module`` for any detector to hold.
+    """Build the recognizer of ``cfg`` and load its weights: a plain ``nn.Module`` for any detector to hold.
 
     Args:
         cfg: with RegionSpot's keys; ``MODEL.REGIONSPOT.{SAM,CLIP}.WEIGHTS`` name the frozen parts' files.
@@ -59,7 +59,7 @@ def load_weights(
 
     Args:
         recognizer: left as it was by a file that is refused.
-        path: a released checkpoint, one of ours, or one of a whole model that holds a recogniser.
+        path: a released checkpoint, one of ours, or one of a whole model that holds a recognizer.
         sources: files, URLs or known names of the frozen parts; "" leaves a part as it is. Where no file is named, one
             that the checkpoint remembers is taken if it is still there.
         prefer_average: of a file that also holds averaged weights (``SOLVER.EMA``) take these.
@@ -87,7 +87,7 @@ def load_weights(
             sources[part] = str(file)
             continue
         recorded = expected.get(part, {}).get("source", "")
-        if recorded and Path(recorded).is_file() and not Path(sources[part]).is_file():  # where it was had from
+        if recorded and Path(recorded).is_file() and not Path(sources[part]).is_file():  # where it was recorded
             sources[part] = recorded
         state.update(_read_frozen(part, sources[part]))
     _check_fingerprints(recognizer, state, expected, sources, path)
@@ -136,7 +136,7 @@ def unwrap_state(content: dict[str, Any], path: str) -> dict[str, torch.Tensor]:
 
 
 def to_recognizer_state(state: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Rename a checkpoint's keys, released ones or those of a whole model, to those of the recogniser."""
+    """Rename a checkpoint's keys, released ones or those of a whole model, to those of the recognizer."""
     anchor = f"recognizer.{TRAINED}to_clip.weight"
     whole = [key.removesuffix(anchor) + "recognizer." for key in state if f".{key}".endswith(f".{anchor}")]
     renamed = (

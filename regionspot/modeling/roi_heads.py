@@ -29,9 +29,9 @@ TRAINING = "names of DATASETS.TRAIN"  # key of the vocabulary that is trained wi
 class RegionSpotROIHeads(ROIHeads):
     """Names the proposals of a host detector over any vocabulary and gives SAM's masks of them.
 
-    The images are those that the host sees, with its normalisation undone. In training the regions are those that
+    The images are those that the host sees, with its normalization undone. In training the regions are those that
     Detectron2's ``ROIHeads`` samples as foreground. The state dict has the host's own heads, where they are kept, under
-    the host's own keys, and the recogniser under ``recognizer.``.
+    the host's own keys, and the recognizer under ``recognizer.``.
     """
 
     @configurable
@@ -58,19 +58,19 @@ class RegionSpotROIHeads(ROIHeads):
         """
         Args:
             recognizer: the model proper; its ``rule`` has the thresholds.
-            pixel_mean, pixel_std: the host's normalisation.
+            pixel_mean, pixel_std: the host's normalization.
             input_format: channel order of the host's images, "RGB" or "BGR".
             masks: whether detections have masks.
             refine: move proposals by the box regression of ``host`` first.
             box_score: "objectness" of the proposals, or "foreground" of ``host``.
-            box_nms_thresh: class-agnostic suppression before anything is recognised; 1 for none.
+            box_nms_thresh: class-agnostic suppression before anything is recognized; 1 for none.
             top_k_proposals: boxes kept of an image, best first; -1 for all.
             host: the host's own ROI heads.
             host_vocabulary: the names of its classes, of which detections are then its own.
             host_aliases: names of its classes under other names, see ``match_names``.
             merge_nms_thresh: of what ``merge_detections`` does with these and RegionSpot's.
             freeze: let nothing of the ``GeneralizedRCNN`` around learn.
-            loaded: parts of the recogniser that hold weights from a file.
+            loaded: parts of the recognizer that hold weights from a file.
             kwargs: of ``ROIHeads``: how regions to train with are sampled.
         """
         super().__init__(**kwargs)
@@ -145,7 +145,7 @@ class RegionSpotROIHeads(ROIHeads):
         }
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
-        """Recognise ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
+        """Recognize ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
         self.recognizer.set_vocabulary(names, key)
 
     def forward(
@@ -158,7 +158,7 @@ class RegionSpotROIHeads(ROIHeads):
         """Detectron2's contract of ROI heads.
 
         Args:
-            images: B images as the host normalised and padded them.
+            images: B images as the host normalized and padded them.
             features: of the host's backbone; for its own heads only.
             proposals: B ``Instances`` with ``proposal_boxes`` (XYXY in the pixels of the images) and, optionally,
                 ``objectness_logits`` or ``scores``.
@@ -187,8 +187,8 @@ class RegionSpotROIHeads(ROIHeads):
     def _original_images(self, images: ImageList) -> list[torch.Tensor]:
         """Return the (3, H, W) uint8 RGB images that the host was given, on the CPU: what the other ways in get."""
         originals = []
-        for normalised, (height, width) in zip(images.tensor, images.image_sizes):
-            pixels = normalised[:, :height, :width].float() * self.pixel_std + self.pixel_mean
+        for normalized, (height, width) in zip(images.tensor, images.image_sizes):
+            pixels = normalized[:, :height, :width].float() * self.pixel_std + self.pixel_mean
             image = pixels.round().clamp(0, 255).to("cpu", torch.uint8)
             originals.append(image if self.input_format == "RGB" else image.flip(0))
         return originals
@@ -196,7 +196,7 @@ class RegionSpotROIHeads(ROIHeads):
     def _regions(
         self, features: dict[str, torch.Tensor], proposals: list[Instances]
     ) -> tuple[list[Boxes], list[torch.Tensor | None]]:
-        """Return the boxes to recognise and their scores."""
+        """Return the boxes to recognize and their scores."""
         for i, given in enumerate(proposals):
             check_boxes(given.proposal_boxes.tensor, given.image_size, f"proposals of image {i} of the batch")
         if self.refine:
@@ -230,7 +230,7 @@ class RegionSpotROIHeads(ROIHeads):
         known = [_renamed(detections, matches) for detections in found]
         others = ~torch.isin(torch.arange(len(self.recognizer.vocabulary)), matches)
         encoded = self.recognizer.encode_images(images)
-        named = self.recognizer.recognise(images, boxes, scores, None, masks, others, encoded)
+        named = self.recognizer.recognize(images, boxes, scores, None, masks, others, encoded)
         prompts = [Prompts(boxes=detections.pred_boxes.tensor) for detections in known]
         located = self.recognizer.locate(encoded, prompts, with_masks=True) if masks else [None] * len(known)
         return [self._merge(ours, theirs, more) for (ours, _), theirs, more in zip(named, known, located)]

@@ -48,7 +48,7 @@ def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
         tokens: (N, L) int64 with L from 1 to the context length.
 
     Returns:
-        (N, text_dim) float, not normalised.
+        (N, text_dim) float, not normalized.
     """
     length = tokens.shape[1]
     mask = clip_model.build_attention_mask()[:length, :length].to(tokens.device, clip_model.dtype)
@@ -65,7 +65,7 @@ def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class TextEncoder:
-    """Turns class names into text embeddings: prompts of all names, averaged, normalised, cached.
+    """Turns class names into text embeddings: prompts of all names, averaged, normalized, cached.
 
     It borrows CLIP from the vision-language model and owns no weights.
     """
@@ -100,7 +100,7 @@ class TextEncoder:
             names: K names; those of a ``Vocabulary`` are the average of their synonyms.
 
         Returns:
-            (K, text_dim) float32, L2-normalised.
+            (K, text_dim) float32, L2-normalized.
 
         Raises:
             ValueError: a name is too long for CLIP's context, or CLIP's weights give no finite numbers.
@@ -179,7 +179,7 @@ class TextEncoder:
     def encode(self, cleaned: list[str]) -> torch.Tensor:
         """Encode cleaned names without the cache: the prompts of all of them together, sorted by length.
 
-        Each prompt's feature enters the mean of its name as it is, only the mean is normalised: so were the
+        Each prompt's feature enters the mean of its name as it is, only the mean is normalized: so were the
         released models trained.
         """
         tokens, lengths = self._tokenize(cleaned)

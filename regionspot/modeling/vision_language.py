@@ -125,7 +125,7 @@ class VisionLanguageModel(FrozenModule):
         return self.clip_model.visual.input_resolution
 
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        """Resize a whole (3, H, W) RGB image in [0, 255] to CLIP's square, without cropping, and normalise it.
+        """Resize a whole (3, H, W) RGB image in [0, 255] to CLIP's square, without cropping, and normalize it.
 
         Bilinear without antialias and without keeping the aspect ratio: so were the released models trained.
         """

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def cache_dir() -> Path:
-    """Return the folder for fetched weights and text embeddings: ``$REGIONSPOT_CACHE`` or ``~/.cache/regionspot``."""
+    """Return the directory of fetched weights and text embeddings: ``$REGIONSPOT_CACHE`` or ``~/.cache/regionspot``."""
     return expand_user(os.environ.get("REGIONSPOT_CACHE", "~/.cache/regionspot"))
 
 
@@ -59,15 +59,15 @@ def read_json(path: str | Path, what: str) -> Any:
         raise ValueError(f"{what} {path}: damaged, or no JSON ({error})") from error
 
 
-def folder_name(dataset_name: str) -> str:
-    """Return what a data set's folder is called; its name may be "path/to/my.json:my_images"."""
+def directory_name(dataset_name: str) -> str:
+    """Return what a data set's directory is called; its name may be "path/to/my.json:my_images"."""
     return re.sub(r"[^\w.-]+", "_", dataset_name)
 
 
-def short_folder_name(dataset_name: str) -> str:
+def short_directory_name(dataset_name: str) -> str:
     """Return a name for people: of "path/to/my.json:data/photos" "my-photos", which another data set may have, too."""
     json_file, separator, images = dataset_name.rpartition(".json:")
-    return folder_name(f"{Path(json_file).name}-{Path(images).name}" if separator else dataset_name)
+    return directory_name(f"{Path(json_file).name}-{Path(images).name}" if separator else dataset_name)
 
 
 def describe_file(path: str | Path) -> list[int]:

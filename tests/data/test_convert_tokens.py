@@ -33,13 +33,13 @@ def dataset(tmp_path, register):
     return content
 
 
-def write_files(folder, content, keep=lambda annotation: True, shape=(1, 32)):
+def write_files(directory, content, keep=lambda annotation: True, shape=(1, 32)):
     """Write the authors' layout; the token of an annotation is full of its id."""
     for image in content["images"]:
         kept = [a for a in content["annotations"] if a["image_id"] == image["id"] and keep(a)]
         tokens = torch.stack([torch.full(shape, float(a["id"])) for a in kept])
         classes = torch.tensor([a["category_id"] for a in kept])
-        torch.save({"mask_tokens": tokens, "classes": classes}, folder / f"{image['id']}.pth")
+        torch.save({"mask_tokens": tokens, "classes": classes}, directory / f"{image['id']}.pth")
 
 
 def convert(tmp_path):
@@ -104,7 +104,7 @@ def test_a_file_that_would_run_code_is_not_run(dataset, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_folder_of_another_data_set_is_refused(dataset, tmp_path):
+def test_a_directory_of_another_data_set_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="no file fits data set 'test_convert'"):
         convert(tmp_path)
     write_files(tmp_path / "tokens", dataset)

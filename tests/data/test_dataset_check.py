@@ -12,23 +12,23 @@ from ..helpers import NAMES, write_dataset
 
 
 @pytest.fixture
-def folder(tmp_path):
+def directory(tmp_path):
     return write_dataset(tmp_path, 8).parent
 
 
-def edit(folder, change):
+def edit(directory, change):
     """Change the annotations; return the data set's name."""
-    path = folder / "annotations.json"
+    path = directory / "annotations.json"
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    return f"{path}:{folder / 'images'}"
+    return f"{path}:{directory / 'images'}"
 
 
-def test_data_set_without_a_fault(folder):
-    report = check_dataset(edit(folder, lambda content: None), workers=2)
+def test_data_set_without_a_fault(directory):
+    report = check_dataset(edit(directory, lambda content: None), workers=2)
     assert is_usable(report) and report["unusable"] == [] and set(report["left_out"].values()) == {0}
-    annotations = json.loads((folder / "annotations.json").read_text())["annotations"]
+    annotations = json.loads((directory / "annotations.json").read_text())["annotations"]
     numbers = np.bincount([annotation["image_id"] for annotation in annotations])[1:]
     assert (report["images"], report["regions"], report["classes"]) == (8, len(annotations), 4)
     statistics = report["statistics"]
@@ -41,20 +41,20 @@ def test_data_set_without_a_fault(folder):
         assert number == sum(annotation["category_id"] == ids[name] for annotation in annotations)
 
 
-def test_images_that_cannot_be_used(folder):
-    images = folder / "images"
+def test_images_that_cannot_be_used(directory):
+    images = directory / "images"
     (images / "0.png").unlink()
     (images / "2.png").write_bytes((images / "2.png").read_bytes()[:200])
     (images / "3.png").write_text("no image")
     Image.new("RGB", (30, 20)).save(images / "5.png")
-    report = check_dataset(edit(folder, lambda content: None), workers=1)
+    report = check_dataset(edit(directory, lambda content: None), workers=1)
     assert not is_usable(report)
     assert [image["image_id"] for image in report["unusable"]] == [1, 3, 4, 6]
     for image, name, word in zip(report["unusable"], (0, 2, 3, 5), ("no such file", "2.png", "3.png", "20")):
         assert image["file_name"] == str(images / f"{name}.png") and word in image["problem"]
 
 
-def test_annotations_that_are_left_out(folder):
+def test_annotations_that_are_left_out(directory):
     def change(content):
         first = [next(a for a in content["annotations"] if a["image_id"] == i) for i in (1, 2, 3, 4)]
         first[0]["iscrowd"] = 1
@@ -63,18 +63,18 @@ def test_annotations_that_are_left_out(folder):
         first[3]["bbox"] = [60, 0, 40, 16]  # cut to 4 x 16
         content["annotations"] = [*first, *(a for a in content["annotations"] if a["image_id"] > 5)]
 
-    report = check_dataset(edit(folder, change))
+    report = check_dataset(edit(directory, change))
     assert is_usable(report)
     assert report["left_out"] == {"crowds": 1, "boxes without area": 1, "boxes outside the image": 1}
     assert report["images_without_regions"] == 4 and report["statistics"]["side_in_pixels"][0] == 8
 
 
-def test_names_that_clip_cannot_take(folder):
+def test_names_that_clip_cannot_take(directory):
     def change(content):
         for category, name in zip(content["categories"], (" ", "cup", "cup", "very " * 80 + "long")):
             category["name"] = name
 
-    report = check_dataset(edit(folder, change))
+    report = check_dataset(edit(directory, change))
     assert report["names"] == {"empty": [" "], "too_long": ["very " * 80 + "long"], "duplicates": ["cup"]}
     assert not is_usable(report)
 

@@ -45,8 +45,8 @@ def annotation(image_id=1, category_id=1, bbox=(1, 2, 3, 4), **values):
     return {"id": 7, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), "iscrowd": 0, **values}
 
 
-def write(folder, images=(), annotations=(), categories=({"id": 1, "name": "a"},), name="a.json"):
-    path = folder / name
+def write(directory, images=(), annotations=(), categories=({"id": 1, "name": "a"},), name="a.json"):
+    path = directory / name
     content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps(content))
     return path
@@ -77,7 +77,7 @@ def reference_records(path, image_root):
     ]
 
 
-def random_file(folder, number=300):
+def random_file(directory, number=300):
     """Annotations out of order, with ids that have gaps and boxes that no float32 holds exactly."""
     generator = np.random.default_rng(3)
     ids = generator.integers(0, 10**12, 20).tolist()
@@ -91,7 +91,7 @@ def random_file(folder, number=300):
         entry.pop("iscrowd")
         annotations.append({**entry, **values, "segmentation": [[1, 2, 3, 4, 5, 6]], "area": 1.5})
     categories = [{"id": i, "name": f"c{i}", "supercategory": "x"} for i in (90, -4, 0)]
-    return write(folder, images, annotations, categories)
+    return write(directory, images, annotations, categories)
 
 
 @pytest.mark.parametrize("piece", [1 << 16, 7])
@@ -257,13 +257,13 @@ def test_specs_that_are_none_or_lead_nowhere(tmp_path):
     path = write_dataset(tmp_path, 1)
     assert not register_from_spec("lvis_v1_train") and not register_from_spec("no_such_name")
     for name, message in (
-        (f"{path}.no.json:{tmp_path}", r"no\.json: no such file; expected 'annotations.json:folder"),
-        (f"{path}:{tmp_path}/no", "no': no such folder; expected 'annotations.json:folder"),
-        (f"{path}:", "images '': no such folder"),
+        (f"{path}.no.json:{tmp_path}", r"no\.json: no such file; expected 'annotations.json:directory"),
+        (f"{path}:{tmp_path}/no", "no': no such directory; expected 'annotations.json:directory"),
+        (f"{path}:", "images '': no such directory"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
             register_from_spec(name)
-    with pytest.raises(ValueError, match="names no images: expected 'annotations.json:folder"):
+    with pytest.raises(ValueError, match="names no images: expected 'annotations.json:directory"):
         register_from_spec(str(path))
 
 
@@ -276,7 +276,7 @@ def test_builtin_data_sets_are_registered(name):
 
 
 def test_odinw_has_13_sets_of_3_splits():
-    paths = {name: (str(file), str(folder)) for name, (file, folder) in odinw_paths(Path("r")).items()}
+    paths = {name: (str(file), str(directory)) for name, (file, directory) in odinw_paths(Path("r")).items()}
     made = "annotations_without_background.json"
     assert len(paths) == 39
     assert paths["odinw_PascalVOC_test"] == paths["odinw_PascalVOC_val"] == (

@@ -28,12 +28,12 @@ ROWS = [
 @pytest.fixture
 def openimages(tmp_path):
     """A root with the validation split of OpenImages in its official form."""
-    folder = tmp_path / "openimages"
-    (folder / "validation").mkdir(parents=True)
-    (folder / "class-descriptions-boxable.csv").write_text(CLASSES)
-    (folder / "validation-annotations-bbox.csv").write_text("\n".join([HEADER, *ROWS]) + "\n")
+    directory = tmp_path / "openimages"
+    (directory / "validation").mkdir(parents=True)
+    (directory / "class-descriptions-boxable.csv").write_text(CLASSES)
+    (directory / "validation-annotations-bbox.csv").write_text("\n".join([HEADER, *ROWS]) + "\n")
     for name, size in SIZES.items():
-        Image.new("RGB", size).save(folder / "validation" / f"{name}.jpg")
+        Image.new("RGB", size).save(directory / "validation" / f"{name}.jpg")
     return tmp_path
 
 
@@ -103,24 +103,24 @@ def test_interrupted_reading_of_headers_goes_on(openimages, monkeypatch):
 
 
 def test_sizes_are_written_while_they_are_read(openimages, monkeypatch):
-    folder, cache = openimages / "openimages" / "validation", openimages / "cache.npz"
+    directory, cache = openimages / "openimages" / "validation", openimages / "cache.npz"
     written = []
     monkeypatch.setattr(prepare_openimages, "write_sizes", lambda _, __, sizes: written.append((sizes > 0).sum() // 2))
-    prepare_openimages.read_sizes(folder, np.array(sorted(SIZES)), cache, every=-1)
+    prepare_openimages.read_sizes(directory, np.array(sorted(SIZES)), cache, every=-1)
     assert written == [1, 2, 3, 3]
 
 
 def test_missing_and_damaged_images_are_named_or_left_out(openimages, capsys):
-    folder = openimages / "openimages" / "validation"
-    (folder / "00ff.jpg").unlink()
-    (folder / "beef.jpg").write_bytes(b"no picture")
+    directory = openimages / "openimages" / "validation"
+    (directory / "00ff.jpg").unlink()
+    (directory / "beef.jpg").write_bytes(b"no picture")
     with pytest.raises(FileNotFoundError, match=r"2 of 3 images .* 00ff.jpg, beef.jpg \(damaged\).*--skip-missing"):
         convert(openimages)
     content = convert(openimages, "--skip-missing")
     assert "left out" in capsys.readouterr().out
     assert [image["id"] for image in content["images"]] == [2] and len(content["annotations"]) == 1
     for name in ("00ff", "beef"):
-        Image.new("RGB", SIZES[name]).save(folder / f"{name}.jpg")
+        Image.new("RGB", SIZES[name]).save(directory / f"{name}.jpg")
     assert len(convert(openimages)["annotations"]) == 4  # what was missing is looked for again
 
 
@@ -155,22 +155,22 @@ def test_benchmark_converts_csvs_of_the_official_shape(tmp_path):
     assert (len(dataset), len(dataset.boxes), len(dataset.class_names)) == (119, 1000, 601)
 
 
-def write_lvis(root, folders):
+def write_lvis(root, directories):
     images = [
         {
             "id": 10 + index,
-            "coco_url": f"http://images.cocodataset.org/{folder}/{index:012d}.jpg",
+            "coco_url": f"http://images.cocodataset.org/{directory}/{index:012d}.jpg",
             "height": 20,
             "width": 30,
             "neg_category_ids": [2],
             "not_exhaustive_category_ids": [1],
         }
-        for index, folder in enumerate(folders)
+        for index, directory in enumerate(directories)
     ]
     annotations = [
-        {"id": k, "image_id": 10 + k % len(folders), "category_id": 1, "bbox": [1.25, 2, 3, 4], "area": 9.5,
+        {"id": k, "image_id": 10 + k % len(directories), "category_id": 1, "bbox": [1.25, 2, 3, 4], "area": 9.5,
          "segmentation": [[1.05, 2, 3, 4, 5, 6]]}
-        for k in range(2 * len(folders))
+        for k in range(2 * len(directories))
     ]  # fmt: skip
     categories = [{"id": i, "name": f"c{i}", "frequency": "r", "synset": f"c.n.0{i}"} for i in (1, 2)]
     content = {"info": {"v": 1}, "images": images, "annotations": annotations, "categories": categories, "licenses": []}
@@ -202,10 +202,10 @@ def test_minival_of_something_else(tmp_path):
     assert [path.name for path in (tmp_path / "lvis").iterdir()] == ["lvis_v1_val.json"]
 
 
-def roboflow(folder, name, first=("fish", "none"), used=1, number=2):
-    folder.mkdir(parents=True, exist_ok=True)
+def roboflow(directory, name, first=("fish", "none"), used=1, number=2):
+    directory.mkdir(parents=True, exist_ok=True)
     for index in range(number):
-        Image.new("RGB", (9, 8)).save(folder / f"{index}.jpg")
+        Image.new("RGB", (9, 8)).save(directory / f"{index}.jpg")
     categories = [(0, *first), (1, "fish", "fish"), (2, "puffin", "fish")]
     content = {
         "info": {"year": "2020"},
@@ -216,7 +216,7 @@ def roboflow(folder, name, first=("fish", "none"), used=1, number=2):
              "iscrowd": 0}
         ],
     }  # fmt: skip
-    (folder / name).write_text(json.dumps(content))
+    (directory / name).write_text(json.dumps(content))
     return content
 
 
@@ -243,10 +243,10 @@ def test_odinw_is_made_of_roboflows_files_and_checked(tmp_path, capsys):
 
 def test_odinw_says_what_is_wrong_and_writes_nothing_of_it(tmp_path, capsys):
     paths = odinw_paths(tmp_path)
-    (json_file, folder), (other, other_folder) = paths["odinw_Raccoon_val"], paths["odinw_pothole_val"]
-    roboflow(folder, "_annotations.coco.json", used=9)
-    roboflow(other_folder, "_annotations.coco.json")
-    (other_folder / "_annotations.coco.json").write_text("{")
+    (json_file, directory), (other, other_directory) = paths["odinw_Raccoon_val"], paths["odinw_pothole_val"]
+    roboflow(directory, "_annotations.coco.json", used=9)
+    roboflow(other_directory, "_annotations.coco.json")
+    (other_directory / "_annotations.coco.json").write_text("{")
     with pytest.raises(SystemExit):
         prepare_odinw.main(["--root", str(tmp_path)])
     output = capsys.readouterr().out

@@ -111,7 +111,7 @@ def use(path, ids):
         assert np.isfinite(boxes).all() and (boxes >= 0).all() and (boxes <= [64, 48, 64, 48]).all()
         assert not found.has("scores") or ((found.scores >= 0) & (found.scores <= 1)).all()
     try:
-        assert "boxes dropped" in file.summarise(ids, SIZES)
+        assert "boxes dropped" in file.summarize(ids, SIZES)
     except ValueError as error:
         assert "is it the right file?" in str(error)
     return True
@@ -119,9 +119,9 @@ def use(path, ids):
 
 @pytest.fixture
 def fast_path():
-    """A folder in memory where there is one: files that are written over and over are slow on some disks."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        yield Path(folder)
+    """A directory in memory where there is one: files that are written over and over are slow on some disks."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as directory:
+        yield Path(directory)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -169,7 +169,7 @@ def test_scores_outside_0_to_1_are_logits_in_the_whole_file(tmp_path):
     entry = {"boxes": [[0, 0, 9, 9]] * 5, "scores": logits.tolist()}
     file = ProposalFile(write_json(tmp_path / "p.json", {"1": entry, "2": {"boxes": [], "scores": []}}))
     np.testing.assert_array_equal(file.scores, (1 / (1 + np.exp(-logits.clip(-700)))).astype(np.float32))
-    assert file.summarise([1], [(48, 64)]).endswith("scores: logits -> sigmoid")
+    assert file.summarize([1], [(48, 64)]).endswith("scores: logits -> sigmoid")
     entry["scores"] = [0.25, 1.00000012, 0, 1, -1e-9]  # what float32 does to probabilities
     file = ProposalFile(write_json(tmp_path / "p.json", {"1": entry}))
     assert file.scores.tolist() == [0.25, 1, 0, 1, 0] and file.arrays.scores_from == "probabilities"
@@ -183,7 +183,7 @@ def test_the_summary_counts_what_is_left_out(tmp_path):
     content["2"] = {"boxes": [[-9, -9, 0, 5], [0, 0, 1e300, 1], [-5, -5, 500, 500]], "scores": [1, 1, 1]}
     path = write_json(tmp_path / "p.json", content)
     file = ProposalFile(path)
-    assert file.summarise(list(SIZES), list(SIZES.values())) == (
+    assert file.summarize(list(SIZES), list(SIZES.values())) == (
         f"proposals {path} (glip, sha256 {file.sha256[:12]}): 6 boxes; 2 of 3 images have an entry, 1 have none; "
         "1 unknown image ids; boxes dropped: 2 outside the image, 2 without area, 5 NaN or infinite; "
         "scores: probabilities"
@@ -192,14 +192,14 @@ def test_the_summary_counts_what_is_left_out(tmp_path):
     assert file.get(2, (30, 20)).proposal_boxes.tensor.tolist() == [[0, 0, 20, 30]]
     assert file.count_missing([1, 9, 10]) == 2
     with pytest.raises(ValueError, match="none of the 2 images.* 3 images 1, 2, 7, the data set's are 5, 6: is it"):
-        file.summarise([5, 6], [(1, 1)] * 2)
+        file.summarize([5, 6], [(1, 1)] * 2)
 
 
 @pytest.mark.parametrize("ids", [(1, 2, 9), (9, 1, 2), (2, 9, 1)])
 def test_the_summary_takes_images_in_any_order(tmp_path, ids):
     content = {str(image_id): {"boxes": [[21, 5, 60, 29], [1, 31, 19, 47]]} for image_id in SIZES}
     file = ProposalFile(write_json(tmp_path / "p.json", content))
-    assert "boxes dropped: 2 outside the image, 0 without" in file.summarise(ids, [SIZES[i] for i in ids])
+    assert "boxes dropped: 2 outside the image, 0 without" in file.summarize(ids, [SIZES[i] for i in ids])
 
 
 def test_the_loader_says_so_before_the_run(tmp_path, dataset, caplog):

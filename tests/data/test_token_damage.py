@@ -14,7 +14,7 @@ from regionspot.data import build_train_loader
 from regionspot.data.dataset_mapper import annotated_regions
 from regionspot.data.token_store import TokenStore
 from regionspot.engine.extract import Extraction, extract_tokens
-from regionspot.utils.files import sha256_of_file, short_folder_name
+from regionspot.utils.files import sha256_of_file, short_directory_name
 
 from ..helpers import tiny_model, write_dataset
 from .test_token_store import SOURCES, config, content, dataset, extract  # noqa: F401
@@ -23,7 +23,7 @@ from .test_token_store import SOURCES, config, content, dataset, extract  # noqa
 def test_stores_are_named_after_data_sets():
     names = {"a/my.json:~/b/my_photos/": "my-my_photos", "/x y/all.coco.json:train": "all.coco-train"}
     for name, expected in {**names, "lvis_v1_train": "lvis_v1_train", "a.json:../..": "a-.."}.items():
-        assert short_folder_name(name) == expected
+        assert short_directory_name(name) == expected
 
 
 @pytest.fixture
@@ -151,18 +151,18 @@ def test_second_run_sees_edited_pixels(store, dataset, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("feature_maps", [False, True])
 def test_training_refuses_tokens_of_edited_images(dataset, tmp_path, feature_maps):  # noqa: F811
     extract(tmp_path / "store", feature_maps=feature_maps)
-    cfg, folder = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),)), tmp_path / "data" / "images"
-    (folder / "4.png").touch()  # the same bytes at another time
+    cfg, directory = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),)), tmp_path / "data" / "images"
+    (directory / "4.png").touch()  # the same bytes at another time
     build_train_loader(cfg)
     for edit in (lambda data: data + b"0", lambda data: data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]):
-        whole = (folder / "2.png").read_bytes()
-        (folder / "2.png").write_bytes(edit(whole))
+        whole = (directory / "2.png").read_bytes()
+        (directory / "2.png").write_bytes(edit(whole))
         message = r"of 6 images that were looked at 1 have changed .*2\.png; run tools/extract_tokens.py again"
         with pytest.raises(ValueError, match=message):
             build_train_loader(cfg)
-        (folder / "2.png").write_bytes(whole)
+        (directory / "2.png").write_bytes(whole)
     if feature_maps:  # then training reads no images, which need not be there
-        (folder / "2.png").unlink()
+        (directory / "2.png").unlink()
     build_train_loader(cfg)
 
 
@@ -179,7 +179,10 @@ def test_edited_annotations_get_one_advice(store, dataset, tmp_path):  # noqa: F
     path = tmp_path / "data" / "annotations.json"
     path.write_text(path.read_text() + " ")
     said = set()
-    for use in (extract, lambda folder: build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(folder),)))):
+    for use in (
+        extract,
+        lambda directory: build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(directory),))),
+    ):
         with pytest.raises(ValueError, match="of another annotations: .*; delete it and run .*extract_tokens") as error:
             use(store)
         said.add(str(error.value))

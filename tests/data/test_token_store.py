@@ -37,15 +37,15 @@ def config(*overrides):
     return tiny_config("DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,), "SOLVER.IMS_PER_BATCH", 6, *overrides)
 
 
-def extract(folder, *overrides, **extraction):
+def extract(directory, *overrides, **extraction):
     model = tiny_model(*overrides)
     options = {"shard_images": 2, "batch_size": 2, **extraction}
-    assert extract_tokens(model.recognizer, SOURCES, NAME, folder, Extraction(**options), show_progress=False)
+    assert extract_tokens(model.recognizer, SOURCES, NAME, directory, Extraction(**options), show_progress=False)
     return model
 
 
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -194,18 +194,18 @@ def test_augmentations_that_are_not_covered_are_refused_at_start(dataset, tmp_pa
 
 
 def test_finished_store_is_kept_and_another_one_is_refused(dataset, tmp_path):
-    folder = tmp_path / "store"
-    extract(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    extract(folder)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    directory = tmp_path / "store"
+    extract(directory)
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    extract(directory)
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
     for overrides, options, message in (
         ((), {"stages": ("mlp",)}, "another stages: expected .'mlp'., got .'transformer'."),
         ((), {"flip": True}, "another flip"),
         (("MODEL.REGIONSPOT.SAM.MULTIMASK", True), {}, "another sam: expected sam.pth .*multimask True"),
     ):
         with pytest.raises(ValueError, match=message):
-            extract(folder, *overrides, **options)
+            extract(directory, *overrides, **options)
 
 
 def test_store_refuses_other_images_boxes_annotations_and_sam(dataset, tmp_path):
@@ -323,9 +323,9 @@ def test_several_processes_share_the_work(dataset, tmp_path):
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def _extract_shared(folder):
+def _extract_shared(directory):
     model = tiny_model()
-    extract_tokens(model.recognizer, SOURCES, NAME, folder, Extraction(shard_images=1, batch_size=2), False)
+    extract_tokens(model.recognizer, SOURCES, NAME, directory, Extraction(shard_images=1, batch_size=2), False)
 
 
 def test_machines_without_a_common_disk_do_a_part_each(dataset, tmp_path):
@@ -353,7 +353,7 @@ def test_a_store_that_lost_a_shard_is_mended(dataset, tmp_path):
 def test_damaged_manifests_are_said_to_be_so(dataset, tmp_path, text):
     extract(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_text(text)
-    for use in (TokenStore, lambda folder: list(find_damage(folder)), extract):
+    for use in (TokenStore, lambda directory: list(find_damage(directory)), extract):
         with pytest.raises(ValueError, match=r"manifest.json(:| is) (damaged|of format)|of another (format|dataset)"):
             use(tmp_path / "store")
 
@@ -367,7 +367,7 @@ def test_manifests_of_other_types_or_places_are_refused(dataset, tmp_path):
     changes += [{"shards": [{**whole["shards"][0], **entry}]} for entry in entries]
     for change in changes:
         path.write_text(json.dumps(whole | change))
-        for use in (TokenStore, lambda folder: list(find_damage(folder))):
+        for use in (TokenStore, lambda directory: list(find_damage(directory))):
             with pytest.raises(ValueError, match="manifest.json is damaged"):
                 use(tmp_path / "store")
 

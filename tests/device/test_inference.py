@@ -29,13 +29,13 @@ def scenes_with_proposals():
     return batch
 
 
-def detector_config(folder):
+def detector_config(directory):
     """Write the config of a small Faster R-CNN of Detectron2's own; return its path."""
     content = yaml.safe_load((ROOT / "tests" / "tiny_rcnn.yaml").read_text())
     del content["_BASE_"]
     content["MODEL"]["ROI_HEADS"]["NAME"] = "StandardROIHeads"
     content["INPUT"]["MIN_SIZE_TEST"] = 64
-    path = folder / "detector.yaml"
+    path = directory / "detector.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 

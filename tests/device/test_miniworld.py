@@ -38,7 +38,7 @@ def catalogs(monkeypatch):
 
 @pytest.fixture
 def miniworld(tmp_path):
-    """Scenes in a folder, registered; a config, and a model that has seen them."""
+    """Scenes in a directory, registered; a config, and a model that has seen them."""
     experiment.draw_data(tmp_path / "data", {"train": 6, "test": 2}, 1)
     config = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
     cfg = experiment.miniworld_config(config, tmp_path / "out", 0, MINI)

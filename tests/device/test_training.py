@@ -18,16 +18,16 @@ NAME = "test_device"
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A folder with a registered data set, the frozen weights, and stores of both devices (maps-cpu, ...)."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write_frozen_parts(tiny_model(names=None).recognizer, folder)
-    register_json_dataset(NAME, write_dataset(folder / "data", 6), folder / "data" / "images", "lvis")
+    """A directory with a registered data set, the frozen weights, and stores of both devices (maps-cpu, ...)."""
+    directory = tmp_path_factory.mktemp("scenes")
+    write_frozen_parts(tiny_model(names=None).recognizer, directory)
+    register_json_dataset(NAME, write_dataset(directory / "data", 6), directory / "data" / "images", "lvis")
     for name in ("cpu", "meta"):
         with simulated_device():
             stages = ("prompt_encoder", "transformer", "mlp")
-            extract(folder, folder / f"maps-{name}", name, stages=stages, flip=True, feature_maps=True)
-            extract(folder, folder / f"tokens-{name}", name)
-    yield folder
+            extract(directory, directory / f"maps-{name}", name, stages=stages, flip=True, feature_maps=True)
+            extract(directory, directory / f"tokens-{name}", name)
+    yield directory
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)
 

@@ -185,7 +185,7 @@ def test_nothing_is_left_to_do_but_the_metrics(dataset, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         evaluate(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr("regionspot.modeling.meta_arch.RegionSpot.forward", lambda *_: pytest.fail("recognised again"))
+    monkeypatch.setattr("regionspot.modeling.meta_arch.RegionSpot.forward", lambda *_: pytest.fail("recognized again"))
     evaluate(tmp_path)
     assert written(tmp_path) == expected
 
@@ -256,7 +256,7 @@ def test_region_accuracy():
 
 
 def boxes_of(model, tmp_path, *overrides):
-    """Return for each image the boxes that the model recognised."""
+    """Return for each image the boxes that the model recognized."""
     outputs = [output for batch in build_test_loader(config(tmp_path, *overrides), NAME) for output in model(batch)]
     return [output["regions"].pred_boxes.tensor for output in outputs]
 

@@ -28,14 +28,14 @@ def two_gpus(monkeypatch):
 
 
 def write_backend(args):
-    path = args.folder / str(distributed.get_rank())
+    path = args.directory / str(distributed.get_rank())
     path.write_text(json.dumps([distributed.get_backend(), os.environ["CUDA_VISIBLE_DEVICES"]]))
 
 
 def test_processes_on_cpus_beside_gpus_are_joined_by_gloo(two_gpus, tmp_path, monkeypatch):
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
-    args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", folder=tmp_path)
+    args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", directory=tmp_path)
     launch(write_backend, args, "cpu")
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)] == [["gloo", ""]] * 2
 

@@ -19,7 +19,7 @@ from regionspot.modeling.masks import RleMasks
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.text_encoder import TextEncoder
-from regionspot.utils.files import folder_name
+from regionspot.utils.files import directory_name
 
 from ..helpers import ROOT, TINY, load_program
 from ..official_trees import ODINW, Truth, write_official_trees
@@ -181,7 +181,7 @@ def honest(run, by_path):
 
 
 def results_of(output, name):
-    [path] = (output / "inference" / folder_name(name)).glob("*_instances_results.json")
+    [path] = (output / "inference" / directory_name(name)).glob("*_instances_results.json")
     return path.read_bytes()
 
 

@@ -28,8 +28,8 @@ class SendSignal(HookBase):
             signal.raise_signal(self.number)
 
 
-def train_until_signal(folder, output, iteration, number=signal.SIGTERM, overrides=OVERRIDES):
-    cfg = config(folder, output, *overrides)
+def train_until_signal(directory, output, iteration, number=signal.SIGTERM, overrides=OVERRIDES):
+    cfg = config(directory, output, *overrides)
     output.mkdir(exist_ok=True)
     torch.manual_seed(cfg.SEED)
     trainer = RegionSpotTrainer(cfg)

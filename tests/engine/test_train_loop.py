@@ -22,10 +22,10 @@ NAME = "test_train_loop"
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """Return the overrides of a registered data set, its store, and the frozen weights that it is of."""
-    folder = tmp_path_factory.mktemp("scenes")
-    register_json_dataset(NAME, write_dataset(folder / "data", 12), folder / "data" / "images")
-    model, store = tiny_model(names=None), folder / "store"
-    sources = {"sam": str(folder / "sam.pth"), "clip_model": str(folder / "clip.pth")}
+    directory = tmp_path_factory.mktemp("scenes")
+    register_json_dataset(NAME, write_dataset(directory / "data", 12), directory / "data" / "images")
+    model, store = tiny_model(names=None), directory / "store"
+    sources = {"sam": str(directory / "sam.pth"), "clip_model": str(directory / "clip.pth")}
     torch.save(model.recognizer.localizer.sam.state_dict(), sources["sam"])
     torch.save(model.recognizer.vision_language.clip_model.state_dict(), sources["clip_model"])
     extract_tokens(model.recognizer, sources, NAME, store, Extraction(feature_maps=True), show_progress=False)
@@ -124,7 +124,7 @@ def train_process(args):
         ending = [trainer._trainer.skipped, steps_taken(trainer), sum(w.sum().item() for w in weights)]
     except FloatingPointError as error:
         ending = str(error)
-    (args.folder / str(comm.get_rank())).write_text(json.dumps([ending, trainer._trainer._ids]))
+    (args.directory / str(comm.get_rank())).write_text(json.dumps([ending, trainer._trainer._ids]))
 
 
 @pytest.mark.parametrize("precision", [torch.float16, None])
@@ -132,7 +132,7 @@ def test_processes_agree_on_a_loss_that_is_not_finite(cfg, tmp_path, monkeypatch
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
     group = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
-    launch(train_process, Namespace(**group, cfg=cfg, folder=tmp_path, precision=precision), "cpu")
+    launch(train_process, Namespace(**group, cfg=cfg, directory=tmp_path, precision=precision), "cpu")
     (first, _), (second, images) = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
     assert first == second
     if precision:

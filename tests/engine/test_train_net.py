@@ -32,26 +32,26 @@ train_net = load_program(ROOT / "tools" / "train_net.py")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A user's folder: my.json, my_val.json, my_images; the frozen weights, the same for all processes, beside it."""
-    folder = tmp_path_factory.mktemp("user")
-    write_frozen_parts(tiny_model(names=None).recognizer, folder)
-    path = write_dataset(folder / "data")
-    (folder / "data" / "images").rename(folder / "my_images")
+def directory(tmp_path_factory):
+    """A user's files: my.json, my_val.json, my_images; the frozen weights, the same for all processes, beside it."""
+    directory = tmp_path_factory.mktemp("user")
+    write_frozen_parts(tiny_model(names=None).recognizer, directory)
+    path = write_dataset(directory / "data")
+    (directory / "data" / "images").rename(directory / "my_images")
     content = json.loads(path.read_text())
-    (folder / "my.json").write_text(path.read_text())
+    (directory / "my.json").write_text(path.read_text())
     for category in content["categories"]:
         del category["frequency"]  # COCO's form
     for annotation in content["annotations"]:  # and no more than is needed
         for key in ("id", "area", "iscrowd"):
             del annotation[key]
-    (folder / "my_val.json").write_text(json.dumps(content))
-    return folder
+    (directory / "my_val.json").write_text(json.dumps(content))
+    return directory
 
 
-def run_here(folder, *options, overrides=()):
+def run_here(directory, *options, overrides=()):
     """Run train_net in this process."""
-    arguments = ["--config-file", str(TINY), *options, *frozen_overrides(folder), *map(str, overrides)]
+    arguments = ["--config-file", str(TINY), *options, *frozen_overrides(directory), *map(str, overrides)]
     args = train_net.parse_arguments(arguments)
     return train_net.main(args)
 
@@ -63,7 +63,7 @@ def walkthrough():
     return [line for line in "".join(blocks).replace("\\\n", " ").splitlines() if line.startswith("tools/")]
 
 
-def test_the_walkthrough_of_the_readme(folder):
+def test_the_walkthrough_of_the_readme(directory):
     commands = walkthrough()
     tools = [shlex.split(command)[0] for command in commands]
     assert tools == ["tools/extract_tokens.py", *["tools/train_net.py"] * 3]
@@ -73,22 +73,22 @@ def test_the_walkthrough_of_the_readme(folder):
         arguments = [str(TINY) if a.startswith("configs/") else a for a in arguments]
         arguments = ["12" if arguments[i - 1] == "SOLVER.MAX_ITER" else a for i, a in enumerate(arguments)]
         schedule = [] if "extract" in tool else ["SOLVER.WARMUP_ITERS", 3, "SOLVER.STEPS", "()"]
-        outputs.append(run_program(folder, ROOT / tool, *arguments, *frozen_overrides(folder), *schedule))
+        outputs.append(run_program(directory, ROOT / tool, *arguments, *frozen_overrides(directory), *schedule))
     assert "8 images" in outputs[0]
     [printed] = re.findall(r"DATASETS:\n.*\n.*\n", outputs[0])
-    (folder / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
-    assert load_config(folder / "printed.yaml").DATASETS.TRAIN == ("my.json:my_images",)
-    assert load_config(folder / "printed.yaml").DATASETS.TOKEN_STORES_TRAIN == ("tokens/my-my_images",)
-    assert torch.load(folder / "output" / "mine" / "model_final.pth", weights_only=True)["iteration"] == 11
+    (directory / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
+    assert load_config(directory / "printed.yaml").DATASETS.TRAIN == ("my.json:my_images",)
+    assert load_config(directory / "printed.yaml").DATASETS.TOKEN_STORES_TRAIN == ("tokens/my-my_images",)
+    assert torch.load(directory / "output" / "mine" / "model_final.pth", weights_only=True)["iteration"] == 11
     assert "Starting training from iteration 12" in outputs[2]  # --resume of a run that was done
     assert "protocol: coco on my_val.json:my_images" in outputs[3] and "images: 8 of 8" in outputs[3]
-    assert json.loads((folder / "output" / "mine" / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] >= 0
+    assert json.loads((directory / "output" / "mine" / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] >= 0
 
 
-def test_two_processes_train_to_what_one_does_with_twice_the_batch(folder, tmp_path):
-    """By torchrun, with SAM in the loop; a step of the optimiser is 7e-4, and the weights agree to 2e-4."""
+def test_two_processes_train_to_what_one_does_with_twice_the_batch(directory, tmp_path):
+    """By torchrun, with SAM in the loop; a step of the optimizer is 7e-4, and the weights agree to 2e-4."""
     weights = []
-    overrides = ["DATASETS.TRAIN", f"('{folder}/my.json:{folder}/my_images',)", "DATASETS.TEST", "()"]
+    overrides = ["DATASETS.TRAIN", f"('{directory}/my.json:{directory}/my_images',)", "DATASETS.TEST", "()"]
     schedule = {"MAX_ITER": 6, "IMS_PER_BATCH": 4, "BASE_LR": 7e-4, "WARMUP_ITERS": 2, "STEPS": "()"}
     overrides += [part for key, value in schedule.items() for part in (f"SOLVER.{key}", value)]
     overrides += [
@@ -96,7 +96,7 @@ def test_two_processes_train_to_what_one_does_with_twice_the_batch(folder, tmp_p
         "0.0",
         "INPUT.RANDOM_FLIP",
         "horizontal",
-        *frozen_overrides(folder),
+        *frozen_overrides(directory),
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     command = [ROOT / "tools/train_net.py", "--config-file", TINY, *overrides, "OUTPUT_DIR"]
@@ -109,21 +109,21 @@ def test_two_processes_train_to_what_one_does_with_twice_the_batch(folder, tmp_p
         torch.testing.assert_close(value, weights[1]["model"][key], atol=2e-4, rtol=0)
 
 
-def test_evaluation_on_one_process_and_on_two(folder, tmp_path):
+def test_evaluation_on_one_process_and_on_two(directory, tmp_path):
     run_here(
-        folder,
+        directory,
         overrides=[
-            *["DATASETS.TRAIN", f"('{folder}/my.json:{folder}/my_images',)", "DATASETS.TEST", "()"],
+            *["DATASETS.TRAIN", f"('{directory}/my.json:{directory}/my_images',)", "DATASETS.TEST", "()"],
             *["SOLVER.MAX_ITER", 5, "SOLVER.IMS_PER_BATCH", 4, "OUTPUT_DIR", tmp_path],
         ],
     )
     options = ["--eval-only", "--num-gpus", "2", "--dist-url", "auto", "--config-file", TINY]
     overrides = ["MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path, "MODEL.MASK_ON", "True"]
-    overrides += ["DATASETS.TEST", f"('{folder}/my.json:{folder}/my_images',)", *frozen_overrides(folder)]
+    overrides += ["DATASETS.TEST", f"('{directory}/my.json:{directory}/my_images',)", *frozen_overrides(directory)]
     two = run_program(tmp_path, ROOT / "tools/train_net.py", *options, *overrides)
     [written] = (tmp_path / "inference").glob("*/metrics.json")
     by_two = written.read_text()
-    one = run_here(folder, "--eval-only", overrides=overrides)
+    one = run_here(directory, "--eval-only", overrides=overrides)
     assert written.read_text() == by_two  # to the last digit
     rows = [line.split("copypaste: ")[1] for line in two.splitlines() if "copypaste: " in line]
     assert rows[0] == "Task: bbox" and rows[3] == "Task: segm" and rows[1].endswith("APr,APc,APf")
@@ -131,10 +131,10 @@ def test_evaluation_on_one_process_and_on_two(folder, tmp_path):
         assert float(rows[row].split(",")[0]) == pytest.approx(one[task]["AP"], abs=1e-3)
 
 
-def test_coco_data_sets_are_evaluated_by_coco(folder, tmp_path):
-    name = f"('{folder}/my_val.json:{folder}/my_images',)"
+def test_coco_data_sets_are_evaluated_by_coco(directory, tmp_path):
+    name = f"('{directory}/my_val.json:{directory}/my_images',)"
     overrides = ["DATASETS.TEST", name, "MODEL.MASK_ON", "True", "OUTPUT_DIR", tmp_path]
-    results = run_here(folder, "--eval-only", overrides=overrides)
+    results = run_here(directory, "--eval-only", overrides=overrides)
     assert set(results) == {"bbox", "segm", "region"} and "APr" not in results["bbox"]
 
 
@@ -145,7 +145,7 @@ def _hold(directory, started):
 
 
 @pytest.mark.parametrize("what", ["training", "evaluation", "trainer"])
-def test_second_run_in_an_output_directory_is_refused(folder, tmp_path, what):
+def test_second_run_in_an_output_directory_is_refused(directory, tmp_path, what):
     context = multiprocessing.get_context("fork")
     started = context.Event()
     process = context.Process(target=_hold, args=(tmp_path, started))
@@ -154,25 +154,25 @@ def test_second_run_in_an_output_directory_is_refused(folder, tmp_path, what):
     leftover = tmp_path / ".model_final.pth.0123.tmp"  # which the first run is writing
     leftover.touch()
     before = sorted(tmp_path.iterdir())
-    name = f"('{folder}/my.json:{folder}/my_images',)"
+    name = f"('{directory}/my.json:{directory}/my_images',)"
     overrides = ["DATASETS.TRAIN", name, "DATASETS.TEST", name, "OUTPUT_DIR", tmp_path]
     try:
         with pytest.raises(ValueError, match=f"{tmp_path}: another run is at work there .process {process.pid} on "):
             if what == "trainer":
-                RegionSpotTrainer(tiny_config(*map(str, overrides), *map(str, frozen_overrides(folder)))).train()
+                RegionSpotTrainer(tiny_config(*map(str, overrides), *map(str, frozen_overrides(directory)))).train()
             else:
-                run_here(folder, *["--eval-only"] * (what == "evaluation"), overrides=overrides)
+                run_here(directory, *["--eval-only"] * (what == "evaluation"), overrides=overrides)
         assert leftover.exists() and (what == "trainer" or sorted(tmp_path.iterdir()) == before)
     finally:
         process.kill()
         process.join()
 
 
-def test_log_is_short_and_plain(folder, tmp_path, monkeypatch):
+def test_log_is_short_and_plain(directory, tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as if for a terminal
-    data = f"('{folder}/my.json:{folder}/my_images',)"
+    data = f"('{directory}/my.json:{directory}/my_images',)"
     overrides = ["DATASETS.TRAIN", data, "DATASETS.TEST", data, "SOLVER.MAX_ITER", 60, "SOLVER.IMS_PER_BATCH", 1]
-    run_here(folder, overrides=[*overrides, "SOLVER.CHECKPOINT_PERIOD", 20, "OUTPUT_DIR", tmp_path])
+    run_here(directory, overrides=[*overrides, "SOLVER.CHECKPOINT_PERIOD", 20, "OUTPUT_DIR", tmp_path])
     logging.getLogger("detectron2").warning(colored("in color", "red"))
     log = (tmp_path / "log.txt").read_text()
     assert "in color" in log and "\x1b" not in log and len(log.splitlines()) < 60
@@ -189,7 +189,7 @@ def test_log_is_short_and_plain(folder, tmp_path, monkeypatch):
         (["DATASETS.TRAIN", "('unknown',)"], KeyError, "'unknown' is not registered"),
         (["DATASETS.TRAIN", "('lvis_v1_trian',)"], KeyError, "do you mean lvis_v1_train"),
         (["DATASETS.TRAIN", "('no.json:images',)"], FileNotFoundError, "no.json: no such file"),
-        (["DATASETS.TRAIN", "('my.json',)"], ValueError, "names no images: expected 'annotations.json:folder"),
+        (["DATASETS.TRAIN", "('my.json',)"], ValueError, "names no images: expected 'annotations.json:directory"),
         (["DATASETS.TRAIN", "()"], ValueError, "DATASETS.TRAIN is empty"),
         (["SOLVER.OPTIMIZER", "Adam"], ValueError, "expected AdamW"),
         (["DATASETS.TEST", "('unknown',)"], KeyError, "'unknown' is not registered"),
@@ -197,7 +197,7 @@ def test_log_is_short_and_plain(folder, tmp_path, monkeypatch):
         (["DATASETS.TOKEN_STORES_TRAIN", "('no_store',)"], FileNotFoundError, "make it with tools/extract_tokens.py"),
     ],
 )
-def test_what_is_wrong_is_said_before_training(folder, tmp_path, overrides, error, message):
-    own = ["DATASETS.TRAIN", f"('{folder}/my.json:{folder}/my_images',)", "DATASETS.TEST", "()"]
+def test_what_is_wrong_is_said_before_training(directory, tmp_path, overrides, error, message):
+    own = ["DATASETS.TRAIN", f"('{directory}/my.json:{directory}/my_images',)", "DATASETS.TEST", "()"]
     with pytest.raises(error, match=message):
-        run_here(folder, overrides=[*own, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path, *overrides])
+        run_here(directory, overrides=[*own, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path, *overrides])

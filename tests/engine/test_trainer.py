@@ -26,15 +26,15 @@ logging.getLogger("detectron2").setLevel(logging.ERROR)
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """A registered data set, its stores, and the frozen weights that they are of."""
-    folder = tmp_path_factory.mktemp("scenes")
+    directory = tmp_path_factory.mktemp("scenes")
     name = "test_trainer"
-    register_json_dataset(name, write_dataset(folder / "data", 12), folder / "data" / "images", "lvis")
+    register_json_dataset(name, write_dataset(directory / "data", 12), directory / "data" / "images", "lvis")
     recognizer = tiny_model(names=None).recognizer
-    sources = {"sam": str(folder / "sam.pth"), "clip_model": str(folder / "clip.pth")}
-    write_frozen_parts(recognizer, folder)
+    sources = {"sam": str(directory / "sam.pth"), "clip_model": str(directory / "clip.pth")}
+    write_frozen_parts(recognizer, directory)
     extraction = Extraction(flip=True, feature_maps=True)
-    extract_tokens(recognizer, sources, name, folder / "store", extraction, show_progress=False)
-    yield folder
+    extract_tokens(recognizer, sources, name, directory / "store", extraction, show_progress=False)
+    yield directory
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
 
@@ -56,8 +56,8 @@ def train(scenes, output, *overrides, resume=False):
     return trainer
 
 
-def saved(folder, name="model_final.pth"):
-    return torch.load(folder / name, weights_only=True)
+def saved(directory, name="model_final.pth"):
+    return torch.load(directory / name, weights_only=True)
 
 
 def assert_same(one, two):
@@ -142,10 +142,10 @@ def test_a_batch_in_parts_equals_a_batch(scenes, tmp_path):
 def test_bfloat16_on_a_cpu_and_what_is_refused(scenes, tmp_path):
     losses = {}
     for enabled in (False, True):
-        folder = tmp_path / str(enabled)
-        train(scenes, folder, "SOLVER.MAX_ITER", 40, "SOLVER.AMP.ENABLED", enabled)
+        directory = tmp_path / str(enabled)
+        train(scenes, directory, "SOLVER.MAX_ITER", 40, "SOLVER.AMP.ENABLED", enabled)
         losses[enabled] = [
-            json.loads(line)["total_loss"] for line in (folder / "metrics.json").read_text().splitlines()
+            json.loads(line)["total_loss"] for line in (directory / "metrics.json").read_text().splitlines()
         ]
     assert losses[True] != losses[False]
     np.testing.assert_allclose(losses[True], losses[False], rtol=0.1)
@@ -181,7 +181,7 @@ def test_evaluation_while_training_keeps_the_best(scenes, tmp_path):
     best = saved(tmp_path, "model_best.pth")
     state = saved(tmp_path, "model_0000009.pth")["trainer"]["hooks"]["BestCheckpointer"]
     assert state["best_iter"] == 9 and best["iteration"] in (9, 20)
-    assert set(best) == {"model", "frozen", "iteration"}  # what is needed to recognise, and no more
+    assert set(best) == {"model", "frozen", "iteration"}  # what is needed to recognize, and no more
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert {"bbox/AP", "images_per_second", "data_share", "lr", "total_loss"} <= set().union(*lines)
@@ -257,10 +257,10 @@ def accuracy(trainer, name):
 
 
 def test_second_stage_over_three_vocabularies_improves_on_all(three, scenes):
-    def stage(folder, names, *overrides):
+    def stage(directory, names, *overrides):
         stores = tuple(str(three / f"{name}_store") for name in names)
         data = ["DATASETS.TRAIN", names, "DATASETS.TOKEN_STORES_TRAIN", stores, "SOLVER.BASE_LR", 1e-3]
-        trainer = train(scenes, three / folder, *data, "SOLVER.IMS_PER_BATCH", 12, *overrides)
+        trainer = train(scenes, three / directory, *data, "SOLVER.IMS_PER_BATCH", 12, *overrides)
         trainer.model.eval()
         return trainer
 

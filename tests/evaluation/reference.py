@@ -130,10 +130,10 @@ def make_world(
     return world, [predictions[i] for i in order]
 
 
-def write_world(folder, world, predictions, lines=False):
+def write_world(directory, world, predictions, lines=False):
     """Write both, return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    annotations, results = folder / "annotations.json", folder / ("results.jsonl" if lines else "results.json")
+    directory.mkdir(parents=True, exist_ok=True)
+    annotations, results = directory / "annotations.json", directory / ("results.jsonl" if lines else "results.json")
     annotations.write_text(json.dumps(world))
     text = "\n".join(map(json.dumps, predictions)) if lines else json.dumps(predictions)
     results.write_text(text)

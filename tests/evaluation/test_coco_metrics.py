@@ -47,8 +47,8 @@ def pycocotools_says(annotations, predictions, task):
         return _evaluate_predictions_on_coco(COCO(str(annotations)), copy.deepcopy(predictions), task)
 
 
-def compare(folder, world, predictions, task="bbox"):
-    annotations, results = write_world(folder, world, predictions)
+def compare(directory, world, predictions, task="bbox"):
+    annotations, results = write_world(directory, world, predictions)
     theirs = pycocotools_says(annotations, predictions, task)
     ours = run_coco_evaluation(annotations, read_results(results), task)
     same = {"rtol": 0, "atol": 1e-9}

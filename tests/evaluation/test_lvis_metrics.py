@@ -29,8 +29,8 @@ HOSTILE = {
 }
 
 
-def compare(folder, world, predictions, task, max_dets=300):
-    annotations, results = write_world(folder, world, predictions)
+def compare(directory, world, predictions, task, max_dets=300):
+    annotations, results = write_world(directory, world, predictions)
     theirs, their_classes = lvis_says(annotations, predictions, task, max_dets)
     evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results), task, max_dets=max_dets)
     ours = evaluation.metrics()

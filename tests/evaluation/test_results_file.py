@@ -28,8 +28,8 @@ def world(tmp_path_factory):
     return read_ground_truth(path), predictions
 
 
-def read(folder, content):
-    path = folder / "results.json"
+def read(directory, content):
+    path = directory / "results.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     return read_results(path)
 

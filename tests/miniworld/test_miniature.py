@@ -38,7 +38,7 @@ def test_committed_weights_are_small():
 def test_clip_is_as_good_as_reported(recognizer):
     report = json.loads((WEIGHTS / "clip.json").read_text())
     found = report_clip(recognizer.vision_language.clip_model, number=150)
-    for key in ("top1", "pattern", "colour", "shape"):
+    for key in ("top1", "pattern", "color", "shape"):
         assert found[key] == pytest.approx(report[key], abs=0.1)
 
 
@@ -51,24 +51,24 @@ def test_sam_is_as_good_as_reported(recognizer):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The folder of a short demo, and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
+    """The directory of a short demo, and what it printed."""
+    directory = tmp_path_factory.mktemp("demo")
     sizes = ["--train", 200, "--test", 30, "--workers", 1]
     quick = ROOT / "configs" / "quick_schedules" / "RegionSpot-mini-quick.yaml"
-    return folder, run_program(
-        folder, ROOT / "tools" / "miniworld_demo.py", "--output", folder, "--config-file", quick, *sizes
+    return directory, run_program(
+        directory, ROOT / "tools" / "miniworld_demo.py", "--output", directory, "--config-file", quick, *sizes
     )
 
 
 def test_demo_learns_and_writes_its_summary(demo):
-    folder, output = demo
-    summary = json.loads((folder / "summary.json").read_text())
+    directory, output = demo
+    summary = json.loads((directory / "summary.json").read_text())
     numbers = ["base_top1", "novel_top1", "novel_top1_novel_vocabulary", "crop_box_top1", "crop_mask_top1", "sam_iou"]
     for key in [*numbers, "AP", "APr", "APc", "APf", "mask_AP"]:
         assert isinstance(summary[key], float)
     assert {"proposal_file", "seconds", "seed", "versions"} <= set(summary)
     assert summary["base_top1"] > 0.08  # chance is 1 / 120
-    pictures = {path.name for path in folder.glob("*.png")}
+    pictures = {path.name for path in directory.glob("*.png")}
     assert {"scene_0.png", "attention_0.png", "attention_1.png"} <= pictures
     assert "tools/demo.py" in output
 
@@ -76,16 +76,16 @@ def test_demo_learns_and_writes_its_summary(demo):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_lvis_evaluation_of_the_demos_model(demo, tmp_path, processes):
     """On one process and on two, from the checkpoint and the data on disk, it gives what the demo found."""
-    folder, _ = demo
-    weights = ["MODEL.WEIGHTS", folder / "training" / "model_final.pth", "OUTPUT_DIR", tmp_path]
+    directory, _ = demo
+    weights = ["MODEL.WEIGHTS", directory / "training" / "model_final.pth", "OUTPUT_DIR", tmp_path]
     options = ["--config-file", CONFIG, "--eval-only", "--num-gpus", processes, "--dist-url", "auto"]
-    data = f"{folder}/data/miniworld/test.json:{folder}/data/miniworld"
+    data = f"{directory}/data/miniworld/test.json:{directory}/data/miniworld"
     command = [ROOT / "tools" / "train_net.py", *options, *weights, "DATASETS.TEST", f"('{data}',)"]
     lines = run_program(tmp_path, *command).splitlines()
     rows = [line.split("copypaste: ")[1] for line in lines if "copypaste: " in line]
     assert [rows[0], rows[3]] == ["Task: bbox", "Task: segm"]
     keys, boxes, masks = (row.split(",") for row in (rows[1], rows[2], rows[5]))
     found = {**dict(zip(keys, boxes)), "mask_AP": masks[0]}
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text())
     for key in ("AP", "APr", "APc", "APf", "mask_AP"):
         assert float(found[key]) == pytest.approx(summary[key], abs=2e-4)

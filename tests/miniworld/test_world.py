@@ -21,8 +21,8 @@ from ..helpers import tiny_model
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    return folder, {split: LVIS(str(write_split(folder, split, 40))) for split in ("train", "test")}
+    directory = tmp_path_factory.mktemp("world")
+    return directory, {split: LVIS(str(write_split(directory, split, 40))) for split in ("train", "test")}
 
 
 def test_a_scene_is_a_function_of_seed_split_and_index():
@@ -35,19 +35,19 @@ def test_a_scene_is_a_function_of_seed_split_and_index():
 
 def test_there_are_120_categories_of_which_30_percent_are_novel():
     assert len(set(NAMES)) == 120 and len(NOVEL) == 36 and len(BASE) == 84
-    for k in range(3):  # every pattern, colour and shape is to be learned from base classes
+    for k in range(3):  # every pattern, color and shape is to be learned from base classes
         values = {category[k] for category in CATEGORIES}
         assert {CATEGORIES[i][k] for i in BASE} == {CATEGORIES[i][k] for i in NOVEL} == values
     assert {FREQUENCIES[i] for i in NOVEL} == {"r"} and {FREQUENCIES[i] for i in BASE} == {"c", "f"}
 
 
 def test_files_are_what_is_drawn(written):
-    folder, splits = written
+    directory, splits = written
     for split, lvis in splits.items():
         assert len(lvis.imgs) == 40
         for image_id in (1, 7, 40):
             scene = draw_scene(split, image_id - 1)
-            assert np.array_equal(np.asarray(Image.open(folder / lvis.imgs[image_id]["file_name"])), scene.image)
+            assert np.array_equal(np.asarray(Image.open(directory / lvis.imgs[image_id]["file_name"])), scene.image)
             annotations = lvis.load_anns(lvis.get_ann_ids([image_id]))
             kept = [i for i, label in enumerate(scene.classes) if split == "test" or label in BASE]
             assert [a["category_id"] - 1 for a in annotations] == scene.classes[kept].tolist()
@@ -88,10 +88,10 @@ def test_negative_categories_are_not_in_the_image(written):
 
 
 def test_what_is_there_is_not_drawn_again(written, monkeypatch):
-    folder, _ = written
+    directory, _ = written
     monkeypatch.setattr("miniworld.annotate.write_scene", lambda *_: pytest.fail("drawn again"))
-    write_split(folder, "test", 40)
-    assert json.loads((folder / "test.json").read_text())["info"]["number"] == 40
+    write_split(directory, "test", 40)
+    assert json.loads((directory / "test.json").read_text())["info"]["number"] == 40
 
 
 def test_packed_token_rows_are_unpacked(tmp_path):

@@ -1,4 +1,4 @@
-"""The localiser against SAM's own forward pass."""
+"""The localizer against SAM's own forward pass."""
 
 import numpy as np
 import pytest

@@ -326,7 +326,7 @@ def test_wrong_inputs_are_refused():
         ({"masks": "yes"}, "masks: expected one of"),
     ],
 )
-def test_the_recognizer_refuses_what_it_cannot_recognise(changes, message):
+def test_the_recognizer_refuses_what_it_cannot_recognize(changes, message):
     right = {"images": [as_inputs(0)["image"]], "boxes": [Boxes([[0, 0, 9, 9]])], "proposal_scores": [torch.ones(1)]}
     recognizer = tiny_model().recognizer
     assert not recognizer(**right)[0].scores.requires_grad

@@ -36,7 +36,7 @@ def test_the_focal_loss_is_the_papers_by_default():
 def test_predicted_boxes_are_cut_to_the_image(output, factors):
     given = Boxes(BEYOND.clone())
     sizes = output and [output]
-    [(detections, regions)] = tiny_model().recognizer.recognise([as_inputs(0)["image"]], [given], output_sizes=sizes)
+    [(detections, regions)] = tiny_model().recognizer.recognize([as_inputs(0)["image"]], [given], output_sizes=sizes)
     expected = INSIDE * torch.tensor(factors).repeat(2)
     assert torch.equal(regions.pred_boxes.tensor, expected)
     assert len(detections) == len(BEYOND) * len(NAMES)

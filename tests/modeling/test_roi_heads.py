@@ -72,7 +72,7 @@ def train(model, batches=3, rate=1e-2):
 
 @pytest.mark.parametrize("output", [(48, 64), (96, 100)])
 def test_the_three_ways_in_give_the_same(output):
-    """Meta-architecture, head and predictor, over one recogniser, one image and the same boxes."""
+    """Meta-architecture, head and predictor, over one recognizer, one image and the same boxes."""
     spot = tiny_model("MODEL.MASK_ON", True)
     head = rcnn(*GIVEN, *NO_NMS, "MODEL.MASK_ON", True)
     head.roi_heads.recognizer.load_state_dict(spot.recognizer.state_dict())
@@ -162,7 +162,7 @@ def test_thresholds_are_those_of_roi_heads():
     assert 0 < len(few) < len(every)
 
 
-def test_boxes_are_suppressed_before_they_are_recognised():
+def test_boxes_are_suppressed_before_they_are_recognized():
     inputs = with_proposals(0)
     twice = Instances.cat([inputs["proposals"], inputs["proposals"]])
     inputs = {**bgr(inputs), "proposals": twice}

@@ -36,7 +36,7 @@ def test_trimmed_context_equals_the_full_one(clip_model):
 
 
 @pytest.mark.parametrize(("templates", "number"), [("all", 81), ("one", 1), ("none", 1)])
-def test_embedding_is_the_normalised_mean_of_the_prompts(clip_model, templates, number):
+def test_embedding_is_the_normalized_mean_of_the_prompts(clip_model, templates, number):
     encoder = TextEncoder(clip_model, templates, batch_size=7)
     assert len(encoder.templates) == number
     names = ["zebra", "arctic_(type_of_shoe)", "cup"]
@@ -57,7 +57,7 @@ def test_second_call_is_read_from_the_cache(clip_model, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["templates", "names", "style", "weights", "synonyms"])
-def test_cache_key_tells_apart_what_changes_the_embeddings(clip_model, change, cache_folder):
+def test_cache_key_tells_apart_what_changes_the_embeddings(clip_model, change, cache_directory):
     TextEncoder(clip_model, "one")(["a_b"])
     names, templates, style, model = ["a_b"], "one", "dataset", clip_model
     if change == "templates":
@@ -73,16 +73,16 @@ def test_cache_key_tells_apart_what_changes_the_embeddings(clip_model, change, c
             "MODEL.REGIONSPOT.CLIP.CUSTOM.TEXT_LAYERS", 1, names=None
         ).recognizer.vision_language.clip_model
     TextEncoder(model, templates, style)(names)
-    assert len(list(cache_folder.glob("text/*.safetensors"))) == 2
+    assert len(list(cache_directory.glob("text/*.safetensors"))) == 2
 
 
-def test_cache_key_tells_apart_the_precision_that_clip_computes_in(clip_model, cache_folder):
+def test_cache_key_tells_apart_the_precision_that_clip_computes_in(clip_model, cache_directory):
     """The same numbers in half precision give other embeddings than in single precision."""
     single, half = copy.deepcopy(clip_model), copy.deepcopy(clip_model)
     convert_weights(half)
     single.load_state_dict(half.state_dict())  # what half precision can hold
     values = [TextEncoder(model, "one")(NAMES) for model in (single, half)]
-    assert len(list(cache_folder.glob("text/*.safetensors"))) == 2
+    assert len(list(cache_directory.glob("text/*.safetensors"))) == 2
     assert not torch.equal(*values)
 
 
@@ -119,9 +119,9 @@ def rewritten(change):
         rewritten(lambda x: x.index_fill(0, torch.tensor([2]), float("nan"))),
     ],
 )
-def test_damaged_cache_is_encoded_again(clip_model, cache_folder, damage, caplog):
+def test_damaged_cache_is_encoded_again(clip_model, cache_directory, damage, caplog):
     first = TextEncoder(clip_model, "one")(NAMES)
-    [path] = cache_folder.glob("text/*.safetensors")
+    [path] = cache_directory.glob("text/*.safetensors")
     damage(path)
     assert torch.equal(TextEncoder(clip_model, "one")(NAMES), first) and "are damaged" in caplog.text
     caplog.clear()
@@ -146,7 +146,7 @@ def test_weights_are_hashed_once_and_again_when_they_change(clip_model, monkeypa
     assert len(hashed) == 4
 
 
-def test_embedding_of_synonyms_is_the_normalised_mean_of_theirs(clip_model):
+def test_embedding_of_synonyms_is_the_normalized_mean_of_theirs(clip_model):
     encoder = TextEncoder(clip_model, "one")
     cup, mug, table = encoder(["cup", "mug", "table"])
     found = encoder(load_vocabulary({"vessel": ["cup", "mug"], "cup": ["cup"], "other": "table"}))
@@ -157,9 +157,9 @@ def test_embedding_of_synonyms_is_the_normalised_mean_of_theirs(clip_model):
     torch.testing.assert_close(again, found)  # from another file
 
 
-def test_lock_of_a_stopped_process_is_said_and_given_up(clip_model, cache_folder, monkeypatch, caplog):
+def test_lock_of_a_stopped_process_is_said_and_given_up(clip_model, cache_directory, monkeypatch, caplog):
     expected = TextEncoder(clip_model, "one")(NAMES)
-    [path] = cache_folder.glob("text/*.safetensors")
+    [path] = cache_directory.glob("text/*.safetensors")
     path.unlink()
     monkeypatch.setattr(text_encoder, "LOCK_TIMEOUTS", (0.1, 0.1))
     held = subprocess.Popen(["flock", f"{path}.lock", "sh", "-c", "echo held; exec sleep 60"], stdout=subprocess.PIPE)
@@ -171,12 +171,12 @@ def test_lock_of_a_stopped_process_is_said_and_given_up(clip_model, cache_folder
     assert "another process has held" in caplog.text and path.name in caplog.text and path.is_file()
 
 
-def test_weights_that_give_no_numbers_are_refused(clip_model, cache_folder):
+def test_weights_that_give_no_numbers_are_refused(clip_model, cache_directory):
     clip_model = copy.deepcopy(clip_model)
     torch.nn.init.constant_(clip_model.text_projection, float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         TextEncoder(clip_model, "one")(NAMES)
-    assert not list(cache_folder.glob("text/*.safetensors"))
+    assert not list(cache_directory.glob("text/*.safetensors"))
 
 
 def test_autocast_and_inference_mode_do_not_reach_the_embeddings(clip_model):

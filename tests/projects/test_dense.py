@@ -205,8 +205,8 @@ def test_shipped_configs_load_anywhere_and_take_overrides(name, tmp_path, monkey
     assert regionspot.TEST.DETECTIONS_PER_IMAGE == 9
 
 
-def arguments(folder, *options):
-    return train_net.parse_arguments(["--config-file", str(folder / "tiny.py"), *map(str, options)])
+def arguments(directory, *options):
+    return train_net.parse_arguments(["--config-file", str(directory / "tiny.py"), *map(str, options)])
 
 
 def metrics(output):
@@ -217,57 +217,59 @@ WHOLE = ["model.freeze=False", "model.detector_weights=''", "optimizer.lr=3e-3",
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A user's folder: a data set, frozen weights, a config that names them, and a detector that was trained by it."""
-    folder = tmp_path_factory.mktemp("user")
-    write_dataset(folder / "data").rename(folder / "my.json")
-    (folder / "data" / "images").rename(folder / "my_images")
+def directory(tmp_path_factory):
+    """A user's files: a data set, frozen weights, a config that names them, and a detector that was trained by it."""
+    directory = tmp_path_factory.mktemp("user")
+    write_dataset(directory / "data").rename(directory / "my.json")
+    (directory / "data" / "images").rename(directory / "my_images")
     model = build(CONFIGS[0])
-    write_frozen_parts(model.recognizer, folder)
-    frozen = ",".join(f"'{part}'" for part in frozen_overrides(folder))
+    write_frozen_parts(model.recognizer, directory)
+    frozen = ",".join(f"'{part}'" for part in frozen_overrides(directory))
     options = [
-        *[f"model.recognizer.cfg.overrides=[{frozen}]", f"model.detector_weights={folder}/detector.pth"],
-        *[f"dataloader.{part}.dataset.names='{folder}/my.json:{folder}/my_images'" for part in ("train", "test")],
+        *[f"model.recognizer.cfg.overrides=[{frozen}]", f"model.detector_weights={directory}/detector.pth"],
+        *[f"dataloader.{part}.dataset.names='{directory}/my.json:{directory}/my_images'" for part in ("train", "test")],
         *["optimizer.lr=3e-4", "train.max_iter=4", "train.log_period=1", "train.eval_period=100"],
     ]
-    (folder / "tiny.py").write_text(
+    (directory / "tiny.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.projects.tiny_dense import tiny_dense_config\n"
         f"globals().update(tiny_dense_config({CONFIGS[0]!r}, *{options!r}).items())\n"
     )
-    trained = train_net.main(arguments(folder, *WHOLE, f"train.output_dir={folder}/whole"))
-    torch.save({"model": trained.detector.state_dict()}, folder / "detector.pth")
-    return folder
+    trained = train_net.main(arguments(directory, *WHOLE, f"train.output_dir={directory}/whole"))
+    torch.save({"model": trained.detector.state_dict()}, directory / "detector.pth")
+    return directory
 
 
-def test_two_processes_train_and_evaluate_and_one_goes_on(folder, monkeypatch):
+def test_two_processes_train_and_evaluate_and_one_goes_on(directory, monkeypatch):
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
-    output = f"train.output_dir={folder}/two"
+    output = f"train.output_dir={directory}/two"
     with monkeypatch.context() as patch:
         patch.setattr(torch.multiprocessing, "start_processes", forked)
-        train_net.launch(train_net.main, arguments(folder, "--num-gpus", 2, "--dist-url", "auto", output), "cpu")
-    by_two = metrics(folder / "two")
-    checkpoint = f"train.init_checkpoint={folder}/two/model_final.pth"
-    by_one = train_net.main(arguments(folder, "--eval-only", checkpoint, f"train.output_dir={folder}/one"))["bbox"]
-    random = train_net.main(arguments(folder, "--eval-only", f"train.output_dir={folder}/one"))["bbox"]
+        train_net.launch(train_net.main, arguments(directory, "--num-gpus", 2, "--dist-url", "auto", output), "cpu")
+    by_two = metrics(directory / "two")
+    checkpoint = f"train.init_checkpoint={directory}/two/model_final.pth"
+    by_one = train_net.main(arguments(directory, "--eval-only", checkpoint, f"train.output_dir={directory}/one"))[
+        "bbox"
+    ]
+    random = train_net.main(arguments(directory, "--eval-only", f"train.output_dir={directory}/one"))["bbox"]
     assert by_one["AP"] > 5 and abs(by_one["AP"] - random["AP"]) > 0.1
     for metric in ("AP", "AP50", *(f"AP-{name}" for name in NAMES)):
         assert by_two[f"bbox/{metric}"] == pytest.approx(by_one[metric], abs=1e-6)
-    saved = torch.load(folder / "two" / "model_final.pth", weights_only=True)
+    saved = torch.load(directory / "two" / "model_final.pth", weights_only=True)
     assert {key.split(".")[0] for key in saved["model"]} == {"detector", "recognizer"}
 
     command = [PROJECT / "train_net.py", "--config-file", "tiny.py", "--resume", output, "train.max_iter=6"]
-    log = run_program(folder, *command)
-    assert "Starting training from iteration 4" in log and metrics(folder / "two")["iteration"] == 6
+    log = run_program(directory, *command)
+    assert "Starting training from iteration 4" in log and metrics(directory / "two")["iteration"] == 6
 
 
-def test_directory_of_another_run_is_refused(folder, tmp_path):
+def test_directory_of_another_run_is_refused(directory, tmp_path):
     with FileLock(tmp_path / ".run.lock"), pytest.raises(ValueError, match="another run is at work"):
-        train_net.main(arguments(folder, f"train.output_dir={tmp_path}"))
+        train_net.main(arguments(directory, f"train.output_dir={tmp_path}"))
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
 
 
-def test_names_are_those_of_the_data_set_unless_the_config_has_others(folder):
-    cfg = LazyConfig.load(str(folder / "tiny.py"))
+def test_names_are_those_of_the_data_set_unless_the_config_has_others(directory):
+    cfg = LazyConfig.load(str(directory / "tiny.py"))
     recognizer = instantiate(cfg.model.recognizer)
     assert train_net.names_of(recognizer, cfg.dataloader.test) == [NAMES[i] for i in (1, 0, 3, 2)]  # by category id
     cfg.model.recognizer.cfg.overrides.extend(["MODEL.REGIONSPOT.VOCABULARY", "a,b,c,d"])
@@ -275,13 +277,13 @@ def test_names_are_those_of_the_data_set_unless_the_config_has_others(folder):
     assert train_net.names_of(recognizer, cfg.dataloader.test) == ["a", "b", "c", "d"]
 
 
-def test_a_detector_that_learns_is_saved_and_resumed_from(folder):
-    lines = [json.loads(line) for line in (folder / "whole" / "metrics.json").read_text().splitlines()]
+def test_a_detector_that_learns_is_saved_and_resumed_from(directory):
+    lines = [json.loads(line) for line in (directory / "whole" / "metrics.json").read_text().splitlines()]
     losses = ("loss_regionspot", "loss_cls", "loss_box_reg")
     assert all(lines[-2][loss] < 0.8 * lines[0][loss] for loss in losses)
-    resumed = train_net.main(arguments(folder, "--resume", *WHOLE, f"train.output_dir={folder}/whole"))
-    saved = torch.load(folder / "whole" / "model_final.pth", weights_only=True)["model"]
-    detector = torch.load(folder / "detector.pth", weights_only=True)["model"]
+    resumed = train_net.main(arguments(directory, "--resume", *WHOLE, f"train.output_dir={directory}/whole"))
+    saved = torch.load(directory / "whole" / "model_final.pth", weights_only=True)["model"]
+    detector = torch.load(directory / "detector.pth", weights_only=True)["model"]
     for key, value in resumed.state_dict().items():
         assert torch.equal(value, saved[key])
         assert not key.startswith("detector.") or torch.equal(value, detector[key.removeprefix("detector.")])
@@ -296,7 +298,7 @@ def test_a_detector_that_learns_is_saved_and_resumed_from(folder):
         (["train.init_checkpoint=DETECTOR"], ValueError, "holds nothing of RegionSpot.*model.detector_weights"),
     ],
 )
-def test_what_is_wrong_is_said_before_training(folder, overrides, error, message):
-    overrides = [x.replace("DETECTOR", f"{folder}/detector.pth") for x in overrides]
+def test_what_is_wrong_is_said_before_training(directory, overrides, error, message):
+    overrides = [x.replace("DETECTOR", f"{directory}/detector.pth") for x in overrides]
     with pytest.raises(error, match=message):
-        train_net.main(arguments(folder, *overrides, f"train.output_dir={folder}/wrong"))
+        train_net.main(arguments(directory, *overrides, f"train.output_dir={directory}/wrong"))

@@ -17,8 +17,8 @@ GUIDE = re.findall(r"```python\n(.*?)```", (ROOT / "projects" / "README.md").rea
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A user's folder: a detector of theirs, its weights, and a RegionSpot checkpoint."""
+def directory(tmp_path, monkeypatch):
+    """A user's directory: a detector of theirs, its weights, and a RegionSpot checkpoint."""
     host = load_config(ROOT / "tests" / "tiny_rcnn.yaml", ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"])
     (tmp_path / "your_detector.yaml").write_text(host.dump())
     DetectionCheckpointer(build_model(host), str(tmp_path)).save("your_detector")
@@ -34,7 +34,7 @@ def test_there_are_three_snippets_and_the_first_is_short():
     assert sum(bool(line.strip()) for line in GUIDE[0].splitlines()) <= 20
 
 
-def test_a_head_for_a_generalized_rcnn(folder, capsys):
+def test_a_head_for_a_generalized_rcnn(directory, capsys):
     image = as_inputs(0)["image"].flip(0)
     scope = {"image": image, "height": 96, "width": 128}
     exec(GUIDE[0], scope)
@@ -43,16 +43,16 @@ def test_a_head_for_a_generalized_rcnn(folder, capsys):
     assert "tensor(" in capsys.readouterr().out
     model = scope["model"]
     assert model.roi_heads.recognizer.vocabulary == ["cup", "saucer"]
-    state, expected = model.state_dict(), torch.load(folder / "your_detector.pth", weights_only=True)["model"]
+    state, expected = model.state_dict(), torch.load(directory / "your_detector.pth", weights_only=True)["model"]
     shared = set(state) & set(expected)
     assert len(shared) > 50 and all(torch.equal(state[key], expected[key]) for key in shared)
     [again] = model([{"image": image}])
     assert set(again["instances"].pred_classes.tolist()) == {0, 1}
 
 
-def test_detectron2s_own_predictor(folder):
+def test_detectron2s_own_predictor(directory):
     """``DefaultPredictor`` builds the model, loads the host's weights and resizes the picture by itself."""
-    cfg = load_config(folder / "your_detector.yaml", ["MODEL.WEIGHTS", "your_detector.pth"])
+    cfg = load_config(directory / "your_detector.yaml", ["MODEL.WEIGHTS", "your_detector.pth"])
     cfg.MODEL.ROI_HEADS.NAME = "RegionSpotROIHeads"
     cfg.MODEL.REGIONSPOT.HEAD.WEIGHTS = "regionspot_bb.pth"
     cfg.MODEL.REGIONSPOT.VOCABULARY = "cup, saucer"
@@ -64,7 +64,7 @@ def test_detectron2s_own_predictor(folder):
     assert found.pred_masks.shape == (len(found), 48, 64)
 
 
-def test_a_recognizer_beside_another_detector(folder):
+def test_a_recognizer_beside_another_detector(directory):
     overrides = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"]
     overrides += ["MODEL.RETINANET.IN_FEATURES", "('p3', 'p4')", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     torch.manual_seed(0)
@@ -89,8 +89,8 @@ def test_a_recognizer_beside_another_detector(folder):
     assert scope["losses"]["loss_cls"].requires_grad
 
 
-def test_a_recognizer_is_loaded_whole(folder):
-    recognizer = load_recognizer(load_config(folder / "configs" / "RegionSpot-BB.yaml"), "regionspot_bb.pth")
+def test_a_recognizer_is_loaded_whole(directory):
+    recognizer = load_recognizer(load_config(directory / "configs" / "RegionSpot-BB.yaml"), "regionspot_bb.pth")
     expected = released_state(tiny_model())
     state = recognizer.state_dict()
     assert torch.equal(state["knowledge_integration.to_clip.weight"], expected["model.to_clip.weight"])

@@ -37,26 +37,26 @@ CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A user's folder: my.json, my_images, and the frozen weights, the same for all processes."""
-    folder = tmp_path_factory.mktemp("user")
-    write_frozen_parts(tiny_model(names=None).recognizer, folder)
-    write_dataset(folder / "data").rename(folder / "my.json")
-    (folder / "data" / "images").rename(folder / "my_images")
-    return folder
+def directory(tmp_path_factory):
+    """A user's directory: my.json, my_images, and the frozen weights, the same for all processes."""
+    directory = tmp_path_factory.mktemp("user")
+    write_frozen_parts(tiny_model(names=None).recognizer, directory)
+    write_dataset(directory / "data").rename(directory / "my.json")
+    (directory / "data" / "images").rename(directory / "my_images")
+    return directory
 
 
-def overrides(folder, output, *more):
-    data = f"{folder}/my.json:{folder}/my_images"
-    keys = {"DATASETS.TRAIN": (data,), "DATASETS.TEST": (data,), "OUTPUT_DIR": folder / output}
+def overrides(directory, output, *more):
+    data = f"{directory}/my.json:{directory}/my_images"
+    keys = {"DATASETS.TRAIN": (data,), "DATASETS.TEST": (data,), "OUTPUT_DIR": directory / output}
     keys |= {"INPUT.MIN_SIZE_TRAIN": (96,), "INPUT.MIN_SIZE_TEST": 96, "SOLVER.IMS_PER_BATCH": 4, "SOLVER.STEPS": ()}
     keys |= {"SOLVER.WARMUP_ITERS": 1, "MODEL.REGIONSPOT.PROPOSALS.TOP_K": 8, "TEST.DETECTIONS_PER_IMAGE": 20}
-    return [str(part) for part in (*frozen_overrides(folder), *chain.from_iterable(keys.items()), *more)]
+    return [str(part) for part in (*frozen_overrides(directory), *chain.from_iterable(keys.items()), *more)]
 
 
-def run_project(folder, output, *options, processes=1, more=()):
+def run_project(directory, output, *options, processes=1, more=()):
     script = [PROJECT / "train_net.py", "--config-file", CONFIG, "--num-gpus", processes]
-    return run_program(folder, *script, "--dist-url", "auto", *options, *overrides(folder, output, *more))
+    return run_program(directory, *script, "--dist-url", "auto", *options, *overrides(directory, output, *more))
 
 
 def metrics_of(log):
@@ -71,30 +71,30 @@ def trained_state(path):
 
 
 @pytest.fixture(scope="module")
-def joint(folder):
+def joint(directory):
     """A checkpoint of host and head, trained in one process."""
-    run_project(folder, "one", more=("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1))
-    return folder / "one" / "model_final.pth"
+    run_project(directory, "one", more=("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1))
+    return directory / "one" / "model_final.pth"
 
 
-def test_training_on_one_process_and_on_two(folder, joint):
-    log = run_project(folder, "two", processes=2, more=("SOLVER.MAX_ITER", 4))
+def test_training_on_one_process_and_on_two(directory, joint):
+    log = run_project(directory, "two", processes=2, more=("SOLVER.MAX_ITER", 4))
     assert "copypaste: Task: bbox" in log
-    first, last = trained_state(folder / "one" / "model_0000000.pth"), trained_state(joint)
-    two = trained_state(folder / "two" / "model_final.pth")
+    first, last = trained_state(directory / "one" / "model_0000000.pth"), trained_state(joint)
+    two = trained_state(directory / "two" / "model_final.pth")
     for key, value in first.items():  # host and frozen parts stay, of one process or two
         for state in (last, two):
             assert torch.equal(state[key], value) != ("knowledge_integration" in key), key
 
 
-def test_evaluation_on_one_process_and_on_two(folder, joint):
+def test_evaluation_on_one_process_and_on_two(directory, joint):
     logs = [
-        run_project(folder, f"eval{processes}", "--eval-only", processes=processes, more=("MODEL.WEIGHTS", joint))
+        run_project(directory, f"eval{processes}", "--eval-only", processes=processes, more=("MODEL.WEIGHTS", joint))
         for processes in (1, 2)
     ]
     one, two = map(metrics_of, logs)
     assert one == pytest.approx(two, nan_ok=True) and len(one) > 5
-    names = json.loads((folder / "eval1" / "inference" / "lvis_instances_results.json").read_text())
+    names = json.loads((directory / "eval1" / "inference" / "lvis_instances_results.json").read_text())
     assert {entry["category_id"] for entry in names} <= {3, 1, 10, 7} and len(names) > 20
     assert re.search(r"AP, ?AP50", logs[0])
 
@@ -125,19 +125,19 @@ def test_shipped_configs_on_the_detectors_of_the_zoo(name):
     assert len(persons) and (persons.min() > 0.9) == name.endswith("keep_coco")
 
 
-def test_what_was_trained_in_the_head_is_used_by_the_predictor(folder, joint):
-    cfg = tiny_config(*overrides(folder, "p", "MODEL.WEIGHTS", joint))
+def test_what_was_trained_in_the_head_is_used_by_the_predictor(directory, joint):
+    cfg = tiny_config(*overrides(directory, "p", "MODEL.WEIGHTS", joint))
     predictor = RegionSpotPredictor(cfg)
     assert not predictor.random_parts
     expected = trained_state(joint)["roi_heads.recognizer.knowledge_integration.to_clip.weight"]
     assert torch.equal(predictor.recognizer.knowledge_integration.to_clip.weight, expected)
 
 
-def test_detectron2s_own_trainer_and_evaluator(folder):
+def test_detectron2s_own_trainer_and_evaluator(directory):
     """No code of ours but the head: ``DefaultTrainer`` trains, its ``test`` evaluates."""
     more = ("SOLVER.MAX_ITER", 3, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value")
-    cfg = load_config(CONFIG, overrides(folder, "theirs", *more))
-    (folder / "theirs").mkdir()
+    cfg = load_config(CONFIG, overrides(directory, "theirs", *more))
+    (directory / "theirs").mkdir()
     check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
 
     class Trainer(DefaultTrainer):
@@ -152,13 +152,13 @@ def test_detectron2s_own_trainer_and_evaluator(folder):
         trainer.train()
     results = trainer._last_eval_results
     assert results["bbox"]["AP"] >= 0
-    ours = DetectionLVISEvaluator(cfg.DATASETS.TEST[0], folder / "ours")
+    ours = DetectionLVISEvaluator(cfg.DATASETS.TEST[0], directory / "ours")
     assert DefaultTrainer.test(cfg, trainer.model, [ours])["bbox"]["APf"] == pytest.approx(results["bbox"]["APf"])
     changed = {key for key, value in trainer.model.state_dict().items() if not torch.equal(before[key], value)}
     assert changed and all("knowledge_integration" in key for key in changed)
 
 
-def test_what_is_not_of_this_trainer_is_refused(folder):
+def test_what_is_not_of_this_trainer_is_refused(directory):
     sys.path.insert(0, str(PROJECT))
     try:
         spec = importlib.util.spec_from_file_location("rcnn_train_net", PROJECT / "train_net.py")
@@ -172,19 +172,19 @@ def test_what_is_not_of_this_trainer_is_refused(folder):
         (("SOLVER.AMP.ENABLED", True), "on CUDA only"),
     ):
         with pytest.raises(ValueError, match=message):
-            module.Trainer(load_config(CONFIG, overrides(folder, "no", *more)))
+            module.Trainer(load_config(CONFIG, overrides(directory, "no", *more)))
     with pytest.raises(ValueError, match="expected RegionSpot or CropBaseline, got 'GeneralizedRCNN'"):
-        RegionSpotTrainer(load_config(CONFIG, overrides(folder, "no")))
-    cfg = load_config(CONFIG, overrides(folder, "no", "MODEL.REGIONSPOT.VOCABULARY", "a, b, c"))
+        RegionSpotTrainer(load_config(CONFIG, overrides(directory, "no")))
+    cfg = load_config(CONFIG, overrides(directory, "no", "MODEL.REGIONSPOT.VOCABULARY", "a, b, c"))
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     with pytest.raises(ValueError, match="3 names, but .* has 4 classes"):
         module.Trainer.test(cfg, module.Trainer.build_model(cfg))
 
 
-def test_classes_that_a_data_set_has_not_are_refused(folder):
-    name = f"{folder}/my.json:{folder}/my_images"
+def test_classes_that_a_data_set_has_not_are_refused(directory):
+    name = f"{directory}/my.json:{directory}/my_images"
     check_registered([name], "DATASETS.TEST")
-    evaluator = DetectionLVISEvaluator(name, folder / "wrong")
+    evaluator = DetectionLVISEvaluator(name, directory / "wrong")
     evaluator.reset()
     found = Instances((48, 64), pred_boxes=Boxes([[0, 0, 4, 4]]), scores=torch.ones(1), pred_classes=torch.tensor([4]))
     evaluator.process([{"image_id": 1}], [{"instances": found}])

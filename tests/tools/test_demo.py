@@ -16,7 +16,7 @@ spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py"
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
-OWN_FOLDER = "the folder of the image"
+OWN_DIRECTORY = "the directory of the image"
 BOXES = "-3,30,60,40;8,5,30,20"
 
 
@@ -99,7 +99,7 @@ def test_points_are_parsed_and_padded():
         (["--boxes", "no.json", "--vocabulary", "a"], "no.json: no such file"),
         (["--points", "1", "--vocabulary", "a"], "x,y"),
         (["--points", "5,5,0.5", "--vocabulary", "a"], "label 1"),
-        (["--boxes", BOXES, "--vocabulary", "a", "--output", OWN_FOLDER], "would overwrite the input"),
+        (["--boxes", BOXES, "--vocabulary", "a", "--output", OWN_DIRECTORY], "would overwrite the input"),
         (["--boxes", BOXES, "--vocabulary", "a", "MODEL.DEVICE", "cuda"], "no CUDA"),
         (["--boxes", BOXES], "no class names"),
         (["--boxes", BOXES, "--vocabulary", "@no.txt"], "no such file"),
@@ -111,7 +111,7 @@ def test_points_are_parsed_and_padded():
     ],
 )
 def test_wrong_input_gives_one_line_and_no_output(image, capsys, arguments, message):
-    code, output = run(image, *(str(image.parent) if a is OWN_FOLDER else a for a in arguments))
+    code, output = run(image, *(str(image.parent) if a is OWN_DIRECTORY else a for a in arguments))
     error = capsys.readouterr().err
     assert code == 1 and message in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ")
     assert not output.exists() or not list(output.iterdir())

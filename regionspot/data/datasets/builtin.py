@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")
 # name: (annotations, images, evaluator, parts of file_name that count), below the root; {} is each of the splits.
 _TRAIN_AND_VAL: dict[str, tuple[str, str, str, int | None]] = {
     "objects365_v1_{}": ("objects365/objects365_{}.json", "objects365/{}", "coco", None),
-    # Its file names are "images/v1/patch8/<name>"; on the disk patch8 lies in the split's folder.
+    # Its file names are "images/v1/patch8/<name>"; on the disk patch8 lies in the split's directory.
     "objects365_v2_{}": ("objects365_v2/zhiyuan_objv2_{}.json", "objects365_v2/{}", "coco", 2),
     "v3det_{}": ("v3det/v3det_2023_v1_{}.json", "v3det", "coco", None),
 }
@@ -26,7 +26,7 @@ _SINGLE: dict[str, tuple[str, str, str, int | None]] = {
     "miniworld_test": ("miniworld/test.json", "miniworld", "lvis", None),
 }
 
-# The folder of each ODinW set; {} is "train", "valid" or "test", unless _ODINW_FOLDERS has another name.
+# The directory of each ODinW set; {} is "train", "valid" or "test", unless _ODINW_DIRECTORIES has another name.
 _ODINW = {
     "AerialMaritimeDrone": "AerialMaritimeDrone/large/{}",
     "Aquarium": "Aquarium/Aquarium Combined.v2-raw-1024.coco/{}",
@@ -42,7 +42,7 @@ _ODINW = {
     "pothole": "pothole/{}",
     "thermalDogsAndPeople": "thermalDogsAndPeople/{}",
 }
-_ODINW_FOLDERS = {
+_ODINW_DIRECTORIES = {
     ("EgoHands", "val"): "mini_val",
     ("VehiclesOpenImages", "val"): "mini_val",
     ("PascalVOC", "test"): "valid",  # it has no test split
@@ -50,15 +50,15 @@ _ODINW_FOLDERS = {
 
 
 def odinw_paths(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Return (annotations, folder of the images) of all ODinW splits below ``root``, by registered name."""
+    """Return (annotations, directory of the images) of all ODinW splits below ``root``, by registered name."""
     paths = {}
     for name, pattern in _ODINW.items():
         for split in SPLITS:
             usual = "valid" if split == "val" else split
-            folder = root / "odinw" / pattern.format(_ODINW_FOLDERS.get((name, split), usual))
-            # pistols has one folder for all splits, which are told apart by the file.
+            directory = root / "odinw" / pattern.format(_ODINW_DIRECTORIES.get((name, split), usual))
+            # pistols has one directory for all splits, which are told apart by the file.
             prefix = "" if "{}" in pattern else f"{split}_"
-            paths[f"odinw_{name}_{split}"] = (folder / f"{prefix}annotations_without_background.json", folder)
+            paths[f"odinw_{name}_{split}"] = (directory / f"{prefix}annotations_without_background.json", directory)
     return paths
 
 
@@ -71,9 +71,9 @@ def register_all(root: Path) -> None:
     for name, (json_file, images, evaluator_type, keep_parts) in table.items():
         if name not in DatasetCatalog:
             register_json_dataset(name, root / json_file, root / images, evaluator_type, keep_parts=keep_parts)
-    for name, (path, folder) in odinw_paths(root).items():
+    for name, (path, directory) in odinw_paths(root).items():
         if name not in DatasetCatalog:
-            register_json_dataset(name, path, folder, "coco")
+            register_json_dataset(name, path, directory, "coco")
 
 
 def datasets_root() -> Path:

@@ -37,7 +37,7 @@ def category_ids(name: str) -> np.ndarray:
         is_lvis = metadata.get("evaluator_type") == "lvis"
         mapping = {c.id: c.id - 1 if is_lvis else position for position, c in enumerate(categories)}
     where = f"data set {name!r}, annotations {file.path}"
-    remedy = "is it the right file? One of your own is named annotations.json:folder_of_images"
+    remedy = "is it the right file? One of your own is named annotations.json:directory_of_images"
     ids: dict[int, int] = {}
     for category in categories:
         if (label := mapping.get(category.id)) is None:

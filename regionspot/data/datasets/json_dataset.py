@@ -154,7 +154,7 @@ def read_json_dataset(json_file: str | Path, image_root: str | Path, *, keep_par
 
     Args:
         json_file: the annotations.
-        image_root: folder that the file names are relative to.
+        image_root: directory that the file names are relative to.
         keep_parts: how many parts of each file name count, from its end; None for all.
 
     Raises:

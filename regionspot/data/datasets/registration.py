@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from regionspot.data.datasets.json_dataset import load_json_dataset
 from regionspot.utils.files import expand_user
 
-SPEC_FORM = "expected 'annotations.json:folder_of_images', such as 'my.json:my_images'"
+SPEC_FORM = "expected 'annotations.json:directory_of_images', such as 'my.json:my_images'"
 
 
 def register_json_dataset(
@@ -23,7 +23,7 @@ def register_json_dataset(
     Args:
         name: what the data set is called in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: the annotations.
-        image_root: folder that ``file_name`` (or the end of ``coco_url``) is relative to.
+        image_root: directory that ``file_name`` (or the end of ``coco_url``) is relative to.
         evaluator_type: "lvis" or "coco"; None for what the file has: LVIS where categories have ``frequency`` and
             images ``neg_category_ids``, else COCO. It is in the metadata once the file was read.
         keep_parts: how many parts of each ``file_name`` count, from its end: 2 makes "patch8/a.jpg" of
@@ -52,8 +52,8 @@ def register_from_spec(name: str) -> bool:
         Whether ``name`` is of that form; any other is left to the catalog.
 
     Raises:
-        FileNotFoundError: the file or the folder is not there.
-        ValueError: a JSON file without a folder of images.
+        FileNotFoundError: the file or the directory is not there.
+        ValueError: a JSON file without a directory of images.
     """
     json_file, separator, image_root = name.rpartition(".json:")
     if not separator:
@@ -62,10 +62,10 @@ def register_from_spec(name: str) -> bool:
         return False
     if name in DatasetCatalog:
         return True
-    path, folder = (expand_user(text) for text in (f"{json_file}.json", image_root))
+    path, directory = (expand_user(text) for text in (f"{json_file}.json", image_root))
     if not path.is_file():
         raise FileNotFoundError(f"data set {name!r}: annotations {path}: no such file; {SPEC_FORM}")
-    if not image_root or not folder.is_dir():
-        raise FileNotFoundError(f"data set {name!r}: images {image_root!r}: no such folder; {SPEC_FORM}")
-    register_json_dataset(name, path.absolute(), folder.absolute())
+    if not image_root or not directory.is_dir():
+        raise FileNotFoundError(f"data set {name!r}: images {image_root!r}: no such directory; {SPEC_FORM}")
+    register_json_dataset(name, path.absolute(), directory.absolute())
     return True

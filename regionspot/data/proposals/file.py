@@ -17,7 +17,7 @@ from regionspot.utils.files import sha256_of_file
 
 
 class ProposalFile:
-    """The boxes of a file whose form is recognised by its content, not by its name.
+    """The boxes of a file whose form is recognized by its content, not by its name.
 
     * "glip", the authors' JSON: ``{image_id: {"boxes": [[x0, y0, x1, y1], ...], "scores": [...], "labels": [...]}}``;
     * "coco", COCO results: ``[{"image_id", "bbox": [x, y, w, h], "score", "category_id", "segmentation"}, ...]``;
@@ -105,7 +105,7 @@ class ProposalFile:
         """Return how many images of a data set have no entry."""
         return int((~np.isin(_as_ids(image_ids), self.image_ids)).sum())
 
-    def summarise(self, image_ids: Sequence[int] | np.ndarray, sizes: Sequence[tuple[int, int]] | np.ndarray) -> str:
+    def summarize(self, image_ids: Sequence[int] | np.ndarray, sizes: Sequence[tuple[int, int]] | np.ndarray) -> str:
         """Return a line that says what the file has for a data set, and what of it is left out.
 
         Args:

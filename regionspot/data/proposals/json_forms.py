@@ -119,7 +119,7 @@ def _read_images(path: Path, view: memoryview) -> ProposalArrays:
     if "annotations" in entries:
         raise ValueError(
             f"proposals {path}: expected {{image_id: {{boxes, scores}}}} or a list of COCO results, got annotations; "
-            "annotated boxes are recognised without a proposal file"
+            "annotated boxes are recognized without a proposal file"
         )
     decoder = msgspec.json.Decoder(_ImageEntry)
     image_ids, lengths, columns = array("q"), array("q"), _Columns()

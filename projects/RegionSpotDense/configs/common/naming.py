@@ -1,4 +1,4 @@
-"""What the configs here share: RegionSpot's recogniser, its training recipe, and both around a dense detector."""
+"""What the configs here share: RegionSpot's recognizer, its training recipe, and both around a dense detector."""
 
 import sys
 from pathlib import Path
