@@ -12,8 +12,8 @@ from detectron2.structures import BitMasks
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from regionspot.checkpoint import load_model
-from regionspot.modeling.localizer import LocalizerOutput
+from regionspot.checkpoint.checkpointer import load_model
+from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts, check_boxes

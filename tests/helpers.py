@@ -16,9 +16,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from regionspot.checkpoint.key_layout import to_released_key
 from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer, RegionSpot
-from regionspot.modeling.key_layout import to_released_key
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(__file__).with_name("tiny.yaml")

@@ -9,8 +9,8 @@ from segment_anything import sam_model_registry
 
 from regionspot.config import load_config
 from regionspot.modeling import RegionSpot, RegionSpotROIHeads
-from regionspot.modeling.sam import SAM_SIZES, build_sam
-from regionspot.modeling.vision_language import CLIP_SIZES, build_clip
+from regionspot.modeling.localizers.sam import SAM_SIZES, build_sam
+from regionspot.modeling.vision_language.clip import CLIP_SIZES, build_clip
 
 from .helpers import ROOT, flat, tiny_config
 

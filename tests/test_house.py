@@ -13,20 +13,19 @@ SHIPPED = [*PACKAGE, *sorted((ROOT / "tools").glob("*.py")), *PROJECTS, ROOT / "
 EVERY = [*SHIPPED, *sorted((ROOT / "tests").rglob("*.py"))]
 
 # What each room may import of the others; a room may always import itself.
-GROUND = {"structures", "vocabulary", "templates", "weights", "utils"}
+GROUND = {"structures", "vocabulary", "templates", "checkpoint", "utils"}
 MAY_IMPORT = {
     "config": {"utils"},
     "utils": set(),
     "templates": set(),
     "structures": {"utils"},
     "vocabulary": {"templates", "utils"},
-    "weights": {"utils"},
     "data": GROUND | {"config"},
     "modeling": GROUND | {"config"},
     "evaluation": GROUND | {"config", "data"},
-    "checkpoint": GROUND | {"config", "modeling"},
-    "engine": GROUND | {"config", "data", "modeling", "evaluation", "checkpoint"},
-    "predictor": GROUND | {"config", "modeling", "checkpoint"},
+    "checkpoint": {"utils", "modeling"},
+    "engine": GROUND | {"config", "data", "modeling", "evaluation"},
+    "predictor": GROUND | {"config", "modeling"},
     "visualization": GROUND | {"predictor", "modeling"},
 }
 

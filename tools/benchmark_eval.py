@@ -60,8 +60,8 @@ import torch
 import numpy as np
 from pycocotools import mask as mask_api
 from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.localizer import Localizer
-from regionspot.modeling.sam import SAM_SIZES, build_sam
+from regionspot.modeling.localizers.localizer import Localizer
+from regionspot.modeling.localizers.sam import SAM_SIZES, build_sam
 with torch.device("meta"):
     sam = build_sam(SAM_SIZES["vit_b"])
 localizer = Localizer(sam=sam)

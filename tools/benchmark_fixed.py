@@ -15,7 +15,7 @@ from tqdm import tqdm
 from regionspot.data import register_json_dataset
 from regionspot.evaluation import Protocol
 from regionspot.evaluation.region_evaluator import RegionEvaluator
-from regionspot.modeling.inference import DetectionRule
+from regionspot.modeling.postprocessing import DetectionRule
 
 DATASET = "benchmark_fixed"
 HEADERS = ["step", "CPU time", "memory, the most so far", "disk, the most so far"]

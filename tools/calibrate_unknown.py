@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from regionspot.checkpoint import load_model
+from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data import build_test_loader, dataset_vocabulary
 from regionspot.data.build import check_registered

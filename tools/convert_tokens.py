@@ -27,10 +27,10 @@ if __name__ == "__main__":
 
     answer_first(parse_arguments)
 
-from regionspot.checkpoint import load_model
+from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
-from regionspot.engine.convert import convert_tokens
+from regionspot.data.tokens.convert import convert_tokens
 from regionspot.engine.extract import Extraction, describe_store
 from regionspot.utils.command_line import run_command
 

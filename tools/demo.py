@@ -65,6 +65,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from regionspot import RegionPredictions, RegionSpotPredictor
+from regionspot.checkpoint.weights import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.structures import check_boxes
 from regionspot.utils.command_line import printable, run_command
@@ -72,7 +73,6 @@ from regionspot.utils.files import atomic_path, read_json
 from regionspot.utils.images import to_rgb_array
 from regionspot.visualization import draw_regions
 from regionspot.vocabulary import load_vocabulary
-from regionspot.weights import KNOWN_WEIGHTS
 
 
 def parse_boxes(text: str, image: Path) -> list[list[float]]:

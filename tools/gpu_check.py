@@ -51,7 +51,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "datasets"), str(ROOT / "tools")]
 import miniworld_demo
 
 from miniworld import experiment
-from regionspot.checkpoint import load_model
+from regionspot.checkpoint.checkpointer import load_model
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.utils.command_line import run_command

@@ -55,9 +55,9 @@ sys.path.insert(0, str(ROOT / "datasets"))
 from miniworld.pretrain_clip import ClipPretraining
 from miniworld.pretrain_sam import SamPretraining
 from miniworld.weights import pack_weights
+from regionspot.checkpoint.weights import load_checkpoint_file
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path, sha256_of_file
-from regionspot.weights import load_checkpoint_file
 
 TASKS: dict[str, type[ClipPretraining] | type[SamPretraining]] = {"clip": ClipPretraining, "sam": SamPretraining}
 

@@ -37,10 +37,10 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
+from regionspot.checkpoint.weights import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.utils.command_line import run_command
-from regionspot.weights import KNOWN_WEIGHTS
 
 
 def missing_inputs(cfg: CfgNode) -> list[str]:

@@ -40,7 +40,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer, launch, set_up_run

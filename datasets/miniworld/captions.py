@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from miniworld.categories import CATEGORIES, COLORS, NAMES, PATTERNS, SHAPES
 from miniworld.generator import Scene, draw_captioned
-from regionspot.modeling.vision_language import PIXEL_MEAN, PIXEL_STD
+from regionspot.modeling.vision_language.clip import PIXEL_MEAN, PIXEL_STD
 from regionspot.vocabulary import get_templates
 
 WORDS = (*PATTERNS, *COLORS, *SHAPES)

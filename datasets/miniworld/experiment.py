@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from detectron2.structures import Boxes
 from miniworld.annotate import write_split
 from miniworld.categories import BASE, NAMES, NOVEL
 from miniworld.generator import SIZE, Scene, draw_scene
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data import register_json_dataset
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.crop_baseline import CropRecognizer
-from regionspot.modeling.localizer import LocalizerOutput
+from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
 from regionspot.utils.files import atomic_path
@@ -71,7 +72,8 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
     checkpointer.load("")
     extraction = Extraction((cfg.MODEL.REGIONSPOT.TOKEN_STAGE,), feature_maps=True, batch_size=16)
-    extract_tokens(model.recognizer, checkpointer.frozen_sources, "miniworld_train", path, extraction)
+    while not extract_tokens(model.recognizer, checkpointer.frozen_sources, "miniworld_train", path, extraction):
+        time.sleep(2)  # another run is at the last shards
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TOKEN_STORES_TRAIN = (str(path),)

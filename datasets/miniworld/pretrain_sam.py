@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from miniworld.generator import SIZE, draw_scene
-from regionspot.modeling.localizer import Localizer
-from regionspot.modeling.sam import SamSize, build_sam
+from regionspot.modeling.localizers.localizer import Localizer
+from regionspot.modeling.localizers.sam import SamSize, build_sam
 from regionspot.structures import Prompts
 
 SAM_SIZE = SamSize(

@@ -14,7 +14,7 @@ def used_tokens() -> torch.Tensor:
 
 
 def pack_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what is written to the file for a state dict of CLIP or SAM; ``regionspot.weights`` reads it."""
+    """Return what a weights file holds of a state dict of CLIP or SAM; ``regionspot.checkpoint`` reads it."""
     packed = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
     if "token_embedding.weight" in packed:
         tokens = used_tokens()

@@ -21,11 +21,11 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from regionspot import RegionRecognizer
-from regionspot.checkpoint import find_recognizer
+from regionspot.checkpoint.checkpointer import find_recognizer
+from regionspot.checkpoint.detector import SafeDetectionCheckpointer
 from regionspot.data.build import check_registered
 from regionspot.engine import launch, set_up_run
 from regionspot.engine.optimizer import clip_before_steps
-from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.utils.command_line import run_command
 from regionspot.utils.run_lock import run_lock
 from regionspot.vocabulary import dataset_names

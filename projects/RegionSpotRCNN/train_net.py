@@ -31,7 +31,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from regionspot import RegionSpotROIHeads
-from regionspot.checkpoint import find_recognizer
+from regionspot.checkpoint.checkpointer import find_recognizer
+from regionspot.checkpoint.detector import SafeDetectionCheckpointer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered, dataset_vocabulary
 from regionspot.engine import launch, set_up_run
@@ -39,7 +40,6 @@ from regionspot.engine.optimizer import build_optimizer
 from regionspot.engine.run_setup import log_size
 from regionspot.engine.train_loop import autocast_precision
 from regionspot.evaluation import DetectionLVISEvaluator
-from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.utils.command_line import run_command
 from regionspot.utils.run_lock import run_lock
 

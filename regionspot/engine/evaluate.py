@@ -13,7 +13,8 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
-from regionspot.checkpoint import find_recognizer
+from regionspot.checkpoint.checkpointer import find_recognizer
+from regionspot.checkpoint.weights import fingerprint
 from regionspot.data.build import build_test_loader, proposal_source
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.engine.extract import check_image_ids
@@ -23,7 +24,6 @@ from regionspot.modeling import RegionSpot
 from regionspot.modeling.proposal_sources import detector_config
 from regionspot.utils.files import sha256_of_file
 from regionspot.utils.run_lock import run_lock
-from regionspot.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 

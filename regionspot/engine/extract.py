@@ -14,15 +14,15 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from regionspot.checkpoint.weights import fingerprint
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.image_check import check_images, path_of_image
-from regionspot.data.token_writer import StoreWriter, pack_images
+from regionspot.data.tokens.writer import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations, image_ids
-from regionspot.modeling.localizer import check_stages
+from regionspot.modeling.localizers.localizer import check_stages
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts
 from regionspot.utils.files import describe_file, is_same_file
-from regionspot.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 

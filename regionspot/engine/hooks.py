@@ -16,7 +16,7 @@ from detectron2.engine import HookBase, hooks
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.utils.memory import peak_memory
 
 logger = logging.getLogger(__name__)

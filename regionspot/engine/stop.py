@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import distributed
 
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.utils.signals import Interrupted, install_handlers, restore_handlers
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch import nn
 
-from regionspot.checkpoint import RegionSpotCheckpointer, find_recognizer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer, find_recognizer
 from regionspot.data.build import (
     build_test_loader,
     build_train_loader,

@@ -1,12 +1,12 @@
 """The model. Importing this package registers its parts with Detectron2."""
 
+from regionspot.checkpoint.recognizer import load_recognizer
 from regionspot.modeling.backbones import ClipImageEncoder, SamImageEncoder
 from regionspot.modeling.crop_baseline import CropBaseline
-from regionspot.modeling.host import freeze_host
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.recognizer_weights import load_recognizer
-from regionspot.modeling.roi_heads import RegionSpotROIHeads
+from regionspot.modeling.roi_heads.host import freeze_host
+from regionspot.modeling.roi_heads.roi_heads import RegionSpotROIHeads
 
 __all__ = [
     "CropBaseline",

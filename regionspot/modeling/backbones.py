@@ -8,8 +8,8 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import nn
 
-from regionspot.modeling.sam import build_image_encoder, get_sam_size
-from regionspot.modeling.vision_language import encode_patches, get_clip_size
+from regionspot.modeling.localizers.sam import build_image_encoder, get_sam_size
+from regionspot.modeling.vision_language.clip import encode_patches, get_clip_size
 
 
 class SquareBackbone(Backbone):

@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes
 from torch.nn import functional as F
 
-from regionspot.modeling.localizer import LocalizerOutput
+from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 

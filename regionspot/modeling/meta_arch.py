@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from regionspot.modeling.key_layout import translate_released_keys
+from regionspot.checkpoint.key_layout import translate_released_keys
 from regionspot.modeling.proposal_sources import build_proposal_source
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import check_boxes, check_classes, read_proposals

@@ -12,10 +12,10 @@ from detectron2.structures import Boxes, Instances
 from segment_anything import SamAutomaticMaskGenerator
 from torch import nn
 
+from regionspot.checkpoint.detector import SafeDetectionCheckpointer
 from regionspot.config import find_host_config
-from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
 from regionspot.modeling.frozen import FrozenModule
-from regionspot.modeling.localizer import Localizer
+from regionspot.modeling.localizers.localizer import Localizer
 from regionspot.utils.yaml_config import merge_yaml
 
 SOURCES = ("auto", "gt", "file", "sam_automatic", "detector")

@@ -12,14 +12,14 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from regionspot.modeling.inference import DetectionRule
+from regionspot.modeling.classifier import TextClassifier
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
-from regionspot.modeling.localizer import Localizer, LocalizerOutput
+from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput
 from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.text_classifier import TextClassifier
-from regionspot.modeling.text_encoder import TextEncoder
-from regionspot.modeling.vision_language import VisionLanguageModel
+from regionspot.modeling.postprocessing import DetectionRule
+from regionspot.modeling.vision_language.clip import VisionLanguageModel
+from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.structures import Prompts, check_regions
 from regionspot.vocabulary import VocabularySource, load_vocabulary
 

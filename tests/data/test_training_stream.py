@@ -147,8 +147,8 @@ def test_each_image_is_scored_against_its_own_vocabulary(datasets):
 
 
 def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeypatch):
-    from regionspot.data.token_store import TokenStore
-    from regionspot.data.token_writer import StoreWriter, pack_images
+    from regionspot.data.tokens.store import TokenStore
+    from regionspot.data.tokens.writer import StoreWriter, pack_images
 
     Image.fromarray(draw_scene(0)[0]).save(tmp_path / "a.jpg")
     box, origin = [8.0, 4.0, 40.0, 36.0], {"stages": ["transformer"], "clip": None, "flip": False, "sam": {}}

@@ -71,3 +71,13 @@ def test_detection_in_miniature(tmp_path):
     assert model.device.type == "meta" and "segm" in miniworld_detection.Trainer.test(cfg, model)
     [scene] = experiment.test_scenes("test", 1)
     assert miniworld_detection.draw_detections(model, scene, score=0.0).dtype == "uint8"
+
+
+def test_training_waits_for_features_that_another_run_extracts(tmp_path, monkeypatch):
+    answers, waits, extract_tokens = [False, False, True], [], experiment.extract_tokens
+    monkeypatch.setattr(experiment, "extract_tokens", lambda *args: answers.pop(0) and extract_tokens(*args))
+    monkeypatch.setattr(experiment.time, "sleep", waits.append)
+    experiment.draw_data(tmp_path / "data", {"train": 4}, 1)
+    cfg = experiment.miniworld_config(ROOT / "configs/miniworld/RegionSpot-mini.yaml", tmp_path / "out", 0, MINI)
+    experiment.train(cfg, tmp_path / "features")
+    assert answers == [] and len(waits) == 2

@@ -24,7 +24,7 @@ from regionspot.evaluation import read_ground_truth, read_results, run_lvis_eval
 from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.region_evaluator import RegionEvaluator
 from regionspot.modeling import RegionSpot
-from regionspot.modeling.inference import DetectionRule
+from regionspot.modeling.postprocessing import DetectionRule
 
 from ..helpers import NAMES, ROOT, TINY, draw_scene, tiny_config, tiny_model, write_dataset
 

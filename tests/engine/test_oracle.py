@@ -18,7 +18,7 @@ from regionspot.data.datasets.builtin import register_all
 from regionspot.modeling.masks import RleMasks
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.text_encoder import TextEncoder
+from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.utils.files import directory_name
 
 from ..helpers import ROOT, TINY, load_program

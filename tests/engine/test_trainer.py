@@ -12,7 +12,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.data import register_json_dataset
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from miniworld.experiment import WEIGHTS, miniworld_config
 from miniworld.pretrain_clip import report_clip
 from miniworld.pretrain_sam import report_sam
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.utils.files import sha256_of_file
 
 from ..helpers import ROOT

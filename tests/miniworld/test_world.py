@@ -14,7 +14,7 @@ from miniworld.annotate import write_split
 from miniworld.categories import BASE, CATEGORIES, FREQUENCIES, NAMES, NOVEL
 from miniworld.generator import draw_captioned, draw_scene
 from miniworld.weights import pack_weights
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 
 from ..helpers import tiny_model
 

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from miniworld.experiment import miniworld_config
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 
 from ..helpers import ROOT
 from ..processes import run_program

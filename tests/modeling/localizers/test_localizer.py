@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from regionspot.modeling.localizer import Localizer
+from regionspot.modeling.localizers.localizer import Localizer
 from regionspot.structures import Prompts
 
-from ..helpers import as_inputs, tiny_config, tiny_model
+from ...helpers import as_inputs, tiny_config, tiny_model
 
 BOXES = torch.tensor(
     [

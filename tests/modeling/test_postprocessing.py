@@ -5,7 +5,7 @@ import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regionspot.modeling.inference import DetectionRule, merge_detections
+from regionspot.modeling.postprocessing import DetectionRule, merge_detections
 
 from ..helpers import NAMES, as_inputs, spread_tokens, tiny_model
 

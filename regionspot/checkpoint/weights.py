@@ -16,8 +16,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from regionspot.checkpoint.torchscript import check_archive, is_torchscript_archive, read_torchscript_state_dict
 from regionspot.utils.files import cache_dir, expand_user, sha256_of_file
-from regionspot.utils.torchscript import check_archive, is_torchscript_archive, read_torchscript_state_dict
 from regionspot.utils.unpickling import check_size
 
 logger = logging.getLogger(__name__)

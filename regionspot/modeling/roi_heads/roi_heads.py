@@ -11,14 +11,14 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from regionspot.modeling.host import build_host_heads, freeze_rcnns_around_heads, refine_boxes
-from regionspot.modeling.host_vocabulary import match_names, read_aliases
-from regionspot.modeling.inference import merge_detections
-from regionspot.modeling.key_layout import FROZEN, TRAINED
-from regionspot.modeling.localizer import LocalizerOutput
+from regionspot.checkpoint.key_layout import FROZEN, TRAINED
+from regionspot.checkpoint.recognizer import frozen_sources, load_weights
+from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.masks import RegionMasks
+from regionspot.modeling.postprocessing import merge_detections
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.recognizer_weights import frozen_sources, load_weights
+from regionspot.modeling.roi_heads.host import build_host_heads, freeze_rcnns_around_heads, refine_boxes
+from regionspot.modeling.roi_heads.host_vocabulary import match_names, read_aliases
 from regionspot.structures import Prompts, check_boxes, check_classes, read_proposals
 from regionspot.vocabulary import dataset_names, load_vocabulary
 

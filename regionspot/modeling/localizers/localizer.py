@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 from regionspot.modeling.frozen import FrozenModule
+from regionspot.modeling.localizers.sam import build_sam, get_sam_size
 from regionspot.modeling.masks import MaskUpsampler
-from regionspot.modeling.sam import build_sam, get_sam_size
 from regionspot.structures import Prompts
 
 TOKEN_STAGES = ("prompt_encoder", "transformer", "mlp")

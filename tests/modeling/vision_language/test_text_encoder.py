@@ -12,13 +12,13 @@ from clip.model import convert_weights
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from regionspot.modeling import text_encoder
-from regionspot.modeling.text_encoder import TextEncoder, encode_tokens
-from regionspot.modeling.vision_language import encode_patches
+from regionspot.checkpoint.weights import fingerprint
+from regionspot.modeling.vision_language import text_encoder
+from regionspot.modeling.vision_language.clip import encode_patches
+from regionspot.modeling.vision_language.text_encoder import TextEncoder, encode_tokens
 from regionspot.vocabulary import load_vocabulary
-from regionspot.weights import fingerprint
 
-from ..helpers import NAMES, as_inputs, tiny_model
+from ...helpers import NAMES, as_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors.torch import save_file
 
-from regionspot.checkpoint import RegionSpotCheckpointer
-from regionspot.modeling.key_layout import TRAINED
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.key_layout import TRAINED
 
-from .helpers import as_inputs, released_state, tiny_model
+from ..helpers import as_inputs, released_state, tiny_model
 
 
 def logits_of(model):

@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
-from regionspot.data.token_store import TokenStore, find_damage
-from regionspot.data.token_writer import StoreWriter, pack_images
+from regionspot.data.tokens.store import TokenStore, find_damage
+from regionspot.data.tokens.writer import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations
 from regionspot.engine.extract import Extraction, check_image_ids, describe_sam, extract_tokens
 from regionspot.structures import Prompts
 
-from ..helpers import tiny_config, tiny_model, write_dataset
+from ...helpers import tiny_config, tiny_model, write_dataset
 
 NAME = "test_stores"
 SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}

@@ -9,9 +9,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from regionspot.modeling.key_layout import CLIP_EXTRAS, FROZEN, TRAINED, is_released_key, to_recognizer_key
+from regionspot.checkpoint.key_layout import CLIP_EXTRAS, FROZEN, TRAINED, is_released_key, to_recognizer_key
+from regionspot.checkpoint.weights import fingerprint, load_checkpoint_file, resolve_weights
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.weights import fingerprint, load_checkpoint_file, resolve_weights
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from regionspot import RegionSpotPredictor
-from regionspot.checkpoint import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.config import load_config
-from regionspot.modeling.host import refine_boxes
-from regionspot.modeling.inference import merge_detections
+from regionspot.modeling.postprocessing import merge_detections
+from regionspot.modeling.roi_heads.host import refine_boxes
 
-from ..helpers import (
+from ...helpers import (
     NAMES,
     ROOT,
     as_inputs,
@@ -25,7 +25,7 @@ from ..helpers import (
     write_dataset,
     write_frozen_parts,
 )
-from .test_meta_arch import assert_same
+from ..test_meta_arch import assert_same
 
 HEAD = "MODEL.REGIONSPOT.HEAD."
 REFINED = (HEAD + "BOXES", "refined")

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from regionspot.data.token_manifest import check_origin, read_manifest, read_object, write_object
+from regionspot.data.tokens.manifest import check_origin, read_manifest, read_object, write_object
 from regionspot.utils.files import sha256_of_file
 
 REMEDY = "delete this shard and run tools/extract_tokens.py again, which makes it anew"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from regionspot.modeling.detector_weights import SafeDetectionCheckpointer
+from regionspot.checkpoint.detector import SafeDetectionCheckpointer
 
 CYCLE: dict = {"model": {}}
 CYCLE["model"]["more"] = CYCLE

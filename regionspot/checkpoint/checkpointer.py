@@ -9,11 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from regionspot.modeling.key_layout import FROZEN, TRAINED, to_released_key
+from regionspot.checkpoint.key_layout import FROZEN, TRAINED, to_released_key
+from regionspot.checkpoint.recognizer import frozen_sources, load_weights, part_of
+from regionspot.checkpoint.weights import fingerprint
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.recognizer_weights import frozen_sources, load_weights, part_of
 from regionspot.utils.files import atomic_path
-from regionspot.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         Args:
             model: the model, wrapped for DDP or not.
             save_dir: where to save.
-            sam_weights: SAM's weights, see ``regionspot.weights.resolve_weights``, or a checkpoint that holds them;
+            sam_weights: SAM's weights, see ``resolve_weights``, or a checkpoint that holds them;
                 "" leaves them as they are.
             clip_weights: likewise CLIP's.
             checkpointables: saved and loaded beside the model.

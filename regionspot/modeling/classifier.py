@@ -6,7 +6,7 @@ import threading
 import torch
 from torch import nn
 
-from regionspot.modeling.text_encoder import TextEncoder
+from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.vocabulary import get_phrases
 
 _LOCK = threading.RLock()  # of the vocabularies; a lock of a module's own would keep it from being copied

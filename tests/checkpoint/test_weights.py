@@ -11,8 +11,8 @@ import zipfile
 import pytest
 import torch
 
-from regionspot.utils.torchscript import is_torchscript_archive, read_torchscript_state_dict
-from regionspot.weights import (
+from regionspot.checkpoint.torchscript import is_torchscript_archive, read_torchscript_state_dict
+from regionspot.checkpoint.weights import (
     KNOWN_WEIGHTS,
     fetch,
     fingerprint,
@@ -20,7 +20,7 @@ from regionspot.weights import (
     resolve_weights,
 )
 
-from .helpers import tiny_model
+from ..helpers import tiny_model
 
 CONTENT = bytes(range(256)) * 20000
 

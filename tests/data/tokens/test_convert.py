@@ -9,11 +9,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.datasets import read_json_dataset
-from regionspot.data.token_store import TokenStore
-from regionspot.engine.convert import convert_tokens
+from regionspot.data.tokens.convert import convert_tokens
+from regionspot.data.tokens.store import TokenStore
 from regionspot.engine.extract import Extraction, describe_store
 
-from ..helpers import NAMES, tiny_config, tiny_model, write_dataset
+from ...helpers import NAMES, tiny_config, tiny_model, write_dataset
 
 NAME = "test_convert"
 SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}

@@ -5,8 +5,8 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+from regionspot.checkpoint.weights import load_checkpoint_file
 from regionspot.utils.unpickling import array_of, load_arrays
-from regionspot.weights import load_checkpoint_file
 
 
 class SafeDetectionCheckpointer(DetectionCheckpointer):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from regionspot.checkpoint.weights import load_checkpoint_file
 from regionspot.utils.unpickling import array_of, load_arrays
-from regionspot.weights import load_checkpoint_file
 
 GLOBALS = [
     "torch._utils _rebuild_tensor_v2",

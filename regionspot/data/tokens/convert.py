@@ -9,10 +9,10 @@ import numpy as np
 from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
+from regionspot.checkpoint.weights import load_checkpoint_file
 from regionspot.data.dataset_mapper import annotated_regions, has_area, read_annotations
 from regionspot.data.datasets import category_ids
-from regionspot.data.token_writer import StoreWriter, pack_images
-from regionspot.weights import load_checkpoint_file
+from regionspot.data.tokens.writer import StoreWriter, pack_images
 
 logger = logging.getLogger(__name__)
 

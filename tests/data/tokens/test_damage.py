@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from regionspot.data import build_train_loader
 from regionspot.data.dataset_mapper import annotated_regions
-from regionspot.data.token_store import TokenStore
+from regionspot.data.tokens.store import TokenStore
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.utils.files import sha256_of_file, short_directory_name
 
-from ..helpers import tiny_model, write_dataset
-from .test_token_store import SOURCES, config, content, dataset, extract  # noqa: F401
+from ...helpers import tiny_model, write_dataset
+from .test_store import SOURCES, config, content, dataset, extract  # noqa: F401
 
 
 def test_stores_are_named_after_data_sets():
@@ -78,7 +78,7 @@ def test_training_compares_checksums_once(store, monkeypatch):
         hashed.append(path.name)
         return sha256_of_file(path)
 
-    monkeypatch.setattr("regionspot.data.token_store.sha256_of_file", count)
+    monkeypatch.setattr("regionspot.data.tokens.store.sha256_of_file", count)
     build_train_loader(cfg)
     build_train_loader(cfg)
     assert hashed == [f"shard-{number:05d}.safetensors" for number in range(3)]
@@ -157,7 +157,7 @@ def test_training_refuses_tokens_of_edited_images(dataset, tmp_path, feature_map
     for edit in (lambda data: data + b"0", lambda data: data[:-20] + bytes([data[-20] ^ 1]) + data[-19:]):
         whole = (directory / "2.png").read_bytes()
         (directory / "2.png").write_bytes(edit(whole))
-        message = r"of 6 images that were looked at 1 have changed .*2\.png; run tools/extract_tokens.py again"
+        message = r"of 6 images that were checked 1 have changed .*2\.png; run tools/extract_tokens.py again"
         with pytest.raises(ValueError, match=message):
             build_train_loader(cfg)
         (directory / "2.png").write_bytes(whole)
@@ -171,7 +171,7 @@ def test_training_looks_at_a_sample_of_very_many_images(store, dataset, tmp_path
         image.write_bytes(image.read_bytes()[:-1] + b"0")
     monkeypatch.setattr("regionspot.data.image_check._COMPARED", 4)
     monkeypatch.setattr("regionspot.data.image_check._READ", 2)
-    with pytest.raises(ValueError, match="of 4 images that were looked at 2 have changed"):
+    with pytest.raises(ValueError, match="of 4 images that were checked 2 have changed"):
         build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(store),), "DATALOADER.SKIP_UNREADABLE", True))
 
 

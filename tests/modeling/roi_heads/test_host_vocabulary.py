@@ -5,9 +5,9 @@ import logging
 import pytest
 from detectron2.data import MetadataCatalog
 
-from regionspot.modeling.host_vocabulary import match_names, read_aliases
+from regionspot.modeling.roi_heads.host_vocabulary import match_names, read_aliases
 
-from ..helpers import ROOT
+from ...helpers import ROOT
 
 COCO, LVIS = (MetadataCatalog.get(name).thing_classes for name in ("coco_2017_val", "lvis_v1_val"))
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from regionspot.data.token_manifest import (
+from regionspot.data.tokens.manifest import (
     FORMAT,
     MANIFEST,
     check_origin,
