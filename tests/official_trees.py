@@ -245,7 +245,7 @@ def write_openimages(trees):
     labels |= {"/m/00000": 'Bow, and "arrow"', "/m/00258": "Zucchini"}
     lines = [f'{key},"{name.replace(chr(34), 2 * chr(34))}"' for key, name in labels.items()]
     (directory / "class-descriptions-boxable.csv").write_text("\n".join(lines) + "\n")
-    for split, csv, directory in (
+    for split, csv, image_directory in (
         ("train", "oidv6-train-annotations-bbox.csv", "train"),
         ("val", "validation-annotations-bbox.csv", "validation"),
     ):
@@ -253,15 +253,15 @@ def write_openimages(trees):
         rows = ["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction"]
         order = class_order(601)
         for name in names:
-            height, width, boxes = trees.draw(directory / directory / f"{name}.jpg")
+            height, width, boxes = trees.draw(directory / image_directory / f"{name}.jpg")
             for x0, y0, x1, y1 in boxes:
                 sides = f"{x0 / width:.6f},{x1 / width:.6f},{y0 / height:.6f},{y1 / height:.6f}"
                 rows.append(f"{name},xclick,{list(labels)[next(order)]},1,{sides},0,0,0,0")
             rows.append(f"{name},xclick,/m/00003,1,0,1,0,1,0,0,1,0")  # a group
         (directory / csv).write_text("\n".join(rows) + "\n")
-        trees.files[f"openimages_v6_{split}"] = (directory / f"openimages_v6_{split}.json", directory / directory)
+        trees.files[f"openimages_v6_{split}"] = (directory / f"openimages_v6_{split}.json", directory / image_directory)
         trees.images[f"openimages_v6_{split}"] = {
-            index: directory / directory / f"{name}.jpg" for index, name in enumerate(names, 1)
+            index: directory / image_directory / f"{name}.jpg" for index, name in enumerate(names, 1)
         }
     prepare_openimages.main(["--root", str(trees.root), "--workers", "1"])
 
@@ -277,8 +277,8 @@ def write_odinw(trees):
         splits = {"val": valid, "train": train, "test": tested}
         if name == "PascalVOC":
             del splits["test"]
-        for split, directory in splits.items():
-            directory = trees.root / "odinw" / name / directory
+        for split, relative in splits.items():
+            directory = trees.root / "odinw" / name / relative
             json_file = directory / (f"{split}_{ANNOTATIONS}" if name == "pistols" else ANNOTATIONS)
             paths = [f"{split} {path}" for path in ODD_NAMES[len(name) % 2 :: 2]]
             every = {"iscrowd": 0, "segmentation": []}
