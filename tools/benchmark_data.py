@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from regionspot.data import build_train_loader, register_json_dataset
 from regionspot.data.dataset_mapper import annotated_regions
-from regionspot.data.tokens.store import TokenStore
-from regionspot.data.tokens.writer import StoreWriter, pack_images
+from regionspot.data.tokens import StoreWriter, TokenStore, pack_images
 from regionspot.data.training_set import describe_annotations
 from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.images import decode_image

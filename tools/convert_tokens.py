@@ -28,6 +28,7 @@ if __name__ == "__main__":
     answer_first(parse_arguments)
 
 from regionspot.checkpoint.checkpointer import load_model
+from regionspot.checkpoint.weights import load_checkpoint_file
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.tokens.convert import convert_tokens
@@ -46,9 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
     recognizer, stage = model.recognizer, cfg.MODEL.REGIONSPOT.TOKEN_STAGE
     extraction = Extraction(stages=(stage,), shard_images=args.shard_images)
     origin = describe_store(recognizer, checkpointer.frozen_sources, args.dataset, extraction)
-    origin["imported from"] = str(args.tokens)
-    counts = convert_tokens(args.tokens, args.dataset, stage, recognizer.localizer.token_dim, args.output, origin)
-    print(f"{args.output}: images " + ", ".join(f"{what} {number}" for what, number in counts.items()))
+    origin["imported_from"] = str(args.tokens)
+    dim = recognizer.localizer.token_dim
+    counts = convert_tokens(load_checkpoint_file, args.tokens, args.dataset, stage, dim, args.output, origin)
+    print(f"{args.output}: images " + ", ".join(f"{outcome} {count}" for outcome, count in counts.items()))
 
 
 if __name__ == "__main__":

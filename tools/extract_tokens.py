@@ -51,8 +51,8 @@ from detectron2.config import CfgNode
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
+from regionspot.data.tokens import find_damage
 from regionspot.data.tokens.manifest import MANIFEST, read_manifest
-from regionspot.data.tokens.store import find_damage
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.launch import check_gpus

@@ -12,7 +12,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
 from regionspot.data.proposals import ProposalFile
-from regionspot.data.tokens.store import TokenStore
+from regionspot.data.tokens import TokenStore
 from regionspot.utils.images import check_deep_range, decode_image
 
 _BLANK_SIZE = (32, 32)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
-from regionspot.data.tokens.store import TokenStore
+from regionspot.data.tokens import TokenStore
 from regionspot.utils.files import is_same_file
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableIm
 from regionspot.data.datasets.categories import category_ids
 from regionspot.data.image_check import check_images, check_unchanged
 from regionspot.data.proposals import ProposalFile
-from regionspot.data.tokens.store import TokenStore
+from regionspot.data.tokens import TokenStore
 from regionspot.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from regionspot.checkpoint.weights import fingerprint
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.image_check import check_images, path_of_image
-from regionspot.data.tokens.writer import StoreWriter, pack_images
+from regionspot.data.tokens import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.modeling.localizers.localizer import check_stages
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
@@ -80,7 +80,6 @@ def describe_store(
     recognizer: RegionRecognizer, sources: dict[str, str], dataset_name: str, extraction: Extraction
 ) -> dict[str, Any]:
     """Return the origin that a store's manifest begins with; ``sources`` name the files of "sam" and "clip_model"."""
-    size = recognizer.localizer.image_size
     with_maps = extraction.feature_maps and recognizer.vision_language.features != "none"
     return {
         "dataset": dataset_name,
@@ -89,9 +88,8 @@ def describe_store(
         "clip": describe_clip(recognizer, sources["clip_model"]) if with_maps else None,
         "stages": sorted(extraction.stages),
         "flip": extraction.flip,
-        "prompt_frame": f"XYXY boxes of the picture, cut to it, in SAM's input of longest side {size}",
-        "image_transform": f"upright by EXIF, RGB, longest side to {size} (PIL, bilinear), padded to a square",
-        "images of a shard": extraction.shard_images,
+        "image_size": recognizer.localizer.image_size,
+        "shard_images": extraction.shard_images,
     }
 
 

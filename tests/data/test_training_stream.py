@@ -17,6 +17,7 @@ from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.build import training_stream
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import TrainingStream, balance, build_training_stream
+from regionspot.data.tokens import StoreWriter, TokenStore, pack_images
 
 from ..helpers import draw_scene, tiny_config, tiny_model, write_dataset
 
@@ -147,9 +148,6 @@ def test_each_image_is_scored_against_its_own_vocabulary(datasets):
 
 
 def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeypatch):
-    from regionspot.data.tokens.store import TokenStore
-    from regionspot.data.tokens.writer import StoreWriter, pack_images
-
     Image.fromarray(draw_scene(0)[0]).save(tmp_path / "a.jpg")
     box, origin = [8.0, 4.0, 40.0, 36.0], {"stages": ["transformer"], "clip": None, "flip": False, "sam": {}}
     entry = {"image_id": 1, "boxes": torch.tensor([box]), "labels": torch.zeros(1)}

@@ -1,4 +1,4 @@
-"""The manifest of a token store: what its shards hold, and what the features are of."""
+"""The manifest of a token store: what its shards hold, and what the features were extracted from."""
 
 import json
 import re
@@ -7,27 +7,53 @@ from typing import Any
 
 from regionspot.utils.files import atomic_path, read_json
 
-FORMAT = "regionspot-tokens-1"
+FORMAT = "regionspot-tokens-2"
 MANIFEST = "manifest.json"
+ORIGIN = "origin.json"  # what the manifest will begin with, as long as the store is not finished
+
+# Version 1 had prose as keys and values. It is still read: extracting Objects365 again would take GPU-days.
+_OLD_FORMAT = "regionspot-tokens-1"
+_OLD_KEYS = {"images of a shard": "shard_images", "number of shards": "num_shards", "imported from": "imported_from"}
+
+_ENTRY_TYPES = {"file": str, "sha256": str, "bytes": int, "images": int, "boxes": int, "seen": int}
+_MANIFEST_TYPES = {"images": int, "boxes": int, "stages": list, "shards": list}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a finished store."""
+    """Return the manifest of a finished store.
+
+    Raises:
+        FileNotFoundError: no store there.
+        ValueError: not finished, damaged, or of an unknown format.
+    """
     path = directory / MANIFEST
     if not path.is_file():
-        if (directory / "origin.json").is_file():
-            raise ValueError(f"token store {directory} is not finished; run tools/extract_tokens.py again, it goes on")
+        if (directory / ORIGIN).is_file():
+            raise ValueError(f"token store {directory} is not finished; run tools/extract_tokens.py again, it resumes")
         raise FileNotFoundError(f"token store {directory}: no {MANIFEST} there; make it with tools/extract_tokens.py")
-    manifest = read_object(path)
+    manifest = read_origin(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"token store: {path} is of format {manifest.get('format')!r}, expected {FORMAT!r}")
-    shards = manifest.get("shards")
-    stages, counts = manifest.get("stages"), [manifest.get("images"), manifest.get("boxes")]
-    whole = {"clip", "flip", "sam", "annotations"} <= set(manifest) and all(type(count) is int for count in counts)
-    whole = whole and isinstance(stages, list) and all(isinstance(stage, str) for stage in stages)
-    if not whole or not isinstance(shards, list) or not all(is_entry(entry) for entry in shards):
+    is_whole = (
+        _has_types(manifest, _MANIFEST_TYPES)
+        and {"clip", "flip", "sam", "annotations"} <= manifest.keys()
+        and all(isinstance(stage, str) for stage in manifest["stages"])
+        and all(is_entry(entry) for entry in manifest["shards"])
+    )
+    if not is_whole:
         raise ValueError(f"token store: {path} is damaged: it lacks what a manifest has; extract the tokens again")
     return manifest
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """Read a manifest, or the beginning of one, and translate version 1 to the current keys."""
+    content = read_object(path)
+    if content.get("format") != _OLD_FORMAT:
+        return content
+    size = re.search(r"longest side (\d+)", str(content.pop("prompt_frame", "")))
+    content.pop("image_transform", None)  # was the same text for every size
+    content = {_OLD_KEYS.get(key, key): value for key, value in content.items()}
+    return {**content, "format": FORMAT, "image_size": int(size[1]) if size else None}
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -43,47 +69,46 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
 
 
 def is_entry(entry: Any) -> bool:
-    kinds = {"file": str, "sha256": str, "bytes": int, "images": int, "boxes": int, "seen": int}
-    if not isinstance(entry, dict) or not all(type(entry.get(key)) is kind for key, kind in kinds.items()):
+    """Tell whether ``entry`` is what a manifest says of a shard."""
+    if not isinstance(entry, dict) or not _has_types(entry, _ENTRY_TYPES):
         return False
     left_out = entry.get("left_out", [])
-    if not isinstance(left_out, list) or not all(type(image) is int for image in left_out):
-        return False
-    return re.fullmatch(r"shard-\d+\.safetensors", entry["file"]) is not None  # of this directory, not "../"
+    return (
+        re.fullmatch(r"shard-\d+\.safetensors", entry["file"]) is not None  # in this directory, not "../"
+        and isinstance(left_out, list)
+        and all(type(image_id) is int for image_id in left_out)
+    )
 
 
-def check_origin(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a store of another origin, for training and for extraction alike.
+def _has_types(content: dict[str, Any], types: dict[str, type]) -> bool:
+    return all(type(content.get(key)) is expected for key, expected in types.items())
+
+
+def check_origin(directory: Path, origin: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a store whose features were extracted from something else; training and extraction share this check.
+
+    Args:
+        directory: the store.
+        origin: its manifest, or the beginning of it. Values are plain, or dicts whose "source" is but a name.
+        expected: the entries to compare.
 
     Raises:
-        ValueError: how ``compare_origins`` has them differ, and what to do.
+        ValueError: the first difference, and what to do.
     """
-    difference = compare_origins(found, expected)
-    if difference:
-        raise ValueError(
-            f"token store {directory} {difference}; delete it and run tools/extract_tokens.py again, or extract into "
-            "another directory"
-        )
+    for key, value in expected.items():
+        if _without_source(origin.get(key)) != _without_source(value):
+            raise ValueError(
+                f"token store {directory} is of another {key}: expected {_describe(value)}, got "
+                f"{_describe(origin.get(key))}; delete it and run tools/extract_tokens.py again, or extract into "
+                "another directory"
+            )
 
 
-def compare_origins(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """Return how a store's origin differs from what is expected, "" if it does not.
-
-    Both are as in the manifest: plain values, and dicts with a "fingerprint" (that counts) and a "source" (its name).
-    """
-    for key, wanted in expected.items():
-        there = found.get(key)
-        if isinstance(wanted, dict) and isinstance(there, dict):
-            rest = {name for name in wanted if name != "source"}
-            if all(there.get(name) == wanted[name] for name in rest):
-                continue
-        elif there == wanted:
-            continue
-        return f"is of another {key}: expected {_say(wanted)}, got {_say(there)}"
-    return ""
+def _without_source(value: Any) -> Any:
+    return {key: item for key, item in value.items() if key != "source"} if isinstance(value, dict) else value
 
 
-def _say(value: Any) -> str:
+def _describe(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     others = "".join(f", {key} {item}" for key, item in value.items() if key not in ("source", "fingerprint"))

@@ -1,4 +1,4 @@
-"""Token stores: frozen features of a data set's annotated regions on disk, so that training need not run SAM."""
+"""Reading token stores."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,21 +13,25 @@ from tqdm import tqdm
 from regionspot.data.tokens.manifest import check_origin, read_manifest, read_object, write_object
 from regionspot.utils.files import sha256_of_file
 
-REMEDY = "delete this shard and run tools/extract_tokens.py again, which makes it anew"
-VERIFIED = ".verified.json"  # which shards were compared with their SHA-256
+REMEDY = "delete this shard and run tools/extract_tokens.py again, which writes it again"
+VERIFIED = ".verified.json"  # the shards whose SHA-256 was compared
 
 
 class TokenStore:
     """Random access to a finished store; its shards are memory-mapped, and nothing in them is ever executed.
 
-    A store is a directory with ``manifest.json`` and shards ``shard-00000.safetensors``, ... A shard holds, of I images
-    with N regions in all:
+    A store is a directory with ``manifest.json`` and shards ``shard-00000.safetensors``, ... A shard with I images and
+    N regions holds:
 
     * ``image_ids`` (I,) int64 and ``offsets`` (I + 1,) int64: the regions of image i are offsets[i] to offsets[i + 1];
-    * ``boxes`` (N, 4) float32, XYXY in the pixels of the picture, and ``labels`` (N,) int32, contiguous classes;
+    * ``boxes`` (N, 4) float32, XYXY in the pixels of the original image, clipped to it; ``labels`` (N,) int32,
+      contiguous classes;
     * optionally ``image_files`` (I, 3) int64, see ``describe_file``;
     * ``tokens.<stage>`` (N, D) float16 for each stage, and optionally ``feature_maps`` (I, L, width) float16;
-    * ``flipped_tokens.<stage>`` and ``flipped_feature_maps``, the same of the picture flipped from left to right.
+    * optionally ``flipped_tokens.<stage>`` and ``flipped_feature_maps``, the same of the horizontally flipped image.
+
+    SAM saw images upright by their EXIF tag, in RGB, resized (PIL, bilinear) to ``image_size`` pixels on the longest
+    side, padded to a square.
     """
 
     def __init__(self, directory: str | Path, stage: str = "transformer") -> None:
@@ -49,13 +53,14 @@ class TokenStore:
             )
         self._shards = [_open_shard(self.directory, entry) for entry in self.manifest["shards"]]
         ids = [shard["image_ids"].numpy() for shard in self._shards] or [np.zeros(0, np.int64)]
-        self._where = np.concatenate([np.stack([np.full(len(x), k), np.arange(len(x))], 1) for k, x in enumerate(ids)])
-        every = np.concatenate(ids)
-        order = np.argsort(every, kind="stable")
-        self.image_ids, self._where = every[order], self._where[order].astype(np.int32)
+        locations = [np.stack([np.full(len(x), shard), np.arange(len(x))], axis=1) for shard, x in enumerate(ids)]
+        all_ids = np.concatenate(ids)
+        order = np.argsort(all_ids, kind="stable")
+        self.image_ids = all_ids[order]  # (I,) ascending, for binary search
+        self._locations = np.concatenate(locations)[order].astype(np.int32)  # (I, 2): shard, and row in it
 
     def __reduce__(self) -> tuple:
-        return TokenStore, (str(self.directory), self.stage)  # a spawned worker maps the files for itself
+        return TokenStore, (str(self.directory), self.stage)  # a spawned worker maps the files itself
 
     def __len__(self) -> int:
         """Number of images."""
@@ -74,9 +79,9 @@ class TokenStore:
 
         Args:
             image_id: the image.
-            boxes: (n, 4) float, XYXY: its boxes in the unflipped picture, which must be those that the tokens were
+            boxes: (n, 4) float XYXY: its boxes in the unflipped image, which must be those that the tokens were
                 extracted for.
-            flipped: the features of the flipped picture.
+            flipped: the features of the flipped image.
 
         Returns:
             ``tokens`` (n, D) float32 and, if they are stored, ``feature_map`` (L, width) float32.
@@ -90,11 +95,12 @@ class TokenStore:
             raise KeyError(
                 f"token store {self.directory}: no image {image_id}; was it extracted from the same annotations?"
             )
-        number, row = self._where[place]
-        shard, entry = self._shards[number], self.manifest["shards"][number]
-        _check_size(self.directory, entry)  # reading behind the end of a map would kill the process without a word
+        number, row = self._locations[place]
+        shard = self._shards[number]
+        # reading past the end of a memory map would kill the process without a message
+        _check_size(self.directory, self.manifest["shards"][number])
         start, stop = shard["offsets"][row : row + 2].tolist()
-        stored = shard["boxes"][start:stop]
+        stored = shard["boxes"][start:stop]  # (n, 4)
         if stored.shape != boxes.shape or not torch.allclose(stored, boxes.float(), atol=0.01):
             raise ValueError(
                 f"token store {self.directory}: image {image_id} has other boxes than when the tokens were extracted "
@@ -107,18 +113,16 @@ class TokenStore:
         return features
 
     def image_files(self, image_ids: np.ndarray) -> np.ndarray:
-        """Return what ``describe_file`` said of images of the store, (n, 3) int64; zeros where it was not asked."""
-        none = torch.zeros(0, 3, dtype=torch.int64)
+        """Return what ``describe_file`` recorded of images of the store, (n, 3) int64; zeros where nothing was."""
         files = np.zeros((len(self), 3), np.int64)
         for number, shard in enumerate(self._shards):
-            recorded = shard.get("image_files", none).numpy()
-            if len(recorded):
-                ours = self._where[:, 0] == number
-                files[ours] = recorded[self._where[ours, 1]]
+            if "image_files" in shard:
+                rows = self._locations[:, 0] == number
+                files[rows] = shard["image_files"].numpy()[self._locations[rows, 1]]
         return files[np.searchsorted(self.image_ids, image_ids)]
 
     def verify(self) -> None:
-        """Compare the shards' SHA-256 with the manifest; what is found right is remembered by size and time.
+        """Compare the shards' SHA-256 with the manifest; correct ones are remembered by size and time.
 
         Raises:
             ValueError: a shard is damaged.
@@ -134,9 +138,8 @@ class TokenStore:
             if known.get(entry["file"]) != states[entry["file"]]:
                 new.append(entry)
         for entry in tqdm(new, desc=f"verifying {self.directory}, once", unit="shard", disable=len(new) < 2):
-            path = self.directory / entry["file"]
-            if (found := sha256_of_file(path)) != entry["sha256"]:
-                raise ValueError(_damaged(path, entry["sha256"], found))
+            if problem := _compare_sha256(self.directory / entry["file"], entry["sha256"]):
+                raise ValueError(problem)
         if new:
             with contextlib.suppress(OSError):  # the directory may be read-only
                 write_object(marker, states)
@@ -145,8 +148,8 @@ class TokenStore:
         """Refuse the store if it is of other annotations or other frozen parts.
 
         Args:
-            expected: what training uses, see ``describe_annotations`` and ``regionspot.engine.extract``; of the
-                manifest's entries those that are given here are compared.
+            expected: entries of the manifest as training needs them, see ``describe_annotations`` and
+                ``regionspot.engine.extract``.
 
         Raises:
             ValueError: names both.
@@ -170,21 +173,16 @@ def _open_shard(directory: Path, entry: dict[str, Any]) -> dict[str, torch.Tenso
     path = directory / entry["file"]
     _check_size(directory, entry)
     try:
-        with safe_open(path, framework="pt") as file:  # the tensors are maps of the file, read when they are used
+        with safe_open(path, framework="pt") as file:  # the tensors map the file, which is read when they are used
             content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"token store: shard {path} is damaged ({error}); {REMEDY}") from error
     if not {"image_ids", "offsets", "boxes", "labels"} <= set(content):
         raise ValueError(f"token store: {path} is no shard: it holds {', '.join(sorted(content)[:4])}; {REMEDY}")
-    _check_lengths(path, content, entry)
-    return content
-
-
-def _check_lengths(path: Path, content: dict[str, torch.Tensor], entry: dict[str, Any]) -> None:
     images, boxes, offsets = entry["images"], entry["boxes"], content["offsets"]
-    expected = {"image_ids": images, "offsets": images + 1, "boxes": boxes, "labels": boxes, "image_files": images}
+    lengths = {"image_ids": images, "offsets": images + 1, "image_files": images}
     for key, tensor in content.items():
-        length = expected.get(key, images if "feature_maps" in key else boxes)
+        length = lengths.get(key, images if "feature_maps" in key else boxes)
         if tensor.dim() == 0 or len(tensor) != length:
             raise ValueError(
                 f"token store: shard {path} is damaged: {key} has shape {tuple(tensor.shape)}, expected {length} rows "
@@ -192,28 +190,32 @@ def _check_lengths(path: Path, content: dict[str, torch.Tensor], entry: dict[str
             )
     if offsets[0] != 0 or offsets[-1] != boxes or (offsets.diff() < 0).any():
         raise ValueError(f"token store: shard {path} is damaged: its offsets do not go from 0 up to {boxes}; {REMEDY}")
+    return content
 
 
-def _damaged(path: Path, expected: str, found: str) -> str:
-    return f"{path} is damaged: expected SHA-256 {expected[:12]}, got {found[:12]}; {REMEDY}"
+def _compare_sha256(path: Path, expected: str) -> str:
+    """Return what is wrong with a shard, "" if nothing is."""
+    actual = sha256_of_file(path)
+    if actual == expected:
+        return ""
+    return f"{path} is damaged: expected SHA-256 {expected[:12]}, got {actual[:12]}; {REMEDY}"
 
 
 def find_damage(directory: str | Path) -> Iterator[str]:
-    """Check a store against its manifest; yield a line for every shard that is missing, changed or superfluous.
+    """Compare a store with its manifest; yield a line for each shard that is missing, changed or not listed.
 
     Raises:
         FileNotFoundError: no store there.
         ValueError: not finished, or its manifest is damaged.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
-    for entry in tqdm(manifest["shards"], desc=f"verifying {directory}", unit="shard"):
-        path = directory / entry["file"]
+    entries = {entry["file"]: entry for entry in read_manifest(directory)["shards"]}
+    for name, entry in tqdm(entries.items(), desc=f"verifying {directory}", unit="shard"):
+        path = directory / name
         if not path.is_file():
-            yield f"{path} is missing: run tools/extract_tokens.py again, which makes it anew"
-        elif (found := sha256_of_file(path)) != entry["sha256"]:
-            yield _damaged(path, entry["sha256"], found)
-    listed = {entry["file"] for entry in manifest["shards"]}
+            yield f"{path} is missing: run tools/extract_tokens.py again, which writes it again"
+        elif problem := _compare_sha256(path, entry["sha256"]):
+            yield problem
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name not in listed:
+        if path.name not in entries:
             yield f"{path} is not in the manifest"

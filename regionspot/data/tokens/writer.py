@@ -12,87 +12,61 @@ from safetensors.torch import save_file
 from regionspot.data.tokens.manifest import (
     FORMAT,
     MANIFEST,
+    ORIGIN,
     check_origin,
     is_entry,
     read_manifest,
     read_object,
+    read_origin,
     write_object,
 )
 from regionspot.utils.files import atomic_path, sha256_of_file
 
 
 class StoreWriter:
-    """Writes a store shard by shard; any number of processes may write to one directory, and be killed at any instant.
+    """Writes a store shard by shard; any number of processes may write to one directory, and be killed at any time.
 
-    A shard is finished when the small JSON beside it is there; both appear whole or not at all. When all are,
-    ``finish`` gathers the JSONs in the manifest.
+    A shard is finished when the small JSON file beside it is there; both appear whole or not at all. When all shards
+    are finished, ``finish`` gathers these files into the manifest.
     """
 
-    def __init__(self, directory: str | Path, origin: dict[str, Any], number: int) -> None:
+    def __init__(self, directory: str | Path, origin: dict[str, Any], num_shards: int) -> None:
         """
         Args:
-            directory: of the store.
-            origin: what the features are of; the manifest begins with it.
-            number: of shards.
+            directory: the store.
+            origin: what the features are extracted from; the manifest begins with it.
+            num_shards: how many there will be.
 
         Raises:
             ValueError: the directory holds a store, finished or not, of another origin.
         """
-        self.directory, self.number = Path(directory), number
-        self.origin = {"format": FORMAT, **origin, "number of shards": number}
+        self.directory, self.num_shards = Path(directory), num_shards
+        self.origin = {"format": FORMAT, **origin, "num_shards": num_shards}
         self.directory.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST, "origin.json"):
+        for name in (MANIFEST, ORIGIN):
             if (self.directory / name).is_file():
-                check_origin(self.directory, read_object(self.directory / name), self.origin)
-        if self.is_complete():
-            self._reopen()
+                check_origin(self.directory, read_origin(self.directory / name), self.origin)
+        self.discard()
         if not self.is_complete():
-            write_object(self.directory / "origin.json", self.origin)
+            write_object(self.directory / ORIGIN, self.origin)
 
-    def is_complete(self) -> bool:
-        return (self.directory / MANIFEST).is_file()
+    @property
+    def locks(self) -> Path:
+        """Directory of the locks that processes hold while they work."""
+        return self.directory / ".locks"
 
     def path(self, shard: int, suffix: str = ".safetensors") -> Path:
         return self.directory / f"shard-{shard:05d}{suffix}"
+
+    def is_complete(self) -> bool:
+        return (self.directory / MANIFEST).is_file()
 
     def is_finished(self, shard: int) -> bool:
         return self._entry(shard) is not None or self.is_complete()
 
     def finished_images(self) -> int:
-        """Return how many of the data set's images need no more work, as far as it is not complete."""
-        return sum(entry["seen"] for shard in range(self.number) if (entry := self._entry(shard)))
-
-    def _entry(self, shard: int) -> dict[str, Any] | None:
-        """Return what the manifest will say of a finished shard, None of one that is not."""
-        try:
-            entry = read_object(self.path(shard, ".json"))
-            whole = is_entry(entry) and self.path(shard).stat().st_size == entry["bytes"]
-        except (FileNotFoundError, ValueError):  # not there (any more)
-            return None
-        return entry if whole else None
-
-    def _reopen(self, discarded: Collection[int] = ()) -> None:
-        """Take a finished store apart if shards of it are missing, cut or discarded, so that they are made again."""
-        if not self.is_complete():
-            return
-        entries = read_manifest(self.directory)["shards"]
-        whole = [
-            (path := self.directory / entry["file"]).is_file()
-            and path.stat().st_size == entry["bytes"]
-            and shard not in discarded
-            for shard, entry in enumerate(entries)
-        ]
-        if not all(whole):
-            for shard, (entry, is_whole) in enumerate(zip(entries, whole)):
-                if is_whole:
-                    write_object(self.path(shard, ".json"), entry)
-            (self.directory / MANIFEST).unlink()
-
-    def discard(self, shards: Collection[int]) -> None:
-        """Let shards be made again."""
-        self._reopen(shards)
-        for shard in shards:
-            self.path(shard, ".json").unlink(missing_ok=True)
+        """Return how many of the data set's images are in finished shards of an incomplete store."""
+        return sum(entry["seen"] for shard in range(self.num_shards) if (entry := self._entry(shard)))
 
     def left_out(self, shard: int) -> list[int]:
         """Return the ids of the images that a finished shard lacks because they could not be read."""
@@ -100,11 +74,25 @@ class StoreWriter:
         return entry.get("left_out", []) if entry else []
 
     def image_files(self, shard: int) -> dict[int, list[int]]:
-        """Return, by image id, what ``describe_file`` said of the images of a finished shard."""
+        """Return by image id what ``describe_file`` recorded of the images of a finished shard."""
         with safe_open(self.path(shard), framework="pt") as file:
             if "image_files" not in file.keys():  # noqa: SIM118 - an older store
                 return {}
             return dict(zip(file.get_tensor("image_ids").tolist(), file.get_tensor("image_files").tolist()))
+
+    def discard(self, shards: Collection[int] = ()) -> None:
+        """Let these shards be written again, and those of a complete store that are missing or truncated."""
+        if self.is_complete():
+            entries = dict(enumerate(read_manifest(self.directory)["shards"]))
+            intact = {shard: x for shard, x in entries.items() if shard not in shards and self._is_intact(x)}
+            if len(intact) == len(entries):
+                return
+            for shard, entry in intact.items():
+                write_object(self.path(shard, ".json"), entry)
+            write_object(self.directory / ORIGIN, self.origin)
+            (self.directory / MANIFEST).unlink()
+        for shard in shards:
+            self.path(shard, ".json").unlink(missing_ok=True)
 
     def write(self, shard: int, content: dict[str, torch.Tensor], seen: int, left_out: Sequence[int] = ()) -> None:
         """Write a shard.
@@ -112,7 +100,7 @@ class StoreWriter:
         Args:
             shard: its number.
             content: tensors as ``TokenStore`` describes them.
-            seen: images of the data set in it, with regions or without.
+            seen: number of images of the data set in it, with regions or without.
             left_out: ids of those that could not be read.
         """
         for key, value in content.items():
@@ -120,7 +108,7 @@ class StoreWriter:
                 raise ValueError(f"{self.path(shard)}: {key} holds NaN or what float16 cannot hold")
         with atomic_path(self.path(shard)) as temporary:
             temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files of the owner's alone
+            mode = temporary.stat().st_mode  # respects the umask; safetensors writes files for the owner alone
             save_file({key: value.contiguous() for key, value in content.items()}, temporary)
             temporary.chmod(mode)
             sha256, size = sha256_of_file(temporary), temporary.stat().st_size
@@ -132,27 +120,29 @@ class StoreWriter:
 
     def finish(self) -> bool:
         """Write the manifest if all shards are there; return whether the store is complete."""
-        if not self.is_complete():
-            entries = [entry for shard in range(self.number) if (entry := self._entry(shard))]
-            if len(entries) < self.number and not self.is_complete():
+        entries = [entry for shard in range(self.num_shards) if (entry := self._entry(shard))]
+        if not self.is_complete():  # another process may have finished it, and removed the entries, in between
+            if len(entries) < self.num_shards:
                 return False
-            if not self.is_complete():
-                counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
-                write_object(self.directory / MANIFEST, {**self.origin, **counts, "shards": entries})
-        leftovers = [
-            *self.directory.glob("shard-*.json"),
-            *self.directory.glob(".shard-*.tmp"),
-            self.directory / "origin.json",
-        ]
-        for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
+            counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
+            write_object(self.directory / MANIFEST, {**self.origin, **counts, "shards": entries})
+        for pattern in ("shard-*.json", ".shard-*.tmp", ORIGIN):
+            for leftover in self.directory.glob(pattern):
+                leftover.unlink(missing_ok=True)
         shutil.rmtree(self.locks, ignore_errors=True)
         return True
 
-    @property
-    def locks(self) -> Path:
-        """Directory of the locks that processes hold while they work."""
-        return self.directory / ".locks"
+    def _entry(self, shard: int) -> dict[str, Any] | None:
+        """Return what the manifest will say of a finished shard, None for one that is not finished."""
+        try:
+            entry = read_object(self.path(shard, ".json"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return entry if is_entry(entry) and self._is_intact(entry) else None
+
+    def _is_intact(self, entry: dict[str, Any]) -> bool:
+        path = self.directory / entry["file"]
+        return path.is_file() and path.stat().st_size == entry["bytes"]
 
 
 def pack_images(images: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

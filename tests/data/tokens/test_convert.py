@@ -1,4 +1,4 @@
-"""The authors' tokens, one file an image, become a store that training takes."""
+"""The authors' tokens, one file per image, become a store for training."""
 
 import json
 import logging
@@ -7,10 +7,11 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from regionspot.checkpoint.weights import load_checkpoint_file
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.datasets import read_json_dataset
+from regionspot.data.tokens import TokenStore
 from regionspot.data.tokens.convert import convert_tokens
-from regionspot.data.tokens.store import TokenStore
 from regionspot.engine.extract import Extraction, describe_store
 
 from ...helpers import NAMES, tiny_config, tiny_model, write_dataset
@@ -45,7 +46,8 @@ def write_files(directory, content, keep=lambda annotation: True, shape=(1, 32))
 def convert(tmp_path):
     extraction = Extraction(shard_images=4)
     origin = describe_store(tiny_model().recognizer, SOURCES, NAME, extraction)
-    return convert_tokens(tmp_path / "tokens", NAME, "transformer", 32, tmp_path / "store", origin)
+    directories = tmp_path / "tokens", tmp_path / "store"
+    return convert_tokens(load_checkpoint_file, directories[0], NAME, "transformer", 32, directories[1], origin)
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (32,)])
@@ -73,7 +75,7 @@ def test_every_layout_is_imported(dataset, tmp_path, shape, keep):
     assert len(build_train_loader(cfg).dataset) == 6
 
 
-def test_what_does_not_fit_is_left_out_and_counted(dataset, tmp_path, caplog):
+def test_files_that_do_not_fit_are_counted(dataset, tmp_path, caplog):
     tokens = tmp_path / "tokens"
     write_files(tokens, dataset)
     (tokens / "2.pth").unlink()
@@ -91,7 +93,7 @@ def test_what_does_not_fit_is_left_out_and_counted(dataset, tmp_path, caplog):
     assert TokenStore(tmp_path / "store").image_ids.tolist() == [1, 6]
 
 
-def test_a_file_that_would_run_code_is_not_run(dataset, tmp_path):
+def test_malicious_file_is_not_executed(dataset, tmp_path):
     import pickle
 
     class Evil:
@@ -104,7 +106,7 @@ def test_a_file_that_would_run_code_is_not_run(dataset, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_directory_of_another_data_set_is_refused(dataset, tmp_path):
+def test_directory_of_another_dataset_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="no file fits data set 'test_convert'"):
         convert(tmp_path)
     write_files(tmp_path / "tokens", dataset)
@@ -113,7 +115,7 @@ def test_a_directory_of_another_data_set_is_refused(dataset, tmp_path):
         convert(tmp_path)
 
 
-def test_tokens_of_a_data_set_whose_metadata_have_no_mapping(tmp_path):
+def test_metadata_without_id_mapping(tmp_path):
     """As Detectron2's lvis_v1_*: label = id - 1."""
     path = write_dataset(tmp_path / "data", 6, (1, 2, 3, 4))
     content = json.loads(path.read_text())

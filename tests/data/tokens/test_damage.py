@@ -1,4 +1,4 @@
-"""Token stores that are damaged, incomplete or older than their images."""
+"""Token stores that are damaged, incomplete, or older than their images."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from regionspot.data import build_train_loader
 from regionspot.data.dataset_mapper import annotated_regions
-from regionspot.data.tokens.store import TokenStore
+from regionspot.data.tokens import TokenStore
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.utils.files import sha256_of_file, short_directory_name
 
@@ -20,7 +20,7 @@ from ...helpers import tiny_model, write_dataset
 from .test_store import SOURCES, config, content, dataset, extract  # noqa: F401
 
 
-def test_stores_are_named_after_data_sets():
+def test_store_directory_names():
     names = {"a/my.json:~/b/my_photos/": "my-my_photos", "/x y/all.coco.json:train": "all.coco-train"}
     for name, expected in {**names, "lvis_v1_train": "lvis_v1_train", "a.json:../..": "a-.."}.items():
         assert short_directory_name(name) == expected
@@ -42,7 +42,7 @@ def boxes_of(dataset, image_id):  # noqa: F811
     return annotated_regions(DatasetCatalog.get(dataset)[image_id - 1]).gt_boxes.tensor.float()
 
 
-def test_shard_of_another_size_is_refused_when_opened_and_when_read(store, dataset):  # noqa: F811
+def test_truncated_shard_is_refused(store, dataset):  # noqa: F811
     opened, path = TokenStore(store), store / "shard-00001.safetensors"
     opened.get(3, boxes_of(dataset, 3))
     os.truncate(path, path.stat().st_size - 4096 if path.stat().st_size > 8192 else 100)
@@ -56,7 +56,7 @@ def test_shard_of_another_size_is_refused_when_opened_and_when_read(store, datas
 
 
 @pytest.mark.parametrize("key", ["boxes", "labels", "offsets", "tokens.transformer", "image_files"])
-def test_tensor_of_another_length_names_the_shard(store, key):
+def test_tensor_of_wrong_length_names_shard(store, key):
     path = store / "shard-00000.safetensors"
     tensors = load_file(path)
     save_file({**tensors, key: tensors[key][:-1].clone()}, path)
@@ -71,7 +71,7 @@ def test_tensor_of_another_length_names_the_shard(store, key):
         TokenStore(store)
 
 
-def test_training_compares_checksums_once(store, monkeypatch):
+def test_checksums_are_compared_once(store, monkeypatch):
     cfg, hashed = config("DATASETS.TOKEN_STORES_TRAIN", (str(store),)), []
 
     def count(path):
@@ -91,14 +91,14 @@ def test_training_compares_checksums_once(store, monkeypatch):
     assert hashed[3:] == ["shard-00001.safetensors"]
 
 
-def test_boxes_of_a_store_are_compared(store, dataset):  # noqa: F811
+def test_other_boxes_are_refused(store, dataset):  # noqa: F811
     boxes = boxes_of(dataset, 2)
     for other in (boxes + 0.5, boxes.flip(0), boxes[:-1]):
         with pytest.raises(ValueError, match="image 2 has other boxes"):
             TokenStore(store).get(2, other)
 
 
-def test_cut_shard_of_an_unfinished_store_is_made_anew(store, tmp_path, dataset):  # noqa: F811
+def test_truncated_shard_is_written_again(store, tmp_path, dataset):  # noqa: F811
     whole = content(store)
     manifest = json.loads(whole["manifest.json"])
     unfinished = tmp_path / "unfinished"
@@ -115,7 +115,7 @@ def test_cut_shard_of_an_unfinished_store_is_made_anew(store, tmp_path, dataset)
     assert content(unfinished) == whole
 
 
-def test_second_run_adds_images_that_were_left_out(dataset, tmp_path):  # noqa: F811
+def test_second_run_adds_left_out_images(dataset, tmp_path):  # noqa: F811
     image = tmp_path / "data" / "images" / "2.png"
     whole = image.read_bytes()
     stamp = image.stat().st_mtime_ns
@@ -134,7 +134,7 @@ def test_second_run_adds_images_that_were_left_out(dataset, tmp_path):  # noqa: 
     assert content(tmp_path / "store") == content(tmp_path / "whole")
 
 
-def test_second_run_sees_edited_pixels(store, dataset, tmp_path):  # noqa: F811
+def test_second_run_detects_edited_images(store, dataset, tmp_path):  # noqa: F811
     before, image = content(store), tmp_path / "data" / "images" / "4.png"
     image.touch()  # the same bytes at another time
     extract(store)
@@ -149,7 +149,7 @@ def test_second_run_sees_edited_pixels(store, dataset, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("feature_maps", [False, True])
-def test_training_refuses_tokens_of_edited_images(dataset, tmp_path, feature_maps):  # noqa: F811
+def test_training_refuses_edited_images(dataset, tmp_path, feature_maps):  # noqa: F811
     extract(tmp_path / "store", feature_maps=feature_maps)
     cfg, directory = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),)), tmp_path / "data" / "images"
     (directory / "4.png").touch()  # the same bytes at another time
@@ -166,7 +166,7 @@ def test_training_refuses_tokens_of_edited_images(dataset, tmp_path, feature_map
     build_train_loader(cfg)
 
 
-def test_training_looks_at_a_sample_of_very_many_images(store, dataset, tmp_path, monkeypatch):  # noqa: F811
+def test_edited_images_of_large_datasets_are_sampled(store, dataset, tmp_path, monkeypatch):  # noqa: F811
     for image in (tmp_path / "data" / "images").iterdir():
         image.write_bytes(image.read_bytes()[:-1] + b"0")
     monkeypatch.setattr("regionspot.data.image_check._COMPARED", 4)
@@ -175,21 +175,21 @@ def test_training_looks_at_a_sample_of_very_many_images(store, dataset, tmp_path
         build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(store),), "DATALOADER.SKIP_UNREADABLE", True))
 
 
-def test_edited_annotations_get_one_advice(store, dataset, tmp_path):  # noqa: F811
+def test_edited_annotations_one_error_message(store, dataset, tmp_path):  # noqa: F811
     path = tmp_path / "data" / "annotations.json"
     path.write_text(path.read_text() + " ")
-    said = set()
+    messages = set()
     for use in (
         extract,
         lambda directory: build_train_loader(config("DATASETS.TOKEN_STORES_TRAIN", (str(directory),))),
     ):
         with pytest.raises(ValueError, match="of another annotations: .*; delete it and run .*extract_tokens") as error:
             use(store)
-        said.add(str(error.value))
-    assert len(said) == 1
+        messages.add(str(error.value))
+    assert len(messages) == 1
 
 
-def test_data_sets_whose_stores_have_one_name_do_not_mix(store, tmp_path, register):
+def test_store_of_another_dataset_is_refused(store, tmp_path, register):
     other = write_dataset(tmp_path / "other" / "data", 6, first=20)
     register("test_stores_2", other, other.parent / "images")
     before = content(store)
@@ -198,7 +198,7 @@ def test_data_sets_whose_stores_have_one_name_do_not_mix(store, tmp_path, regist
     assert content(store) == before
 
 
-def test_files_of_a_store_respect_the_umask(dataset, tmp_path):  # noqa: F811
+def test_store_files_respect_umask(dataset, tmp_path):  # noqa: F811
     before = os.umask(0o027)
     try:
         extract(tmp_path / "store")

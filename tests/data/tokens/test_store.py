@@ -1,4 +1,4 @@
-"""Token stores: what they hold, who may use them, and that extraction survives whatever happens to it."""
+"""Token stores: what they hold, what they are refused for, and extraction that is interrupted."""
 
 import json
 import multiprocessing
@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
-from regionspot.data.tokens.store import TokenStore, find_damage
-from regionspot.data.tokens.writer import StoreWriter, pack_images
+from regionspot.data.tokens import StoreWriter, TokenStore, find_damage, pack_images
 from regionspot.data.training_set import describe_annotations
 from regionspot.engine.extract import Extraction, check_image_ids, describe_sam, extract_tokens
 from regionspot.structures import Prompts
@@ -67,7 +66,7 @@ def test_cached_training_equals_online_training(dataset, tmp_path, features, map
     torch.testing.assert_close(model(batch)["loss_cls"], expected, atol=2e-3, rtol=2e-3)
 
 
-def test_store_holds_every_region_in_every_stage_and_flipped(dataset, tmp_path):
+def test_store_holds_all_stages_and_flips(dataset, tmp_path):
     stages = ("prompt_encoder", "transformer", "mlp")
     model = extract(tmp_path / "store", stages=stages, flip=True)
     recognizer = model.recognizer
@@ -84,7 +83,7 @@ def test_store_holds_every_region_in_every_stage_and_flipped(dataset, tmp_path):
                 torch.testing.assert_close(stored, located.stage_tokens[stage], atol=2e-3, rtol=2e-3)
 
 
-def test_images_in_any_order_have_their_own_tokens(tmp_path):
+def test_images_in_any_order_keep_their_tokens(tmp_path):
     """Ids descend in the first shard and are mixed with those of the second."""
     origin = {"stages": ["transformer"], "clip": None, "flip": False, "sam": {}, "annotations": {}}
     writer = StoreWriter(tmp_path, origin, 2)
@@ -103,7 +102,7 @@ def test_images_in_any_order_have_their_own_tokens(tmp_path):
         assert torch.equal(store.get(image_id, boxes)["tokens"], 2 * boxes)
 
 
-def test_flips_are_taken_from_the_store(dataset, tmp_path):
+def test_flipped_tokens_come_from_store(dataset, tmp_path):
     extract(tmp_path / "flips", flip=True, feature_maps=True)
     extract(tmp_path / "plain")
     cfg = config("INPUT.RANDOM_FLIP", "horizontal")
@@ -125,8 +124,8 @@ def test_flips_are_taken_from_the_store(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("flips", [0, 1, 2, 3])
-def test_flipped_images_have_the_features_of_flipped_images(dataset, tmp_path, flips):
-    """Map and tokens: those that the encoders give for what as many flips make of the image."""
+def test_flipped_features_match_online_features(dataset, tmp_path, flips):
+    """Feature map and tokens equal those of the encoders for the image after as many flips."""
     recognizer = extract(tmp_path / "store", flip=True, feature_maps=True).recognizer
     options = {"augmentations": [T.RandomFlip(prob=1.0)] * flips, "image_format": "RGB"}
     record = DatasetCatalog.get(dataset)[0]
@@ -141,7 +140,7 @@ def test_flipped_images_have_the_features_of_flipped_images(dataset, tmp_path, f
     torch.testing.assert_close(stored["tokens"], tokens, atol=4e-3, rtol=4e-3)
 
 
-def test_boxes_that_vanish_when_flipped_are_left_out_with_their_tokens(tmp_path, register):
+def test_box_that_vanishes_when_flipped_drops_its_token(tmp_path, register):
     """In float32: 640 - 0.0001 and 640 - 0.00012 are one number."""
     path = write_dataset(tmp_path / "data", 1)
     annotated = json.loads(path.read_text())
@@ -169,7 +168,7 @@ def test_boxes_that_vanish_when_flipped_are_left_out_with_their_tokens(tmp_path,
     assert numbers == {2, 3}
 
 
-def test_any_batch_size_extracts_the_same(dataset, tmp_path):
+def test_batch_size_does_not_change_store(dataset, tmp_path):
     for size in (1, 4):
         extract(tmp_path / str(size), shard_images=6, batch_size=size, feature_maps=True, flip=True)
     one, several = (load_file(tmp_path / str(size) / "shard-00000.safetensors") for size in (1, 4))
@@ -186,14 +185,14 @@ def test_any_batch_size_extracts_the_same(dataset, tmp_path):
         (["INPUT.RANDOM_FLIP", "vertical"], "RandomFlip"),
     ],
 )
-def test_augmentations_that_are_not_covered_are_refused_at_start(dataset, tmp_path, overrides, names):
+def test_uncovered_augmentations_are_refused(dataset, tmp_path, overrides, names):
     extract(tmp_path / "store", flip=True)
     cfg = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),), *overrides)
     with pytest.raises(ValueError, match=f"the flip from left to right only.*{names}"):
         build_train_loader(cfg)
 
 
-def test_finished_store_is_kept_and_another_one_is_refused(dataset, tmp_path):
+def test_finished_store_is_kept_or_refused(dataset, tmp_path):
     directory = tmp_path / "store"
     extract(directory)
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
@@ -208,7 +207,7 @@ def test_finished_store_is_kept_and_another_one_is_refused(dataset, tmp_path):
             extract(directory, *overrides, **options)
 
 
-def test_store_refuses_other_images_boxes_annotations_and_sam(dataset, tmp_path):
+def test_store_of_other_origin_is_refused(dataset, tmp_path):
     model = extract(tmp_path / "store")
     store = TokenStore(tmp_path / "store")
     record = DatasetCatalog.get(dataset)[0]
@@ -230,7 +229,7 @@ def test_store_refuses_other_images_boxes_annotations_and_sam(dataset, tmp_path)
         TokenStore(tmp_path / "nothing")
 
 
-def test_images_without_regions_are_left_out(dataset, tmp_path):
+def test_images_without_regions_are_omitted(dataset, tmp_path):
     path = tmp_path / "data" / "annotations.json"
     annotations = json.loads(path.read_text())
     annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] in (1, 6)]
@@ -243,7 +242,7 @@ def test_images_without_regions_are_left_out(dataset, tmp_path):
     assert {inputs["image_id"] for inputs in next(iter(loader))} == {1, 6}
 
 
-def test_images_that_the_store_lacks_are_left_out_and_counted(dataset, tmp_path, caplog):
+def test_images_missing_from_store_are_counted(dataset, tmp_path, caplog):
     extract(tmp_path / "store", shard_images=3)
     manifest = tmp_path / "store" / "manifest.json"
     cut = json.loads(manifest.read_text())
@@ -255,7 +254,7 @@ def test_images_that_the_store_lacks_are_left_out_and_counted(dataset, tmp_path,
     assert {inputs["image_id"] for inputs in next(iter(loader))} == {1, 2, 3}
 
 
-def test_any_number_of_workers_reads_the_same(dataset, tmp_path):
+def test_number_of_workers_does_not_change_stream(dataset, tmp_path):
     extract(tmp_path / "store", flip=True)
     overrides = ["DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),), "INPUT.RANDOM_FLIP", "horizontal"]
     streams = []
@@ -274,7 +273,7 @@ def _sum(tmp_path):
     return TokenStore(tmp_path / "store")._shards[0]["boxes"].sum()
 
 
-def test_a_changed_byte_is_found_and_named(dataset, tmp_path):
+def test_verify_names_damaged_shards(dataset, tmp_path):
     extract(tmp_path / "store")
     assert list(find_damage(tmp_path / "store")) == []
     path = tmp_path / "store" / "shard-00001.safetensors"
@@ -294,7 +293,7 @@ def test_a_changed_byte_is_found_and_named(dataset, tmp_path):
         TokenStore(tmp_path / "store")
 
 
-def test_extraction_killed_at_ten_random_moments_ends_with_an_undisturbed_store(dataset, tmp_path):
+def test_extraction_killed_ten_times_resumes_exactly(dataset, tmp_path):
     extract(tmp_path / "undisturbed")
     context, rng, killed = multiprocessing.get_context("fork"), random.Random(3), 0
     while killed < 10:
@@ -304,14 +303,14 @@ def test_extraction_killed_at_ten_random_moments_ends_with_an_undisturbed_store(
         process.kill()
         process.join()
         killed += 1
-        if (tmp_path / "store" / "manifest.json").is_file():  # it was done: the remaining kills begin anew
+        if (tmp_path / "store" / "manifest.json").is_file():  # it was done: the remaining kills start over
             for path in (tmp_path / "store").iterdir():
                 path.unlink()
     extract(tmp_path / "store")
     assert content(tmp_path / "store") == content(tmp_path / "undisturbed")
 
 
-def test_several_processes_share_the_work(dataset, tmp_path):
+def test_processes_share_the_shards(dataset, tmp_path):
     extract(tmp_path / "one", shard_images=1)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_extract_shared, args=(tmp_path / "two",)) for _ in range(2)]
@@ -328,7 +327,7 @@ def _extract_shared(directory):
     extract_tokens(model.recognizer, SOURCES, NAME, directory, Extraction(shard_images=1, batch_size=2), False)
 
 
-def test_machines_without_a_common_disk_do_a_part_each(dataset, tmp_path):
+def test_machines_without_common_disk(dataset, tmp_path):
     extract(tmp_path / "one")
     model = tiny_model()
     for rank in (0, 1):
@@ -340,7 +339,7 @@ def test_machines_without_a_common_disk_do_a_part_each(dataset, tmp_path):
         Extraction(machine=(2, 2))
 
 
-def test_a_store_that_lost_a_shard_is_mended(dataset, tmp_path):
+def test_missing_shard_is_written_again(dataset, tmp_path):
     extract(tmp_path / "store")
     before = content(tmp_path / "store")
     (tmp_path / "store" / "shard-00001.safetensors").unlink()
@@ -349,8 +348,18 @@ def test_a_store_that_lost_a_shard_is_mended(dataset, tmp_path):
     assert content(tmp_path / "store") == before
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"format": "regionspot-tokens-1", "shards": [{}]}', "[" * 100_000])
-def test_damaged_manifests_are_said_to_be_so(dataset, tmp_path, text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        "{}",
+        '{"format": "regionspot-tokens-1", "shards": [{}]}',
+        '{"format": "regionspot-tokens-2"}',
+        "[" * 100_000,
+    ],
+)
+def test_damaged_manifest_is_refused(dataset, tmp_path, text):
     extract(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_text(text)
     for use in (TokenStore, lambda directory: list(find_damage(directory)), extract):
@@ -358,7 +367,29 @@ def test_damaged_manifests_are_said_to_be_so(dataset, tmp_path, text):
             use(tmp_path / "store")
 
 
-def test_manifests_of_other_types_or_places_are_refused(dataset, tmp_path):
+def test_store_of_version_1_is_read_and_completed(dataset, tmp_path):
+    extract(tmp_path / "store")
+    expected = content(tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    old = {"format": "regionspot-tokens-1"}
+    for key, value in json.loads(path.read_text()).items():
+        if key == "image_size":
+            old["prompt_frame"] = f"XYXY boxes of the picture, cut to it, in SAM's input of longest side {value}"
+            old["image_transform"] = (
+                f"upright by EXIF, RGB, longest side to {value} (PIL, bilinear), padded to a square"
+            )
+        elif key != "format":
+            old[{"shard_images": "images of a shard", "num_shards": "number of shards"}.get(key, key)] = value
+    path.write_text(json.dumps(old))
+    assert TokenStore(tmp_path / "store").manifest == json.loads(expected["manifest.json"])
+    with pytest.raises(ValueError, match="another flip"):
+        extract(tmp_path / "store", flip=True)
+    (tmp_path / "store" / "shard-00001.safetensors").unlink()
+    extract(tmp_path / "store")
+    assert content(tmp_path / "store") == expected
+
+
+def test_manifest_with_wrong_types_is_refused(dataset, tmp_path):
     extract(tmp_path / "store")
     path = tmp_path / "store" / "manifest.json"
     whole = json.loads(path.read_text())
@@ -372,29 +403,29 @@ def test_manifests_of_other_types_or_places_are_refused(dataset, tmp_path):
                 use(tmp_path / "store")
 
 
-def test_pictures_that_cannot_be_read(dataset, tmp_path, caplog):
-    picture = tmp_path / "data" / "images" / "2.png"
-    whole, stamp = picture.read_bytes(), picture.stat().st_mtime_ns
+def test_unreadable_images(dataset, tmp_path, caplog):
+    image = tmp_path / "data" / "images" / "2.png"
+    whole, stamp = image.read_bytes(), image.stat().st_mtime_ns
     extract(tmp_path / "whole")
-    picture.write_bytes(b"damaged")
+    image.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"1 of 3 shards of test_stores are not done: .*2\.png.*--skip-damaged"):
         extract(tmp_path / "store")
     assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2  # the others are done
     extract(tmp_path / "skipped", skip_damaged=True)
     assert TokenStore(tmp_path / "skipped").image_ids.tolist() == [1, 2, 4, 5, 6] and "2.png" in caplog.text
-    picture.write_bytes(whole)
-    os.utime(picture, ns=(stamp, stamp))  # which the store holds
+    image.write_bytes(whole)
+    os.utime(image, ns=(stamp, stamp))  # which the store holds
     extract(tmp_path / "store")
     assert content(tmp_path / "store") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("ids", "message"), [(["a", "b"], "expected integers"), ([1, 1], "image id 1 occurs 2 times")])
-def test_image_ids_that_a_store_cannot_hold_are_refused_first(ids, message):
+def test_unsupported_image_ids_are_refused(ids, message):
     with pytest.raises(ValueError, match=message):
         check_image_ids(np.array(ids), "mine")
 
 
-def test_a_thin_box_at_the_border_keeps_its_token_when_flipped(dataset, tmp_path):
+def test_thin_box_at_border_keeps_its_token_when_flipped(dataset, tmp_path):
     path = tmp_path / "data" / "annotations.json"
     annotations = json.loads(path.read_text())
     annotations["annotations"][0]["bbox"] = [0, 5, 2e-5, 10]
