@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from regionspot.data.coco_io import AnnotationFile
 from regionspot.data.datasets import JsonDataset, read_json_dataset
-from regionspot.data.datasets.json_file import JsonFile, map_file
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
@@ -32,19 +32,19 @@ def convert(source: Path, target: Path, image_root: Path) -> JsonDataset:
         FileNotFoundError: no ``source``.
         ValueError: it is no LVIS JSON, or none of its images lies in val2017.
     """
-    file = JsonFile(source)
-    others = msgspec.json.decode(map_file(source), type=dict[str, msgspec.Raw])
+    file = AnnotationFile(source)
+    others = file.decode(dict[str, msgspec.Raw])
     kept: dict[str, list[msgspec.Raw]] = {"images": [], "annotations": []}
     ids = set()
-    for start, images in file.decode("images", _Image):
-        for raw, image in zip(file.parts["images"][start : start + len(images)], images):
+    for start, images in file.section("images", _Image):
+        for raw, image in zip(file.sections["images"][start : start + len(images)], images):
             if image.coco_url.split("/")[-2:-1] == ["val2017"]:
                 ids.add(image.id)
                 kept["images"].append(raw)
     if not ids:
-        raise ValueError(f"{source}: none of its {len(file.parts['images'])} images has a coco_url in val2017")
-    for start, annotations in file.decode("annotations", _Annotation):
-        pairs = zip(file.parts["annotations"][start : start + len(annotations)], annotations)
+        raise ValueError(f"{source}: none of its {len(file.sections['images'])} images has a coco_url in val2017")
+    for start, annotations in file.section("annotations", _Annotation):
+        pairs = zip(file.sections["annotations"][start : start + len(annotations)], annotations)
         kept["annotations"].extend(raw for raw, annotation in pairs if annotation.image_id in ids)
     with atomic_path(target) as temporary:
         temporary.write_bytes(msgspec.json.encode({**others, **kept}))

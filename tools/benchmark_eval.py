@@ -22,11 +22,11 @@ def peak():  # of this program; getrusage would count the one that started it, t
         return int(re.search(r"VmHWM:\\s+(\\d+)", file.read())[1]) * 1024
 """
 _OURS = """
-from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.report import evaluate_task
-from regionspot.evaluation.results_file import read_results
+from regionspot.data.coco_io import read_results
 before, start = peak(), time.process_time()
-truth, results = read_ground_truth(sys.argv[1]), read_results(sys.argv[2])
+truth, results = GroundTruth(sys.argv[1]), read_results(sys.argv[2])
 metrics = evaluate_task(truth, results, sys.argv[3], sys.argv[4], segm_areas="boxes").metrics  # areas as lvis
 """
 _LVIS = """

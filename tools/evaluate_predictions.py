@@ -40,10 +40,9 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from regionspot.evaluation.ground_truth import GroundTruth, read_ground_truth
+from regionspot.data.coco_io import Results, read_results
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
-from regionspot.evaluation.results import Results
-from regionspot.evaluation.results_file import read_results
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import sha256_of_file
 
@@ -68,7 +67,7 @@ def protocol_line(truth: GroundTruth, results: Results, args: argparse.Namespace
 
 
 def run(args: argparse.Namespace) -> None:
-    truth, results = read_ground_truth(args.annotations), read_results(args.predictions)
+    truth, results = GroundTruth(args.annotations), read_results(args.predictions)
     args.protocol = args.protocol or ("lvis" if truth.is_lvis else "coco")
     asked = bool(args.task)
     args.task = args.task or (["bbox", "segm"] if results.regions is not None else ["bbox"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from regionspot.data.coco_io import Results
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.matching import (
     AREA_NAMES,
@@ -17,8 +18,7 @@ from regionspot.evaluation.matching import (
     match,
     outside_ranges,
 )
-from regionspot.evaluation.results import Results
-from regionspot.evaluation.rle import areas_of, boxes_of
+from regionspot.utils.rle import mask_areas, mask_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Truths:
         keys: (G,) int64 ``category * I + image``, ascending.
         ignore: (G, A) bool, also those outside an area range.
         crowd: (G,) bool: may be matched many times, and the IoU is the share of the detection that it covers.
-        unnumbered: (G,) bool, as in ``GroundTruth``.
+        has_id_zero: (G,) bool, as in ``GroundTruth``.
         number: (K, A) int64 that count.
     """
 
@@ -84,8 +84,8 @@ class Truths:
         self.rows, self.keys = rows[order], keys[order]
         self.ignore = outside_ranges(ground_truth.areas[self.rows]) | ignore[self.rows, None]
         self.crowd = crowd[self.rows]
-        self.unnumbered = ground_truth.unnumbered[self.rows]
-        if self.unnumbered.any():
+        self.has_id_zero = ground_truth.has_id_zero[self.rows]
+        if self.has_id_zero.any():
             logger.warning(
                 "annotations %s: one has id 0, which lvis and pycocotools count as missed even if it is found; number "
                 "from 1",
@@ -135,7 +135,7 @@ def match_results(
     """Match detections to annotations by the IoU of boxes or masks; see ``match``."""
     iou = _iou_of_masks if task == "segm" else _iou_of_boxes
     edges = find_edges(detections.keys, truths.keys, iou(ground_truth, results, detections, truths))
-    return match(edges, detections.keys, truths.ignore, truths.unnumbered, truths.crowd)
+    return match(edges, detections.keys, truths.ignore, truths.has_id_zero, truths.crowd)
 
 
 def accumulate(
@@ -217,15 +217,15 @@ def _iou_of_masks(ground_truth: GroundTruth, results: Results, detections: Detec
     needed = np.flatnonzero(np.isin(truths.keys, detections.keys))
     masks = ground_truth.masks(truths.rows[needed])
     areas, boxes = np.zeros(len(truths.rows)), np.zeros((len(truths.rows), 4))
-    areas[needed], boxes[needed] = areas_of(masks), boxes_of(masks)
+    areas[needed], boxes[needed] = mask_areas(masks), mask_boxes(masks)
     at = dict(zip(needed.tolist(), masks))
     compared = np.unique(regions[detections.rows[np.isin(detections.keys, truths.keys)]])
-    mask_boxes = np.zeros((len(rles), 4))
-    mask_boxes[compared] = boxes_of([rles[region] for region in compared.tolist()])
+    region_boxes = np.zeros((len(rles), 4))
+    region_boxes[compared] = mask_boxes([rles[region] for region in compared.tolist()])
     return MaskIou(
         regions[detections.rows],
         results.mask_areas,
-        mask_boxes,
+        region_boxes,
         rles.__getitem__,
         at.__getitem__,
         areas,

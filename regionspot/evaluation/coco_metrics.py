@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from regionspot.data.coco_io import Results
 from regionspot.evaluation.average_precision import (
     TASKS,
     Evaluation,
@@ -18,9 +19,8 @@ from regionspot.evaluation.average_precision import (
     mean_percent,
     order_detections,
 )
-from regionspot.evaluation.ground_truth import GroundTruth, read_ground_truth
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.matching import AREA_NAMES, outside_ranges, rank_in_group
-from regionspot.evaluation.results import Results
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def run_coco_evaluation(json_file: str | Path | GroundTruth, results: Results, t
     """
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-    ground_truth = json_file if isinstance(json_file, GroundTruth) else read_ground_truth(json_file)
-    images, categories = ground_truth.positions(results)
+    ground_truth = json_file if isinstance(json_file, GroundTruth) else GroundTruth(json_file)
+    images, categories = ground_truth.locate(results)
     if task == "segm":
         ground_truth.check_masks(results, images)
         ground_truth.masks(np.arange(len(ground_truth.images)))  # refuses damaged ones

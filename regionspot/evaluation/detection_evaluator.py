@@ -1,17 +1,16 @@
 """Detectron2's LVIS evaluator with our metrics, for any detector: the same numbers, on any NumPy, in less time."""
 
 import itertools
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import LVISEvaluator
 
+from regionspot.data.coco_io import read_results, write_list
 from regionspot.data.datasets import category_ids
-from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
-from regionspot.evaluation.results_file import read_results
 from regionspot.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -45,12 +44,12 @@ class DetectionLVISEvaluator(LVISEvaluator):
             detection["category_id"] = ids[label]
         directory = Path(self._output_dir)
         path = directory / "lvis_instances_results.json"
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(detections))
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            write_list(file, detections)
         if not self._do_evaluation:
             logger.info("the data set has no annotations: the predictions are in %s", path)
             return
-        truth, results = read_ground_truth(Path(self._metadata.json_file)), read_results(path)
+        truth, results = GroundTruth(Path(self._metadata.json_file)), read_results(path)
         tasks = ("bbox", "segm") if any("segmentation" in x for x in detections) else ("bbox",)
         outcomes = {task: evaluate_task(truth, results, task, "lvis", self._max_dets_per_image) for task in tasks}
         self._results.update({task: outcome.metrics for task, outcome in outcomes.items()})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from regionspot.data.coco_io import Results
 from regionspot.evaluation.average_precision import (
     TASKS,
     Detections,
@@ -17,7 +18,6 @@ from regionspot.evaluation.average_precision import (
 )
 from regionspot.evaluation.ground_truth import FREQUENCIES, GroundTruth
 from regionspot.evaluation.matching import AREA_NAMES, outside_ranges
-from regionspot.evaluation.results import Results
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def run_lvis_evaluation(
         if limit < 1 and limit != -1:
             raise ValueError(f"{key}: expected a positive number, or -1 for no limit, got {limit}")
     ground_truth.require_lvis()
-    images, categories = ground_truth.positions(results)
+    images, categories = ground_truth.locate(results)
     if task == "segm":
         ground_truth.check_masks(results, images)
     if not len(results):

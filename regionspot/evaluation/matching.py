@@ -135,7 +135,7 @@ class MaskIou:
 
 
 def match(
-    edges: Edges, detection_keys: np.ndarray, ignore: np.ndarray, unnumbered: np.ndarray, crowd: np.ndarray
+    edges: Edges, detection_keys: np.ndarray, ignore: np.ndarray, has_id_zero: np.ndarray, crowd: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Match detections to ground truths.
 
@@ -144,7 +144,7 @@ def match(
         detection_keys: (D,) int64, one number for each image and category; the detections of each are in the order
             in which they choose.
         ignore: (G, A) bool, ground truths that count neither as found nor as missed.
-        unnumbered: (G,) bool, ground truths of id 0, which are taken but not found: so ``lvis`` and ``pycocotools``
+        has_id_zero: (G,) bool, ground truths of id 0, which are taken but not found: so ``lvis`` and ``pycocotools``
             read their own notes.
         crowd: (G,) bool, ground truths that many detections may be matched to.
 
@@ -175,7 +175,7 @@ def match(
             ignored = best >= _IGNORED
             truth = some[np.where(ignored, best - _IGNORED, best)]
             taken[truth, threshold, area] = ~crowd[truth]
-            outcome = np.where(ignored, 2, np.where(unnumbered[truth], 0, 1))
+            outcome = np.where(ignored, 2, np.where(has_id_zero[truth], 0, 1))
             state[owner[here][detection], threshold, area] = outcome
     return rows, state
 

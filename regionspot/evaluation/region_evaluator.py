@@ -13,17 +13,16 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
+from regionspot.data.coco_io import Results, write_results
 from regionspot.data.datasets import category_ids
 from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.class_cap import ClassCap
-from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import DETS_PER_CLASS
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
 from regionspot.evaluation.protocol import ANNOTATED, Protocol, short_hash
 from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
-from regionspot.evaluation.results import Results
-from regionspot.evaluation.results_file import write_results
-from regionspot.evaluation.rle import PackedMasks
+from regionspot.utils.rle import PackedRles
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +119,9 @@ class RegionEvaluator(DatasetEvaluator):
                 f"{self.metadata.name}; run the evaluation again, which goes on with those that are missing"
             )
         kind = "coco" if self.protocol.metric == "coco" else "lvis"
-        truth = read_ground_truth(self.json_file)
+        truth = GroundTruth(self.json_file)
         results, regions, unreadable = self._read_log()
-        write_results(results, self.output_dir / f"{kind}_instances_results.json")
+        write_results(self.output_dir / f"{kind}_instances_results.json", results)
         line, limit = self.protocol.line(len(self.log), self.of), self.protocol.detections_per_image
         line += f", {len(unreadable)} unreadable" * bool(unreadable)
         limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
@@ -156,7 +155,7 @@ class RegionEvaluator(DatasetEvaluator):
         """Return all detections, the annotated and the best classes of each image's regions, and what is unreadable."""
         none = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)), np.zeros(0, np.int64))
         pieces: list[tuple[np.ndarray, ...]] = [none]
-        rles, accuracies, unreadable = PackedMasks(), [], []
+        rles, accuracies, unreadable = PackedRles(), [], []
         for image in self.log:
             image_ids = np.full(len(image.classes), image.image_id)
             rows = len(rles) + image.regions.astype(np.int64)

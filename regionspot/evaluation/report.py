@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from regionspot.data.coco_io import Results
 from regionspot.evaluation.coco_metrics import CocoEvaluation, run_coco_evaluation
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import LvisEvaluation, run_lvis_evaluation
-from regionspot.evaluation.results import Results
 from regionspot.utils.files import atomic_path
 
 

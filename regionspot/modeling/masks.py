@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, ROIMasks
-from pycocotools import mask as mask_api
 from torch.nn import functional as F
+
+from regionspot.utils.rle import encode_masks
 
 MAX_PIXELS = 1 << 25  # of masks that are at full size at once: 128 MB of float32
 
@@ -119,9 +119,3 @@ class RleMasks(list):
             return RleMasks(super(RleMasks, self).__getitem__(row) for row in rows.tolist())
         found = super().__getitem__(item)
         return RleMasks(found) if isinstance(item, slice) else found
-
-
-def encode_masks(masks: torch.Tensor) -> list[dict]:
-    """Return COCO's compressed RLE, with ``counts`` as text, of (N, H, W) bool masks."""
-    encoded = mask_api.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
-    return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]

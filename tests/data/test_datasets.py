@@ -14,7 +14,8 @@ from detectron2.structures import BoxMode
 from torch.utils.data import DataLoader
 
 from regionspot.data import build_test_loader, register_from_spec, register_json_dataset
-from regionspot.data.datasets import json_file, read_json_dataset
+from regionspot.data.coco_io import json_file
+from regionspot.data.datasets import read_json_dataset
 from regionspot.data.datasets.builtin import odinw_paths, register_all
 
 from ..helpers import NAMES, draw_scene, tiny_config, write_dataset
@@ -94,9 +95,9 @@ def random_file(directory, number=300):
     return write(directory, images, annotations, categories)
 
 
-@pytest.mark.parametrize("piece", [1 << 16, 7])
-def test_records_are_those_of_the_plain_reading(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(json_file, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [1 << 14, 7])
+def test_records_are_those_of_the_plain_reading(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(json_file, "CHUNK_ENTRIES", chunk)
     path = random_file(tmp_path)
     dataset, expected = read_json_dataset(path, tmp_path), reference_records(path, tmp_path)
     assert dataset.class_names == ["c-4", "c0", "c90"] and dataset.id_mapping == {-4: 0, 0: 1, 90: 2}
@@ -220,7 +221,7 @@ def test_what_is_wrong_is_said_with_file_and_place(tmp_path, content, message):
 
 
 def test_place_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_file, "PIECE", 2)
+    monkeypatch.setattr(json_file, "CHUNK_ENTRIES", 2)
     path = write(tmp_path, [image()], [*[annotation()] * 4, annotation(bbox=(1, 2))])
     with pytest.raises(ValueError, match=r"annotations\[4\].bbox"):
         read_json_dataset(path, tmp_path)

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regionspot.data.proposals import FORMS, ProposalFile, json_forms, write_proposals
+from regionspot.data.coco_io import json_file
+from regionspot.data.proposals import FORMATS, ProposalFile, write_proposals
 
 from .test_proposals import random_proposals
 
-NUMBER = 2500  # of damaged files of each form
+NUMBER = 2500  # of damaged files of each format
 SPARE = 256 << 20  # bytes that reading a file of a few hundred may take
 SIZES = [(48, 64)] * 3
 TOKENS = [b"null", b"true", b"{}", b"[]", b'"x"', b"-1", b"1e308", b"9" * 400, b"1e999", b"NaN", b"-Infinity", b"0.5"]
@@ -124,28 +125,28 @@ def fast_path():
         yield Path(directory)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.filterwarnings("error")
-def test_damaged_files_end_in_a_clear_error_or_a_correct_run(fast_path, monkeypatch, form):
-    monkeypatch.setattr(json_forms, "PIECE_BYTES", 300)  # so that there are several
+def test_damaged_files_end_in_a_clear_error_or_a_correct_run(fast_path, monkeypatch, format):
+    monkeypatch.setattr(json_file, "CHUNK_BYTES", 300)  # so that there are several
     _, arrays = random_proposals(fast_path, images=3, number=4)
     original, path = fast_path / "original", fast_path / "damaged"
-    write_proposals(original, form, arrays)
+    write_proposals(original, format, arrays)
     data = original.read_bytes()
     files = [data]
-    if form == "detectron2":  # all ways of writing it
+    if format == "detectron2":  # all ways of writing it
         columns = {"boxes": np.split(arrays.boxes, 3), "scores": np.split(arrays.scores, 3)}
         files += [pickle.dumps({"ids": [1, 2, 3], **columns}, protocol) for protocol in (0, 2, 5)]
-    rng = np.random.default_rng(FORMS.index(form))
+    rng = np.random.default_rng(FORMATS.index(format))
     read, slowest = 0, 0.0
     use(original, [1, 2, 3])
     with limited_memory():
         with pytest.raises(OSError, match="memory"):  # not by malloc, which may hold freed pages that are as large
             mmap.mmap(-1, 2 * SPARE)
         for number in range(NUMBER):
-            if form in ("glip", "coco") and number % 2:
+            if format in ("glip", "coco") and number % 2:
                 damaged = json.dumps(mutate(json.loads(data), rng)).encode()
-            elif form == "safetensors" and number % 3 == 0:
+            elif format == "safetensors" and number % 3 == 0:
                 damaged = unlike(data, rng)
             else:
                 damaged = damage(files[rng.integers(len(files))], rng)

@@ -29,7 +29,7 @@ def read(tmp_path, content, protocol=4):
 
 
 def check(file):
-    assert file.form == "detectron2" and file.image_ids.tolist() == [1, 3]
+    assert file.format == "detectron2" and file.image_ids.tolist() == [1, 3]
     assert file.boxes.tolist() == BOXES[0].tolist() and file.boxes.dtype == np.float32
     assert file.scores.tolist() == [0.5, 0.25]
     assert len(file.get(1, (9, 9))) == 0 and len(file.get(3, (50, 50))) == 2

@@ -11,7 +11,8 @@ from detectron2.structures import BoxMode
 from safetensors.numpy import save_file
 
 from regionspot.data import build_test_loader
-from regionspot.data.proposals import FORMS, ProposalFile, json_forms, select_proposals, write_proposals
+from regionspot.data.coco_io import json_file
+from regionspot.data.proposals import FORMATS, ProposalFile, select_proposals, write_proposals
 
 from ..helpers import tiny_config, tiny_model, write_dataset
 
@@ -38,7 +39,7 @@ def write_json(path, content):
 
 
 def random_proposals(tmp_path, seed=0, images=6, number=40, with_scores=True, with_labels=True):
-    """Boxes of float32 as they come, ids in any order, in the authors' form and as ``ProposalArrays``."""
+    """Boxes of float32 as they come, ids in any order, in the authors' format and as ``ProposalArrays``."""
     rng = np.random.default_rng(seed)
     content = {}
     for image_id in rng.permutation(images) + 1:
@@ -79,7 +80,7 @@ def test_each_test_set_has_its_own_file(dataset, tmp_path, register):
 
 def test_every_form_gives_the_same_bits_through_the_mapper(dataset, tmp_path):
     content, _ = random_proposals(tmp_path)
-    paths = {form: tmp_path / f"{form}.bin" for form in FORMS}  # written by hand, with names that say nothing
+    paths = {format: tmp_path / f"{format}.bin" for format in FORMATS}  # written by hand, with names that say nothing
     write_json(paths["glip"], content)
     rows = []
     for image_id, entry in content.items():
@@ -99,12 +100,12 @@ def test_every_form_gives_the_same_bits_through_the_mapper(dataset, tmp_path):
     tensors |= {"image_ids": np.array([int(i) for i in content]), "offsets": np.arange(7) * 40}
     save_file(tensors, paths["safetensors"], metadata={"format": "regionspot-proposals-1"})
     seen = {}
-    for form, path in paths.items():
-        assert ProposalFile(path).form == form
-        seen[form] = [batch[0]["proposals"] for batch in loader(path, dataset, "INPUT.MIN_SIZE_TEST", 77)]
+    for format, path in paths.items():
+        assert ProposalFile(path).format == format
+        seen[format] = [batch[0]["proposals"] for batch in loader(path, dataset, "INPUT.MIN_SIZE_TEST", 77)]
     assert sum(map(len, seen["glip"])) > 100
-    for form in FORMS:
-        for one, other in zip(seen["glip"], seen[form]):
+    for format in FORMATS:
+        for one, other in zip(seen["glip"], seen[format]):
             assert one.image_size == other.image_size and one.get_fields().keys() == other.get_fields().keys()
             for key in ("scores", "proposal_labels"):
                 assert one.get(key).dtype == other.get(key).dtype and torch.equal(one.get(key), other.get(key))
@@ -129,9 +130,9 @@ def test_each_row_keeps_its_score_and_label_without_area_or_not(tmp_path):
 def test_scores_and_labels_may_be_missing(tmp_path, dataset):
     for with_scores, with_labels in [(False, False), (True, False), (False, True)]:
         _, arrays = random_proposals(tmp_path, with_scores=with_scores, with_labels=with_labels)
-        for form in FORMS:
-            write_proposals(tmp_path / form, form, arrays)
-            fields = ProposalFile(tmp_path / form).get(1, (48, 64)).get_fields()
+        for format in FORMATS:
+            write_proposals(tmp_path / format, format, arrays)
+            fields = ProposalFile(tmp_path / format).get(1, (48, 64)).get_fields()
             expected = {"proposal_boxes"}
             expected |= {"scores"} if with_scores else set()
             expected |= {"proposal_labels"} if with_labels else set()
@@ -235,13 +236,13 @@ def test_the_loader_says_so_before_the_run(tmp_path, dataset, caplog):
         ('{"1": {"boxes": []}, "01": {"boxes": []}}', "image id 1 occurs twice"),
         ('{"images": [], "annotations": [], "categories": []}', "got annotations"),
         ('{"1": ' + "[" * 100000, "nested too deep"),
-        ('[{"image_id": 1, "bbox": [1, 2, 3, 4]}, {"image_id": 1}]', r"\[1\]: object missing required field `bbox`"),
-        ('[{"image_id": "1", "bbox": [1, 2, 3, 4]}]', r"\[0\].image_id: expected `int`, got `str`"),
+        ('[{"image_id": 1, "bbox": [1, 2, 3, 4]}, {"image_id": 1}]', r"entry 1: object missing required field `bbox`"),
+        ('[{"image_id": "1", "bbox": [1, 2, 3, 4]}]', r"entry 0.image_id: expected `int`, got `str`"),
         (
             '[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1}, {"image_id": 1, "bbox": [1, 2, 3, 4]}]',
             "1 of the first 2",
         ),
-        ("[[1, 2, 3, 4]]", r"\[0\]: expected `object`, got `array`"),
+        ("[[1, 2, 3, 4]]", r"entry 0: expected `object`, got `array`"),
     ],
 )
 def test_wrong_json_is_refused(tmp_path, content, message):
@@ -261,7 +262,7 @@ def test_files_without_any_box_are_read(tmp_path):
 
 @pytest.mark.parametrize("piece", [64, 200, 1 << 23])
 def test_results_are_read_in_pieces_wherever_they_are_cut(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(json_forms, "PIECE_BYTES", piece)
+    monkeypatch.setattr(json_file, "CHUNK_BYTES", piece)
     entries = [
         {"image_id": i % 3, "note": '}, {"x"', "more": [{}, {"a": [{}, {}]}], "bbox": [i, i, 2, 2], "score": i / 99}
         for i in range(50)
@@ -273,7 +274,7 @@ def test_results_are_read_in_pieces_wherever_they_are_cut(tmp_path, monkeypatch,
             file = ProposalFile(tmp_path / "p.json")
             assert sorted(file.boxes[:, 0].tolist()) == sorted(entry["bbox"][0] for entry in content)
         content = [*content, {"image_id": 1, "bbox": [1, 2, 3]}]
-        with pytest.raises(ValueError, match=rf"\[{len(content) - 1}\].bbox: expected"):
+        with pytest.raises(ValueError, match=rf"entry {len(content) - 1}.bbox: expected"):
             ProposalFile(write_json(tmp_path / "p.json", content))
         content[-1] = {"image_id": 1, "bbox": [1, 2, 3, float("nan")], "score": float("-inf")}
         assert ProposalFile(write_json(tmp_path / "p.json", content)).arrays.num_not_finite == 1

@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from regionspot.data import build_test_loader
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.evaluate import describe_protocol
-from regionspot.evaluation import read_ground_truth, read_results, run_lvis_evaluation
+from regionspot.evaluation import GroundTruth, read_results, run_lvis_evaluation
 from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.region_evaluator import RegionEvaluator
 from regionspot.modeling import RegionSpot
@@ -181,7 +181,7 @@ def test_nothing_is_left_to_do_but_the_metrics(dataset, tmp_path, monkeypatch):
     """The run was cut between its last image and the metrics."""
     evaluate(tmp_path)
     expected = written(tmp_path)
-    monkeypatch.setattr("regionspot.evaluation.region_evaluator.read_ground_truth", lambda *_: 1 / 0)
+    monkeypatch.setattr("regionspot.evaluation.region_evaluator.GroundTruth", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(tmp_path)
     monkeypatch.undo()
@@ -233,7 +233,7 @@ def test_fixed_ap_keeps_what_its_limit_leaves(dataset, tmp_path, monkeypatch, li
     probabilities = DetectionRule.probabilities
     monkeypatch.setattr(DetectionRule, "probabilities", lambda *args: (probabilities(*args) * 3).round() / 3)
     fixed = ["TEST.PROTOCOL", "fixed", "TEST.DETECTIONS_PER_IMAGE", -1]
-    truth = read_ground_truth(tmp_path / "data" / "annotations.json")
+    truth = GroundTruth(tmp_path / "data" / "annotations.json")
     path = tmp_path / "out" / "inference" / NAME / "lvis_instances_results.json"
     evaluate(tmp_path, *fixed)
     whole = read_results(path)
@@ -465,7 +465,7 @@ def test_unreadable_image_that_was_repaired_is_evaluated_by_the_run_that_goes_on
     image = tmp_path / "data" / "images" / "1.png"
     whole = image.read_bytes()
     image.write_bytes(b"no image")
-    monkeypatch.setattr("regionspot.evaluation.region_evaluator.read_ground_truth", lambda *_: 1 / 0)
+    monkeypatch.setattr("regionspot.evaluation.region_evaluator.GroundTruth", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(tmp_path, "DATALOADER.SKIP_UNREADABLE", True)
     monkeypatch.undo()

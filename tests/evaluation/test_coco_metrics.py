@@ -10,8 +10,8 @@ import pytest
 from detectron2.evaluation.coco_evaluation import COCOEvaluator, _evaluate_predictions_on_coco
 from pycocotools.coco import COCO
 
+from regionspot.data.coco_io import read_results
 from regionspot.evaluation.coco_metrics import MAX_DETS, evaluate_coco, run_coco_evaluation
-from regionspot.evaluation.results_file import read_results
 
 from .reference import assert_same, make_world, write_world
 

@@ -6,10 +6,10 @@ import logging
 import numpy as np
 import pytest
 
+from regionspot.data.coco_io import read_results
 from regionspot.evaluation import matching
-from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import evaluate_lvis, run_lvis_evaluation
-from regionspot.evaluation.results_file import read_results
 
 from .reference import assert_same, best_of_each_class, lvis_says, make_world, write_world
 
@@ -32,7 +32,7 @@ HOSTILE = {
 def compare(directory, world, predictions, task, max_dets=300):
     annotations, results = write_world(directory, world, predictions)
     theirs, their_classes = lvis_says(annotations, predictions, task, max_dets)
-    evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results), task, max_dets=max_dets)
+    evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results), task, max_dets=max_dets)
     ours = evaluation.metrics()
     assert list(ours) == KEYS
     recalls = {key.replace(f"@{max_dets}", "@300"): value for key, value in evaluation.average_recalls().items()}
@@ -84,7 +84,7 @@ def test_limits_as_lvis(tmp_path, max_dets):
     world, predictions = make_world(5, ties=True)
     annotations, results = write_world(tmp_path, world, predictions)
     theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets)
-    ours = evaluate_lvis(read_ground_truth(annotations), read_results(results), max_dets=max_dets)
+    ours = evaluate_lvis(GroundTruth(annotations), read_results(results), max_dets=max_dets)
     assert_same(ours, {key: theirs[key] for key in KEYS})
 
 
@@ -106,7 +106,7 @@ def test_masks_with_areas_of_boxes_as_lvis_does_alone(tmp_path):
     world, predictions = make_world(4, masks=True, images=12)
     annotations, results = write_world(tmp_path, world, predictions)
     theirs, _ = lvis_says(annotations, predictions, "segm", without_boxes=False)
-    truth, read = read_ground_truth(annotations), read_results(results)
+    truth, read = GroundTruth(annotations), read_results(results)
     ours = run_lvis_evaluation(truth, read, "segm", segm_areas="boxes").metrics()
     assert_same(ours, {key: theirs[key] for key in KEYS})
     assert ours["APs"] != evaluate_lvis(truth, read, "segm")["APs"]
@@ -142,7 +142,7 @@ def test_fixed_ap_is_lvis_ap_of_the_best_of_each_class(tmp_path, task, limit):
     world, predictions = make_world(7, masks=task == "segm", ties=True, detections=30)
     annotations, results = write_world(tmp_path, world, predictions)
     theirs, _ = lvis_says(annotations, best_of_each_class(predictions, limit), task, max_dets=-1)
-    truth, read = read_ground_truth(annotations), read_results(results)
+    truth, read = GroundTruth(annotations), read_results(results)
     evaluation = run_lvis_evaluation(truth, read, task, "fixed", dets_per_class=limit)
     assert_same(evaluation.metrics(), {key: theirs[key] for key in KEYS})
     assert list(evaluation.average_recalls()) == ["AR", "ARs", "ARm", "ARl"]
@@ -157,14 +157,14 @@ def test_fixed_ap_is_of_10000_detections_of_a_class(tmp_path):
     predictions = [{**entry, "score": i / 20_000} for i in range(10_007)] + [{**entry, "score": 0.0}]
     predictions += [{**entry, "score": 0.0, "category_id": classes[1]}] * 2
     annotations, results = write_world(tmp_path, world, predictions)
-    evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results), protocol="fixed")
+    evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results), protocol="fixed")
     assert evaluation.num_limited == 10_000 + 2
 
 
 def test_fixed_ap_has_no_limit_per_image(tmp_path):
     world, predictions = make_world(9, images=2, detections=500, empty=0)
     annotations, results = write_world(tmp_path, world, predictions)
-    truth, read = read_ground_truth(annotations), read_results(results)
+    truth, read = GroundTruth(annotations), read_results(results)
     theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets=-1)
     assert_same(evaluate_lvis(truth, read, protocol="fixed"), {key: theirs[key] for key in KEYS})
     assert evaluate_lvis(truth, read, protocol="fixed") != evaluate_lvis(truth, read, max_dets=20)
@@ -173,11 +173,11 @@ def test_fixed_ap_has_no_limit_per_image(tmp_path):
 def test_no_detection_is_zero_and_said(tmp_path, caplog):
     world, _ = make_world(1, frequencies="rc")
     annotations, results = write_world(tmp_path, world, [])
-    values = evaluate_lvis(read_ground_truth(annotations), read_results(results))
+    values = evaluate_lvis(GroundTruth(annotations), read_results(results))
     assert values["AP"] == 0
     assert np.isnan(values["APf"])
     assert "no detection" in caplog.text
-    assert evaluate_lvis(read_ground_truth(annotations), read_results(results), "segm")["AP"] == 0
+    assert evaluate_lvis(GroundTruth(annotations), read_results(results), "segm")["AP"] == 0
 
 
 def test_detections_of_unverified_categories_are_said(tmp_path, caplog):
@@ -188,7 +188,7 @@ def test_detections_of_unverified_categories_are_said(tmp_path, caplog):
     others = [entry for entry in predictions if (entry["image_id"], entry["category_id"]) not in judged]
     annotations, results = write_world(tmp_path, world, others)
     with caplog.at_level(logging.WARNING):
-        evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results))
+        evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results))
     assert (evaluation.num_detections, evaluation.num_judged) == (len(others), 0)
     assert "annotated for" in caplog.text
 
@@ -196,7 +196,7 @@ def test_detections_of_unverified_categories_are_said(tmp_path, caplog):
 def test_counts(tmp_path):
     world, predictions = make_world(2, ignored=0.3)
     annotations, results = write_world(tmp_path, world, predictions)
-    evaluation = run_lvis_evaluation(read_ground_truth(annotations), read_results(results), max_dets=5)
+    evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results), max_dets=5)
     counted = [entry for entry in world["annotations"] if entry["area"] > 0 and not entry.get("ignore")]
     for category, number in zip(evaluation.category_ids, evaluation.num_annotations):
         assert number == sum(entry["category_id"] == category for entry in counted)
@@ -218,14 +218,14 @@ def test_other_annotations_are_refused(tmp_path, part, key, words):
     del world[part][-1][key]
     annotations, results = write_world(tmp_path, world, predictions)
     with pytest.raises(ValueError, match=f"{words}.*protocol coco"):
-        evaluate_lvis(read_ground_truth(annotations), read_results(results))
+        evaluate_lvis(GroundTruth(annotations), read_results(results))
 
 
 @pytest.mark.parametrize("wrong", [{"task": "boxes"}, {"protocol": "coco"}, {"max_dets": 0}])
 def test_other_arguments_are_refused(tmp_path, wrong):
     annotations, results = write_world(tmp_path, *make_world(0))
     with pytest.raises(ValueError, match="expected"):
-        evaluate_lvis(read_ground_truth(annotations), read_results(results), **wrong)
+        evaluate_lvis(GroundTruth(annotations), read_results(results), **wrong)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_other_arguments_are_refused(tmp_path, wrong):
         ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "polygons"),
         ({"bbox": None}, "no bbox"),
         ({"id": 2}, "id 2 occurs 2 times"),
-        ({"image_id": 424242}, "image id 424242 is not in the file"),
-        ({"category_id": 424242}, "category id 424242 is not in the file"),
+        ({"image_id": 424242}, "image id 424242, which is not in 'images'"),
+        ({"category_id": 424242}, "category id 424242, which is not in 'categories'"),
     ],
 )
 def test_wrong_annotations_are_refused(tmp_path, change, words):
@@ -246,7 +246,7 @@ def test_wrong_annotations_are_refused(tmp_path, change, words):
     world["annotations"][0] |= change
     annotations, results = write_world(tmp_path, world, predictions)
     with pytest.raises(ValueError, match=words) as error:
-        evaluate_lvis(read_ground_truth(annotations), read_results(results), "segm")
+        evaluate_lvis(GroundTruth(annotations), read_results(results), "segm")
     assert str(annotations) in str(error.value)
 
 

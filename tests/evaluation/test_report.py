@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.data.coco_io import read_results
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.report import evaluate_task, write_outcomes
-from regionspot.evaluation.results_file import read_results
 
 from .reference import lvis_says, make_world, write_world
 
@@ -16,7 +16,7 @@ from .reference import lvis_says, make_world, write_world
 def test_the_limit_of_detections_reaches_the_metrics(tmp_path):
     world, predictions = make_world(5)
     annotations, results = write_world(tmp_path, world, predictions)
-    truth, read = read_ground_truth(annotations), read_results(results)
+    truth, read = GroundTruth(annotations), read_results(results)
     for limit in (1, 300):
         theirs, _ = lvis_says(annotations, predictions, "bbox", limit)
         outcome = evaluate_task(truth, read, "bbox", "lvis", limit)
@@ -27,7 +27,7 @@ def test_the_limit_of_detections_reaches_the_metrics(tmp_path):
 def test_files_hold_every_class_and_null_for_what_is_not_annotated(tmp_path):
     world, predictions = make_world(1, frequencies="rc")
     annotations, results = write_world(tmp_path, world, predictions)
-    truth = read_ground_truth(annotations)
+    truth = GroundTruth(annotations)
     outcome = evaluate_task(truth, read_results(results), "bbox", "lvis")
     write_outcomes(tmp_path, truth, {"bbox": outcome}, protocol="a line")
     found = json.loads((tmp_path / "metrics.json").read_text())

@@ -9,7 +9,8 @@ from detectron2.structures import BitMasks, Boxes
 from pycocotools import mask as mask_api
 
 from regionspot.modeling import masks as masks_module
-from regionspot.modeling.masks import RegionMasks, encode_masks
+from regionspot.modeling.masks import RegionMasks
+from regionspot.utils.rle import encode_masks
 
 from ..helpers import as_inputs, extra_memory, tiny_model
 

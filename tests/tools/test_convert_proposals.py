@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou, nms
 
-from regionspot.data.proposals import FORMS, ProposalFile
+from regionspot.data.proposals import FORMATS, ProposalFile
 from regionspot.utils.command_line import run_command
 
 from ..data.test_proposals import random_proposals
@@ -32,13 +32,13 @@ def test_any_form_becomes_any_other_and_back_to_the_bit(tmp_path, capsys):
     random_proposals(tmp_path)
     first = ProposalFile(tmp_path / "random0.json")
     (tmp_path / "in").mkdir()
-    for form in FORMS:
-        tool.main([str(tmp_path / "random0.json"), str(tmp_path / "in" / form), "--to", form])
-        assert f"{form} ({form}): 240 boxes of 6 images, of 240 in " in capsys.readouterr().out
-    for source, target in itertools.product(FORMS, FORMS):
+    for format in FORMATS:
+        tool.main([str(tmp_path / "random0.json"), str(tmp_path / "in" / format), "--to", format])
+        assert f"{format} ({format}): 240 boxes of 6 images, of 240 in " in capsys.readouterr().out
+    for source, target in itertools.product(FORMATS, FORMATS):
         path = tmp_path / f"{source}-{target}"
         tool.main([str(tmp_path / "in" / source), str(path), "--to", target])
-        assert ProposalFile(path).form == target
+        assert ProposalFile(path).format == target
         same_bits(first, ProposalFile(path))
         assert path.read_bytes() == (tmp_path / "in" / target).read_bytes()  # whatever it was made from
         assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "random0.json").stat().st_mode)
@@ -47,9 +47,9 @@ def test_any_form_becomes_any_other_and_back_to_the_bit(tmp_path, capsys):
 
 def test_the_suffix_says_the_form(tmp_path, capsys):
     random_proposals(tmp_path)
-    for name, form in [("a.json", "glip"), ("a.pkl", "detectron2"), ("a.safetensors", "safetensors")]:
+    for name, format in [("a.json", "glip"), ("a.pkl", "detectron2"), ("a.safetensors", "safetensors")]:
         tool.main([str(tmp_path / "random0.json"), str(tmp_path / name)])
-        assert ProposalFile(tmp_path / name).form == form
+        assert ProposalFile(tmp_path / name).format == format
     with pytest.raises(SystemExit):
         tool.main([str(tmp_path / "random0.json"), str(tmp_path / "a.bin")])
     assert "--to FORM" in capsys.readouterr().err

@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")
 # name: (annotations, images, evaluator, parts of file_name that count), below the root; {} is each of the splits.
 _TRAIN_AND_VAL: dict[str, tuple[str, str, str, int | None]] = {
     "objects365_v1_{}": ("objects365/objects365_{}.json", "objects365/{}", "coco", None),
-    # Its file names are "images/v1/patch8/<name>"; on the disk patch8 lies in the split's directory.
+    # Its file names are "images/v1/patch8/<name>"; on the disk patch8 is in the split's directory.
     "objects365_v2_{}": ("objects365_v2/zhiyuan_objv2_{}.json", "objects365_v2/{}", "coco", 2),
     "v3det_{}": ("v3det/v3det_2023_v1_{}.json", "v3det", "coco", None),
 }
@@ -50,20 +50,20 @@ _ODINW_DIRECTORIES = {
 
 
 def odinw_paths(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Return (annotations, directory of the images) of all ODinW splits below ``root``, by registered name."""
+    """Return (annotations, directory of the images) of all ODinW splits under ``root``, by registered name."""
     paths = {}
     for name, pattern in _ODINW.items():
         for split in SPLITS:
             usual = "valid" if split == "val" else split
             directory = root / "odinw" / pattern.format(_ODINW_DIRECTORIES.get((name, split), usual))
-            # pistols has one directory for all splits, which are told apart by the file.
+            # pistols has one directory for all splits; each has a file of its own.
             prefix = "" if "{}" in pattern else f"{split}_"
             paths[f"odinw_{name}_{split}"] = (directory / f"{prefix}annotations_without_background.json", directory)
     return paths
 
 
 def register_all(root: Path) -> None:
-    """Register every data set under ``root``, but for names that are taken already."""
+    """Register all data sets under ``root``, except names that are taken already."""
     table = dict(_SINGLE)
     for split in ("train", "val"):
         for name, (json_file, images, evaluator_type, keep_parts) in _TRAIN_AND_VAL.items():

@@ -1,17 +1,17 @@
-"""The one place that knows which category of its annotation file each label of a data set stands for."""
+"""Which category of its annotation file each class of a data set stands for."""
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 
-from regionspot.data.datasets.json_file import JsonFile
+from regionspot.data.coco_io import AnnotationFile
 from regionspot.vocabulary import dataset_names
 
 
 def category_ids(name: str) -> np.ndarray:
-    """Return the category ids, in the annotation file, of a data set's labels 0, 1, 2, ...
+    """Return the category ids, in the annotation file, of a data set's classes 0, 1, 2, ...
 
-    Metadata say them (``thing_dataset_id_to_contiguous_id``), of all categories or, for a detector that knows some
-    classes only, of a part. Where they do not, as in Detectron2's ``lvis_v1_*``, labels of LVIS data sets are the ids
+    Metadata list them (``thing_dataset_id_to_contiguous_id``), for all categories or, for a detector that knows some
+    classes only, for a part. Where they do not, as in Detectron2's ``lvis_v1_*``, classes of LVIS data sets are the ids
     less 1, and those of others are in the order of the ids. Both are checked against the names in the file. A data
     set without ``json_file`` has the ids that Detectron2's ``convert_to_coco_json`` writes.
 
@@ -31,29 +31,30 @@ def category_ids(name: str) -> np.ndarray:
         mapping = mapping or {label: label for label in range(len(names))}
         by_label = {label: category for category, label in mapping.items()}
         return np.array([by_label[label] for label in range(len(names))], np.int64)
-    file = JsonFile(json_file, only_categories=True)
-    categories = file.categories()
+    file = AnnotationFile(json_file, only_categories=True)
     if mapping is None:
         is_lvis = metadata.get("evaluator_type") == "lvis"
-        mapping = {c.id: c.id - 1 if is_lvis else position for position, c in enumerate(categories)}
-    where = f"data set {name!r}, annotations {file.path}"
+        mapping = {c.id: c.id - 1 if is_lvis else position for position, c in enumerate(file.categories)}
+    prefix = f"data set {name!r}, {file.name}"
     remedy = "is it the right file? One of your own is named annotations.json:directory_of_images"
     ids: dict[int, int] = {}
-    for category in categories:
+    for category in file.categories:
         if (label := mapping.get(category.id)) is None:
             continue
-        found = names[label] if 0 <= label < len(names) else "no class"
-        if found not in (category.class_name, category.name):  # LVIS's names are the first synonyms
+        class_name = names[label] if 0 <= label < len(names) else "no class"
+        if class_name not in (category.class_name, category.name):  # LVIS's names are the first synonyms
             raise ValueError(
-                f"{where}: category {category.id} is {category.name!r}, but {found!r} in metadata; {remedy}"
+                f"{prefix}: category {category.id} is {category.name!r}, but {class_name!r} in metadata; {remedy}"
             )
         if label in ids:
-            raise ValueError(f"{where}: class {found!r} has two categories, {ids[label]} and {category.id}; {remedy}")
+            raise ValueError(
+                f"{prefix}: class {class_name!r} has two categories, {ids[label]} and {category.id}; {remedy}"
+            )
         ids[label] = category.id
     missing = [label for label in range(len(names)) if label not in ids]
     if missing:
         raise ValueError(
-            f"{where}: {len(missing)} of {len(names)} classes have no category, the first is {names[missing[0]]!r}; "
+            f"{prefix}: {len(missing)} of {len(names)} classes have no category, the first is {names[missing[0]]!r}; "
             f"{remedy}"
         )
     return np.array([ids[label] for label in range(len(names))], np.int64)

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from regionspot.data.datasets.json_dataset import load_json_dataset
 from regionspot.utils.files import expand_user
 
-SPEC_FORM = "expected 'annotations.json:directory_of_images', such as 'my.json:my_images'"
+SPEC_FORMAT = "expected 'annotations.json:directory_of_images', such as 'my.json:my_images'"
 
 
 def register_json_dataset(
@@ -21,11 +21,11 @@ def register_json_dataset(
     """Register annotations in COCO or LVIS format; the file is first read when the data set is first used.
 
     Args:
-        name: what the data set is called in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        name: of the data set in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: the annotations.
         image_root: directory that ``file_name`` (or the end of ``coco_url``) is relative to.
-        evaluator_type: "lvis" or "coco"; None for what the file has: LVIS where categories have ``frequency`` and
-            images ``neg_category_ids``, else COCO. It is in the metadata once the file was read.
+        evaluator_type: "lvis" or "coco"; by default LVIS where categories have ``frequency`` and images
+            ``neg_category_ids``, else COCO; it is set in the metadata once the file was read.
         keep_parts: how many parts of each ``file_name`` count, from its end: 2 makes "patch8/a.jpg" of
             "images/v1/patch8/a.jpg". None keeps all.
 
@@ -49,7 +49,7 @@ def register_from_spec(name: str) -> bool:
         name: an entry of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
 
     Returns:
-        Whether ``name`` is of that form; any other is left to the catalog.
+        Whether ``name`` has that format; any other is left to the catalog.
 
     Raises:
         FileNotFoundError: the file or the directory is not there.
@@ -58,14 +58,14 @@ def register_from_spec(name: str) -> bool:
     json_file, separator, image_root = name.rpartition(".json:")
     if not separator:
         if name.endswith(".json") and name not in DatasetCatalog:
-            raise ValueError(f"data set {name!r} names no images: {SPEC_FORM}")
+            raise ValueError(f"data set {name!r} names no images: {SPEC_FORMAT}")
         return False
     if name in DatasetCatalog:
         return True
     path, directory = (expand_user(text) for text in (f"{json_file}.json", image_root))
     if not path.is_file():
-        raise FileNotFoundError(f"data set {name!r}: annotations {path}: no such file; {SPEC_FORM}")
+        raise FileNotFoundError(f"data set {name!r}: annotations {path}: no such file; {SPEC_FORMAT}")
     if not image_root or not directory.is_dir():
-        raise FileNotFoundError(f"data set {name!r}: images {image_root!r}: no such directory; {SPEC_FORM}")
+        raise FileNotFoundError(f"data set {name!r}: images {image_root!r}: no such directory; {SPEC_FORMAT}")
     register_json_dataset(name, path.absolute(), directory.absolute())
     return True

@@ -1,4 +1,4 @@
-"""Proposals of many images as a few arrays, the same whatever file they come from."""
+"""Proposals of many images as a few arrays, the same for every file format."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-LIMIT = 1e9  # no image has as many pixels a side: what is as large, like infinity and NaN, is no coordinate
-PIECE = 1 << 20  # rows that are worked on at one time, for the memory's sake
-_ROUNDING = 1e-4  # probabilities that a float32 softmax put beside [0, 1]
+LIMIT = 1e9  # pixels; no image has as many a side: larger numbers are no coordinates, like infinity and NaN
+CHUNK = 1 << 20  # rows that are worked on at a time, to bound memory
+_ROUNDING = 1e-4  # how far a float32 softmax may put probabilities outside [0, 1]
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class ProposalArrays:
     Attributes:
         image_ids: (I,) int64, increasing.
         offsets: (I + 1,) int64.
-        boxes: (N, 4) float32, XYXY in the pixels of the original image, finite; not cut to it.
+        boxes: (N, 4) float32, XYXY in the pixels of the original image, finite; not clipped to it.
         scores: (N,) float32 in [0, 1], or None.
         labels: (N,) int64 as in the file, or None.
         rles: (N,) compressed COCO RLEs ``{"size": [h, w], "counts": str}`` (None for a box without), or None.
         scores_from: what the file's scores were, "none", "probabilities" or "logits".
-        num_not_finite: boxes that were left out because a coordinate or the score is NaN or infinite.
+        num_not_finite: boxes that were dropped because a coordinate or the score is NaN or infinite.
     """
 
     image_ids: np.ndarray
@@ -41,7 +41,7 @@ class ProposalArrays:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def keep(self, kept: np.ndarray) -> "ProposalArrays":
-        """Return the rows where ``kept``, (N,) bool, is set; images that lose all stay, with none."""
+        """Return the rows where ``kept``, (N,) bool, is set; images without any left keep their entry."""
         if kept.all():
             return self
         return replace(
@@ -63,29 +63,29 @@ def gather_images(
     labels: np.ndarray | None = None,
     are_logits: bool = False,
 ) -> ProposalArrays:
-    """Return the proposals of a file that has them image by image.
+    """Return the proposals of a file that groups them by image.
 
     Args:
         path: the file, for messages.
         image_ids: (I,) int64 in any order.
-        lengths: (I,) int64, how many of the rows that follow are each image's.
+        lengths: (I,) int64, number of rows of each image.
         boxes: (N, 4) float32 XYXY; may hold NaN and infinity.
         scores: (N,) float, probabilities or logits; may hold NaN and infinity.
         labels: (N,) int64.
         are_logits: the file says that the scores are logits.
 
     Raises:
-        ValueError: an image id is there twice.
+        ValueError: an image id occurs twice.
     """
     order = np.argsort(image_ids, kind="stable")
-    image_ids, ordered = image_ids[order], lengths[order]
-    twice = np.flatnonzero(np.diff(image_ids) == 0)
-    if len(twice):
-        raise ValueError(f"proposals {path}: image id {image_ids[twice[0]]} occurs twice; expected once each")
-    offsets = np.concatenate([[0], ordered.cumsum()]).astype(np.int64)
+    image_ids, sorted_lengths = image_ids[order], lengths[order]
+    repeated = np.flatnonzero(np.diff(image_ids) == 0)
+    if len(repeated):
+        raise ValueError(f"proposals {path}: image id {image_ids[repeated[0]]} occurs twice; expected once each")
+    offsets = np.concatenate([[0], sorted_lengths.cumsum()]).astype(np.int64)
     if (np.diff(order) < 0).any():
         starts = (lengths.cumsum() - lengths)[order]
-        rows = np.repeat(starts - offsets[:-1], ordered) + np.arange(len(boxes))
+        rows = np.repeat(starts - offsets[:-1], sorted_lengths) + np.arange(len(boxes))
         boxes, scores, labels = boxes[rows], _take(scores, rows), _take(labels, rows)
     return _finish(ProposalArrays(image_ids, offsets, boxes, scores, labels), are_logits)
 
@@ -97,9 +97,9 @@ def gather_rows(
     labels: np.ndarray | None = None,
     rles: list[dict[str, Any] | None] | None = None,
 ) -> ProposalArrays:
-    """Return the proposals of a file that has them one by one.
+    """Return the proposals of a file that lists them one by one.
 
-    ``row_ids`` (N,) int64 are the boxes' image ids. For the memory's sake the arrays are ordered where they are.
+    ``row_ids`` (N,) int64 are the boxes' image ids. The arrays are sorted in place, which saves memory.
     """
     if (np.diff(row_ids) < 0).any():
         order = np.argsort(row_ids, kind="stable")
@@ -112,9 +112,9 @@ def gather_rows(
     return _finish(ProposalArrays(row_ids[starts], offsets, boxes, scores, labels, rles), False)
 
 
-def pieces(number: int) -> Iterator[slice]:
-    """Yield slices that cover ``number`` rows."""
-    return (slice(start, min(start + PIECE, number)) for start in range(0, number, PIECE))
+def chunks(num_rows: int) -> Iterator[slice]:
+    """Yield slices that cover ``num_rows`` rows."""
+    return (slice(start, min(start + CHUNK, num_rows)) for start in range(0, num_rows, CHUNK))
 
 
 def _take(column: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
@@ -122,9 +122,9 @@ def _take(column: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
 
 
 def _finish(arrays: ProposalArrays, are_logits: bool) -> ProposalArrays:
-    """Leave out what is not finite and turn scores into probabilities in float32."""
+    """Drop rows that are not finite and turn scores into float32 probabilities."""
     kept = np.empty(len(arrays.boxes), bool)
-    for part in pieces(len(kept)):
+    for part in chunks(len(kept)):
         kept[part] = (np.abs(arrays.boxes[part]) < LIMIT).all(axis=1)  # False of NaN
         if arrays.scores is not None:
             kept[part] &= np.abs(arrays.scores[part]) < LIMIT
@@ -140,7 +140,7 @@ def _as_probabilities(scores: np.ndarray, are_logits: bool) -> tuple[np.ndarray,
     if len(scores) and not (scores.min() >= -_ROUNDING and scores.max() <= 1 + _ROUNDING):
         are_logits = True
     result = np.empty(len(scores), np.float32)
-    for part in pieces(len(scores)):
+    for part in chunks(len(scores)):
         values = scores[part].astype(np.float64)
         with np.errstate(over="ignore"):
             result[part] = 1 / (1 + np.exp(-values)) if are_logits else np.clip(values, 0, 1)

@@ -1,4 +1,4 @@
-"""A proposal file of any form."""
+"""A proposal file of any format."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -9,29 +9,29 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
-from regionspot.data.proposals.arrays import ProposalArrays, pieces
-from regionspot.data.proposals.json_forms import read_json
+from regionspot.data.proposals.arrays import ProposalArrays, chunks
+from regionspot.data.proposals.json_formats import read_json
 from regionspot.data.proposals.pickle_form import read_pickle
-from regionspot.data.proposals.tensor_form import read_tensors
+from regionspot.data.proposals.safetensors_format import read_safetensors
 from regionspot.utils.files import sha256_of_file
 
 
 class ProposalFile:
-    """The boxes of a file whose form is recognized by its content, not by its name.
+    """The boxes of a file whose format is recognized by its content, not by its name.
 
     * "glip", the authors' JSON: ``{image_id: {"boxes": [[x0, y0, x1, y1], ...], "scores": [...], "labels": [...]}}``;
     * "coco", COCO results: ``[{"image_id", "bbox": [x, y, w, h], "score", "category_id", "segmentation"}, ...]``;
     * "detectron2", its pickle of proposals, in which nothing is ever executed;
-    * "safetensors", our own: ``image_ids`` (I,) and ``offsets`` (I + 1,) int64, ``boxes`` (N, 4) float32 XYXY,
+    * "safetensors", RegionSpot's own: ``image_ids`` (I,) and ``offsets`` (I + 1,) int64, ``boxes`` (N, 4) float32 XYXY,
       ``scores`` (N,) float32, ``labels`` (N,) int64, and the metadata ``{"format": "regionspot-proposals-1"}``.
 
     Boxes are in the pixels of the original image. Scores and labels may be missing, for all boxes alike. If a score is
-    outside [0, 1], all are logits, and their sigmoid counts. Boxes of which a coordinate or the score is NaN or
-    infinite are left out. In memory a box takes 16 bytes, 4 more with a score, 8 more with a label.
+    outside [0, 1], all are logits, and their sigmoid is used. Boxes with a coordinate or a score that is NaN or
+    infinite are dropped. In memory a box takes 16 bytes, 4 more with a score, 8 more with a label.
 
     Attributes:
         path: the file.
-        form: "glip", "coco", "detectron2" or "safetensors".
+        format: "glip", "coco", "detectron2" or "safetensors".
         arrays: its ``ProposalArrays``.
     """
 
@@ -43,10 +43,10 @@ class ProposalFile:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or of none of these forms; it names the place.
+            ValueError: damaged, or in none of these formats; it names the place.
         """
         self.path = Path(path)
-        self.form, self.arrays = _read(self.path, with_masks)
+        self.format, self.arrays = _read(self.path, with_masks)
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -78,20 +78,20 @@ class ProposalFile:
         return len(self.image_ids)
 
     def get(self, image_id: int, size: tuple[int, int]) -> Instances:
-        """Return the proposals of an image; none if the file has no entry for it.
+        """Return the proposals of an image, none if the file has no entry for it.
 
         Args:
             image_id: of the data set.
             size: (height, width) of the original image.
 
         Returns:
-            Instances with ``proposal_boxes`` (float32 XYXY, original pixels, cut to the image; those without area are
-            left out) and, if the file has them, ``scores`` (float32 in [0, 1]) and ``proposal_labels`` (int64).
+            Instances with ``proposal_boxes`` (float32 XYXY, original pixels, clipped to the image; those without
+            area are dropped) and, if the file has them, ``scores`` (float32 in [0, 1]) and ``proposal_labels`` (int64).
         """
         image_id = int(image_id)
         index = int(np.searchsorted(self.image_ids, image_id))
-        found = index < len(self.image_ids) and self.image_ids[index] == image_id
-        rows = self.arrays.rows(index) if found else slice(0, 0)
+        has_entry = index < len(self) and self.image_ids[index] == image_id
+        rows = self.arrays.rows(index) if has_entry else slice(0, 0)
         proposals = Instances(size, proposal_boxes=Boxes(torch.tensor(self.boxes[rows])))
         if self.scores is not None:
             proposals.scores = torch.tensor(self.scores[rows])
@@ -106,7 +106,7 @@ class ProposalFile:
         return int((~np.isin(_as_ids(image_ids), self.image_ids)).sum())
 
     def summarize(self, image_ids: Sequence[int] | np.ndarray, sizes: Sequence[tuple[int, int]] | np.ndarray) -> str:
-        """Return a line that says what the file has for a data set, and what of it is left out.
+        """Describe in one line what the file has for a data set, and what of it is dropped.
 
         Args:
             image_ids: of the data set.
@@ -126,7 +126,7 @@ class ProposalFile:
         outside, without_area = self._count_dropped(ids, np.asarray(sizes, np.float32).reshape(-1, 2))
         scores = {"none": "none", "probabilities": "probabilities", "logits": "logits -> sigmoid"}
         return (
-            f"proposals {self.path} ({self.form}, sha256 {self.sha256[:12]}): {len(self.boxes)} boxes; "
+            f"proposals {self.path} ({self.format}, sha256 {self.sha256[:12]}): {len(self.boxes)} boxes; "
             f"{len(ids) - missing} of {len(ids)} images have an entry, {missing} have none; {unknown} unknown image "
             f"ids; boxes dropped: {outside} outside the image, {without_area} without area, "
             f"{self.arrays.num_not_finite} NaN or infinite; scores: {scores[self.arrays.scores_from]}"
@@ -139,11 +139,11 @@ class ProposalFile:
         known = ids[places] == self.image_ids
         image_of_box = np.repeat(np.arange(len(self)), np.diff(self.arrays.offsets))
         outside = without_area = 0
-        for part in pieces(len(self.boxes)):
+        for part in chunks(len(self.boxes)):
             images, boxes = image_of_box[part], self.boxes[part]
             high = sizes[places[images]][:, ::-1]
-            cut = np.clip(boxes[:, 2:], 0, high) - np.clip(boxes[:, :2], 0, high)
-            empty = (cut <= 0).any(axis=1) & known[images]
+            sides = np.clip(boxes[:, 2:], 0, high) - np.clip(boxes[:, :2], 0, high)
+            empty = (sides <= 0).any(axis=1) & known[images]
             flat = (boxes[:, 2:] - boxes[:, :2] <= 0).any(axis=1)
             without_area += int((empty & flat).sum())
             outside += int((empty & ~flat).sum())
@@ -169,7 +169,7 @@ def _read(path: Path, with_masks: bool) -> tuple[str, ProposalArrays]:
     if not head:
         raise ValueError(f"proposals {path}: the file is empty; make or copy it again")
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
-        return "safetensors", read_tensors(path)
+        return "safetensors", read_safetensors(path)
     if head[:1] in (b"\x80", b"(", b"}", b"c"):  # protocols 2 and later; 0 and 1: a dict, or one by name
         return "detectron2", read_pickle(path)
     if head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")[:1] in (b"{", b"["):

@@ -1,4 +1,4 @@
-"""Fewer proposals: the best of each image, without those that overlap."""
+"""Selecting proposals: the best of each image, without those that overlap."""
 
 import numpy as np
 import torch
@@ -10,21 +10,23 @@ from regionspot.data.proposals.arrays import ProposalArrays
 def select_proposals(
     proposals: ProposalArrays, top_k: int | None = None, nms_iou: float | None = None, min_score: float | None = None
 ) -> ProposalArrays:
-    """Return the proposals of each image that are left, in their order.
+    """Return the selected proposals of each image, in their order.
 
     Args:
         proposals: of many images.
-        top_k: the best of each image, after what follows; of equal scores the first.
-        nms_iou: drop boxes that overlap a better one (of the same label, if there are labels) by more than this IoU.
-        min_score: drop boxes that score lower.
+        top_k: keep the best of each image, after the other two steps; of equal scores the first.
+        nms_iou: drop boxes that overlap a better one (of the same label, if there are labels) with more than this IoU.
+        min_score: drop boxes with a lower score.
 
     Raises:
-        ValueError: a number that makes no sense, or the proposals have no scores.
+        ValueError: a value out of its range, or proposals without scores.
     """
     if top_k is None and nms_iou is None and min_score is None:
         return proposals
     if proposals.scores is None:
-        raise ValueError("top-k, NMS and a least score need scores, which the file has none of; convert it without")
+        raise ValueError(
+            "top-k, NMS and a least score need scores, but the file has none; convert it without these options"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top-k: expected 1 or more, got {top_k}")
     for name, value in (("the IoU of NMS", nms_iou), ("the least score", min_score)):
@@ -33,20 +35,21 @@ def select_proposals(
     kept = np.ones(len(proposals.boxes), bool) if min_score is None else proposals.scores >= np.float32(min_score)
     for index in range(len(proposals.image_ids)):
         rows = proposals.rows(index)
-        left = np.flatnonzero(kept[rows]) + rows.start
+        remaining = np.flatnonzero(kept[rows]) + rows.start
         if nms_iou is not None:
-            left = left[_suppress(proposals, left, nms_iou)]
+            remaining = remaining[_suppress(proposals, remaining, nms_iou)]
         if top_k is not None:
-            left = left[np.argsort(-proposals.scores[left], kind="stable")[:top_k]]
+            remaining = remaining[np.argsort(-proposals.scores[remaining], kind="stable")[:top_k]]
         kept[rows] = False
-        kept[left] = True
+        kept[remaining] = True
     return proposals.keep(kept)
 
 
 def _suppress(proposals: ProposalArrays, rows: np.ndarray, iou: float) -> np.ndarray:
     """Return the indices into ``rows`` that survive NMS, increasing."""
     assert proposals.scores is not None
-    boxes = torch.from_numpy(proposals.boxes[rows]).double()  # batched_nms moves boxes far away from each other
+    # batched_nms moves the boxes of each label far away from the others, where float32 is too coarse.
+    boxes = torch.from_numpy(proposals.boxes[rows]).double()
     scores = torch.from_numpy(proposals.scores[rows])
     if proposals.labels is None:
         return nms(boxes, scores.double(), iou).sort().values.numpy()

@@ -6,7 +6,7 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
 
-from regionspot.evaluation.rle import areas_of, boxes_of, check_rles
+from regionspot.utils.rle import check_rles, mask_areas, mask_boxes
 
 
 def is_mask(text, pixels):
@@ -65,8 +65,8 @@ def test_many_masks(number):
 def test_areas_and_boxes_of_many_masks_are_those_of_each(number):
     drawn = np.random.default_rng(number).random((number, 12, 17)) < 0.02
     rles = [mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in drawn]
-    assert areas_of(rles).tolist() == drawn.sum(axis=(1, 2)).tolist()
-    assert boxes_of(rles).tolist() == [mask_utils.toBbox(rle).tolist() for rle in rles]
+    assert mask_areas(rles).tolist() == drawn.sum(axis=(1, 2)).tolist()
+    assert mask_boxes(rles).tolist() == [mask_utils.toBbox(rle).tolist() for rle in rles]
 
 
 def test_sizes_that_are_expected():

@@ -10,12 +10,12 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
 
-from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.data.coco_io import Results, json_file, read_results
+from regionspot.data.coco_io import results as results_module
+from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import evaluate_lvis
-from regionspot.evaluation.results import Results
-from regionspot.evaluation.results_file import read_results
 
-from .reference import make_world, write_world
+from ...evaluation.reference import make_world, write_world
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def world(tmp_path_factory):
     predictions = sorted(predictions, key=lambda entry: entry["image_id"])[:20]
     predictions += [{**entry, "category_id": annotations["categories"][0]["id"]} for entry in predictions[-2:]]
     path, _ = write_world(tmp_path_factory.mktemp("world"), annotations, predictions)
-    return read_ground_truth(path), predictions
+    return GroundTruth(path), predictions
 
 
 def read(directory, content):
@@ -57,10 +57,8 @@ def test_forms(tmp_path, world, form):
 
 
 def test_files_of_many_pieces(tmp_path, monkeypatch, world):
-    from regionspot.evaluation import results_file
-
-    monkeypatch.setattr(results_file, "_PIECE", 3)
-    monkeypatch.setattr(results_file, "_BLOCK", 100)
+    monkeypatch.setattr(json_file, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(results_module, "_BLOCK", 100)
     _, entries = world
     for text in (json.dumps(entries), "\n".join(map(json.dumps, entries))):
         assert read(tmp_path, text.encode()).scores.tolist() == [entry["score"] for entry in entries]
@@ -76,7 +74,7 @@ def test_boxes_of_masks(tmp_path, world):
     _, entries = world
     entries = [{key: value for key, value in entry.items() if key != "bbox"} for entry in entries]
     results = read(tmp_path, entries)
-    assert results.boxes_of_masks
+    assert results.has_mask_boxes
     assert results.boxes.tolist() == [mask_utils.toBbox(entry["segmentation"]).tolist() for entry in entries]
     assert results.areas("bbox").tolist() == [mask_utils.area(entry["segmentation"]) for entry in entries]
 
@@ -163,7 +161,8 @@ def test_wrong_entries(tmp_path, world, kind, lines):
         (b"[", "truncated; was the run that wrote it cut"),
         (b'[{"image_id": 1, "category_id": 1, "score": NaN, "bbox": [1, 2, 3, 4]}]', "NaN and Infinity are not JSON"),
         (b'[{"image_id": 1, "category_id": 1, "score": 1e999, "bbox": [1, 2, 3, 4]}]', "out of range"),
-        (b"[" * 100000, "recursion"),
+        (b"[" * 100000, "entry 0: expected `object`, got `array`"),
+        (b'[{"x": ' + b"[" * 100000, "recursion"),
         (b"[1, 2]", r"entry 0: expected `object`, got `int`"),
         (b"{}", "missing required field"),
         (b'{"images": [], "annotations": [], "categories": []}', "got an annotation file"),

@@ -1,0 +1,290 @@
+"""Detections as arrays, and their files: COCO's and LVIS's JSON, or the same entries one a line."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from regionspot.data.coco_io.json_file import Box, Id, InvalidJsonError, JsonFile, describe_error, write_list
+from regionspot.utils.files import atomic_path
+from regionspot.utils.rle import PackedRles, check_rles, mask_areas, mask_boxes, parse_rle
+
+_BLOCK = 1 << 22  # bytes of lines that are decoded at a time
+_ENTRIES = 1 << 14  # detections that are Python objects at a time
+_HINT = "; an entry has image_id, category_id, score and bbox [x, y, width, height]"
+
+
+@dataclass(eq=False)
+class Results:
+    """Detections of a data set, in the order of their file; where scores are equal, the order decides.
+
+    Attributes:
+        image_ids: (D,) int64, of the annotation file.
+        category_ids: (D,) int64, of the annotation file.
+        scores: (D,) float64, any finite numbers.
+        boxes: (D, 4) float64 XYWH, original pixels.
+        regions: (D,) int64 into ``rles``, -1 for a detection without a mask; None if there are no masks.
+        rles: masks as COCO's compressed RLE, ``{"size": [height, width], "counts": str or bytes}``. Detections of
+            one box share one.
+        name: of the detections, for messages.
+        has_mask_boxes: there are no boxes but those around the masks, which ``boxes`` becomes. The areas of detections
+            are then those of their masks, for boxes too, as in ``lvis`` and ``pycocotools``.
+    """
+
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+    regions: np.ndarray | None = None
+    rles: Sequence[dict] | None = None
+    name: str = "predictions"
+    has_mask_boxes: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: arrays of different lengths, scores or boxes that are not finite, a negative width or height,
+                unknown regions, damaged RLEs.
+        """
+        self.image_ids = self._integers("image_ids", self.image_ids)
+        self.category_ids = self._integers("category_ids", self.category_ids)
+        self.scores = np.asarray(self.scores, np.float64)
+        if (self.regions is None) != (self.rles is None):
+            raise ValueError(f"{self.name}: expected both regions and rles, or neither")
+        if self.regions is not None and self.rles is not None:
+            self.regions = self._integers("regions", self.regions)
+            if self.regions.shape != self.image_ids.shape:
+                raise ValueError(f"{self.name}: expected regions of shape ({len(self)},), got {self.regions.shape}")
+            unknown = (self.regions < -1) | (self.regions >= len(self.rles))
+            self._refuse(unknown, f"expected a region in [-1, {len(self.rles)})", self.regions)
+            self.rles = check_rles(self.rles, self._user_of_mask)
+        if self.has_mask_boxes:
+            regions, rles = self.require_masks()
+            self.boxes = mask_boxes(rles)[regions]
+        self._check_boxes()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @cached_property
+    def mask_areas(self) -> np.ndarray:
+        """(len(rles),) float64, pixels."""
+        return mask_areas(self.rles or [])
+
+    def areas(self, task: str, segm_areas: str = "masks") -> np.ndarray:
+        """Return (D,) float64 pixels: what small, medium and large mean for detections.
+
+        Args:
+            task: "bbox" or "segm".
+            segm_areas: "masks", as in Detectron2; or "boxes", as in ``lvis`` itself for a file that has both.
+        """
+        if self.regions is not None and (self.has_mask_boxes or (task == "segm" and segm_areas == "masks")):
+            return self.mask_areas[self.regions]
+        with np.errstate(over="ignore"):
+            return self.boxes[:, 2] * self.boxes[:, 3]
+
+    def require_masks(self) -> tuple[np.ndarray, PackedRles]:
+        """Return regions and rles.
+
+        Raises:
+            ValueError: there are none, or a detection has none.
+        """
+        if self.regions is None:
+            if len(self):
+                raise ValueError(f"{self.name}: task segm needs masks, but no entry has a segmentation; use task bbox")
+            return np.zeros(0, np.int64), PackedRles()
+        if (missing := self.regions < 0).any():
+            raise ValueError(
+                f"{self.name}: entry {int(missing.argmax())} has no segmentation while others have; "
+                "task segm needs one of each, use task bbox"
+            )
+        assert isinstance(self.rles, PackedRles)
+        return self.regions, self.rles
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield the detections as COCO writes them."""
+        columns = (self.image_ids, self.category_ids, self.boxes, self.scores)
+        keys = ("image_id", "category_id", "bbox", "score")
+        for start in range(0, len(self), _ENTRIES):
+            rows = slice(start, start + _ENTRIES)
+            for index, values in enumerate(zip(*(column[rows].tolist() for column in columns)), start):
+                entry = dict(zip(keys, values))
+                if self.regions is not None and self.rles is not None:
+                    rle = self.rles[self.regions[index]]
+                    entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+                yield entry
+
+    def _check_boxes(self) -> None:
+        self.boxes = np.asarray(self.boxes, np.float64)
+        if not len(self.boxes):
+            self.boxes = self.boxes.reshape(0, 4)
+        shapes = [self.image_ids.shape, self.category_ids.shape, self.scores.shape, self.boxes.shape]
+        if shapes != [(len(self),), (len(self),), (len(self),), (len(self), 4)]:
+            raise ValueError(
+                f"{self.name}: expected image_ids, category_ids, scores of shape (D,) and boxes (D, 4), got {shapes}"
+            )
+        self._refuse(~np.isfinite(self.scores), "expected a finite score", self.scores)
+        self._refuse(~np.isfinite(self.boxes).all(axis=1), "expected a bbox of finite numbers", self.boxes)
+        negative = self.boxes[:, 2:].min(axis=1) < 0
+        self._refuse(negative, "expected bbox as [x, y, width, height] with width and height >= 0", self.boxes)
+
+    def _user_of_mask(self, region: int) -> str:
+        """Return which detection first uses a mask, for messages."""
+        used = self.regions == region
+        return f"{self.name}: " + (f"entry {int(np.argmax(used))}" if np.any(used) else f"rles[{region}]")
+
+    def _integers(self, key: str, values: Any) -> np.ndarray:
+        array = np.asarray(values)
+        if array.size and array.dtype.kind not in "iu":
+            raise ValueError(f"{self.name}: expected {key} to be integers, got {array.dtype}")
+        return array.astype(np.int64)
+
+    def _refuse(self, wrong: np.ndarray, expected: str, values: np.ndarray) -> None:
+        if wrong.any():
+            index = int(wrong.argmax())
+            raise ValueError(
+                f"{self.name}: entry {index}: {expected}, got {values[index].tolist()} "
+                f"({int(wrong.sum())} such of {len(wrong)})"
+            )
+
+
+class _Entry(msgspec.Struct, gc=False):
+    image_id: Id
+    category_id: Id
+    score: float
+    bbox: Box | None = None
+    segmentation: Any = None
+
+
+def write_results(path: str | Path, results: Results) -> None:
+    """Write detections as COCO's results; the file appears whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        write_list(file, results.entries())
+
+
+def read_results(path: str | Path) -> Results:
+    """Read detections from a file, a chunk at a time.
+
+    It is a JSON list of ``{"image_id", "category_id", "score", "bbox": [x, y, width, height], "segmentation"}``, or
+    JSON lines of such entries, which its first character tells. ``segmentation`` is RLE and may be missing, and
+    ``bbox`` may be where there is one; it is then the box around the mask. Equal masks of an image that follow each
+    other in the file are kept once.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an empty or truncated file, not JSON, or an entry that is no detection. It names the entry,
+            counted from 0.
+    """
+    file = JsonFile(path, "predictions", hint=_HINT)
+    head = bytes(file.buffer[:4096]).lstrip()[:1]
+    if head not in (b"[", b"{"):
+        raise ValueError(f"{file.name}: expected a JSON list of results or JSON lines, got {bytes(file.buffer[:40])!r}")
+    columns = _Columns(file.name)
+    for first, entries in file.chunks(_Entry) if head == b"[" else _chunks_of_lines(file):
+        columns.add(first, entries)
+    return columns.results()
+
+
+def _chunks_of_lines(file: JsonFile) -> Iterator[tuple[int, list[_Entry]]]:
+    decoder = msgspec.json.Decoder(_Entry)
+    num_entries, start = 0, 0
+    while start < len(file.buffer):
+        end = _end_of_line(file.buffer, min(start + _BLOCK, len(file.buffer)))
+        block = bytes(file.buffer[start:end])
+        try:
+            entries = decoder.decode_lines(block)
+        except msgspec.ValidationError as error:
+            if b'"annotations"' in block and b'"images"' in block:
+                raise ValueError(f"{file.name}: expected results, got an annotation file") from error
+            raise ValueError(f"{file.name}: {describe_error(error, 'entry {}', num_entries)}{_HINT}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            line = bytes(file.buffer[:start]).count(b"\n") + _first_invalid_line(block) + 1
+            raise InvalidJsonError(
+                f"{file.name}: line {line} is not valid JSON ({error}); expected a list of results or one entry a "
+                "line. Was the run that wrote it cut?"
+            ) from error
+        yield num_entries, entries
+        num_entries, start = num_entries + len(entries), end
+        file.release_pages()
+
+
+def _end_of_line(buffer: memoryview, position: int) -> int:
+    while position < len(buffer):
+        found = bytes(buffer[position : position + 65536]).find(b"\n")
+        if found >= 0:
+            return position + found + 1
+        position += 65536
+    return len(buffer)
+
+
+def _first_invalid_line(block: bytes) -> int:
+    for index, line in enumerate(block.split(b"\n")):
+        try:
+            if line.strip():
+                msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return index
+    return 0
+
+
+class _Columns:
+    """The arrays that chunks of entries become."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.chunks: dict[str, list[np.ndarray]] = {
+            "image_ids": [np.zeros(0, np.int64)],
+            "category_ids": [np.zeros(0, np.int64)],
+            "scores": [np.zeros(0)],
+            "boxes": [np.zeros((0, 4))],
+            "regions": [np.zeros(0, np.int64)],
+        }
+        self.rles = PackedRles()
+        self.has_boxes: bool | None = None
+        self._image: int | None = None
+        self._known: dict[tuple, int] = {}  # masks of the current image, and where they are in rles
+
+    def add(self, first: int, entries: list[_Entry]) -> None:
+        if self.has_boxes is None and entries:
+            self.has_boxes = entries[0].bbox is not None
+        regions = [self._region(index, entry) for index, entry in enumerate(entries, first)]
+        for index, (entry, region) in enumerate(zip(entries, regions), first):
+            if (entry.bbox is not None) != self.has_boxes or (entry.bbox is None and region < 0):
+                raise ValueError(
+                    f"{self.name}: entry {index} has {'no' if entry.bbox is None else 'a'} bbox; "
+                    "expected [x, y, width, height] in every entry, or a segmentation in every entry and no bbox at all"
+                )
+        values = [x for entry in entries for x in entry.bbox or ()]
+        self.chunks["image_ids"].append(np.array([entry.image_id for entry in entries], np.int64))
+        self.chunks["category_ids"].append(np.array([entry.category_id for entry in entries], np.int64))
+        self.chunks["scores"].append(np.array([entry.score for entry in entries], np.float64))
+        self.chunks["boxes"].append(np.array(values, np.float64).reshape(-1, 4))
+        self.chunks["regions"].append(np.array(regions, np.int64))
+
+    def _region(self, index: int, entry: _Entry) -> int:
+        """Return the position of an entry's mask in ``rles``, -1 for none."""
+        if entry.segmentation is None:
+            return -1
+        if entry.image_id != self._image:
+            self._image, self._known = entry.image_id, {}
+        try:
+            size, counts = parse_rle(entry.segmentation)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: entry {index}: {error}") from error
+        key = (*size, counts)
+        if key not in self._known:
+            self._known[key] = len(self.rles)
+            self.rles.append(size, counts)
+        return self._known[key]
+
+    def results(self) -> Results:
+        # Each column's chunks are freed as soon as they are joined.
+        columns: dict[str, Any] = {key: np.concatenate(self.chunks.pop(key)) for key in list(self.chunks)}
+        rles = self.rles if len(self.rles) else None
+        if rles is None:
+            columns["regions"] = None
+        return Results(**columns, rles=rles, name=self.name, has_mask_boxes=self.has_boxes is False)
