@@ -13,9 +13,18 @@ with warnings.catch_warnings():  # setuptools, about a module that clip imports
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
     import clip as _clip  # noqa: F401
 
+from detectron2.config import CfgNode
+
 from regionspot.config import add_regionspot_config
-from regionspot.modeling import RegionRecognizer, RegionSpot, RegionSpotROIHeads, freeze_host, load_recognizer
+from regionspot.modeling import RegionRecognizer, RegionSpot, RegionSpotROIHeads, freeze_host
 from regionspot.predictor import RegionPredictions, RegionSpotPredictor
+
+
+def load_recognizer(cfg: CfgNode, weights: str = "") -> RegionRecognizer:
+    """Deprecated: the former name of ``RegionRecognizer.from_pretrained``."""
+    warnings.warn("load_recognizer is now RegionRecognizer.from_pretrained", DeprecationWarning, stacklevel=2)
+    return RegionRecognizer.from_pretrained(cfg, weights)
+
 
 __version__ = "0.1.0"
 

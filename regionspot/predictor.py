@@ -100,9 +100,9 @@ class RegionSpotPredictor:
                 "MODEL.META_ARCHITECTURE: the predictor expects RegionSpot, got "
                 f"{cfg.MODEL.META_ARCHITECTURE}; tools/train_net.py --eval-only evaluates others"
             )
-        self.model, checkpointer = load_model(cfg)
+        self.model = load_model(cfg)
         # Parts without weights from any file: "trained", "sam", "clip_model". What they say means nothing.
-        self.random_parts = sorted({"trained", "sam", "clip_model"} - checkpointer.loaded)
+        self.random_parts = sorted(part for part, source in self.recognizer.weight_sources.items() if not source)
         self._deep_range = tuple(cfg.INPUT.DEEP_RANGE)
         self._features: ImageFeatures | None = None
 

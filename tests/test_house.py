@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": GROUND | {"config"},
     "modeling": GROUND | {"config"},
     "evaluation": GROUND | {"config", "data"},
-    "checkpoint": {"utils", "modeling"},
+    "checkpoint": {"utils"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation"},
     "predictor": GROUND | {"config", "modeling"},
     "visualization": GROUND | {"predictor", "modeling"},

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> float:
     fixed = ["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "gt", "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD", "0.0"]
     cfg = load_config(args.config_file, [*args.opts, *fixed])
     check_registered([args.dataset], "--dataset")
-    model, _ = load_model(cfg)
+    model = load_model(cfg)
     model.set_vocabulary(dataset_vocabulary(cfg, args.dataset))
     best = [
         output["regions"].top_scores[:, 0].cpu()

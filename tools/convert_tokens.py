@@ -28,7 +28,7 @@ if __name__ == "__main__":
     answer_first(parse_arguments)
 
 from regionspot.checkpoint.checkpointer import load_model
-from regionspot.checkpoint.weights import load_checkpoint_file
+from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.tokens.convert import convert_tokens
@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise FileNotFoundError(f"--tokens {args.tokens}: no such directory")
     cfg = load_config(args.config_file, args.opts)
     check_registered([args.dataset], "--dataset")
-    model, checkpointer = load_model(cfg)
+    model = load_model(cfg)
     recognizer, stage = model.recognizer, cfg.MODEL.REGIONSPOT.TOKEN_STAGE
     extraction = Extraction(stages=(stage,), shard_images=args.shard_images)
-    origin = describe_store(recognizer, checkpointer.frozen_sources, args.dataset, extraction)
+    origin = describe_store(recognizer, recognizer.weight_sources, args.dataset, extraction)
     origin["imported_from"] = str(args.tokens)
     dim = recognizer.localizer.token_dim
     counts = convert_tokens(load_checkpoint_file, args.tokens, args.dataset, stage, dim, args.output, origin)

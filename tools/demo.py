@@ -65,7 +65,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from regionspot import RegionPredictions, RegionSpotPredictor
-from regionspot.checkpoint.weights import KNOWN_WEIGHTS
+from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.structures import check_boxes
 from regionspot.utils.command_line import printable, run_command

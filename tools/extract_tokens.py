@@ -90,7 +90,7 @@ def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
     elif args.num_gpus > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // args.num_gpus, 1))
     check_registered(args.datasets, "--datasets")
-    model, checkpointer = load_model(cfg)
+    model = load_model(cfg)
     extraction = Extraction(
         stages=tuple(args.stages or [cfg.MODEL.REGIONSPOT.TOKEN_STAGE]),
         flip=args.flip,
@@ -104,7 +104,7 @@ def work(index: int, args: argparse.Namespace, cfg: CfgNode) -> None:
     for name in args.datasets:
         directory = store_directory(args.output, name)
         extract_tokens(
-            model.recognizer, checkpointer.frozen_sources, name, directory, extraction, show_progress=index == 0
+            model.recognizer, model.recognizer.weight_sources, name, directory, extraction, show_progress=index == 0
         )
 
 

@@ -152,10 +152,10 @@ def check_extraction(setting: Setting) -> str:
     tensors: list[list[dict[str, torch.Tensor]]] = []
     for device in ("cpu", setting.device):
         directory = setting.directory / f"store-{len(tensors)}"
-        model, checkpointer = load_model(setting.config("extraction", "MODEL.DEVICE", device))
+        model = load_model(setting.config("extraction", "MODEL.DEVICE", device))
         extraction = Extraction(("prompt_encoder", "transformer", "mlp"), flip=True, feature_maps=True)
         _reset_peak(setting)
-        sources = checkpointer.frozen_sources
+        sources = model.recognizer.weight_sources
         extract_tokens(model.recognizer, sources, "miniworld_train", directory, extraction, show_progress=False)
         tensors.append([load_file(path) for path in sorted(directory.rglob("*.safetensors"))])
     errors = [
@@ -172,7 +172,7 @@ def check_evaluation(setting: Setting) -> str:
     found: list[dict[str, float]] = []
     for device in ("cpu", setting.device):
         cfg = setting.config(f"evaluation-{len(found)}", "MODEL.DEVICE", device)
-        model, _ = load_model(cfg)
+        model = load_model(cfg)
         _reset_peak(setting)
         found.append(experiment.average_precision(cfg, model, "test"))
     differences = [abs(found[0][key] - found[1][key]) for key in ("AP", "mask_AP")]

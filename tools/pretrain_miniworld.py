@@ -55,7 +55,7 @@ sys.path.insert(0, str(ROOT / "datasets"))
 from miniworld.pretrain_clip import ClipPretraining
 from miniworld.pretrain_sam import SamPretraining
 from miniworld.weights import pack_weights
-from regionspot.checkpoint.weights import load_checkpoint_file
+from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path, sha256_of_file
 

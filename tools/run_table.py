@@ -37,7 +37,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
-from regionspot.checkpoint.weights import KNOWN_WEIGHTS
+from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.utils.command_line import run_command

@@ -35,12 +35,10 @@ if __name__ == "__main__":
 
     answer_first(parse_arguments)
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer, launch, set_up_run
@@ -64,11 +62,7 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: expected the name of a registered data set")
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
-        torch.manual_seed(max(cfg.SEED, 0))  # what has no weights is random, and the same in all processes
-        model = build_model(cfg)
-        checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = RegionSpotTrainer.test(cfg, model)
+        results = RegionSpotTrainer.test(cfg, load_model(cfg, resume=args.resume))
         if comm.is_main_process():
             several = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
             with atomic_path(Path(cfg.OUTPUT_DIR) / "results.json") as temporary:

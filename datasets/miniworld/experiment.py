@@ -69,10 +69,9 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     torch.manual_seed(cfg.SEED)
     path = store_path(cfg, features, "train")
     model = build_model(cfg).eval()
-    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
-    checkpointer.load("")
+    RegionSpotCheckpointer.from_config(cfg, model).load("")
     extraction = Extraction((cfg.MODEL.REGIONSPOT.TOKEN_STAGE,), feature_maps=True, batch_size=16)
-    while not extract_tokens(model.recognizer, checkpointer.frozen_sources, "miniworld_train", path, extraction):
+    while not extract_tokens(model.recognizer, model.recognizer.weight_sources, "miniworld_train", path, extraction):
         time.sleep(2)  # another run is at the last shards
     cfg = cfg.clone()
     cfg.defrost()

@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from regionspot import RegionRecognizer, freeze_host
-from regionspot.checkpoint.detector import SafeDetectionCheckpointer
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.checkpoint.key_layout import translate_released_keys
 from regionspot.modeling.proposal_sources import to_proposals
 from regionspot.structures import check_boxes, check_classes, read_proposals

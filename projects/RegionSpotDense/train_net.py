@@ -21,8 +21,8 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from regionspot import RegionRecognizer
-from regionspot.checkpoint.checkpointer import find_recognizer
-from regionspot.checkpoint.detector import SafeDetectionCheckpointer
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
+from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import check_registered
 from regionspot.engine import launch, set_up_run
 from regionspot.engine.optimizer import clip_before_steps

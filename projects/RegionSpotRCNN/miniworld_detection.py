@@ -34,7 +34,7 @@ from train_net import Trainer  # noqa: E402
 from miniworld import experiment  # noqa: E402
 from miniworld.categories import NAMES, NOVEL  # noqa: E402
 from miniworld.generator import Scene  # noqa: E402
-from regionspot.checkpoint.detector import SafeDetectionCheckpointer  # noqa: E402
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer  # noqa: E402
 from regionspot.utils.command_line import run_command  # noqa: E402
 from regionspot.utils.files import atomic_path  # noqa: E402
 from regionspot.visualization import draw_labels  # noqa: E402

@@ -31,8 +31,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from regionspot import RegionSpotROIHeads
-from regionspot.checkpoint.checkpointer import find_recognizer
-from regionspot.checkpoint.detector import SafeDetectionCheckpointer
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
+from regionspot.checkpoint.loading import find_recognizer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered, dataset_vocabulary
 from regionspot.engine import launch, set_up_run

@@ -1,6 +1,10 @@
-"""Checkpoints: the released ones are read as they are, our own hold what is trained and name what is frozen."""
+"""Checkpointers in Detectron2's manner, and the way to a model with its weights.
+
+Ours read released checkpoints as they are; what they save holds the trained parts and fingerprints of the frozen ones.
+"""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +13,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from regionspot.checkpoint.key_layout import FROZEN, TRAINED, to_released_key
-from regionspot.checkpoint.recognizer import frozen_sources, load_weights, part_of
-from regionspot.checkpoint.weights import fingerprint
-from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.checkpoint.formats import fingerprint, load_checkpoint_file
+from regionspot.checkpoint.key_layout import FROZEN, TRAINED, select, to_released_key
+from regionspot.checkpoint.loading import find_recognizer, frozen_sources, load_weights
 from regionspot.utils.files import atomic_path
+from regionspot.utils.unpickling import array_of, load_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +25,10 @@ logger = logging.getLogger(__name__)
 class RegionSpotCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer for a model that holds a ``RegionRecognizer``.
 
-    It saves, in the released key layout, the trained parts only, with the fingerprints of the frozen ones and where
-    they came from. It loads such a file or a released checkpoint, with or without its frozen parts; frozen parts
-    that the file lacks come from ``sam_weights`` and ``clip_weights``. No file is ever executed, and a file that is
-    refused leaves the model as it was.
-
-    Attributes:
-        loaded: the parts that hold weights from a file: "trained", "sam", "clip_model".
+    It saves the trained parts only, in the released key layout, with the fingerprints of the frozen parts and the
+    files that these came from. It loads such a file or a released checkpoint, with or without its frozen parts; frozen
+    parts that the file lacks come from ``sam_weights`` and ``clip_weights``. No file is ever executed, and a file that
+    is refused leaves the model as it was.
     """
 
     def __init__(
@@ -42,16 +43,15 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         """
         Args:
             model: the model, wrapped for DDP or not.
-            save_dir: where to save.
-            sam_weights: SAM's weights, see ``resolve_weights``, or a checkpoint that holds them;
-                "" leaves them as they are.
+            save_dir: directory to save to.
+            sam_weights: SAM's weights (see ``resolve_weights``), or a checkpoint that holds them; "" leaves SAM as it
+                is.
             clip_weights: likewise CLIP's.
             checkpointables: saved and loaded beside the model.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.recognizer = find_recognizer(self.model)
         self.frozen_sources = {"sam": sam_weights, "clip_model": clip_weights}
-        self.loaded: set[str] = set()
 
     @classmethod
     def from_config(
@@ -62,9 +62,9 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         return cls(model, save_dir, sam_weights=sources["sam"], clip_weights=sources["clip_model"], **checkpointables)
 
     def save(self, name: str, is_last: bool = True, **kwargs: Any) -> None:
-        """Save ``name``.pth with what is in ``kwargs``.
+        """Save ``name``.pth, with ``kwargs`` beside the weights.
 
-        ``is_last`` makes it the one that training resumes from; one that is not holds no state of the training.
+        ``is_last`` marks the checkpoint that training resumes from; without it the training state is left out.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -72,12 +72,14 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         data = {
             "model": {to_released_key(key): value for key, value in state.items() if key.startswith(TRAINED)},
             "frozen": {
-                part: {"fingerprint": fingerprint(part_of(state, prefix)), "source": self.frozen_sources[part]}
+                part: {
+                    "fingerprint": fingerprint(select(state, prefix)),
+                    "source": self.recognizer.weight_sources[part],
+                }
                 for part, prefix in FROZEN.items()
             },
         }
-        kept = self.checkpointables if is_last else {k: v for k, v in self.checkpointables.items() if k == "ema"}
-        data.update({key: value.state_dict() for key, value in kept.items()})
+        data.update({key: x.state_dict() for key, x in self.checkpointables.items() if is_last or key == "ema"})
         data.update(kwargs)
         path = f"{self.save_dir}/{name}.pth"
         with atomic_path(path, sync=True) as temporary:
@@ -93,41 +95,59 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load ``path`` (a file or URL; "" for none), and the frozen parts that it does not hold.
 
-        Of a file that also holds averaged weights (``SOLVER.EMA``) these are taken, unless training is resumed.
+        Averaged weights (``SOLVER.EMA``) are preferred to those they average, unless training is resumed.
 
         Returns:
-            What else the file held, such as ``iteration``.
+            The other contents of the file, such as ``iteration``.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a damaged file, no RegionSpot checkpoint, one of another variant, or one that was trained
-                with other frozen parts.
+            FileNotFoundError, ValueError: as ``load_weights``.
         """
-        resuming = checkpointables is None and "trainer" in self.checkpointables
-        found = load_weights(self.recognizer, path, self.frozen_sources, prefer_average=not resuming)
-        self.loaded, self.frozen_sources, checkpoint = found.parts, found.sources, found.rest
+        is_resuming = checkpointables is None and "trainer" in self.checkpointables
+        rest = load_weights(self.recognizer, path, self.frozen_sources, prefer_average=not is_resuming)
         for key in self.checkpointables if checkpointables is None else checkpointables:
-            if key in checkpoint:
-                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
-        return checkpoint
+            if key in rest:
+                self.checkpointables[key].load_state_dict(rest.pop(key))
+        return rest
 
 
-def load_model(cfg: CfgNode) -> tuple[Any, RegionSpotCheckpointer]:
-    """Build the model of ``cfg`` with its weights, in eval mode; the checkpointer knows where they came from.
+class SafeDetectionCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer for detectors; it reads ``.pth``, and ``.pkl`` as in the model zoo, running no code."""
 
-    What has no weights is random, by ``SEED``, and the same in all processes.
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            loaded = _read_pickled_weights(filename)
+        else:
+            loaded = load_checkpoint_file(filename)
+            loaded = loaded if "model" in loaded else {"model": loaded}
+        if not isinstance(loaded["model"], dict) or not all(isinstance(key, str) for key in loaded["model"]):
+            raise ValueError(f"{filename}: expected a detector's weights by name, got {type(loaded['model']).__name__}")
+        return loaded
+
+
+def _read_pickled_weights(filename: str) -> dict[str, Any]:
+    data = load_arrays(Path(filename))
+    blobs = data.get("blobs", data) if isinstance(data, dict) else None  # Caffe2's name for them
+    if not isinstance(blobs, dict):
+        raise ValueError(f"{filename}: expected a pickled dict of weights, as in Detectron2's model zoo")
+    if "model" in data and "__author__" in data:
+        return {key: _unwrap_arrays(value) for key, value in data.items()}
+    weights = {key: value for key, value in _unwrap_arrays(blobs).items() if not str(key).endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _unwrap_arrays(value: Any) -> Any:
+    return {key: array_of(item) for key, item in value.items()} if isinstance(value, dict) else array_of(value)
+
+
+def load_model(cfg: CfgNode, resume: bool = False) -> Any:
+    """Build the model of ``cfg``, of any meta-architecture, with its weights, in eval mode.
+
+    Parts without weights are random, by ``SEED``, and the same in all processes; ``weight_sources`` of the recognizer
+    inside names the others' files. ``resume`` prefers the last checkpoint in ``OUTPUT_DIR`` to ``MODEL.WEIGHTS``.
     """
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(max(cfg.SEED, 0))
         model = build_model(cfg).eval()
-    checkpointer = RegionSpotCheckpointer.from_config(cfg, model)
-    checkpointer.load(cfg.MODEL.WEIGHTS)
-    return model, checkpointer
-
-
-def find_recognizer(model: nn.Module) -> RegionRecognizer:
-    """Return the ``RegionRecognizer`` inside ``model``."""
-    for module in model.modules():
-        if isinstance(module, RegionRecognizer):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no RegionRecognizer")
+    RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model

@@ -8,40 +8,45 @@ import torch
 
 TRAINED = "knowledge_integration."
 FROZEN = {"sam": "localizer.sam.", "clip_model": "vision_language.clip_model."}
-_TRAINED_PARTS = ("to_clip.", "decoder.", "projector.")
+PARTS = {"trained": TRAINED, **FROZEN}  # the parts of a recognizer, and the prefixes of their keys
+_TRAINED_MODULES = ("to_clip.", "decoder.", "projector.")
 # OpenAI's archives hold these numbers beside the weights.
 CLIP_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def is_released_key(key: str) -> bool:
     """Tell whether ``key`` is one of a released checkpoint."""
-    return key.startswith(tuple(f"model.{part}" for part in (*_TRAINED_PARTS, "sam.", "clip_model.")))
+    return key.startswith(tuple(f"model.{prefix}" for prefix in (*_TRAINED_MODULES, "sam.", "clip_model.")))
 
 
 def to_recognizer_key(key: str) -> str | None:
     """Return the recognizer's key for a released key (with or without ``model.``), or None where it has none."""
     key = key.removeprefix("model.")
-    if key.startswith(_TRAINED_PARTS):
+    if key.startswith(_TRAINED_MODULES):
         return TRAINED + key
-    for part, prefix in FROZEN.items():
-        if key.startswith(f"{part}.") and key.removeprefix(f"{part}.") not in CLIP_EXTRAS:
-            return prefix + key.removeprefix(f"{part}.")
-    return None
+    part, _, rest = key.partition(".")
+    return FROZEN[part] + rest if part in FROZEN and rest not in CLIP_EXTRAS else None
 
 
 def to_released_key(key: str) -> str:
     """Return the released key for one of the recognizer's."""
-    if key.startswith(TRAINED):
-        return "model." + key.removeprefix(TRAINED)
-    for part, prefix in FROZEN.items():
+    for part, prefix in PARTS.items():
         if key.startswith(prefix):
-            return f"model.{part}.{key.removeprefix(prefix)}"
+            return f"model.{'' if part == 'trained' else f'{part}.'}{key.removeprefix(prefix)}"
     raise KeyError(key)
+
+
+def rename_released_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return ``state`` under the recognizer's keys, without what the recognizer has no key for."""
+    return {renamed: value for key, value in state.items() if (renamed := to_recognizer_key(key)) is not None}
 
 
 def translate_released_keys(state: dict[str, torch.Tensor], prefix: str) -> None:
     """Rename the released keys in ``state``, in place, to those of a recognizer under ``prefix``."""
-    for key in [key for key in state if is_released_key(key)]:
-        value = state.pop(key)
-        if (renamed := to_recognizer_key(key)) is not None:
-            state[prefix + renamed] = value
+    released = {key: state.pop(key) for key in list(state) if is_released_key(key)}
+    state.update({prefix + key: value for key, value in rename_released_keys(released).items()})
+
+
+def select(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the entries of ``state`` whose keys begin with ``prefix``, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -13,8 +13,8 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
-from regionspot.checkpoint.checkpointer import find_recognizer
-from regionspot.checkpoint.weights import fingerprint
+from regionspot.checkpoint.formats import fingerprint
+from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import build_test_loader, proposal_source
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.engine.extract import check_image_ids

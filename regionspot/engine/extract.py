@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from regionspot.checkpoint.weights import fingerprint
+from regionspot.checkpoint.formats import fingerprint
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.image_check import check_images, path_of_image
 from regionspot.data.tokens import StoreWriter, pack_images

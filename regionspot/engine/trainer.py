@@ -19,7 +19,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch import nn
 
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer, find_recognizer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import (
     build_test_loader,
     build_train_loader,
@@ -109,7 +110,7 @@ class RegionSpotTrainer(DefaultTrainer):
         stores = [mapper.token_store for mapper in self._trainer.data_loader.dataset.mappers if mapper.token_store]
         if not stores:
             return
-        sources = self.checkpointer.frozen_sources
+        sources = self.recognizer.weight_sources
         expected = {"sam": describe_sam(self.recognizer, sources["sam"])}
         if stores[0].has_feature_maps and self.cfg.MODEL.REGIONSPOT.CLIP.FEATURES != "none":  # as all of them
             expected["clip"] = describe_clip(self.recognizer, sources["clip_model"])

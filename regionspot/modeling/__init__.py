@@ -1,6 +1,5 @@
 """The model. Importing this package registers its parts with Detectron2."""
 
-from regionspot.checkpoint.recognizer import load_recognizer
 from regionspot.modeling.backbones import ClipImageEncoder, SamImageEncoder
 from regionspot.modeling.crop_baseline import CropBaseline
 from regionspot.modeling.meta_arch import RegionSpot
@@ -16,5 +15,4 @@ __all__ = [
     "RegionSpotROIHeads",
     "SamImageEncoder",
     "freeze_host",
-    "load_recognizer",
 ]

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from segment_anything import SamAutomaticMaskGenerator
 from torch import nn
 
-from regionspot.checkpoint.detector import SafeDetectionCheckpointer
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.config import find_host_config
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.localizers.localizer import Localizer

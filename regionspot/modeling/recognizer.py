@@ -1,7 +1,4 @@
-"""The recognizer: localizer, vision-language model and knowledge integration as one module.
-
-The meta-architecture, the predictor and every other way in use this one implementation.
-"""
+"""The recognizer, which all ways in share: localizer, vision-language model and knowledge integration in one module."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +9,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from regionspot.checkpoint.loading import PARTS, frozen_sources, load_weights
 from regionspot.modeling.classifier import TextClassifier
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput
@@ -67,9 +65,8 @@ class RegionRecognizer(nn.Module):
             text_encoder: encoder of class names, over the same CLIP.
             vocabulary: class names to start with.
             rule: how detections follow from logits.
-            background: names of what is no object: a region that is likest one of them is unknown.
-            focal_alpha: of the training loss.
-            focal_gamma: of the training loss.
+            background: names of what is no object ("sky"): a region whose best name is one of them is unknown.
+            focal_alpha, focal_gamma: of the training loss.
         """
         super().__init__()
         self.localizer = localizer
@@ -86,6 +83,7 @@ class RegionRecognizer(nn.Module):
             self.classifier.add("default", vocabulary)
             self.classifier.active = "default"
         vision_language.clip_model.register_load_state_dict_post_hook(self._clip_has_changed)
+        self.weight_sources = dict.fromkeys(PARTS, "")  # the file that each part was loaded from
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -106,6 +104,13 @@ class RegionRecognizer(nn.Module):
             "focal_alpha": node.LOSS.FOCAL_ALPHA,
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
         }
+
+    @classmethod
+    def from_pretrained(cls, cfg: CfgNode, weights: str = "") -> "RegionRecognizer":
+        """Build the recognizer of ``cfg`` with SAM's and CLIP's weights and a RegionSpot checkpoint, "" for none."""
+        recognizer = cls(cfg)
+        load_weights(recognizer, weights, frozen_sources(cfg))
+        return recognizer.to(cfg.MODEL.DEVICE)
 
     def set_vocabulary(self, names: VocabularySource, key: str = "default") -> None:
         """Recognize ``names`` from now on.
@@ -171,11 +176,9 @@ class RegionRecognizer(nn.Module):
         outputs = []
         for embedding, (height, width), image_prompts in zip(features.embeddings, features.sizes, prompts, strict=True):
             input_height, input_width = self.localizer.input_size((height, width))
-            scaled = (
-                image_prompts.to(embedding.device)
-                .clip((height, width))
-                .scale(input_width / width, input_height / height)
-            )
+            clipped = image_prompts.to(embedding.device).clip((height, width))
+            # the sides of SAM's input are whole pixels: x and y have factors of their own
+            scaled = clipped.scale(input_width / width, input_height / height)
             outputs.append(self.localizer(embedding[None], scaled, with_masks, stages))
         return outputs
 

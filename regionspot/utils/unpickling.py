@@ -1,97 +1,112 @@
-"""Pickles, read without running anything that is in them; among them those of NumPy arrays.
+"""Reads pickles of strangers without running them: proposals, detectors' weights, and TorchScript archives.
 
-Neither Python's unpickler nor NumPy's own restoring of arrays is trusted with the file. The opcodes are interpreted
-here, those for plain values only; the few names that are admitted (NumPy's arrays, Detectron2's ``BoxMode``) become
-inert tokens, and what the file "calls" them with is checked and turned into arrays by the functions below. So no
-function or class, ours or another's, is ever within the reach of an opcode.
+What is defended against, by one interpreter for all of them:
+
+* Running code. A name in the file is looked up in a closed list and becomes an inert token; "calling" a token runs one
+  of the small functions below, which check what they are called with. No opcode ever reaches a function or class.
+* Changing the program. BUILD, SETITEM and SETITEMS set the state of whatever they are applied to, so they are refused
+  for everything but plain dicts and the placeholders of this file. Opcodes that are not listed are refused.
+* Memory bombs. The bytes of every array and tensor must be in the file, lengths and indexes of the file allocate
+  nothing in advance, and ``check_size`` refuses small files that stand for large contents.
+* Deep recursion. The interpreter has no recursion; that of ``check_size`` ends as an error like any other damage.
 """
 
 import mmap
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from detectron2.structures import BoxMode
 
-_PLAIN_NAMES = (
+_OPCODES = (
     "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT "
     "BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
     "BINBYTES8 LIST EMPTY_LIST TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT APPEND APPENDS GET BINGET LONG_BINGET "
-    "PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL"
+    "PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD SETITEM SETITEMS DICT BYTEARRAY8 BINPERSID"
 )
-_PLAIN_OPCODES = [getattr(pickle, name)[0] for name in _PLAIN_NAMES.split()]
-_ADMITTED = {
-    **{
-        (f"numpy.{core}.{module}", name): name
-        for core in ("core", "_core")  # before NumPy 2 and since
-        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-    },
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): "dtype",
-    ("_codecs", "encode"): "encode",  # how Python 3 writes bytes in protocol 2
-    ("__builtin__", "bytes"): "bytes",  # and no bytes
-    ("collections", "OrderedDict"): "OrderedDict",
-    ("detectron2.structures.boxes", "BoxMode"): "BoxMode",
-    ("builtins", "getattr"): "getattr",  # how some Pythons write the member of an enum; of BoxMode only
-    ("__builtin__", "getattr"): "getattr",
-}
+_PYTHON_UNPICKLER: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the C one has no table of opcodes
 
 
 @dataclass(frozen=True)
-class Name:
-    """Stands for what the file refers to by name."""
+class _Token:
+    """Stands for a name in the file; ``call`` is run when the file calls it."""
 
     name: str
+    call: Callable[..., Any] | None = None
 
 
 @dataclass
-class _Dtype:
+class _DtypeHolder:
     text: str
 
 
 @dataclass
 class ArrayHolder:
-    """An array in the making, and what it became."""
+    """Stands for an array that the file creates empty and fills later.
 
-    value: Any = None  # np.ndarray of numbers or strings, or a list: what an array of objects holds
+    Attributes:
+        value: an array of numbers or strings, or a list for an array of objects; None before it is filled.
+    """
+
+    value: Any = None
 
 
-class _Refusing(dict):
+@dataclass
+class ModuleHolder:
+    """Stands for a module of a TorchScript archive."""
+
+    attributes: dict[str, Any] | None = None
+
+
+class _Opcodes(dict):
     def __missing__(self, opcode: int) -> Any:
         raise pickle.UnpicklingError(f"opcode {bytes([opcode])!r} makes more than arrays and plain containers")
 
 
-class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """The interpreter of the Python library in Python, less what makes objects; its memo is a dict (no huge tables).
+class _Interpreter(_PYTHON_UNPICKLER):
+    """Python's own unpickler, the one that is written in Python, without the opcodes that make objects.
 
-    Attributes:
-        admitted: what a file may refer to by (module, name), and what it is called here.
-        makers: what may be called, by that name, and the function that answers in its place.
+    Its memo is a dict, so that large indexes take no memory. What is defined here replaces what Python does.
     """
 
-    admitted: Mapping[tuple[str, str], str]
-    makers: Mapping[str, Callable[..., Any]]
-    dispatch = _Refusing({code: pickle._Unpickler.dispatch[code] for code in _PLAIN_OPCODES})  # type: ignore[attr-defined]
+    def __init__(self, file: Any, admitted: dict[tuple[str, str], _Token]) -> None:
+        super().__init__(file, encoding="latin1")  # which keeps the bytes of Python 2
+        self.admitted = admitted
 
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-    read: Callable[[int], bytes]
-
-    def find_class(self, module: str, name: str) -> Name:
-        if (module, name) in self.admitted:
-            return Name(self.admitted[module, name])
-        raise pickle.UnpicklingError(f"{describe(f'{module}.{name}')} is neither an array nor a plain container")
+    def find_class(self, module: str, name: str) -> _Token:
+        if (module, name) not in self.admitted:
+            raise pickle.UnpicklingError(f"{describe(f'{module}.{name}')} is neither an array nor a plain container")
+        return self.admitted[module, name]
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, Name) or function.name not in self.makers or type(arguments) is not tuple:
+        if not isinstance(function, _Token) or function.call is None or type(arguments) is not tuple:
             raise pickle.UnpicklingError(f"a call of {describe(function)} is not admitted")
-        self.stack.append(self.makers[function.name](*arguments))
+        self.stack.append(function.call(*arguments))
+
+    def load_newobj(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if kind != _MODULE or arguments != ():
+            raise pickle.UnpicklingError(f"an object of {describe(kind)} is not admitted")
+        self.stack.append(ModuleHolder())
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, ArrayHolder) and target.value is None and type(state) is tuple and len(state) in (4, 5):
+            shape, dtype, is_fortran, data = state[-4:]
+            target.value = _make_array(data, dtype, shape, "F" if is_fortran else "C")
+        elif isinstance(target, _DtypeHolder) and _is_plain_dtype_state(state):
+            target.text = _checked_dtype(f"{state[1]}{target.text.lstrip('<>=|')}")
+        elif isinstance(target, ModuleHolder) and target.attributes is None and type(state) is dict:
+            target.attributes = state
+        else:
+            raise pickle.UnpicklingError(f"setting the state of {describe(target)} is not admitted")
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
@@ -115,37 +130,33 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     def load_bytearray8(self) -> None:
         self.stack.append(self.read(int.from_bytes(self.read(8), "little")))  # no more than the file has
 
-    dispatch.update(
-        {
-            pickle.REDUCE[0]: load_reduce,
-            pickle.SETITEMS[0]: load_setitems,
-            pickle.SETITEM[0]: load_setitem,
-            pickle.DICT[0]: load_dict,
-            pickle.BYTEARRAY8[0]: load_bytearray8,
-        }
-    )
 
-    @classmethod
-    def admit(cls, opcodes: dict[bytes, Callable[..., None]]) -> None:
-        """Let a subclass interpret further opcodes."""
-        cls.dispatch = _Refusing({**cls.dispatch, **{code[0]: method for code, method in opcodes.items()}})
+_CODES = [getattr(pickle, name)[0] for name in _OPCODES.split()]
+_Interpreter.dispatch = _Opcodes(
+    {code: getattr(_Interpreter, _PYTHON_UNPICKLER.dispatch[code].__name__) for code in _CODES}
+)
 
 
-class _ArrayUnpickler(InertUnpickler):
-    admitted = _ADMITTED
+class _ArchiveInterpreter(_Interpreter):
+    """Also knows modules, and storages of tensors, which an archive holds beside its pickle."""
 
-    def load_build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, ArrayHolder) and target.value is None and type(state) is tuple and len(state) in (4, 5):
-            shape, dtype, is_fortran, data = state[-4:]
-            target.value = _make_array(data, dtype, shape, "F" if is_fortran else "C")
-        elif isinstance(target, _Dtype) and _is_plain_dtype_state(state):
-            target.text = _checked_dtype(f"{state[1]}{target.text.lstrip('<>=|')}")
-        else:
-            raise pickle.UnpicklingError(f"setting the state of {describe(target)} is not admitted")
+    def __init__(self, file: Any, read_storage: Callable[[str], bytes]) -> None:
+        super().__init__(file, _TENSOR_NAMES)
+        self.read_storage = read_storage
+        self.storages: dict[str, torch.Tensor] = {}  # tensors share them
 
+    def find_class(self, module: str, name: str) -> _Token:
+        return _MODULE if module.startswith("__torch__") else super().find_class(module, name)
 
-_ArrayUnpickler.admit({pickle.BUILD: _ArrayUnpickler.load_build})
+    def persistent_load(self, saved_id: Any) -> torch.Tensor:
+        """Return the storage, (numel,) of its dtype, that a tensor refers to."""
+        _, kind, key, _, _ = saved_id
+        if not isinstance(kind, _Token) or kind.name not in _STORAGES or type(key) is not str:
+            raise pickle.UnpicklingError(f"a storage of {describe(kind)} is not admitted")
+        if key not in self.storages:
+            data = bytearray(self.read_storage(key))
+            self.storages[key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
+        return self.storages[key].view(_STORAGES[kind.name])
 
 
 def describe(value: Any) -> str:
@@ -154,7 +165,7 @@ def describe(value: Any) -> str:
         return repr(value if len(value) <= 80 else value[:80] + "...")
     if isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
         return repr(value)
-    return value.name if isinstance(value, Name) else type(value).__name__.lstrip("_").lower()
+    return value.name if isinstance(value, _Token) else type(value).__name__.strip("_").removesuffix("Holder").lower()
 
 
 def _is_plain_dtype_state(state: Any) -> bool:
@@ -170,7 +181,11 @@ def _checked_dtype(text: Any) -> str:
 
 def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
     """Return the array of these bytes, or for a 1-D array of objects the list of them."""
-    if not isinstance(dtype, _Dtype) or type(shape) is not tuple or any(type(n) is not int or n < 0 for n in shape):
+    if (
+        not isinstance(dtype, _DtypeHolder)
+        or type(shape) is not tuple
+        or any(type(n) is not int or n < 0 for n in shape)
+    ):
         raise pickle.UnpicklingError("an array without a proper dtype and shape")
     if "O" in dtype.text:
         if type(data) is not list or shape != (len(data),):
@@ -178,28 +193,28 @@ def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
         return data
     if type(data) is str:
         data = data.encode("latin1")  # bytes of Python 2
-    needed = prod(shape) * np.dtype(dtype.text).itemsize
-    if type(data) is not bytes or len(data) != needed:
+    num_bytes = prod(shape) * np.dtype(dtype.text).itemsize
+    if type(data) is not bytes or len(data) != num_bytes:
         got = f"{len(data)}" if type(data) is bytes else type(data).__name__
         raise pickle.UnpicklingError(
-            f"an array of shape {shape!s:.60} and {dtype.text} needs {needed} bytes, got {got}"
+            f"an array of shape {shape!s:.60} and {dtype.text} needs {num_bytes} bytes, got {got}"
         )
     return np.frombuffer(data, dtype.text).reshape(shape, order="F" if order == "F" else "C")
 
 
-def _make_empty(subtype: Any, shape: Any, code: Any) -> ArrayHolder:
-    if subtype != Name("ndarray"):
+def _make_empty_array(subtype: Any, shape: Any, code: Any) -> ArrayHolder:
+    if subtype != _NDARRAY:
         raise pickle.UnpicklingError(f"an array of the kind {describe(subtype)} is not admitted")
     return ArrayHolder()
 
 
 def _make_scalar(dtype: Any, data: Any) -> Any:
-    if isinstance(dtype, _Dtype) and "O" in dtype.text:
+    if isinstance(dtype, _DtypeHolder) and "O" in dtype.text:
         raise pickle.UnpicklingError("scalars of dtype object are not admitted")
     return _make_array(data, dtype, (), "C").item()
 
 
-def _make_encoded(text: Any, encoding: Any) -> bytes:
+def _make_bytes(text: Any, encoding: Any) -> bytes:
     if type(text) is not str or encoding != "latin1":
         raise pickle.UnpicklingError("_codecs.encode is admitted for latin1 only")
     return text.encode("latin1")
@@ -211,45 +226,90 @@ def _make_box_mode(value: Any) -> int:
     return int(BoxMode(value))
 
 
-def _make_member(owner: Any, name: Any) -> int:
-    if owner != Name("BoxMode") or type(name) is not str or name not in BoxMode.__members__:
+def _get_box_mode(owner: Any, name: Any) -> int:
+    if owner != _BOX_MODE or type(name) is not str or name not in BoxMode.__members__:
         raise pickle.UnpicklingError(f"builtins.getattr of {describe(owner)} is not admitted")
     return int(BoxMode[name])
 
 
-_MAKERS: dict[str, Callable[..., Any]] = {
-    "_reconstruct": _make_empty,
-    "_frombuffer": lambda data, dtype, shape, order: ArrayHolder(_make_array(data, dtype, shape, order)),
-    "scalar": _make_scalar,
-    "dtype": lambda text, *flags: _Dtype(_checked_dtype(text)),
-    "encode": _make_encoded,
-    "bytes": lambda: b"",
-    "OrderedDict": lambda: {},
-    "BoxMode": _make_box_mode,
-    "getattr": _make_member,
+def _make_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+    if not isinstance(storage, torch.Tensor) or any(type(number) is not int for number in (offset, *size, *stride)):
+        raise pickle.UnpicklingError(f"a tensor of {describe(storage)} is not admitted")
+    return storage.as_strided(size, stride, offset)  # which refuses to leave the storage
+
+
+def _make_list(items: Any) -> list[Any]:
+    if type(items) is not list:
+        raise pickle.UnpicklingError(f"a list of {describe(items)} is not admitted")
+    return items
+
+
+_MODULE, _NDARRAY, _BOX_MODE = _Token("module"), _Token("ndarray"), _Token("BoxMode", _make_box_mode)
+_ORDERED_DICT = {("collections", "OrderedDict"): _Token("OrderedDict", lambda: {})}
+_ARRAY_NAMES = _ORDERED_DICT | {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Token("dtype", lambda text, *flags: _DtypeHolder(_checked_dtype(text))),
+    ("_codecs", "encode"): _Token("encode", _make_bytes),  # how Python 3 writes bytes in protocol 2
+    ("__builtin__", "bytes"): _Token("bytes", lambda: b""),  # and no bytes
+    ("detectron2.structures.boxes", "BoxMode"): _BOX_MODE,
+    ("builtins", "getattr"): _Token("getattr", _get_box_mode),  # how some Pythons write the member of an enum
+    ("__builtin__", "getattr"): _Token("getattr", _get_box_mode),
 }
-_ArrayUnpickler.makers = _MAKERS
+for _core in ("numpy.core", "numpy._core"):  # before NumPy 2 and since
+    _ARRAY_NAMES[f"{_core}.multiarray", "_reconstruct"] = _Token("_reconstruct", _make_empty_array)
+    _ARRAY_NAMES[f"{_core}.multiarray", "scalar"] = _Token("scalar", _make_scalar)
+    _ARRAY_NAMES[f"{_core}.numeric", "_frombuffer"] = _Token("_frombuffer", _make_array)
+
+_STORAGES = {
+    f"{name}Storage": dtype
+    for name, dtype in {
+        "Float": torch.float32, "Half": torch.float16, "Double": torch.float64, "BFloat16": torch.bfloat16,
+        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
+}  # fmt: skip
+_LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
+_TENSOR_NAMES = _ORDERED_DICT | {
+    ("torch._utils", "_rebuild_tensor_v2"): _Token("tensor", _make_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Token("parameter", lambda tensor, *_: tensor),
+    **{("torch.jit._pickle", name): _Token("list", _make_list) for name in _LISTS},
+    **{("torch", name): _Token(name) for name in _STORAGES},
+}
 
 
 def load_arrays(path: Path) -> Any:
-    """Return what a pickle of arrays and plain containers holds; arrays are ``ArrayHolder``s (see ``array_of``).
+    """Return the content of a pickle of arrays and plain containers; arrays are ``ArrayHolder``s (see ``array_of``).
 
     Raises:
         ValueError: not a pickle, damaged, or it holds or asks for anything else.
     """
     with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # reads no more than is there, whatever is asked
-    try:
-        value = _ArrayUnpickler(content, encoding="latin1").load()
-        check_size(value, len(content))
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a damaged program leads the interpreter to
-        reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"damaged: {error!r:.100}"
-        raise ValueError(
-            f"{path}: a pickle that is refused: {reason}; expected NumPy arrays, numbers and strings in lists and dicts"
-        ) from error
+        try:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # a read allocates no more than is there
+            value = _Interpreter(content, _ARRAY_NAMES).load()
+            check_size(value, len(content))
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a damaged program leads the interpreter to
+            reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"damaged: {error!r:.100}"
+            raise ValueError(
+                f"{path}: a pickle that is refused: {reason}; expected NumPy arrays, numbers and strings in lists and "
+                "dicts"
+            ) from error
     return value
+
+
+def load_archive(program: BinaryIO, read_storage: Callable[[str], bytes]) -> Any:
+    """Return the content of a TorchScript archive's pickle: tensors and plain containers in ``ModuleHolder``s.
+
+    Args:
+        program: the pickle.
+        read_storage: returns the bytes of the storage of a name.
+
+    Raises:
+        pickle.UnpicklingError: it refers to anything else. A damaged one may raise other errors.
+    """
+    return _ArchiveInterpreter(program, read_storage).load()
 
 
 def array_of(value: Any) -> Any:
@@ -258,7 +318,7 @@ def array_of(value: Any) -> Any:
 
 
 def check_size(content: Any, file_bytes: int) -> None:
-    """Refuse what a file of this size has no room for: arrays mentioned again and again, tensors of repeated values.
+    """Refuse a content that is far larger than its file: shared arrays count each time, and repeated values, too.
 
     Args:
         content: arrays, tensors and plain values in dicts, lists and tuples.
@@ -267,18 +327,18 @@ def check_size(content: Any, file_bytes: int) -> None:
     Raises:
         pickle.UnpicklingError: more than 16 times the file, beyond 64 MiB; or a container holds itself.
     """
-    needed = _expanded_bytes(content, {})
-    if needed > (1 << 26) + 16 * file_bytes:
-        raise pickle.UnpicklingError(f"{file_bytes} bytes that stand for {needed:.3g}")
+    num_bytes = _expanded_bytes(content, {})
+    if num_bytes > (1 << 26) + 16 * file_bytes:
+        raise pickle.UnpicklingError(f"{file_bytes} bytes that stand for {num_bytes:.3g}")
 
 
 def _expanded_bytes(value: Any, known: dict[int, float]) -> float:
-    """Return the bytes of a value where each mention of an array counts; ``known`` are those of the containers seen."""
+    """Return the bytes of a value with all that it holds; ``known`` are those of the containers seen before, by id."""
     value = array_of(value)
-    items: Iterable[Any] = value.values() if isinstance(value, dict) else value
     if not isinstance(value, (dict, list, tuple)):
         return getattr(value, "nbytes", len(value) if isinstance(value, (str, bytes)) else 8)
     if id(value) not in known:
         known[id(value)] = float("inf")  # until it is known: of one that holds itself
+        items = value.values() if isinstance(value, dict) else value
         known[id(value)] = sum(_expanded_bytes(item, known) for item in items)
     return known[id(value)]

@@ -1,11 +1,16 @@
-"""Released checkpoints, our own, and files that are neither."""
+"""Released checkpoints, our own, those of detectors, and files that are none of them."""
 
+import pickle
+import re
+
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors.torch import save_file
+from torch import nn
 
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer, SafeDetectionCheckpointer
 from regionspot.checkpoint.key_layout import TRAINED
 
 from ..helpers import as_inputs, released_state, tiny_model
@@ -18,7 +23,7 @@ def logits_of(model):
 
 @pytest.fixture
 def released(tmp_path):
-    """A released checkpoint with its frozen parts, one without, and those parts as files of their own."""
+    """A released checkpoint with its frozen parts, one without, and files of these parts alone."""
     model = tiny_model()
     state = released_state(model)
     torch.save({"model": state, "iteration": 449999}, tmp_path / "whole.pth")
@@ -40,7 +45,7 @@ def frozen_files(directory):
     return {"sam_weights": str(directory / "sam.pth"), "clip_weights": str(directory / "clip.pth")}
 
 
-def test_released_checkpoint_loads_with_and_without_its_frozen_parts(released):
+def test_released_checkpoint_with_and_without_frozen_parts(released):
     whole, trained = tiny_model(), tiny_model()
     RegionSpotCheckpointer(whole).load(str(released / "whole.pth"))
     RegionSpotCheckpointer(trained, **frozen_files(released)).load(str(released / "trained.pth"))
@@ -53,14 +58,14 @@ def test_released_checkpoint_loads_with_and_without_its_frozen_parts(released):
     assert torch.equal(whole.state_dict()[key], expected["model.sam.mask_decoder.iou_token.weight"])
 
 
-def test_detectron2s_own_checkpointer_reads_the_released_layout(released):
-    ours, theirs = tiny_model(), tiny_model()
-    RegionSpotCheckpointer(ours).load(str(released / "whole.pth"))
-    DetectionCheckpointer(theirs).load(str(released / "whole.pth"))
-    torch.testing.assert_close(logits_of(ours), logits_of(theirs), atol=0, rtol=0)
+def test_detectron2_checkpointer_reads_released_layout(released):
+    by_ours, by_detectron2 = tiny_model(), tiny_model()
+    RegionSpotCheckpointer(by_ours).load(str(released / "whole.pth"))
+    DetectionCheckpointer(by_detectron2).load(str(released / "whole.pth"))
+    torch.testing.assert_close(logits_of(by_ours), logits_of(by_detectron2), atol=0, rtol=0)
 
 
-def test_round_trip_holds_the_trained_parts_only(released, tmp_path):
+def test_saved_checkpoint_holds_trained_parts_only(released, tmp_path):
     model = tiny_model()
     files = frozen_files(released)
     RegionSpotCheckpointer(model, **files).load(str(released / "trained.pth"))
@@ -75,12 +80,12 @@ def test_round_trip_holds_the_trained_parts_only(released, tmp_path):
     torch.testing.assert_close(logits_of(model), logits_of(other), atol=0, rtol=0)
 
 
-def test_frozen_parts_of_a_whole_checkpoint_are_found_again(released, tmp_path):
-    """What was trained on from a checkpoint that carries SAM and CLIP is loaded with no other file named."""
+def test_recorded_sources_of_frozen_parts_are_loaded(released, tmp_path):
+    """A checkpoint fine-tuned from one with SAM and CLIP loads without any other file named."""
     model = tiny_model()
     checkpointer = RegionSpotCheckpointer(model, str(tmp_path / "out"))
     checkpointer.load(str(released / "whole.pth"))
-    assert checkpointer.loaded == {"trained", "sam", "clip_model"}
+    assert all(model.recognizer.weight_sources.values())
     checkpointer.save("model")
     other = tiny_model()
     RegionSpotCheckpointer(other).load(str(tmp_path / "out" / "model.pth"))
@@ -92,15 +97,15 @@ def test_frozen_parts_of_a_whole_checkpoint_are_found_again(released, tmp_path):
     torch.testing.assert_close(logits_of(model), logits_of(third), atol=0, rtol=0)
 
 
-def test_files_that_are_named_come_before_those_that_a_checkpoint_remembers(released, tmp_path):
+def test_configured_files_precede_recorded_ones(released, tmp_path):
     model, files = tiny_model(), frozen_files(released)
     RegionSpotCheckpointer(model, str(tmp_path / "out"), **files).load(str(released / "trained.pth"))
-    remembered = {**files, "sam_weights": str(tmp_path / "once.pth")}
+    recorded = {**files, "sam_weights": str(tmp_path / "once.pth")}
     (tmp_path / "once.pth").write_bytes((released / "sam.pth").read_bytes())
-    checkpointer = RegionSpotCheckpointer(model, str(tmp_path / "out"), **remembered)
+    checkpointer = RegionSpotCheckpointer(model, str(tmp_path / "out"), **recorded)
     checkpointer.load(str(released / "trained.pth"))
     checkpointer.save("model")
-    torch.save(tiny_model().recognizer.localizer.sam.state_dict(), tmp_path / "once.pth")  # another one, by now
+    torch.save(tiny_model().recognizer.localizer.sam.state_dict(), tmp_path / "once.pth")  # overwritten since
     other = tiny_model()
     RegionSpotCheckpointer(other, **files).load(str(tmp_path / "out" / "model.pth"))
     torch.testing.assert_close(logits_of(model), logits_of(other), atol=0, rtol=0)
@@ -116,7 +121,7 @@ def test_files_that_are_named_come_before_those_that_a_checkpoint_remembers(rele
     ],
     ids=["DDP", "state_dict", "half", "whole model"],
 )
-def test_other_wrappings_are_understood(released, tmp_path, wrap):
+def test_wrapped_checkpoints_load(released, tmp_path, wrap):
     source = tiny_model()
     RegionSpotCheckpointer(source).load(str(released / "whole.pth"))
     torch.save(wrap(released_state(source), source), tmp_path / "wrapped.pth")
@@ -132,10 +137,11 @@ def test_safetensors_checkpoint_loads(released, tmp_path):
     assert torch.equal(model.recognizer.knowledge_integration.to_clip.bias, released_state(model)["model.to_clip.bias"])
 
 
-def test_a_refused_checkpoint_leaves_the_model_as_it_was(released, tmp_path):
+def test_refused_checkpoint_leaves_model_unchanged(released, tmp_path):
     model = tiny_model()
     RegionSpotCheckpointer(model, **frozen_files(released)).load(str(released / "trained.pth"))
     RegionSpotCheckpointer(model, str(tmp_path / "out")).save("model")
+    (released / "sam.pth").unlink()  # or it would be loaded, as the recorded source
     other = tiny_model()
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(ValueError, match="another sam"):
@@ -143,7 +149,7 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(released, tmp_path):
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
 
 
-def test_other_frozen_parts_are_an_error_that_names_both(released, tmp_path):
+def test_error_names_both_fingerprints_of_frozen_parts(released, tmp_path):
     model = tiny_model()
     RegionSpotCheckpointer(model, **frozen_files(released)).load(str(released / "trained.pth"))
     RegionSpotCheckpointer(model, str(tmp_path / "out")).save("model")
@@ -156,15 +162,15 @@ def test_other_frozen_parts_are_an_error_that_names_both(released, tmp_path):
         RegionSpotCheckpointer(tiny_model(), **sources).load(str(tmp_path / "out" / "model.pth"))
 
 
-def test_an_interrupted_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+def test_interrupted_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     checkpointer = RegionSpotCheckpointer(tiny_model(), str(tmp_path))
     checkpointer.save("model_0")
 
-    def cut(data, path):
+    def save_half(data, path):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", cut)
+    monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(KeyboardInterrupt):
         checkpointer.save("model_1")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0.pth"]
@@ -211,7 +217,7 @@ def test_wrong_checkpoint_is_refused(tmp_path, make, error, message):
         RegionSpotCheckpointer(tiny_model()).load(make(tmp_path))
 
 
-def test_another_variant_is_refused_and_nothing_is_loaded(released):
+def test_checkpoint_of_another_variant_is_refused(released):
     model = tiny_model("MODEL.REGIONSPOT.INTEGRATION.DEPTH", 2)
     before = {k: v.clone() for k, v in model.state_dict().items() if TRAINED in k}
     with pytest.raises(ValueError, match="same variant"):
@@ -224,14 +230,14 @@ class Evil:
         return (open, ("evil.txt", "w"))
 
 
-def test_no_code_runs_from_a_checkpoint(tmp_path, monkeypatch):
+def test_checkpoint_with_a_call_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="cannot be read as weights"):
         RegionSpotCheckpointer(tiny_model()).load(save(tmp_path / "x.pth", {"model": Evil()}))
     assert not (tmp_path / "evil.txt").exists()
 
 
-def test_a_whole_model_that_holds_another_recognizer_too(released):
+def test_whole_model_that_holds_another_recognizer(released):
     model = tiny_model()
     state = {f"roi_heads.{key}": value for key, value in released_model(released).state_dict().items()}
     state |= {"speller.recognizer.conv.weight": torch.zeros(3), "decoder.layers.0.weight": torch.zeros(3)}
@@ -244,3 +250,33 @@ def released_model(directory):
     model = tiny_model()
     RegionSpotCheckpointer(model).load(str(directory / "whole.pth"))
     return model
+
+
+CYCLE: dict = {"model": {}}
+CYCLE["model"]["more"] = CYCLE
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], None, {"blobs": [1]}, {"model": [1], "__author__": "x"}, {"model": 5, "__author__": "x"}, CYCLE, "text"],
+    ids=repr,
+)
+def test_invalid_detector_pickle_is_refused(tmp_path, content):
+    (tmp_path / "detector.pkl").write_bytes(pickle.dumps(content, 2))
+    with pytest.raises(ValueError, match="detector.pkl: "):
+        SafeDetectionCheckpointer(nn.Linear(2, 1)).load(str(tmp_path / "detector.pkl"))
+
+
+@pytest.mark.parametrize("content", [{"model": [1]}, {"model": 5}, {"model": {1: torch.ones(1)}}], ids=repr)
+def test_invalid_detector_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "detector.pth")
+    with pytest.raises(ValueError, match=re.escape("detector.pth: expected a detector's weights by name")):
+        SafeDetectionCheckpointer(nn.Linear(2, 1)).load(str(tmp_path / "detector.pth"))
+
+
+def test_model_zoo_pickle_loads(tmp_path):
+    arrays = {"weight": np.array([[3, 4]], np.float32), "bias": np.array([5], np.float32)}
+    (tmp_path / "detector.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}, 2))
+    model = nn.Linear(2, 1)
+    SafeDetectionCheckpointer(model).load(str(tmp_path / "detector.pkl"))
+    assert model.weight.tolist() == [[3, 4]] and model.bias.tolist() == [5]

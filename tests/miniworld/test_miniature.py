@@ -3,12 +3,11 @@
 import json
 
 import pytest
-from detectron2.modeling import build_model
 
 from miniworld.experiment import WEIGHTS, miniworld_config
 from miniworld.pretrain_clip import report_clip
 from miniworld.pretrain_sam import report_sam
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.modeling import RegionRecognizer
 from regionspot.utils.files import sha256_of_file
 
 from ..helpers import ROOT
@@ -20,9 +19,7 @@ CONFIG = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
 @pytest.fixture(scope="module")
 def recognizer(tmp_path_factory):
     cfg = miniworld_config(CONFIG, tmp_path_factory.mktemp("mini"))
-    model = build_model(cfg).eval()
-    RegionSpotCheckpointer.from_config(cfg, model).load("")
-    return model.recognizer
+    return RegionRecognizer.from_pretrained(cfg).eval()
 
 
 @pytest.mark.parametrize("part", ["sam", "clip"])

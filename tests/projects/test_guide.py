@@ -9,7 +9,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from regionspot.config import load_config
-from regionspot.modeling import freeze_host, load_recognizer
+from regionspot.modeling import RegionRecognizer, freeze_host
 
 from ..helpers import ROOT, TINY, as_inputs, released_state, tiny_model
 
@@ -90,7 +90,9 @@ def test_a_recognizer_beside_another_detector(directory):
 
 
 def test_a_recognizer_is_loaded_whole(directory):
-    recognizer = load_recognizer(load_config(directory / "configs" / "RegionSpot-BB.yaml"), "regionspot_bb.pth")
+    recognizer = RegionRecognizer.from_pretrained(
+        load_config(directory / "configs" / "RegionSpot-BB.yaml"), "regionspot_bb.pth"
+    )
     expected = released_state(tiny_model())
     state = recognizer.state_dict()
     assert torch.equal(state["knowledge_integration.to_clip.weight"], expected["model.to_clip.weight"])

@@ -11,8 +11,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from regionspot.checkpoint.key_layout import FROZEN, TRAINED
-from regionspot.checkpoint.recognizer import frozen_sources, load_weights
+from regionspot.checkpoint.key_layout import PARTS
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.postprocessing import merge_detections
@@ -52,7 +51,6 @@ class RegionSpotROIHeads(ROIHeads):
         host_aliases: Mapping[str, str | None] | None = None,
         merge_nms_thresh: float = 1.0,
         freeze: bool = True,
-        loaded: Sequence[str] = (),
         **kwargs: object,
     ) -> None:
         """
@@ -70,7 +68,6 @@ class RegionSpotROIHeads(ROIHeads):
             host_aliases: names of its classes under other names, see ``match_names``.
             merge_nms_thresh: of what ``merge_detections`` does with these and RegionSpot's.
             freeze: let nothing of the ``GeneralizedRCNN`` around learn.
-            loaded: parts of the recognizer that hold weights from a file.
             kwargs: of ``ROIHeads``: how regions to train with are sampled.
         """
         super().__init__(**kwargs)
@@ -94,7 +91,7 @@ class RegionSpotROIHeads(ROIHeads):
         self.box_score, self.box_nms_thresh, self.top_k_proposals = box_score, box_nms_thresh, top_k_proposals
         self.host_vocabulary, self.merge_nms_thresh = list(host_vocabulary or []), merge_nms_thresh
         self.host_aliases = dict(host_aliases or {})
-        self.frozen, self.loaded = freeze, tuple(loaded)
+        self.frozen = freeze
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.register_load_state_dict_pre_hook(_to_our_keys)
@@ -120,8 +117,7 @@ class RegionSpotROIHeads(ROIHeads):
         with_host = node.BOXES == "refined" or bool(node.HOST_VOCABULARY)
         host = build_host_heads(cfg, input_shape) if with_host else None  # before anything large is read
         host_vocabulary = load_vocabulary(node.HOST_VOCABULARY) if node.HOST_VOCABULARY else None
-        recognizer = RegionRecognizer(cfg)
-        found = load_weights(recognizer, node.WEIGHTS, frozen_sources(cfg))
+        recognizer = RegionRecognizer.from_pretrained(cfg, node.WEIGHTS)
         recognizer.rule.score_thresh = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
         recognizer.rule.nms_thresh = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST
         _add_vocabularies(recognizer, cfg)
@@ -141,7 +137,6 @@ class RegionSpotROIHeads(ROIHeads):
             "host_aliases": read_aliases(node.HOST_ALIASES, host_vocabulary or []) if node.HOST_ALIASES else None,
             "merge_nms_thresh": node.MERGE_NMS_THRESH,
             "freeze": node.FREEZE_HOST,
-            "loaded": sorted(found.parts),
         }
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
@@ -326,10 +321,11 @@ def _to_host_keys(head: RegionSpotROIHeads, state: dict[str, torch.Tensor], pref
 
 def _forgive_loaded_parts(head: RegionSpotROIHeads, keys: nn.modules.module._IncompatibleKeys) -> None:
     """Do not report parts that a host's checkpoint has nothing of and that have weights of their own."""
-    prefixes = {"trained": TRAINED, **FROZEN}
     expected = head.recognizer.state_dict()
-    for part in head.loaded:
-        marker = "recognizer." + prefixes[part]
+    for part, prefix in PARTS.items():
+        if not head.recognizer.weight_sources[part]:
+            continue
+        marker = "recognizer." + prefix
         missing = {key for key in keys.missing_keys if marker in key}
-        if len(missing) == sum(key.startswith(prefixes[part]) for key in expected):
+        if len(missing) == sum(key.startswith(prefix) for key in expected):
             keys.missing_keys[:] = [key for key in keys.missing_keys if key not in missing]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from regionspot.checkpoint.weights import fingerprint
+from regionspot.checkpoint.formats import fingerprint
 from regionspot.utils.files import atomic_path, cache_dir
 from regionspot.vocabulary import clean_name, get_phrases, get_templates
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from regionspot.checkpoint.weights import load_checkpoint_file
+from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.datasets import read_json_dataset
 from regionspot.data.tokens import TokenStore

@@ -483,7 +483,7 @@ def test_a_part_that_is_damaged_in_a_checkpoint_is_reported(tmp_path, caplog):
     model = rcnn()
     state = model.state_dict()
     del state["roi_heads.recognizer.knowledge_integration.to_clip.weight"]
-    model.roi_heads.loaded = ("trained",)
+    model.roi_heads.recognizer.weight_sources["trained"] = "regionspot.pth"
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert missing == ["roi_heads.recognizer.knowledge_integration.to_clip.weight"]
     host_only = {key: value for key, value in state.items() if "knowledge_integration" not in key}

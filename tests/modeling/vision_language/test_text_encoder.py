@@ -12,7 +12,7 @@ from clip.model import convert_weights
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from regionspot.checkpoint.weights import fingerprint
+from regionspot.checkpoint.formats import fingerprint
 from regionspot.modeling.vision_language import text_encoder
 from regionspot.modeling.vision_language.clip import encode_patches
 from regionspot.modeling.vision_language.text_encoder import TextEncoder, encode_tokens

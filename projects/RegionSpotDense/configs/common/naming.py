@@ -8,7 +8,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
 
-from regionspot import load_recognizer
+from regionspot import RegionRecognizer
 from regionspot.config import load_config
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -16,7 +16,7 @@ if str(PROJECT) not in sys.path:  # the configs also load where train_net.py is 
     sys.path.insert(0, str(PROJECT))
 from named_detector import NamedDetector, load_detector  # noqa: E402, F401
 
-recognizer = L(load_recognizer)(
+recognizer = L(RegionRecognizer.from_pretrained)(
     # overrides are RegionSpot's: [KEY, value, ...]
     cfg=L(load_config)(config_file=str(PROJECT.parents[1] / "configs" / "RegionSpot-BB.yaml"), overrides=[]),
     weights="",  # a RegionSpot checkpoint, released or one's own

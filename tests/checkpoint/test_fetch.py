@@ -1,0 +1,91 @@
+"""Fetching of weights: resuming, digests, the cache, and what is said without a network."""
+
+import hashlib
+import http.server
+import threading
+
+import pytest
+import torch
+
+from regionspot.checkpoint.fetch import KNOWN_WEIGHTS, fetch, resolve_weights
+from regionspot.checkpoint.formats import load_checkpoint_file
+
+CONTENT = bytes(range(256)) * 20000
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves CONTENT with ranges; ``cut_after`` closes the first connections early."""
+
+    cuts: list[int] = []
+    requests: list[str] = []
+    resumes = True
+
+    def do_GET(self):
+        requested = self.headers.get("Range") if self.resumes else None
+        start = int((requested or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        type(self).requests.append(self.headers.get("Range") or "")
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        self.wfile.write(CONTENT[start : start + self.cuts.pop(0) if self.cuts else None])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.cuts, Server.requests = [], []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as instance:
+        threading.Thread(target=instance.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{instance.server_address[1]}/weights.pth"
+        instance.shutdown()
+
+
+def test_fetch_resumes_a_cut_transfer(server, tmp_path):
+    Server.cuts = [3_000_000]
+    path, sha256 = tmp_path / "weights.pth", hashlib.sha256(CONTENT).hexdigest()
+    with pytest.raises(FileNotFoundError, match=f"put it at {path}"):
+        fetch(server, path, sha256)
+    assert not path.exists()
+    assert fetch(server, path, sha256).read_bytes() == CONTENT
+    assert Server.requests == ["", "bytes=3000000-"]
+    fetch(server, path, sha256)
+    assert len(Server.requests) == 2  # the third call sent no request
+
+
+def test_wrong_digest_is_refused_and_file_removed(server, tmp_path):
+    with pytest.raises(ValueError, match="expected sha256 00"):
+        fetch(server, tmp_path / "weights.pth", "00" * 32)
+    assert not (tmp_path / "weights.pth").exists() and not (tmp_path / "weights.pth.part").exists()
+
+
+def test_server_without_ranges_is_read_from_the_start(server, tmp_path, monkeypatch):
+    path, sha256 = tmp_path / "weights.pth", hashlib.sha256(CONTENT).hexdigest()
+    (tmp_path / "weights.pth.part").write_bytes(b"something else")
+    monkeypatch.setattr(Server, "resumes", False)
+    assert fetch(server, path, sha256).read_bytes() == CONTENT
+
+
+def test_url_is_fetched_into_the_cache(server, cache_directory):
+    assert resolve_weights(server).read_bytes() == CONTENT
+    assert resolve_weights(server).is_relative_to(cache_directory)
+
+
+def test_error_without_network_names_url_and_path(monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    known = KNOWN_WEIGHTS["vit_b"]
+    with pytest.raises(FileNotFoundError, match=f"(?s){known.url}.*unreachable.*{known.path}"):
+        resolve_weights("vit_b")
+
+
+def test_known_weights_placed_by_hand_are_used():
+    known = KNOWN_WEIGHTS["ViT-B/16"]
+    known.path.parent.mkdir(parents=True)
+    torch.save({"a": torch.ones(1)}, known.path)
+    assert load_checkpoint_file(resolve_weights("ViT-B/16")) == {"a": torch.ones(1)}
