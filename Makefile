@@ -19,7 +19,7 @@ help:
 	@echo "make lock   pin the newest versions that setup.py admits in requirements/lock.txt"
 
 demo: photo
-	$(BIN)/python tools/miniworld_demo.py --output output/demo
+	$(BIN)/python -m miniworld demo --output output/demo
 
 photo: $(VENV)/.ready
 	$(BIN)/python tools/demo.py --config-file configs/RegionSpot-BB.yaml \
@@ -31,7 +31,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu-check: $(VENV)/.ready
-	$(BIN)/python tools/gpu_check.py
+	$(BIN)/python -m tests.gpu_check
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -42,15 +42,15 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Made anew when a pinned version changes. A detectron2 that is in the environment already is kept.
-$(VENV)/.ready: requirements/lock.txt requirements/detectron2.txt setup.py
+# Made again when a pinned version or a package changes. A detectron2 that is in the environment already is kept.
+$(VENV)/.ready: requirements/lock.txt requirements/detectron2.txt setup.py projects/MiniWorld/setup.py
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 	    { echo "no Python 3.10 to 3.13 with venv was found; install one (Debian: python3-venv), or make PYTHON=/its/path"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements/lock.txt
 	$(BIN)/python -c 'import detectron2' 2>/dev/null || $(MAKE) --no-print-directory detectron2 TARGET_PYTHON=$(BIN)/python
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e . -e projects/MiniWorld
 	touch $@
 
 # Detectron2 from PyPI into the environment of TARGET_PYTHON (this project's, or your own), checked by its sha256.

@@ -15,7 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["regionspot", "regionspot.*"]),
+    packages=find_packages(include=["regionspot", "regionspot.*", "regionspot_cli"]),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -15,13 +15,14 @@ from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 from PIL import Image
 from pycocotools import mask as mask_api
 
-import prepare_lvis_minival
-import prepare_odinw
-import prepare_openimages
 from miniworld.annotate import categories as miniworld_categories
 from miniworld.annotate import write_scene
 
-from .helpers import draw_scene
+from .helpers import ROOT, draw_scene, load_program
+
+prepare_lvis_minival = load_program(ROOT / "datasets" / "prepare_lvis_minival.py")
+prepare_odinw = load_program(ROOT / "datasets" / "prepare_odinw.py")
+prepare_openimages = load_program(ROOT / "datasets" / "prepare_openimages.py")
 
 ANNOTATIONS = "annotations_without_background.json"
 VOC_NAMES = [

@@ -15,9 +15,10 @@ from regionspot.modeling.vision_language.clip import CLIP_SIZES, build_clip
 from .helpers import ROOT, flat, tiny_config
 
 FRAGMENTS = ("Stage1", "Stage2")  # to be put over a model's config
+MINIWORLD = ROOT / "projects" / "MiniWorld" / "configs"
 CONFIGS = [
     path
-    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    for path in sorted([*(ROOT / "configs").rglob("*.yaml"), *MINIWORLD.rglob("*.yaml")])
     if path.stem not in FRAGMENTS and path.parent.name != "variants"
 ]
 
@@ -34,7 +35,7 @@ def test_shipped_config_builds(path):
     assert isinstance(build_on_meta(path), RegionSpot)
 
 
-HOSTS = [path for path in sorted((ROOT / "projects").rglob("*.yaml")) if not path.stem.startswith("Base")]
+HOSTS = [path for path in sorted((ROOT / "projects" / "RegionSpotRCNN").rglob("*.yaml")) if "Base" not in path.stem]
 
 
 @pytest.mark.parametrize("path", HOSTS, ids=lambda path: path.stem)
@@ -56,9 +57,10 @@ def test_config_on_a_host_builds(path):
 def test_a_variant_changes_sizes_alone(tmp_path, name):
     """Put into any config, also a host's, it gives the sizes of RegionSpot-<name>.yaml and nothing else."""
     host = ROOT / "projects" / "RegionSpotRCNN" / "configs" / "faster_rcnn_R_50_FPN.yaml"
-    (tmp_path / "mine.yaml").write_text(f"_BASE_: [{host}, {ROOT}/configs/variants/{name}.yaml]\n")
+    configs = MINIWORLD if name == "mini" else ROOT / "configs"
+    (tmp_path / "mine.yaml").write_text(f"_BASE_: [{host}, {configs}/variants/{name}.yaml]\n")
     assert all(key.startswith("MODEL.REGIONSPOT.") for key in differences(tmp_path / "mine.yaml", host))
-    whole = load_config(ROOT / "configs" / ("miniworld" if name == "mini" else "") / f"RegionSpot-{name}.yaml")
+    whole = load_config(configs / f"RegionSpot-{name}.yaml")
     mine = load_config(tmp_path / "mine.yaml").MODEL.REGIONSPOT
     for part in ("SAM", "CLIP", "INTEGRATION"):
         assert mine[part] == whole.MODEL.REGIONSPOT[part]
@@ -103,15 +105,18 @@ def differences(path, base):
     return {key for key in one if one[key] != two[key]}
 
 
-@pytest.mark.parametrize("directory", ["ablations", "miniworld/ablations"])
-def test_ablations_differ_in_one_thing(directory):
-    bases = {"ablations": "ablations/Base-ablation.yaml", "miniworld/ablations": "miniworld/RegionSpot-mini.yaml"}
+@pytest.mark.parametrize(
+    ("configs", "base"),
+    [(ROOT / "configs", "ablations/Base-ablation.yaml"), (MINIWORLD, "RegionSpot-mini.yaml")],
+    ids=["paper", "miniworld"],
+)
+def test_ablations_differ_in_one_thing(configs, base):
     data = {"DATASETS.TRAIN", "DATASETS.TOKEN_STORES_TRAIN", "DATASETS.TRAIN_RATIO"}
-    paths = [path for path in (ROOT / "configs" / directory).glob("*.yaml") if not path.stem.startswith("Base")]
+    paths = [path for path in (configs / "ablations").glob("*.yaml") if not path.stem.startswith("Base")]
     assert len(paths) == 11
     rung = {"INTEGRATION.REGION_ATTENTION", "CLIP.FEATURES", "CLIP.TEMPLATES"}  # the first of the paper's ladder
     for path in paths:
-        found = differences(path, ROOT / "configs" / bases[directory])
+        found = differences(path, configs / base)
         if path.stem == "one-box-ladder":
             assert found == {f"MODEL.REGIONSPOT.{key}" for key in rung}
         else:

@@ -11,7 +11,6 @@ Example:
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,17 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tabulate import tabulate
 from torch import nn
+from train_net import Trainer
 
-PROJECT = Path(__file__).resolve().parent
-ROOT = PROJECT.parents[1]
-sys.path[:0] = [str(PROJECT), str(ROOT / "datasets")]
+from miniworld import experiment
+from miniworld.categories import NAMES, NOVEL
+from miniworld.generator import Scene
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
+from regionspot.utils.command_line import run_command
+from regionspot.utils.files import atomic_path
+from regionspot.visualization import draw_labels
 
-from train_net import Trainer  # noqa: E402
-
-from miniworld import experiment  # noqa: E402
-from miniworld.categories import NAMES, NOVEL  # noqa: E402
-from miniworld.generator import Scene  # noqa: E402
-from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer  # noqa: E402
-from regionspot.utils.command_line import run_command  # noqa: E402
-from regionspot.utils.files import atomic_path  # noqa: E402
-from regionspot.visualization import draw_labels  # noqa: E402
-
-CONFIGS = PROJECT / "configs" / "miniworld"
+CONFIGS = Path(__file__).resolve().parent / "configs" / "miniworld"
 
 
 def register_hosts_data(split: str) -> None:
@@ -87,8 +81,7 @@ def train_recognizer(args: argparse.Namespace) -> Path:
         return args.weights
     output = args.output / "regionspot"
     if not (output / "model_final.pth").is_file():
-        config = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
-        cfg = experiment.miniworld_config(config, output, args.seed, args.opts)
+        cfg = experiment.miniworld_config(experiment.CONFIG, output, args.seed, args.opts)
         experiment.train(cfg, args.output / "features")
     return output / "model_final.pth"
 

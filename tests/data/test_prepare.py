@@ -8,11 +8,14 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-import prepare_lvis_minival
-import prepare_odinw
-import prepare_openimages
 from regionspot.data.datasets import read_json_dataset
 from regionspot.data.datasets.builtin import odinw_paths
+
+from ..helpers import ROOT, load_program
+
+prepare_lvis_minival = load_program(ROOT / "datasets" / "prepare_lvis_minival.py")
+prepare_odinw = load_program(ROOT / "datasets" / "prepare_odinw.py")
+prepare_openimages = load_program(ROOT / "datasets" / "prepare_openimages.py")
 
 SIZES = {"00ff": (40, 30), "0a00": (64, 48), "beef": (33, 21)}
 CLASSES = '/m/0b,Tortoise\n/m/0a,Container\n/m/09,"Bow, and arrow"\n'

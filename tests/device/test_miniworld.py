@@ -7,15 +7,10 @@ from argparse import Namespace
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from miniworld import experiment
-from miniworld.pictures import draw_predictions
+from miniworld import ablations, demo, experiment
+from miniworld.drawing import draw_predictions
 
-from ..helpers import ROOT
-
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "projects" / "RegionSpotRCNN")]
-import miniworld_demo  # noqa: E402
-import miniworld_detection  # noqa: E402
-import run_miniworld_ablations  # noqa: E402
+from ..helpers import ROOT, load_program
 
 MINI = [
     "MODEL.DEVICE",
@@ -40,15 +35,14 @@ def catalogs(monkeypatch):
 def miniworld(tmp_path):
     """Scenes in a directory, registered; a config, and a model that has seen them."""
     experiment.draw_data(tmp_path / "data", {"train": 6, "test": 2}, 1)
-    config = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
-    cfg = experiment.miniworld_config(config, tmp_path / "out", 0, MINI)
+    cfg = experiment.miniworld_config(experiment.CONFIG, tmp_path / "out", 0, MINI)
     return cfg, experiment.train(cfg, tmp_path / "features"), experiment.test_scenes("test", 2)
 
 
 def test_demo(miniworld, tmp_path):
-    """What tools/miniworld_demo.py does."""
+    """What ``miniworld demo`` does."""
     cfg, model, scenes = miniworld
-    summary = miniworld_demo.evaluate(cfg, model, scenes, tmp_path, miniworld_demo.Stages())
+    summary = demo.evaluate(cfg, model, scenes, tmp_path, demo.Stages())
     assert {"base_top1", "jittered_base_top1", "crop_mask_base_top1", "mask_AP"} <= set(summary)
     assert "attention_0" in draw_predictions(model.recognizer, scenes[:1])
 
@@ -56,12 +50,15 @@ def test_demo(miniworld, tmp_path):
 def test_ablations(tmp_path):
     jobs = os.cpu_count()  # so that a run takes one thread, as all tests do
     args = Namespace(output=tmp_path, train=4, test=2, jobs=jobs, seeds=1, opts=MINI)
-    run_miniworld_ablations.run("RegionSpot-mini", 0, args)
-    assert "full model" in run_miniworld_ablations.table(args)
+    ablations.run_once("RegionSpot-mini", 0, args)
+    assert "full model" in ablations.table(args)
 
 
-def test_detection_in_miniature(tmp_path):
+def test_detection_in_miniature(tmp_path, monkeypatch):
     """What projects/RegionSpotRCNN/miniworld_detection.py does for one of its hosts."""
+    project = ROOT / "projects" / "RegionSpotRCNN"
+    monkeypatch.setitem(sys.modules, "train_net", load_program(project / "train_net.py"))  # which is beside it
+    miniworld_detection = load_program(project / "miniworld_detection.py")
     few = ["MODEL.RPN.POST_NMS_TOPK_TEST", "8", "TEST.DETECTIONS_PER_IMAGE", "5"]
     args = Namespace(output=tmp_path, weights=None, seed=0, split="test", opts=[*MINI, *few])
     experiment.draw_data(tmp_path / "data", {"train": 6, "test": 2}, 1)
@@ -78,6 +75,6 @@ def test_training_waits_for_features_that_another_run_extracts(tmp_path, monkeyp
     monkeypatch.setattr(experiment, "extract_tokens", lambda *args: answers.pop(0) and extract_tokens(*args))
     monkeypatch.setattr(experiment.time, "sleep", waits.append)
     experiment.draw_data(tmp_path / "data", {"train": 4}, 1)
-    cfg = experiment.miniworld_config(ROOT / "configs/miniworld/RegionSpot-mini.yaml", tmp_path / "out", 0, MINI)
+    cfg = experiment.miniworld_config(experiment.CONFIG, tmp_path / "out", 0, MINI)
     experiment.train(cfg, tmp_path / "features")
     assert answers == [] and len(waits) == 2

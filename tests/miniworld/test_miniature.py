@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from miniworld.experiment import WEIGHTS, miniworld_config
+from miniworld.__main__ import __file__ as MAIN
+from miniworld.experiment import CONFIG, CONFIGS, WEIGHTS, miniworld_config
 from miniworld.pretrain_clip import report_clip
 from miniworld.pretrain_sam import report_sam
 from regionspot.modeling import RegionRecognizer
@@ -12,8 +13,6 @@ from regionspot.utils.files import sha256_of_file
 
 from ..helpers import ROOT
 from ..processes import run_program
-
-CONFIG = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,8 @@ def demo(tmp_path_factory):
     """The directory of a short demo, and what it printed."""
     directory = tmp_path_factory.mktemp("demo")
     sizes = ["--train", 200, "--test", 30, "--workers", 1]
-    quick = ROOT / "configs" / "quick_schedules" / "RegionSpot-mini-quick.yaml"
-    return directory, run_program(
-        directory, ROOT / "tools" / "miniworld_demo.py", "--output", directory, "--config-file", quick, *sizes
-    )
+    quick = CONFIGS / "RegionSpot-mini-quick.yaml"
+    return directory, run_program(directory, MAIN, "demo", "--output", directory, "--config-file", quick, *sizes)
 
 
 def test_demo_learns_and_writes_its_summary(demo):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from miniworld.annotate import write_split
 from miniworld.categories import BASE, CATEGORIES, FREQUENCIES, NAMES, NOVEL
 from miniworld.generator import draw_captioned, draw_scene
-from miniworld.weights import pack_weights
+from miniworld.packing import pack_weights
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 
 from ..helpers import tiny_model

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from detectron2.modeling import build_model
 
-from miniworld.experiment import miniworld_config
+from miniworld.experiment import CONFIG, miniworld_config
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 
 from ..helpers import ROOT
@@ -14,7 +14,7 @@ from ..processes import run_program
 
 
 def test_hosts_are_trained_and_their_boxes_named(tmp_path):
-    cfg = miniworld_config(ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml", tmp_path)
+    cfg = miniworld_config(CONFIG, tmp_path)
     model = build_model(cfg)
     checkpointer = RegionSpotCheckpointer.from_config(cfg, model, str(tmp_path))
     checkpointer.load("")

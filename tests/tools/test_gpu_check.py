@@ -1,14 +1,9 @@
-"""tools/gpu_check.py: its checks, on the CPU in place of a GPU, and what it says where there is none."""
-
-import sys
+"""tests/gpu_check.py: its checks, on the CPU in place of a GPU, and what it says where there is none."""
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import gpu_check  # noqa: E402
+from .. import gpu_check
 
 
 @pytest.fixture

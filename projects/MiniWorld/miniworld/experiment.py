@@ -31,12 +31,13 @@ from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
 from regionspot.utils.files import atomic_path
 
-ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = ROOT / "datasets" / "miniworld" / "weights"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIG = CONFIGS / "RegionSpot-mini.yaml"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 def miniworld_config(config_file: Path, output: Path, seed: int = 0, overrides: list[str] | None = None) -> CfgNode:
-    """Return a config of ``configs/miniworld`` that works from any directory."""
+    """Return a config of this project, or of another in this world, that works from any directory."""
     frozen = [
         part
         for name in ("SAM", "CLIP")
@@ -109,7 +110,7 @@ class RegionResults:
 
 
 def test_scenes(split: str, number: int, seed: int = 0) -> list[Scene]:
-    """Return the first scenes of a split, as ``prepare_miniworld.py`` writes them."""
+    """Return the first scenes of a split, as ``miniworld draw`` writes them."""
     return [draw_scene(split, index, seed) for index in range(number)]
 
 

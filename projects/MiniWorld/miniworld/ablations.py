@@ -1,45 +1,18 @@
-#!/usr/bin/env python
-"""The paper's ablations in the miniature world: every config with several seeds, a table beside the paper's column.
+"""The paper's ablations in the miniature world: every config with several seeds, a table beside the paper's column."""
 
-A run that was cut goes on where it stopped: what is in DIR/results is not run again.
-
-Example:
-    tools/run_miniworld_ablations.py --output output/ablations
-"""
-
-import argparse
 import json
 import logging
 import multiprocessing
 import os
-import sys
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/ablations"), metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=3200, help="training scenes")
-    parser.add_argument("--test", type=int, default=200, help="test scenes")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    from startup import answer_first
-
-    answer_first(parse_arguments)
+from typing import NoReturn
 
 import numpy as np
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "datasets"))
 
 from miniworld import experiment
 from regionspot.utils.command_line import run_command
@@ -64,14 +37,14 @@ ROWS = [
 COLUMNS = ("base_top1", "novel_top1", "novel_top1_novel_vocabulary", "AP", "APr")
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> None:
+def run_once(name: str, seed: int, args: Namespace) -> None:
     """Train and evaluate a config with a seed, in a process of its own."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
     # the scenes are there: this registers them
     experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, 1)
     output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
-    cfg = experiment.miniworld_config(ROOT / "configs" / "miniworld" / f"{name}.yaml", output, seed, args.opts)
+    cfg = experiment.miniworld_config(experiment.CONFIGS / f"{name}.yaml", output, seed, args.opts)
     model = experiment.train(cfg, args.output / "features")
     numbers = experiment.recognize_scenes(model.recognizer, experiment.test_scenes("test", args.test)).accuracies()
     numbers.update(experiment.average_precision(cfg, model, "test"))
@@ -79,11 +52,11 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         temporary.write_text(json.dumps(numbers))
 
 
-def result_path(name: str, seed: int, args: argparse.Namespace) -> Path:
+def result_path(name: str, seed: int, args: Namespace) -> Path:
     return args.output / "results" / f"{name.replace('/', '-')}-{seed}.json"
 
 
-def table(args: argparse.Namespace) -> str:
+def table(args: Namespace) -> str:
     """Return mean and spread of what has been run."""
     lines = []
     for name, what, paper in ROWS:
@@ -96,14 +69,13 @@ def table(args: argparse.Namespace) -> str:
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(args: Namespace) -> None:
     experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.jobs)
     tasks = [(name, seed) for name, _, _ in ROWS for seed in range(args.seeds)]
     tasks = [task for task in tasks if not result_path(*task, args).is_file()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        runs = [pool.submit(run, *task, args) for task in tasks]
+        runs = [pool.submit(run_once, *task, args) for task in tasks]
         try:
             for done in tqdm(as_completed(runs), total=len(runs), desc="ablations", unit="run"):
                 done.result()
@@ -115,5 +87,5 @@ def main() -> None:
     print(f"\n{table(args)}")
 
 
-if __name__ == "__main__":
-    run_command(main, kept="finished runs are kept")
+def run(args: Namespace) -> NoReturn:
+    run_command(main, args, kept="finished runs are kept")

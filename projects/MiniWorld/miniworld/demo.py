@@ -1,50 +1,23 @@
-#!/usr/bin/env python
-"""The paper's claims in miniature: train RegionSpot in a drawn world, evaluate it on classes without annotations.
+"""The paper's claims in miniature: train RegionSpot in a drawn world, evaluate it on classes without annotations."""
 
-Example:
-    tools/miniworld_demo.py --output output/demo
-"""
-
-import argparse
 import json
 import logging
 import os
 import platform
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/demo"), metavar="DIR")
-    parser.add_argument("--config-file", type=Path, default=ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml")
-    parser.add_argument("--train", type=int, default=3200, help="training scenes")
-    parser.add_argument("--test", type=int, default=200, help="test scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    from startup import answer_first
-
-    answer_first(parse_arguments)
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "datasets"))
-
 from miniworld import experiment
-from miniworld.pictures import draw_predictions
+from miniworld.drawing import draw_predictions
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
@@ -97,8 +70,7 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+def main(args: Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
     stage, root = Stages(), args.output / "data"
     with stage("draw", f"drawing {args.train} training and {args.test} test scenes"):
@@ -110,22 +82,22 @@ def main(arguments: list[str] | None = None) -> None:
         model = experiment.train(cfg, args.output / "features")
     scenes = experiment.test_scenes("test", args.test)
     summary = evaluate(cfg, model, scenes, args.output, stage)
-    with stage("pictures", "pictures of test scenes, novel classes marked, and the attention of two regions"):
-        for name, picture in draw_predictions(model.recognizer, scenes[:6]).items():
+    with stage("pictures", "images of test scenes, novel classes marked, and the attention of two regions"):
+        for name, image in draw_predictions(model.recognizer, scenes[:6]).items():
             with atomic_path(args.output / f"{name}.png") as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
+                Image.fromarray(image).save(temporary, format="PNG")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     summary.update(seconds=stage.seconds, seed=args.seed, world_seed=0, versions=versions)
     with atomic_path(args.output / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
-    print(f"\n{table(summary)}\n\n{sum(stage.seconds.values()):.0f} s; pictures and summary.json are in {args.output}")
+    print(f"\n{table(summary)}\n\n{sum(stage.seconds.values()):.0f} s; images and summary.json are in {args.output}")
     print(
-        "The same on your own picture, with names of this world:\n"
-        f"  {sys.executable} tools/demo.py --config-file {os.path.relpath(args.config_file)} --input PICTURE.png "
+        "The same on your own image, with names of this world:\n"
+        f"  {sys.executable} tools/demo.py --config-file {os.path.relpath(args.config_file)} --input IMAGE.png "
         '--boxes "x0,y0,x1,y1" --vocabulary "striped red star,plain blue ring" --output output/mine '
         f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
     )
 
 
-if __name__ == "__main__":
-    run_command(main, kept="what was drawn, and the features, are kept")
+def run(args: Namespace) -> NoReturn:
+    run_command(main, args, kept="the drawn scenes and the features are kept")

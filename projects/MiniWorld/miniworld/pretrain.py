@@ -1,47 +1,10 @@
-#!/usr/bin/env python
-"""Train the frozen parts of the miniature world, SAM and CLIP, from nothing.
+"""Trains the frozen parts of the miniature world, SAM and CLIP, from scratch."""
 
-Run again after an interruption it goes on from its last checkpoint.
-
-Examples:
-    tools/pretrain_miniworld.py clip --output output/pretrain
-    tools/pretrain_miniworld.py sam --output output/pretrain
-"""
-
-import argparse
 import json
 import math
-import os
-import sys
+from argparse import Namespace
 from pathlib import Path
-
-# steps, batch, learning rate, pictures
-RECIPES = {"clip": (6000, 64, 1e-3, 40000), "sam": (5000, 8, 1e-3, 6000)}
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=sorted(RECIPES), help="which part")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="checkpoint, pictures and result")
-    parser.add_argument("--steps", type=int, help="iterations")
-    parser.add_argument("--batch", type=int, help="pictures in a batch")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--pictures", type=int, help="pictures to draw")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, weights and batches")
-    parser.add_argument("--device", help="default: cuda, where there is one")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
-    parser.add_argument("--save-every", type=int, default=250, help="iterations between checkpoints")
-    args = parser.parse_args()
-    for key, value in zip(("steps", "batch", "lr", "pictures"), RECIPES[args.what]):
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    return args
-
-
-if __name__ == "__main__":
-    from startup import answer_first
-
-    answer_first(parse_arguments)
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -49,12 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "datasets"))
-
+from miniworld.packing import pack_weights
 from miniworld.pretrain_clip import ClipPretraining
 from miniworld.pretrain_sam import SamPretraining
-from miniworld.weights import pack_weights
 from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path, sha256_of_file
@@ -68,7 +28,7 @@ def learning_rate(iteration: int, steps: int, peak: float) -> float:
     return peak * warm * (0.505 + 0.495 * math.cos(math.pi * iteration / steps))
 
 
-def train(task: ClipPretraining | SamPretraining, args: argparse.Namespace, checkpoint: Path) -> None:
+def train(task: ClipPretraining | SamPretraining, args: Namespace, checkpoint: Path) -> None:
     """Train ``task`` to the end, from the checkpoint if there is one."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task.to(device).train()
@@ -79,7 +39,7 @@ def train(task: ClipPretraining | SamPretraining, args: argparse.Namespace, chec
         task.load_state_dict(saved["task"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["iteration"]
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.what)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.model)
     mean = float("nan")
     for iteration in bar:
         for group in optimizer.param_groups:
@@ -104,25 +64,24 @@ def train(task: ClipPretraining | SamPretraining, args: argparse.Namespace, chec
             tqdm.write(f"{iteration + 1}: loss {mean:.3f}, " + ", ".join(f"{k} {v:.3f}" for k, v in report.items()))
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(args: Namespace) -> None:
     torch.manual_seed(args.seed)
-    task = TASKS[args.what](args.output, args.seed, args.pictures, args.workers)
-    train(task, args, args.output / f"{args.what}.pth")
-    with atomic_path(args.output / f"{args.what}.safetensors") as temporary:
+    task = TASKS[args.model](args.output, args.seed, args.images, args.workers)
+    train(task, args, args.output / f"{args.model}.pth")
+    with atomic_path(args.output / f"{args.model}.safetensors") as temporary:
         save_file(pack_weights(task.state()), temporary)
     task.eval()
     report = {
-        "command": f"tools/pretrain_miniworld.py {args.what} --steps {args.steps} --batch {args.batch} --lr {args.lr} "
-        f"--pictures {args.pictures} --seed {args.seed}",
-        "sha256": sha256_of_file(args.output / f"{args.what}.safetensors"),
+        "command": f"miniworld pretrain {args.model} --steps {args.steps} --batch {args.batch} --lr {args.lr} "
+        f"--images {args.images} --seed {args.seed}",
+        "sha256": sha256_of_file(args.output / f"{args.model}.safetensors"),
         "versions": {"numpy": np.__version__, "torch": torch.__version__},
         **task.report(),
     }
-    with atomic_path(args.output / f"{args.what}.json") as temporary:
+    with atomic_path(args.output / f"{args.model}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    print(f"weights and their report are in {args.output / args.what}.safetensors and .json")
+    print(f"weights and their report are in {args.output / args.model}.safetensors and .json")
 
 
-if __name__ == "__main__":
-    run_command(main, kept="the last checkpoint is kept")
+def run(args: Namespace) -> NoReturn:
+    run_command(main, args, kept="the last checkpoint is kept")

@@ -1,16 +1,14 @@
-#!/usr/bin/env python
 """Check RegionSpot on this machine's GPU: the golden numbers, training, resuming, extraction, evaluation and the demo.
 
 What is computed there is compared with the CPU, in float32 without TF32. Prints a line for each check with its time and
 the peak memory of this process, and exits with 1 if one failed. Without CUDA it says so and exits with 0.
 
 Example:
-    tools/gpu_check.py --output output
+    python -m tests.gpu_check --output output   (in RegionSpot's checkout, as make gpu-check does)
 """
 
 import argparse
 import contextlib
-import importlib
 import io
 import logging
 import os
@@ -25,40 +23,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), metavar="DIR", help="DIR/gpu-check is made again"
-    )
-    parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="names as they are printed")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    from startup import answer_first
-
-    answer_first(parse_arguments)
-
 import torch
 from detectron2.config import CfgNode
 from safetensors.torch import load_file
 
-sys.path[:0] = [str(ROOT), str(ROOT / "datasets"), str(ROOT / "tools")]
-
-import miniworld_demo
-
 from miniworld import experiment
+from miniworld.__main__ import COMMANDS
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.utils.command_line import run_command
 from regionspot.utils.memory import peak_memory
 
-CONFIG = ROOT / "configs" / "miniworld" / "RegionSpot-mini.yaml"
-QUICK = ROOT / "configs" / "quick_schedules" / "RegionSpot-mini-quick.yaml"
+from . import golden_numbers
+from .helpers import ROOT
+
 LOSS_TOLERANCE = {"float32": 0.02, "bf16": 0.05, "fp16": 0.05}  # relative to the CPU's losses in float32
 WEIGHT_TOLERANCE = 5e-3  # a step of AdamW moves a weight by BASE_LR, 1e-3, at the most
 
@@ -82,7 +61,7 @@ class Setting:
         fixed: list[Any] = [part for key, value in solver.items() for part in (f"SOLVER.{key}", value)]
         fixed += ["MODEL.REGIONSPOT.CLIP.TEMPLATES", "one"]
         fixed += ["MODEL.DEVICE", self.device, "MODEL.REGIONSPOT.INTEGRATION.DROPOUT", 0.0, "DATASETS.TEST", ()]
-        return experiment.miniworld_config(CONFIG, self.directory / output, 0, [*fixed, *overrides])
+        return experiment.miniworld_config(experiment.CONFIG, self.directory / output, 0, [*fixed, *overrides])
 
 
 def train(cfg: CfgNode, resume: bool = False) -> list[float]:
@@ -111,7 +90,6 @@ def expect(value: float, tolerance: float, what: str) -> str:
 
 def check_golden(setting: Setting) -> str:
     """The golden numbers of a RegionSpot-BB, to a thousandth of the spread of each."""
-    golden_numbers = importlib.import_module("tests.golden_numbers")  # the tests are no part of the package
     return expect(
         golden_numbers.largest_error(golden_numbers.compute(setting.directory, setting.device)), 1e-3, "error"
     )
@@ -190,7 +168,7 @@ def check_processes(setting: Setting) -> str:
         path.write_text(cfg.dump())
         options = ["--config-file", path, "--num-gpus", number, "--dist-url", "auto"]
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *map(str, options)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(setting.directory / "data")}
+        env = {**os.environ, "DETECTRON2_DATASETS": str(setting.directory / "data")}
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
         if result.returncode:
             raise AssertionError(f"{' '.join(command)}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
@@ -201,10 +179,11 @@ def check_processes(setting: Setting) -> str:
 
 def check_demo(setting: Setting) -> str:
     """The demo runs, with TF32 as PyTorch has it by default."""
-    options = ["--config-file", QUICK, "--output", setting.directory / "demo", "--workers", 1]
+    config = experiment.CONFIGS / "RegionSpot-mini-quick.yaml"
+    options: list[Any] = ["--config-file", config, "--output", setting.directory / "demo", "--workers", 1]
     options += ["--train", 4 * setting.scenes, "--test", setting.scenes, "MODEL.DEVICE", setting.device]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        miniworld_demo.main([str(option) for option in options])
+        COMMANDS["demo"].call(*options)
     return f"ran: {printed.getvalue().split('RegionSpot, true boxes')[1].splitlines()[0].split()} base and novel top-1"
 
 
@@ -239,6 +218,15 @@ def run_checks(setting: Setting, names: list[str]) -> bool:
         memory = peak_memory(torch.device(setting.device))
         print(f"{name:20} {time.perf_counter() - start:6.1f} s  peak {memory:6.2f} GB  {found}", flush=True)
     return passed
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), metavar="DIR", help="DIR/gpu-check is made again"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="names as they are printed")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

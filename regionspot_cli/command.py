@@ -1,0 +1,57 @@
+"""What all commands share: arguments are answered at once, slow imports come after."""
+
+import importlib
+import signal
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its arguments, and where its work is done.
+
+    Attributes:
+        parse: adds the arguments to a parser, and returns those of a command line.
+        module: has ``main(args)``, which works, and ``run(args)``, which also turns the result into an exit status.
+        help: description and examples; the first line stands in the list of commands.
+    """
+
+    parse: Callable[[ArgumentParser, Sequence[str]], Namespace]
+    module: str
+    help: str
+
+    def parse_arguments(self, arguments: Sequence[str], program: str | None = None) -> Namespace:
+        """Return the parsed arguments; ``--help`` and wrong ones end the process."""
+        parser = ArgumentParser(program, description=self.help, formatter_class=RawDescriptionHelpFormatter)
+        return self.parse(parser, arguments)
+
+    def call(self, *arguments: object) -> Any:
+        """Do the work from Python, and return its result; errors are raised."""
+        args = self.parse_arguments([str(argument) for argument in arguments])
+        return importlib.import_module(self.module).main(args)
+
+    def run(self, arguments: Sequence[str] | None = None, program: str | None = None) -> NoReturn:
+        """Do the work of a process, and exit with its status."""
+        args = self.parse_arguments(sys.argv[1:] if arguments is None else arguments, program)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+        importlib.import_module(self.module).run(args)
+        raise AssertionError(f"{self.module}.run returned")
+
+
+def run_one_of(commands: Mapping[str, Command], program: str, description: str) -> NoReturn:
+    """Run the command that the process's first argument names."""
+    width = max(map(len, commands))
+    listing = "\n".join(f"  {name:{width}}  {command.help.splitlines()[0]}" for name, command in commands.items())
+    parser = ArgumentParser(
+        program,
+        description=description,
+        epilog=f"commands:\n{listing}\n\n`{program} COMMAND --help` lists a command's arguments.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of the following")
+    name = parser.parse_args(sys.argv[1:2]).command
+    commands[name].run(sys.argv[2:], f"{program} {name}")
