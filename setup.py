@@ -16,6 +16,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["regionspot", "regionspot.*", "regionspot_cli"]),
+    package_data={"regionspot.model_zoo": ["configs/**/*.yaml", "configs/**/*.json"]},
+    entry_points={"console_scripts": ["regionspot = regionspot_cli.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -63,7 +63,7 @@ def _add_inference_config(node: CfgNode) -> None:
     node.SCORE_THRESH_TEST = 0.0
     # Class-wise non-maximum suppression above this IoU; 1 for none.
     node.NMS_THRESH_TEST = 1.0
-    # A region whose best class is less probable than THRESHOLD (tools/calibrate_unknown.py finds one), or that is
+    # A region whose best class is less probable than THRESHOLD (`regionspot calibrate` finds one), or that is
     # likest one of the BACKGROUND names ("sky", "wall", ...), is "unknown" instead of something wrong.
     node.UNKNOWN = CfgNode()
     node.UNKNOWN.THRESHOLD = 0.0

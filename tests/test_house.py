@@ -9,7 +9,8 @@ from .helpers import ROOT
 
 PACKAGE = sorted((ROOT / "regionspot").rglob("*.py"))
 PROJECTS = sorted((ROOT / "projects").rglob("*.py"))
-SHIPPED = [*PACKAGE, *sorted((ROOT / "tools").glob("*.py")), *PROJECTS, ROOT / "setup.py"]
+COMMANDS = sorted([*(ROOT / "regionspot_cli").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
+SHIPPED = [*PACKAGE, *COMMANDS, *PROJECTS, ROOT / "setup.py"]
 EVERY = [*SHIPPED, *sorted((ROOT / "tests").rglob("*.py"))]
 
 # What each room may import of the others; a room may always import itself.
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "modeling": GROUND | {"config"},
     "evaluation": GROUND | {"config", "data"},
     "checkpoint": {"utils"},
+    "model_zoo": {"checkpoint", "config"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation"},
     "predictor": GROUND | {"config", "modeling"},
     "visualization": GROUND | {"predictor", "modeling"},

@@ -95,7 +95,9 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
     except KeyboardInterrupt as interrupt:
         for child in multiprocessing.active_children():  # which a signal to this process alone has not reached
             child.terminate()
-        again = [sys.argv[0], *(option for option in options if option not in sys.argv), *sys.argv[1:]]
+        # before the first option, as KEY VALUE may end the line, and after `regionspot train`
+        words = next((i for i, word in enumerate(sys.argv) if word.startswith("-")), len(sys.argv))
+        again = [*sys.argv[:words], *(option for option in options if option not in sys.argv), *sys.argv[words:]]
         left = printable(interrupt) or kept
         number = interrupt.number if isinstance(interrupt, Interrupted) else number
         text = f"{left}; to go on" if left else "nothing was kept; to start again"

@@ -1,6 +1,7 @@
 """datasets/prepare_*.py on small generated inputs in the official formats."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -150,8 +151,10 @@ def test_csvs_of_another_form_are_refused(openimages, file, old, new, message):
         convert(openimages)
 
 
-def test_benchmark_converts_csvs_of_the_official_shape(tmp_path):
+def test_benchmark_converts_csvs_of_the_official_shape(tmp_path, monkeypatch):
     (tmp_path / "openimages").mkdir()
+    context = multiprocessing.get_context("fork")  # this program is no module that other processes can import
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     prepare_openimages.generate(tmp_path / "openimages", 1000)
     prepare_openimages.main(["--root", str(tmp_path), "--splits", "train"])
     dataset = read_json_dataset(tmp_path / "openimages" / "openimages_v6_train.json", tmp_path)

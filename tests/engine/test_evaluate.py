@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import pickle
 import random
-import sys
 import time
 
 import numpy as np
@@ -25,12 +24,10 @@ from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.region_evaluator import RegionEvaluator
 from regionspot.modeling import RegionSpot
 from regionspot.modeling.postprocessing import DetectionRule
+from regionspot_cli import table as table_command
+from regionspot_cli.commands import COMMANDS
 
-from ..helpers import NAMES, ROOT, TINY, draw_scene, tiny_config, tiny_model, write_dataset
-
-sys.path.insert(0, str(ROOT / "tools"))
-import calibrate_unknown  # noqa: E402
-import run_table  # noqa: E402
+from ..helpers import NAMES, TINY, draw_scene, tiny_config, tiny_model, write_dataset
 
 NAME = "test_evaluate"
 
@@ -383,16 +380,16 @@ def test_detectors_that_are_not_there_or_would_run_code(dataset, detector, tmp_p
 
 def test_threshold_that_keeps_a_share_of_regions(dataset, tmp_path, capsys):
     arguments = ["--config-file", str(TINY), "--dataset", NAME]
-    thresholds = [calibrate_unknown.main([*arguments, "--keep", str(keep)]) for keep in (0.9, 0.5)]
+    thresholds = [COMMANDS["calibrate"].call(*arguments, "--keep", keep) for keep in (0.9, 0.5)]
     assert thresholds[0] < thresholds[1] and "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["table1", "table6", "released", "odinw", "sam_automatic"])
 def test_tables_list_what_is_missing(table, tmp_path, capsys):
-    run_table.main([table, "--output", str(tmp_path)])
+    COMMANDS["table"].call(table, "--output", tmp_path)
     output = capsys.readouterr().out
     assert output.count("not run, missing:") == len(
-        json.loads((run_table.TABLES / f"{table}.json").read_text())["rows"]
+        json.loads((table_command.TABLES / f"{table}.json").read_text())["rows"]
     )
     if table == "table1":
         assert "- / 56.6" in output and "weights/regionspot_bl.pth" in output and "lvis_v1_val" in output
@@ -406,13 +403,13 @@ def test_a_row_of_a_table_is_run_once(tmp_path, monkeypatch):
         (tmp_path / "results.json").write_text(
             json.dumps({"one": {"bbox": {"AP": 10.0}}, "two": {"bbox": {"AP": 20.0, "APm": None}}})
         )
-        return run_table.subprocess.CompletedProcess(command, 0)
+        return table_command.subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(run_table.subprocess, "run", run)
+    monkeypatch.setattr(table_command.subprocess, "run", run)
     for overrides, number in (([], 1), ([], 1), (["TEST.DETECTIONS_PER_IMAGE", "7"], 2)):
-        results = run_table.run_row(TINY, tmp_path, overrides, [])
+        results = table_command.run_row(TINY, tmp_path, overrides, [])
         assert len(calls) == number
-    assert run_table.average(results, "bbox", "AP") == 15 and run_table.average(results, "bbox", "APm") is None
+    assert table_command.average(results, "bbox", "AP") == 15 and table_command.average(results, "bbox", "APm") is None
 
 
 def test_odinw_sets_are_averaged(tmp_path, register):

@@ -20,11 +20,10 @@ from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.utils.files import directory_name
+from regionspot_cli.commands import COMMANDS
 
-from ..helpers import ROOT, TINY, load_program
+from ..helpers import ROOT, TINY
 from ..official_trees import ODINW, Truth, write_official_trees
-
-train_net = load_program(ROOT / "tools" / "train_net.py")
 
 SETS = ["coco_2017", "lvis_v1", "objects365_v1", "objects365_v2", "v3det", "openimages_v6", "miniworld"]
 SETS += [f"odinw_{name}" for name in ODINW]
@@ -129,7 +128,7 @@ def run(trees, tmp_path_factory):
             register_all(trees.root)
             if oracle:
                 oracle.install(patch)
-            return train_net.main(train_net.parse_arguments(arguments)), output
+            return COMMANDS["train"].call(*arguments), output
 
     return run
 
@@ -206,15 +205,15 @@ def test_names_registered_at_import_are_evaluated_by_a_process_of_its_own(trees,
     """Detectron2 and the project read $DETECTRON2_DATASETS when they are imported."""
     names = ("lvis_v1_val", "coco_2017_val", "objects365_v2_val")
     code = (
-        "import sys, pytest; sys.path[:0] = ['tools', 'datasets']; import train_net; "
+        "import sys, pytest; from regionspot_cli.commands import COMMANDS; "
         "from tests.engine.test_oracle import Oracle; from tests.official_trees import OfficialTrees, Truth; "
         "Oracle(Truth(OfficialTrees.load(sys.argv[1]))).install(pytest.MonkeyPatch()); "
-        "train_net.main(train_net.parse_arguments(sys.argv[2:]))"
+        "COMMANDS['train'].call(*sys.argv[2:])"
     )
     listing = trees.save(tmp_path / "trees.json", names)
     pairs = ["DATASETS.TEST", repr(names), "OUTPUT_DIR", str(tmp_path), "MODEL.MASK_ON", "True"]
     command = [sys.executable, "-c", code, str(listing), "--eval-only", "--config-file", str(TINY), *pairs]
-    env = {**os.environ, "DETECTRON2_DATASETS": str(trees.root), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "DETECTRON2_DATASETS": str(trees.root), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())

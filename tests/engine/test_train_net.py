@@ -14,12 +14,12 @@ from termcolor import colored
 from regionspot.config import load_config
 from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.run_lock import run_lock
+from regionspot_cli.commands import COMMANDS
 
 from ..helpers import (
     ROOT,
     TINY,
     frozen_overrides,
-    load_program,
     run,
     tiny_config,
     tiny_model,
@@ -27,8 +27,6 @@ from ..helpers import (
     write_frozen_parts,
 )
 from ..processes import run_program
-
-train_net = load_program(ROOT / "tools" / "train_net.py")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +50,7 @@ def directory(tmp_path_factory):
 def run_here(directory, *options, overrides=()):
     """Run train_net in this process."""
     arguments = ["--config-file", str(TINY), *options, *frozen_overrides(directory), *map(str, overrides)]
-    args = train_net.parse_arguments(arguments)
-    return train_net.main(args)
+    return COMMANDS["train"].call(*arguments)
 
 
 def walkthrough():

@@ -1,22 +1,20 @@
 """tools/check_dataset.py as a user runs it."""
 
 import json
-import sys
 
 import pytest
 
-from regionspot.utils.command_line import run_command
+from regionspot_cli.commands import COMMANDS
 
-from ..helpers import ROOT, write_dataset
+from ..helpers import write_dataset
 
-sys.path.insert(0, str(ROOT / "tools"))
-import check_dataset  # noqa: E402
+CHECK = COMMANDS["check"]
 
 
 def test_report_and_exit_status(tmp_path, capsys):
     path = write_dataset(tmp_path, 30)
     name = f"{path}:{tmp_path / 'images'}"
-    assert check_dataset.main([name, "--workers", "2"]) == 0
+    assert CHECK.call(name, "--workers", 2) == 0
     printed = capsys.readouterr()
     assert "30 images, " in printed.out and "all of it can be used" in printed.out
     assert "30/30" in printed.err  # the bar
@@ -27,7 +25,7 @@ def test_report_and_exit_status(tmp_path, capsys):
     name = f"{path}:{tmp_path / 'images'}"
     for image in (tmp_path / "images").glob("*.png"):
         image.unlink()
-    assert check_dataset.main([name, "--workers", "0", "--json", str(tmp_path / "report.json")]) == 1
+    assert CHECK.call(name, "--workers", 0, "--json", tmp_path / "report.json") == 1
     printed = capsys.readouterr().out
     assert "images that cannot be used: 30\n" in printed and printed.count("no such file") == 20
     assert "... and 10 more; --json FILE lists all" in printed and "\x1b" not in printed
@@ -38,6 +36,6 @@ def test_what_is_no_data_set_ends_in_one_line(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     for name, message in (("lvis_v1_trian", "do you mean lvis_v1_train"), (f"{tmp_path}/bad.json:{tmp_path}", "JSON")):
         with pytest.raises(SystemExit, match="1"):
-            run_command(check_dataset.main, [name])
+            CHECK.run([name])
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1

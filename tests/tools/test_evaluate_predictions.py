@@ -8,14 +8,11 @@ import sys
 
 import pytest
 
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import sha256_of_file
+from regionspot_cli.commands import COMMANDS
 
 from ..evaluation.reference import assert_same, best_of_each_class, lvis_says, make_world, write_world
 from ..helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import evaluate_predictions
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"]
 
@@ -29,7 +26,7 @@ def case(tmp_path):
 def run(annotations, results, *more):
     arguments = ["--annotations", str(annotations), "--predictions", str(results), *map(str, more)]
     with pytest.raises(SystemExit) as ended:
-        run_command(evaluate_predictions.main, arguments)
+        COMMANDS["evaluate-predictions"].run(arguments)
     return ended.value.code
 
 

@@ -1,25 +1,32 @@
 """How commands end: one line for what a user did, a traceback for a bug, one line for Ctrl-C; --help at once."""
 
+import importlib.util
 import os
 import runpy
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from miniworld import __main__ as miniworld
 from regionspot.utils.command_line import printable, run_command, run_process, user_error
 from regionspot.utils.signals import Interrupted
+from regionspot_cli import commands
+from regionspot_cli.__main__ import main as regionspot_main
+from tools.benchmarks import __main__ as benchmarks
 
 from ..helpers import ROOT
 
-TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if os.access(path, os.X_OK))
-COMMANDS = [
-    *TOOLS,
-    *sorted((ROOT / "datasets").glob("prepare_*.py")),
+TABLES = (commands.COMMANDS, miniworld.COMMANDS, benchmarks.COMMANDS)
+COMMANDS = [(name, command) for table in TABLES for name, command in table.items()]
+SCRIPTS = sorted(path for path in (ROOT / "tools").glob("[a-z]*.py") if path.resolve().name != "moved.py")
+PROGRAMS = [
+    *(path for path in sorted((ROOT / "datasets").glob("prepare_*.py")) if "miniworld" not in path.stem),
     *(path for path in sorted((ROOT / "projects").glob("*/*.py")) if os.access(path, os.X_OK)),
 ]
 HELP_OF_ALL = f"""
@@ -28,16 +35,24 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         assert name.split(".")[0] not in ("torch", "detectron2", "regionspot", "clip", "numpy"), name
 sys.meta_path.insert(0, Refuse())
-sys.path.insert(0, {str(ROOT / "tools")!r})
-for tool in {list(map(str, TOOLS))!r}:
-    sys.argv, output = [tool, "--help"], io.StringIO()
+def ask(*words, run):
+    sys.argv, output = [*words, "--help"], io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
-            runpy.run_path(tool, run_name="__main__")
+            run()
     except SystemExit as end:
-        assert end.code == 0 and "usage:" in output.getvalue(), tool
+        assert end.code == 0 and "usage:" in output.getvalue(), words
     else:
-        raise AssertionError(tool)
+        raise AssertionError(words)
+for script in {list(map(str, SCRIPTS))!r}:
+    ask(script, run=lambda: runpy.run_path(script, run_name="__main__"))
+from miniworld import __main__ as miniworld
+from regionspot_cli import __main__ as regionspot_cli
+from tools.benchmarks import __main__ as benchmarks
+for program in (regionspot_cli, miniworld, benchmarks):
+    ask("program", run=program.main)
+    for command in program.COMMANDS:
+        ask("program", command, run=program.main)
 """
 
 
@@ -115,6 +130,8 @@ def test_interruption_says_what_was_kept_and_how_to_go_on(capsys, monkeypatch):
     command = "tools/train_net.py --resume --config-file 'a b.yaml'"
     assert (code, said) == (130, f"interrupted: checkpoints are kept; to go on: {command}\n")
     assert "model_3.pth is kept; to go on" in end(capsys, KeyboardInterrupt("model_3.pth is kept"), kept="others")[1]
+    monkeypatch.setattr(sys, "argv", ["regionspot", "train", "--eval-only"])
+    assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("regionspot train --resume --eval-only\n")
     monkeypatch.setattr(sys, "argv", ["x.py", "--resume"])
     assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("to start again: x.py --resume\n")
 
@@ -158,19 +175,34 @@ def test_names_reach_no_terminal_raw():
 
 
 def test_help_needs_no_slow_import():
-    result = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", HELP_OF_ALL]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert len(TOOLS) >= 11
+    assert len(COMMANDS) >= 19 and len(SCRIPTS) >= 6
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_ends_by_the_boundary(path):
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_command_ends_by_the_boundary(name, command):
+    source = Path(importlib.util.find_spec(command.module).origin).read_text()
+    assert "    run_command(" in source.rpartition("\ndef run(args: Namespace) -> NoReturn:")[2]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_program_ends_by_the_boundary(path):
     assert "    run_command(" in path.read_text().rpartition('if __name__ == "__main__":')[2]
+
+
+def test_no_command_lists_them_all(capsys, monkeypatch):
+    for words, code in (([], 2), (["trian"], 2), (["--help"], 0)):
+        monkeypatch.setattr(sys, "argv", ["regionspot", *words])
+        with pytest.raises(SystemExit) as ended:
+            regionspot_main()
+        printed = capsys.readouterr()
+        assert ended.value.code == code and "train" in printed.out + printed.err
 
 
 def test_a_command_that_fails_says_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(tmp_path / "no.yaml")])
-    monkeypatch.syspath_prepend(ROOT / "tools")
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools" / "train_net.py"), run_name="__main__")
     said = capsys.readouterr().err

@@ -1,40 +1,45 @@
-"""The loader alone, and the memory of training from a large annotation file; commands of tools/benchmark.py."""
+"""The loader alone, and the memory of training from a large annotation file."""
 
 import itertools
 import json
+import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from tabulate import tabulate
 from tqdm import tqdm
 
+from regionspot.config import load_config
 from regionspot.data import build_train_loader, register_json_dataset
 from regionspot.data.dataset_mapper import annotated_regions
 from regionspot.data.tokens import StoreWriter, TokenStore, pack_images
 from regionspot.data.training_set import describe_annotations
 from regionspot.engine import RegionSpotTrainer
+from regionspot.utils.command_line import run_command
 from regionspot.utils.images import decode_image
 
 DATASET = "benchmark_train"
 SIZE = (480, 640)
 
 
-def write_dataset(directory: Path, images: int, boxes: int, pictures: int = 64) -> None:
-    """Write and register a data set like COCO: JPEGs of 640 x 480, of which ``pictures`` are used in turn."""
+def write_dataset(directory: Path, images: int, boxes: int, distinct: int = 64) -> None:
+    """Write and register a data set like COCO: JPEGs of 640 x 480, of which ``distinct`` are used in turn."""
     rng, (height, width) = np.random.default_rng(0), SIZE
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    for index in range(min(pictures, images)):
+    for index in range(min(distinct, images)):
         coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(directory / "images" / f"{index}.jpg", quality=90)
     with (directory / "annotations.json").open("w") as file:
         records = [
-            {"id": i, "file_name": f"{i % pictures}.jpg", "height": height, "width": width} for i in range(images)
+            {"id": i, "file_name": f"{i % distinct}.jpg", "height": height, "width": width} for i in range(images)
         ]
         categories = [{"id": i, "name": f"thing {i}"} for i in range(365)]
         file.write(f'{{"images": {json.dumps(records)}, "categories": {json.dumps(categories)}, "annotations": [')
@@ -103,8 +108,8 @@ def steps(directory: Path, reduced: int) -> list[tuple[str, float, float | None]
     loads = (torch.load(directory / "pth" / f"{i}.pth", weights_only=True) for i in order)
     return [
         ("record with its boxes", per_second((annotated_regions(records[i]) for i in order), 20000), None),
-        ("picture", whole, None),
-        (f"picture reduced to {reduced} px or more", per_second(decode(reduced), 2000), whole),
+        ("image", whole, None),
+        (f"image reduced to {reduced} px or more", per_second(decode(reduced), 2000), whole),
         ("stored tokens", per_second((store.get(i, regions[i]) for i in order), 20000), per_second(loads, 20000)),
     ]
 
@@ -119,7 +124,7 @@ def benchmark_data(cfg: CfgNode, directory: Path, images: int, workers: list[int
     rows = [(name, f"{rate:.0f}", f"{rate / plain:.2f}" if plain else "") for name, rate, plain in measured]
     tokens = ["DATASETS.TOKEN_STORES_TRAIN", (str(directory / "tokens"),)]
     ways: dict[str, list[Any]] = {
-        "SAM in the loop: whole pictures": [],
+        "SAM in the loop: whole images": [],
         "stored tokens": tokens,
         "stored tokens, reduced JPEGs": [*tokens, "INPUT.REDUCED_JPEG", reduced],
         "stored tokens and feature maps": ["DATASETS.TOKEN_STORES_TRAIN", (str(directory / "maps"),)],
@@ -203,3 +208,21 @@ def benchmark_memory(cfg: CfgNode, directory: Path, boxes: int, workers: int, it
         (f"{boxes} boxes loaded, in {seconds:.1f} s", f"{loaded * giga:.2f} GB"),
         (f"training with {workers} workers, at the most", f"{trainer.most * giga:.2f} GB"),
     ]
+
+
+def main(args: Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    with tempfile.TemporaryDirectory() as directory:
+        if args.benchmark == "memory":
+            rows = benchmark_memory(cfg, Path(directory), args.boxes, args.workers, args.iterations)
+            print(tabulate(rows, headers=["memory of all processes together", ""], disable_numparse=True))
+            return
+        steps, loaders = benchmark_data(cfg, Path(directory), args.images, args.workers)
+    headers = ["step, in one process", "images/s", "times as fast as the plain way"]
+    print(tabulate(steps, headers=headers, disable_numparse=True), end="\n\n")
+    headers = ["loader alone, images/s", *(f"{count} workers" for count in args.workers)]
+    print(tabulate(loaders, headers=headers, disable_numparse=True))
+
+
+def run(args: Namespace) -> NoReturn:
+    run_command(main, args)

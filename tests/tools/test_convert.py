@@ -1,6 +1,5 @@
-"""tools/convert_proposals.py as a user runs it."""
+"""`regionspot convert proposals` as a user runs it."""
 
-import importlib.util
 import itertools
 import json
 import re
@@ -12,14 +11,11 @@ import torch
 from torchvision.ops import box_iou, nms
 
 from regionspot.data.proposals import FORMATS, ProposalFile
-from regionspot.utils.command_line import run_command
+from regionspot_cli.commands import COMMANDS
 
 from ..data.test_proposals import random_proposals
-from ..helpers import ROOT
 
-spec = importlib.util.spec_from_file_location("convert_proposals", ROOT / "tools" / "convert_proposals.py")
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+CONVERT = COMMANDS["convert"]
 
 
 def same_bits(one, other):
@@ -33,11 +29,11 @@ def test_any_form_becomes_any_other_and_back_to_the_bit(tmp_path, capsys):
     first = ProposalFile(tmp_path / "random0.json")
     (tmp_path / "in").mkdir()
     for format in FORMATS:
-        tool.main([str(tmp_path / "random0.json"), str(tmp_path / "in" / format), "--to", format])
+        CONVERT.call("proposals", tmp_path / "random0.json", tmp_path / "in" / format, "--to", format)
         assert f"{format} ({format}): 240 boxes of 6 images, of 240 in " in capsys.readouterr().out
     for source, target in itertools.product(FORMATS, FORMATS):
         path = tmp_path / f"{source}-{target}"
-        tool.main([str(tmp_path / "in" / source), str(path), "--to", target])
+        CONVERT.call("proposals", tmp_path / "in" / source, path, "--to", target)
         assert ProposalFile(path).format == target
         same_bits(first, ProposalFile(path))
         assert path.read_bytes() == (tmp_path / "in" / target).read_bytes()  # whatever it was made from
@@ -48,11 +44,11 @@ def test_any_form_becomes_any_other_and_back_to_the_bit(tmp_path, capsys):
 def test_the_suffix_says_the_form(tmp_path, capsys):
     random_proposals(tmp_path)
     for name, format in [("a.json", "glip"), ("a.pkl", "detectron2"), ("a.safetensors", "safetensors")]:
-        tool.main([str(tmp_path / "random0.json"), str(tmp_path / name)])
+        CONVERT.call("proposals", tmp_path / "random0.json", tmp_path / name)
         assert ProposalFile(tmp_path / name).format == format
     with pytest.raises(SystemExit):
-        tool.main([str(tmp_path / "random0.json"), str(tmp_path / "a.bin")])
-    assert "--to FORM" in capsys.readouterr().err
+        CONVERT.call("proposals", tmp_path / "random0.json", tmp_path / "a.bin")
+    assert "--to FORMAT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
@@ -70,12 +66,12 @@ def test_top_k_nms_and_least_score(tmp_path, with_labels):
     source, target = tmp_path / "p.json", tmp_path / "q.json"
     source.write_text(json.dumps(content))
 
-    tool.main([str(source), str(target), "--top-k", "10"])
+    CONVERT.call("proposals", source, target, "--top-k", 10)
     for key, entry in json.loads(target.read_text()).items():
         best = sorted(np.argsort(-np.array(content[key]["scores"]), kind="stable")[:10])
         assert entry == {name: [column[i] for i in best] for name, column in content[key].items()}
 
-    tool.main([str(source), str(target), "--nms", "0.5", "--min-score", "0.25", "--top-k", "15"])
+    CONVERT.call("proposals", source, target, "--nms", 0.5, "--min-score", 0.25, "--top-k", 15)
     for key, entry in json.loads(target.read_text()).items():
         original = content[key]
         labels = np.array(original.get("labels", [0] * 60))
@@ -105,7 +101,7 @@ def test_errors_are_one_line(tmp_path, capsys, content, arguments, message):
     if content is not None:
         (tmp_path / "p.json").write_text(content)
     with pytest.raises(SystemExit) as caught:
-        run_command(tool.main, [str(tmp_path / "p.json"), str(tmp_path / "q.pkl"), *arguments])
+        CONVERT.run(["proposals", str(tmp_path / "p.json"), str(tmp_path / "q.pkl"), *arguments])
     error = capsys.readouterr().err
     assert caught.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error) and not (tmp_path / "q.pkl").exists()

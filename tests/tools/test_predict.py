@@ -1,6 +1,5 @@
-"""tools/demo.py as a user runs it."""
+"""`regionspot predict` as a user runs it."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -8,13 +7,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from regionspot.utils.command_line import run_command
+from regionspot_cli.commands import COMMANDS
+from regionspot_cli.predict import parse_points
 
-from ..helpers import NAMES, ROOT, TINY, draw_scene
-
-spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
-demo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
+from ..helpers import NAMES, TINY, draw_scene
 
 OWN_DIRECTORY = "the directory of the image"
 BOXES = "-3,30,60,40;8,5,30,20"
@@ -29,7 +25,9 @@ def image(tmp_path):
 def run(image, *arguments):
     output = image.parent / "out"
     with pytest.raises(SystemExit) as ended:
-        run_command(demo.main, ["--config-file", str(TINY), "--input", str(image), "--output", str(output), *arguments])
+        COMMANDS["predict"].run(
+            ["--config-file", str(TINY), "--input", str(image), "--output", str(output), *arguments]
+        )
     return ended.value.code, output
 
 
@@ -82,7 +80,7 @@ def test_sixteen_bit_image_is_recognized(image):
 
 
 def test_points_are_parsed_and_padded():
-    points, labels = demo.parse_points("10,10 50,40,0;30,20")
+    points, labels = parse_points("10,10 50,40,0;30,20")
     assert points.tolist() == [[[10, 10], [50, 40]], [[30, 20], [0, 0]]] and labels.tolist() == [[1, 0], [1, -1]]
 
 

@@ -1,16 +1,21 @@
-"""Our evaluation against the lvis package and pycocotools, in time and memory; a command of tools/benchmark.py."""
+"""Our evaluation against the lvis package and pycocotools, in time and memory."""
 
-import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from argparse import Namespace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
-from tqdm import tqdm
+from tabulate import tabulate
 
-SIZE = (480, 640)
+from regionspot.utils.command_line import run_command
+from tools.benchmarks.case import write_case
+from tools.benchmarks.fixed import benchmark_fixed
+
 HEADERS = ["case", "ours", "memory", "reference", "memory", "times as fast", "times less memory"]
 
 # Run in a process of its own, so that the memory is its own. Time is the CPU's: both use one thread. Importing is not
@@ -81,72 +86,16 @@ metrics = {str(i): hash(rle["counts"]) for i, rle in enumerate(rles)}
 """
 
 
-def write_case(
-    directory: Path, images: int, detections: int, categories: int, masks: bool = False, seed: int = 0
-) -> tuple[Path, Path]:
-    """Write annotations like LVIS val's (12 boxes an image, 3 classes and 15 verified ones) and detections.
-
-    A tenth of the detections lie about an annotation; of the others half are of classes that the image was verified
-    for, half of any. Every 50th annotation is a crowd, for COCO's rules.
-
-    Returns:
-        The annotation file and the file of results.
-    """
-    import pycocotools.mask as mask_utils
-
-    rng, (height, width) = np.random.default_rng(seed), SIZE
-    directory.mkdir(parents=True, exist_ok=True)
-    records: list[dict] = []
-    annotations: list[dict] = []
-    with (directory / "results.json").open("w") as file:
-        file.write("[")
-        for image in tqdm(range(1, images + 1), desc="drawing detections", unit="image"):
-            verified = (rng.choice(categories, 18, replace=False) + 1).tolist()
-            corner = rng.uniform(0, 0.7, (12, 2)) * (width, height)
-            truths = np.hstack([corner, rng.uniform(0.02, 0.3, (12, 2)) * (width, height)]).round(2)
-            labels = rng.choice(verified[:3], 12)
-            for (x, y, w, h), label in zip(truths.tolist(), labels.tolist()):
-                entry = {"id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": [x, y, w, h]}
-                outline = [x, y, x + w, y, x + w, y + h, x, y + h]
-                crowd = int(len(annotations) % 50 == 49)
-                annotations.append(entry | {"area": w * h, "segmentation": [outline], "iscrowd": crowd})
-            record = {"id": image, "height": height, "width": width, "file_name": f"{image}.jpg"}
-            verified_absent = {"neg_category_ids": verified[3:], "not_exhaustive_category_ids": verified[:1]}
-            records.append(record | verified_absent)
-
-            near = rng.integers(12, size=detections)
-            boxes = truths[near] * np.exp(rng.normal(0, 0.08, (detections, 4)))
-            kind = rng.random(detections)
-            category = np.where(kind < 0.55, rng.choice(verified, detections), rng.integers(1, categories, detections))
-            category = np.where(kind < 0.1, labels[near], category)
-            boxes[kind >= 0.1, :2] = rng.uniform(0, 0.7, ((kind >= 0.1).sum(), 2)) * (width, height)
-            scores = rng.random(detections)
-            rles = mask_utils.frPyObjects(boxes, height, width) if masks else []
-            entries = []
-            for index, values in enumerate(zip(boxes.tolist(), category.tolist(), scores.tolist())):
-                entry = {"image_id": image, "category_id": values[1], "bbox": values[0], "score": values[2]}
-                if masks:
-                    entry["segmentation"] = {"size": [height, width], "counts": rles[index]["counts"].decode()}
-                entries.append(json.dumps(entry))
-            file.write(("," if image > 1 else "") + ",".join(entries))
-        file.write("]")
-    frequencies = rng.choice(["r", "c", "f"], categories, p=[0.28, 0.38, 0.34]).tolist()
-    classes = [{"id": i + 1, "name": f"thing {i}", "frequency": f} for i, f in enumerate(frequencies)]
-    content = {"info": {}, "images": records, "annotations": annotations, "categories": classes}
-    (directory / "annotations.json").write_text(json.dumps(content))
-    return directory / "annotations.json", directory / "results.json"
-
-
 def measure(code: str, annotations: Path, results: Path, task: str, protocol: str) -> dict:
     """Evaluate in a process of its own; return CPU seconds, bytes "before" (imports alone) and "peak", and metrics."""
     command = [sys.executable, "-c", _PRELUDE + code + _EPILOGUE, str(annotations), str(results), task, protocol]
     output = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     ).stdout
     return json.loads(output.splitlines()[-1])
 
 
-def benchmark_eval(directory: Path, args: argparse.Namespace) -> list[tuple[str, ...]]:
+def benchmark_eval(directory: Path, args: Namespace) -> list[tuple[str, ...]]:
     """Return rows of a table: what, seconds and memory of ours and the reference, and how many times as good ours is.
 
     Args:
@@ -193,7 +142,7 @@ def benchmark_masks(boxes: int = 100, detections: int = 300) -> tuple[str, ...]:
     for way in ("ours", "each"):
         command = [sys.executable, "-c", _PRELUDE + _MASKS + _EPILOGUE, str(boxes), str(detections), way]
         environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         output = subprocess.run(
             command, check=True, stdout=subprocess.PIPE, text=True, cwd=root, env=environment
         ).stdout
@@ -202,3 +151,22 @@ def benchmark_masks(boxes: int = 100, detections: int = 300) -> tuple[str, ...]:
         raise RuntimeError("the masks of both ways differ")
     what = f"masks of {detections} detections of {boxes} boxes, 480 x 640"
     return (what, *_cells(runs[0]), *_cells(runs[1]), *_ratios(*runs))
+
+
+def main(args: Namespace) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        if args.protocol == "fixed":
+            headers, steps = benchmark_fixed(Path(directory), args.images, args.detections, args.categories)
+            print(tabulate(steps, headers=headers, disable_numparse=True))
+            return
+        rows = benchmark_eval(Path(directory), args)
+    print(tabulate(rows, headers=HEADERS[: len(rows[0])], disable_numparse=True))
+    if not args.alone:
+        print("the metrics agree to 1e-9")
+        headers = ["masks of an image", "ours", "memory", "one a detection", *HEADERS[4:]]
+        print("\n" + tabulate([benchmark_masks()], headers=headers, disable_numparse=True))
+    print("time of the CPU; memory at the peak, what was added to the imports (and with them)")
+
+
+def run(args: Namespace) -> NoReturn:
+    run_command(main, args)

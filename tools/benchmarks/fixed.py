@@ -1,4 +1,4 @@
-"""Fixed AP of all classes of all boxes, from logits to the metrics, in memory and disk; for tools/benchmark.py."""
+"""Fixed AP of all classes of all boxes, from logits to the metrics, in memory and disk."""
 
 import json
 import re
@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from benchmark_eval import SIZE, write_case
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Instances
 from tqdm import tqdm
@@ -16,6 +15,7 @@ from regionspot.data import register_json_dataset
 from regionspot.evaluation import Protocol
 from regionspot.evaluation.region_evaluator import RegionEvaluator
 from regionspot.modeling.postprocessing import DetectionRule
+from tools.benchmarks.case import SIZE, write_case
 
 DATASET = "benchmark_fixed"
 HEADERS = ["step", "CPU time", "memory, the most so far", "disk, the most so far"]

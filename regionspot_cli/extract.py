@@ -1,0 +1,107 @@
+"""Extracts SAM's tokens of all annotated boxes into token stores, or verifies stores."""
+
+import logging
+import os
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from detectron2.config import CfgNode
+
+from regionspot.checkpoint.checkpointer import load_model
+from regionspot.config import load_config
+from regionspot.data.build import check_registered
+from regionspot.data.tokens import find_damage
+from regionspot.data.tokens.manifest import MANIFEST, read_manifest
+from regionspot.engine import fork_workers
+from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot.engine.launch import check_gpus
+from regionspot.utils.command_line import run_command, run_process
+from regionspot.utils.files import short_directory_name
+
+
+def store_directory(output: Path, dataset_name: str) -> Path:
+    """Return a data set's directory below ``output``; that of another one is refused when it is opened."""
+    return output / short_directory_name(dataset_name)
+
+
+def verify(directories: list[Path]) -> int:
+    """Print what is wrong with stores; return how many things are."""
+    problems = 0
+    for directory in directories:
+        try:
+            found, manifest = list(find_damage(directory)), read_manifest(directory)
+        except (FileNotFoundError, ValueError) as error:
+            print(error)
+            problems += 1
+            continue
+        print(
+            "\n".join(found) or f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, all as written"
+        )
+        problems += len(found)
+    return problems
+
+
+def work(index: int, args: Namespace, cfg: CfgNode) -> None:
+    """Extract in one of the processes."""
+    fork_workers()
+    if args.num_gpus > 1 and cfg.MODEL.DEVICE == "cuda":
+        cfg.MODEL.DEVICE = f"cuda:{index}"
+    elif args.num_gpus > 1:
+        torch.set_num_threads(max((os.cpu_count() or 1) // args.num_gpus, 1))
+    check_registered(args.datasets, "--datasets")
+    model = load_model(cfg)
+    extraction = Extraction(
+        stages=tuple(args.stages or [cfg.MODEL.REGIONSPOT.TOKEN_STAGE]),
+        flip=args.flip,
+        feature_maps=args.feature_maps,
+        shard_images=args.shard_images,
+        batch_size=cfg.TEST.BATCH_SIZE if args.batch_size is None else args.batch_size,
+        skip_damaged=args.skip_damaged,
+        workers=cfg.DATALOADER.NUM_WORKERS,
+        machine=(args.machine_rank, args.num_machines),
+    )
+    for name in args.datasets:
+        directory = store_directory(args.output, name)
+        extract_tokens(
+            model.recognizer, model.recognizer.weight_sources, name, directory, extraction, show_progress=index == 0
+        )
+
+
+def report(args: Namespace) -> None:
+    """Print what the stores hold, and the lines of a config that train with them."""
+    stores: list[str] = []
+    for name in args.datasets:
+        directory = store_directory(args.output, name)
+        if (directory / MANIFEST).is_file():
+            manifest = read_manifest(directory)
+            left_out = sum(len(entry.get("left_out", ())) for entry in manifest["shards"])
+            print(
+                f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, {left_out} unreadable left out"
+            )
+            stores.append(str(directory))
+        else:
+            print(f"{directory}: not finished; other processes or machines have the rest, or copy their shards here")
+    if len(stores) == len(args.datasets):
+        print(f"DATASETS:\n  TRAIN: {tuple(args.datasets)}\n  TOKEN_STORES_TRAIN: {tuple(stores)}")
+
+
+def main(args: Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING)
+    if args.verify:
+        return min(verify(args.verify), 1)
+    cfg = load_config(args.config_file, args.opts)
+    check_registered(args.datasets, "--datasets")
+    check_gpus(args.num_gpus, cfg.MODEL.DEVICE)
+    if args.num_gpus > 1:
+        torch.multiprocessing.spawn(partial(run_process, work), (args, cfg), nprocs=args.num_gpus)
+    else:
+        work(0, args, cfg)
+    report(args)
+    return 0
+
+
+def run(args: Namespace) -> NoReturn:
+    run_command(main, args, kept="finished shards are kept")

@@ -1,0 +1,1 @@
+"""Scripts over the commands of `regionspot_cli`, and the benchmarks: `python -m tools.benchmarks` in the checkout."""
