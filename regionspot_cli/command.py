@@ -53,5 +53,8 @@ def run_one_of(commands: Mapping[str, Command], program: str, description: str) 
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of the following")
+    if len(sys.argv) == 1:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     name = parser.parse_args(sys.argv[1:2]).command
     commands[name].run(sys.argv[2:], f"{program} {name}")

@@ -41,6 +41,13 @@ def openimages(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Let processes be forked: the programs are no modules that others can import."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+
+
 def convert(root, *arguments):
     prepare_openimages.main(["--root", str(root), "--splits", "val", "--workers", "1", *arguments])
     return json.loads((root / "openimages" / "openimages_v6_val.json").read_text())
@@ -151,10 +158,8 @@ def test_csvs_of_another_form_are_refused(openimages, file, old, new, message):
         convert(openimages)
 
 
-def test_benchmark_converts_csvs_of_the_official_shape(tmp_path, monkeypatch):
+def test_benchmark_converts_csvs_of_the_official_shape(tmp_path):
     (tmp_path / "openimages").mkdir()
-    context = multiprocessing.get_context("fork")  # this program is no module that other processes can import
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     prepare_openimages.generate(tmp_path / "openimages", 1000)
     prepare_openimages.main(["--root", str(tmp_path), "--splits", "train"])
     dataset = read_json_dataset(tmp_path / "openimages" / "openimages_v6_train.json", tmp_path)
