@@ -42,7 +42,7 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged file leads its reader to
         raise ValueError(
             f"{path} cannot be read as weights ({_reason(error)}). Expected tensors and plain containers, saved by "
-            "torch.save, safetensors or TorchScript; is the file whole?"
+            "torch.save, safetensors or TorchScript; is the file complete?"
         ) from None  # torch's own message advises to run what is in the file
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of weights, got {type(content).__name__}")
@@ -130,7 +130,7 @@ def _check_stored(members: list[zipfile.ZipInfo]) -> None:
     """Refuse compressed members, which torch never writes for tensors: a few bytes would become gigabytes."""
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise ValueError(f"{describe(member.filename)} in it is compressed, expected it stored as it is")
+            raise ValueError(f"{describe(member.filename)} in it is compressed, expected it stored without compression")
 
 
 def _check_archive(path: Path) -> None:

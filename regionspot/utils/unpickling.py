@@ -75,25 +75,25 @@ class _Interpreter(_PYTHON_UNPICKLER):
     Its memo is a dict, so that large indexes take no memory. What is defined here replaces what Python does.
     """
 
-    def __init__(self, file: Any, admitted: dict[tuple[str, str], _Token]) -> None:
+    def __init__(self, file: Any, names: dict[tuple[str, str], _Token]) -> None:
         super().__init__(file, encoding="latin1")  # which keeps the bytes of Python 2
-        self.admitted = admitted
+        self.names = names
 
     def find_class(self, module: str, name: str) -> _Token:
-        if (module, name) not in self.admitted:
+        if (module, name) not in self.names:
             raise pickle.UnpicklingError(f"{describe(f'{module}.{name}')} is neither an array nor a plain container")
-        return self.admitted[module, name]
+        return self.names[module, name]
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Token) or function.call is None or type(arguments) is not tuple:
-            raise pickle.UnpicklingError(f"a call of {describe(function)} is not admitted")
+            raise pickle.UnpicklingError(f"a call of {describe(function)} is not allowed")
         self.stack.append(function.call(*arguments))
 
     def load_newobj(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
         if kind != _MODULE or arguments != ():
-            raise pickle.UnpicklingError(f"an object of {describe(kind)} is not admitted")
+            raise pickle.UnpicklingError(f"an object of {describe(kind)} is not allowed")
         self.stack.append(ModuleHolder())
 
     def load_build(self) -> None:
@@ -106,7 +106,7 @@ class _Interpreter(_PYTHON_UNPICKLER):
         elif isinstance(target, ModuleHolder) and target.attributes is None and type(state) is dict:
             target.attributes = state
         else:
-            raise pickle.UnpicklingError(f"setting the state of {describe(target)} is not admitted")
+            raise pickle.UnpicklingError(f"setting the state of {describe(target)} is not allowed")
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
@@ -152,7 +152,7 @@ class _ArchiveInterpreter(_Interpreter):
         """Return the storage, (numel,) of its dtype, that a tensor refers to."""
         _, kind, key, _, _ = saved_id
         if not isinstance(kind, _Token) or kind.name not in _STORAGES or type(key) is not str:
-            raise pickle.UnpicklingError(f"a storage of {describe(kind)} is not admitted")
+            raise pickle.UnpicklingError(f"a storage of {describe(kind)} is not allowed")
         if key not in self.storages:
             data = bytearray(self.read_storage(key))
             self.storages[key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
@@ -176,7 +176,7 @@ def _is_plain_dtype_state(state: Any) -> bool:
 def _checked_dtype(text: Any) -> str:
     if type(text) is str and re.fullmatch(r"[<>=|]?(?:b1|[iu][1248]|f[248]|U\d{1,4}|O8?)", text):
         return text
-    raise pickle.UnpicklingError(f"arrays of dtype {describe(text)} are not admitted; expected numbers")
+    raise pickle.UnpicklingError(f"arrays of dtype {describe(text)} are not allowed; expected numbers")
 
 
 def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
@@ -189,7 +189,7 @@ def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
         raise pickle.UnpicklingError("an array without a proper dtype and shape")
     if "O" in dtype.text:
         if type(data) is not list or shape != (len(data),):
-            raise pickle.UnpicklingError("arrays of objects are admitted in one dimension, as lists of arrays")
+            raise pickle.UnpicklingError("arrays of objects are allowed in one dimension, as lists of arrays")
         return data
     if type(data) is str:
         data = data.encode("latin1")  # bytes of Python 2
@@ -204,43 +204,43 @@ def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
 
 def _make_empty_array(subtype: Any, shape: Any, code: Any) -> ArrayHolder:
     if subtype != _NDARRAY:
-        raise pickle.UnpicklingError(f"an array of the kind {describe(subtype)} is not admitted")
+        raise pickle.UnpicklingError(f"an array of the kind {describe(subtype)} is not allowed")
     return ArrayHolder()
 
 
 def _make_scalar(dtype: Any, data: Any) -> Any:
     if isinstance(dtype, _DtypeHolder) and "O" in dtype.text:
-        raise pickle.UnpicklingError("scalars of dtype object are not admitted")
+        raise pickle.UnpicklingError("scalars of dtype object are not allowed")
     return _make_array(data, dtype, (), "C").item()
 
 
 def _make_bytes(text: Any, encoding: Any) -> bytes:
     if type(text) is not str or encoding != "latin1":
-        raise pickle.UnpicklingError("_codecs.encode is admitted for latin1 only")
+        raise pickle.UnpicklingError("_codecs.encode is allowed for latin1 only")
     return text.encode("latin1")
 
 
 def _make_box_mode(value: Any) -> int:
     if type(value) is not int:
-        raise pickle.UnpicklingError(f"a BoxMode of {describe(value)} is not admitted")
+        raise pickle.UnpicklingError(f"a BoxMode of {describe(value)} is not allowed")
     return int(BoxMode(value))
 
 
 def _get_box_mode(owner: Any, name: Any) -> int:
     if owner != _BOX_MODE or type(name) is not str or name not in BoxMode.__members__:
-        raise pickle.UnpicklingError(f"builtins.getattr of {describe(owner)} is not admitted")
+        raise pickle.UnpicklingError(f"builtins.getattr of {describe(owner)} is not allowed")
     return int(BoxMode[name])
 
 
 def _make_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
     if not isinstance(storage, torch.Tensor) or any(type(number) is not int for number in (offset, *size, *stride)):
-        raise pickle.UnpicklingError(f"a tensor of {describe(storage)} is not admitted")
+        raise pickle.UnpicklingError(f"a tensor of {describe(storage)} is not allowed")
     return storage.as_strided(size, stride, offset)  # which refuses to leave the storage
 
 
 def _make_list(items: Any) -> list[Any]:
     if type(items) is not list:
-        raise pickle.UnpicklingError(f"a list of {describe(items)} is not admitted")
+        raise pickle.UnpicklingError(f"a list of {describe(items)} is not allowed")
     return items
 
 

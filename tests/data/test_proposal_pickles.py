@@ -1,4 +1,4 @@
-"""Detectron2's proposal pickles: those of every writer are read, and nothing in any is executed."""
+"""Detectron2's proposal pickles: those of any writer are read, and nothing in them is executed."""
 
 import builtins
 import functools
@@ -60,14 +60,14 @@ def objects(items):
     ],
     ids=range(12),
 )
-def test_every_writer_is_understood(tmp_path, protocol, change):
+def test_pickles_of_any_writer(tmp_path, protocol, change):
     content = PLAIN | change
     check(read(tmp_path, content, protocol))
     check(read(tmp_path, OrderedDict(content), protocol))
     check(read(tmp_path, pickletools.optimize(pickle.dumps(content, protocol)), protocol))
 
 
-def test_the_names_of_both_numpys_and_of_python_2(tmp_path):
+def test_names_of_numpy_1_and_2_and_python_2(tmp_path):
     data = pickle.dumps(PLAIN, 2)
     for core in ("core", "_core"):
         check(read(tmp_path, data.replace(b"numpy.core.", f"numpy.{core}.".encode())))
@@ -86,28 +86,28 @@ def test_the_names_of_both_numpys_and_of_python_2(tmp_path):
     assert file.boxes.tolist() == BOXES[0].tolist() and file.scores is None
 
 
-def test_detectron2_reads_what_we_write(tmp_path):
+def test_detectron2_reads_written_proposals(tmp_path):
     content = PLAIN | {"objectness_logits": [np.array([-2.5, 3]), np.zeros(0)], "labels": [[7, 8], []]}
-    ours = read(tmp_path, content)
-    assert ours.arrays.scores_from == "logits" and ours.labels.tolist() == [7, 8]
+    file = read(tmp_path, content)
+    assert file.arrays.scores_from == "logits" and file.labels.tolist() == [7, 8]
     for name in ("a.pkl", "b.pkl"):
-        write_proposals(tmp_path / name, "detectron2", ours.arrays)
+        write_proposals(tmp_path / name, "detectron2", file.arrays)
     assert (tmp_path / "a.pkl").read_bytes() == (tmp_path / "b.pkl").read_bytes()
     records = load_proposals_into_dataset([{"image_id": 3}, {"image_id": 1}], str(tmp_path / "a.pkl"))
     assert records[0]["proposal_boxes"].tolist() == BOXES[0][::-1].tolist() and len(records[1]["proposal_boxes"]) == 0
     assert records[0]["proposal_bbox_mode"] == BoxMode.XYXY_ABS
     np.testing.assert_allclose(records[0]["proposal_objectness_logits"], [3, -2.5], rtol=1e-5)
     again = ProposalFile(tmp_path / "a.pkl")
-    assert again.scores.tolist() == ours.scores.tolist() and again.labels.tolist() == [7, 8]
+    assert again.scores.tolist() == file.scores.tolist() and again.labels.tolist() == [7, 8]
 
 
-def test_scores_are_what_the_file_says(tmp_path):
-    said = read(tmp_path, PLAIN | {"scores_are": "logits"})
-    np.testing.assert_allclose(said.scores, 1 / (1 + np.exp([-0.5, -0.25])), rtol=1e-6)
-    assert said.arrays.scores_from == "logits"
+def test_scores_are_logits_if_the_file_says_so(tmp_path):
+    logits = read(tmp_path, PLAIN | {"scores_are": "logits"})
+    np.testing.assert_allclose(logits.scores, 1 / (1 + np.exp([-0.5, -0.25])), rtol=1e-6)
+    assert logits.arrays.scores_from == "logits"
     for other in ("probabilities", None, 5):
-        kept = read(tmp_path, PLAIN | {"scores_are": other})
-        assert kept.scores.tolist() == [0.5, 0.25] and kept.arrays.scores_from == "probabilities"
+        probabilities = read(tmp_path, PLAIN | {"scores_are": other})
+        assert probabilities.scores.tolist() == [0.5, 0.25] and probabilities.arrays.scores_from == "probabilities"
 
 
 class Evil:
@@ -159,7 +159,7 @@ def touch(*arguments):
         (lambda bomb: np.random.RandomState(0), "numpy.random"),
     ],
 )
-def test_malicious_pickles_are_refused_and_harm_nothing(tmp_path, protocol, make, named):
+def test_malicious_pickles_are_refused(tmp_path, protocol, make, named):
     TOUCHED.clear()
     bomb = tmp_path / "bomb"
     for key, nest in itertools.product(("ids", "boxes", "more"), NESTS):
@@ -243,7 +243,7 @@ def array_with_shape(shape):
         b"\x80\x02]r\xff\xff\xff\x7f.",  # LONG_BINPUT: the C unpickler would make a table of 16 GB
     ],
 )
-def test_bombs_do_not_explode(tmp_path, content):
+def test_memory_bombs_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match="p.pkl: "):
         read(tmp_path, content)
 

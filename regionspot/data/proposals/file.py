@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 
 from regionspot.data.proposals.arrays import ProposalArrays, chunks
 from regionspot.data.proposals.json_formats import read_json
-from regionspot.data.proposals.pickle_form import read_pickle
+from regionspot.data.proposals.pickle_format import read_pickle
 from regionspot.data.proposals.safetensors_format import read_safetensors
 from regionspot.utils.files import sha256_of_file
 
