@@ -11,7 +11,7 @@ FROZEN = {"sam": "localizer.sam.", "clip_model": "vision_language.clip_model."}
 PARTS = {"trained": TRAINED, **FROZEN}  # the parts of a recognizer, and the prefixes of their keys
 _TRAINED_MODULES = ("to_clip.", "decoder.", "projector.")
 # OpenAI's archives hold these numbers beside the weights.
-CLIP_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+_CLIP_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def is_released_key(key: str) -> bool:
@@ -25,7 +25,7 @@ def to_recognizer_key(key: str) -> str | None:
     if key.startswith(_TRAINED_MODULES):
         return TRAINED + key
     part, _, rest = key.partition(".")
-    return FROZEN[part] + rest if part in FROZEN and rest not in CLIP_EXTRAS else None
+    return FROZEN[part] + rest if part in FROZEN and rest not in _CLIP_EXTRAS else None
 
 
 def to_released_key(key: str) -> str:

@@ -12,7 +12,6 @@ from torch import nn
 from regionspot.checkpoint.fetch import resolve_weights
 from regionspot.checkpoint.formats import fingerprint, load_checkpoint_file
 from regionspot.checkpoint.key_layout import (
-    CLIP_EXTRAS,
     FROZEN,
     PARTS,
     TRAINED,
@@ -115,9 +114,9 @@ def _read_frozen_part(part: str, source: str) -> dict[str, torch.Tensor]:
         logger.warning("No weights are given for %s: it keeps those it has, random ones if nothing was loaded", part)
         return {}
     state = unwrap_state(load_checkpoint_file(resolve_weights(source)), source)
-    if any(is_released_key(key) for key in state):  # a RegionSpot checkpoint that holds the part
-        return {key: value for key, value in rename_released_keys(state).items() if key.startswith(FROZEN[part])}
-    return {FROZEN[part] + key: value for key, value in state.items() if key not in CLIP_EXTRAS}
+    if not any(is_released_key(key) for key in state):  # SAM's or CLIP's own file, not a RegionSpot checkpoint
+        state = {f"{part}.{key}": value for key, value in state.items()}
+    return {key: value for key, value in rename_released_keys(state).items() if key.startswith(FROZEN[part])}
 
 
 def _check_frozen(frozen: Any, path: str) -> dict[str, Any]:
