@@ -8,10 +8,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+import regionspot
 from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer, freeze_host
 
-from ..helpers import ROOT, TINY, as_inputs, released_state, tiny_model
+from ..helpers import ROOT, TINY, as_inputs, released_state, tiny_config, tiny_model
 
 GUIDE = re.findall(r"```python\n(.*?)```", (ROOT / "projects" / "README.md").read_text(), re.DOTALL)
 
@@ -89,7 +90,7 @@ def test_a_recognizer_beside_another_detector(directory):
     assert scope["losses"]["loss_cls"].requires_grad
 
 
-def test_a_recognizer_is_loaded_whole(directory):
+def test_pretrained_recognizer_has_all_weights(directory):
     recognizer = RegionRecognizer.from_pretrained(
         load_config(directory / "configs" / "RegionSpot-BB.yaml"), "regionspot_bb.pth"
     )
@@ -98,3 +99,6 @@ def test_a_recognizer_is_loaded_whole(directory):
     assert torch.equal(state["knowledge_integration.to_clip.weight"], expected["model.to_clip.weight"])
     key = "sam.mask_decoder.iou_token.weight"
     assert torch.equal(state[f"localizer.{key}"], expected[f"model.{key}"])
+    assert set(recognizer.weight_sources.values()) == {"regionspot_bb.pth"}
+    with pytest.warns(DeprecationWarning, match="RegionRecognizer.from_pretrained"):
+        regionspot.load_recognizer(tiny_config())
