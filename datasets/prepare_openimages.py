@@ -33,7 +33,7 @@ SPLITS = {
     "val": ("validation-annotations-bbox.csv", "validation"),
 }
 SIDES = ["XMin", "XMax", "YMin", "YMax"]
-PIECE = 1 << 16  # entries that are encoded at one time
+CHUNK = 1 << 16  # entries that are encoded at a time
 MISSING, DAMAGED = (0, 0), (-1, -1)
 ORIENTATION = 0x0112  # EXIF
 
@@ -89,7 +89,7 @@ def read_boxes(path: Path, classes: dict[str, str]) -> pd.DataFrame:
 
 
 def read_header(path: str) -> tuple[int, int]:
-    """Return (width, height) of a picture as it is shown, i.e. turned by its EXIF tag, or MISSING, or DAMAGED."""
+    """Return (width, height) of an image as displayed, i.e. rotated by its EXIF tag, or MISSING, or DAMAGED."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -162,7 +162,7 @@ def convert(directory: Path, split: str, workers: int = 1, skip_missing: bool = 
 
     Raises:
         FileNotFoundError: no such CSV, or images are missing or damaged.
-        ValueError: a CSV of another form.
+        ValueError: a CSV of another format.
     """
     annotations, images = SPLITS[split]
     for path in (directory / annotations, directory / "class-descriptions-boxable.csv"):
@@ -210,9 +210,9 @@ def _write(
             categories = [{"id": index, "name": name} for index, name in enumerate(classes.values(), 1)]
             file.write(b'{"info":%b,"licenses":[],' % msgspec.json.encode(info))
             file.write(b'"categories":%b,"images":[' % msgspec.json.encode(categories))
-            _write_pieces(file, "images", len(kept), lambda part: _images(names, sizes, kept[part]))
+            _write_chunks(file, "images", len(kept), lambda part: _images(names, sizes, kept[part]))
             file.write(b'],"annotations":[')
-            _write_pieces(file, "boxes", len(rows), lambda part: _annotations(part, boxes, rows, sizes, category_ids))
+            _write_chunks(file, "boxes", len(rows), lambda part: _annotations(part, boxes, rows, sizes, category_ids))
             file.write(b"]}")
         found = read_json_dataset(temporary, images)
         result, expected = (len(found), len(found.boxes), len(found.class_names)), (len(kept), len(rows), len(classes))
@@ -225,15 +225,15 @@ def _write(
 
 
 def _parts(number: int, what: str) -> Iterator[slice]:
-    """Yield slices of ``PIECE`` entries under a progress bar."""
+    """Yield slices of ``CHUNK`` entries under a progress bar."""
     with tqdm(total=number, desc=what, unit="", unit_scale=True) as bar:
-        for start in range(0, number, PIECE):
-            part = slice(start, min(start + PIECE, number))
+        for start in range(0, number, CHUNK):
+            part = slice(start, min(start + CHUNK, number))
             yield part
             bar.update(part.stop - part.start)
 
 
-def _write_pieces(file: BinaryIO, what: str, number: int, make: Callable[[slice], list[Any]]) -> None:
+def _write_chunks(file: BinaryIO, what: str, number: int, make: Callable[[slice], list[Any]]) -> None:
     encoder = msgspec.json.Encoder()
     for part in _parts(number, f"writing {what}"):
         file.write(b"," * (part.start > 0) + encoder.encode(make(part))[1:-1])
@@ -247,16 +247,16 @@ def _images(names: np.ndarray, sizes: np.ndarray, indices: np.ndarray) -> list[_
 def _annotations(
     part: slice, boxes: pd.DataFrame, rows: np.ndarray, sizes: np.ndarray, category_ids: np.ndarray
 ) -> list[_Annotation]:
-    piece, piece_rows = boxes.iloc[part], rows[part]
-    sides = piece[SIDES].to_numpy().clip(0, 1) * sizes[piece_rows][:, [0, 0, 1, 1]]  # x0, x1, y0, y1 in pixels
+    chunk, chunk_rows = boxes.iloc[part], rows[part]
+    sides = chunk[SIDES].to_numpy().clip(0, 1) * sizes[chunk_rows][:, [0, 0, 1, 1]]  # x0, x1, y0, y1 in pixels
     xywh = np.stack([sides[:, 0], sides[:, 2], sides[:, 1] - sides[:, 0], sides[:, 3] - sides[:, 2]], axis=1).round(3)
     columns = zip(
         range(part.start + 1, part.stop + 1),
-        (piece_rows + 1).tolist(),
-        category_ids[piece["LabelName"].cat.codes.to_numpy()].tolist(),
+        (chunk_rows + 1).tolist(),
+        category_ids[chunk["LabelName"].cat.codes.to_numpy()].tolist(),
         xywh.tolist(),
         (xywh[:, 2] * xywh[:, 3]).round(3).tolist(),
-        (piece["IsGroupOf"].to_numpy() == 1).astype(int).tolist(),  # -1 is "not known"
+        (chunk["IsGroupOf"].to_numpy() == 1).astype(int).tolist(),  # -1 is "not known"
     )
     return [_Annotation(*values) for values in columns]
 
@@ -288,11 +288,11 @@ def generate(directory: Path, number: int) -> None:
         file.write("ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,")
         file.write("IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n")
         for part in _parts(number, "generating boxes"):
-            piece = rows[part]
-            low = generator.random((len(piece), 2)) * 0.8
-            high = low + generator.random((len(piece), 2)) * 0.2
-            labels, groups = generator.integers(0, 601, len(piece)), generator.random(len(piece)) < 0.05
-            columns = zip(piece.tolist(), labels.tolist(), low.tolist(), high.tolist(), groups.tolist())
+            chunk = rows[part]
+            low = generator.random((len(chunk), 2)) * 0.8
+            high = low + generator.random((len(chunk), 2)) * 0.2
+            labels, groups = generator.integers(0, 601, len(chunk)), generator.random(len(chunk)) < 0.05
+            columns = zip(chunk.tolist(), labels.tolist(), low.tolist(), high.tolist(), groups.tolist())
             file.writelines(
                 f"{row:016x},xclick,/m/{label:05x},1,{x0:.6f},{x1:.6f},{y0:.6f},{y1:.6f},0,0,{int(group)},0,0\n"
                 for row, label, (x0, y0), (x1, y1), group in columns

@@ -25,7 +25,7 @@ from regionspot.vocabulary import load_vocabulary
 
 
 def parse_boxes(text: str, image: Path) -> list[list[float]]:
-    """Return the boxes that --boxes gives for an image.
+    """Return the boxes of --boxes for an image.
 
     Raises:
         FileNotFoundError: no such JSON file.
@@ -78,11 +78,11 @@ def _parse_numbers(text: str, option: str, expected: str) -> list[list[float]]:
     try:
         return [[float(x) for x in group.split(",")] for group in text.split(";") if group.strip()]
     except ValueError:
-        raise ValueError(f"{option}: expected numbers, {expected}, parted by semicolons; got {text!r}") from None
+        raise ValueError(f"{option}: expected numbers, {expected}, separated by semicolons; got {text!r}") from None
 
 
 def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions) -> dict[str, Any]:
-    """Return what goes into the JSON file of an image of (height, width)."""
+    """Return the content of the JSON file of an image of (height, width)."""
     regions = []
     assert predictions.rles is not None
     for i, label in enumerate(predictions.labels):
@@ -107,7 +107,7 @@ def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions)
 
 
 def leave_absent_weights(cfg: CfgNode) -> None:
-    """Blank the known weights that are not in the cache directory, and say so."""
+    """Blank the known weights that are not in the cache directory."""
     for part in ("SAM", "CLIP"):
         known = KNOWN_WEIGHTS.get(cfg.MODEL.REGIONSPOT[part].WEIGHTS)
         if known is not None and not known.path.is_file():
@@ -115,7 +115,7 @@ def leave_absent_weights(cfg: CfgNode) -> None:
 
 
 def load_inputs(args: Namespace, deep_range: Sequence[float]) -> list[tuple[Path, np.ndarray, dict[str, Any]]]:
-    """Read all images and prompts, so that what is wrong with one is said before the model is built."""
+    """Read all images and prompts first, so that errors in them are reported before the model is built."""
     if not args.boxes and not args.points:
         raise ValueError("no regions given: expected --boxes, --points or both")
     stems = [Path(image).stem for image in args.input]
@@ -126,7 +126,7 @@ def load_inputs(args: Namespace, deep_range: Sequence[float]) -> list[tuple[Path
     for path in map(Path, args.input):
         if (Path(args.output) / f"{path.stem}.png").resolve() == path.resolve():
             raise ValueError(
-                f"--output {args.output}: the picture would overwrite the input {path}; give another directory"
+                f"--output {args.output}: the output image would overwrite the input {path}; give another directory"
             )
         image = to_rgb_array(path, deep_range)
         prompts: dict[str, Any] = {}
@@ -146,13 +146,13 @@ def load_inputs(args: Namespace, deep_range: Sequence[float]) -> list[tuple[Path
 def write_outputs(
     directory: Path, path: Path, image: np.ndarray, predictions: RegionPredictions, with_masks: bool
 ) -> None:
-    """Write picture and JSON of an image, and say what was recognized."""
-    picture = draw_regions(image, predictions, with_masks)
+    """Write the annotated image and the JSON of an image, and print its regions."""
+    drawing = draw_regions(image, predictions, with_masks)
     content = json.dumps(describe(path, (image.shape[0], image.shape[1]), predictions))
     with atomic_path(directory / f"{path.stem}.json") as temporary:
         temporary.write_text(content, encoding="utf-8")
     with atomic_path(directory / f"{path.stem}.png") as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")
+        Image.fromarray(drawing).save(temporary, format="PNG")
     for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
         place = ", ".join(f"{x:.0f}" for x in box)
         tqdm.write(f"{printable(path.name)}  box {place}:  {printable(label)}  (score {score:.3f}, mask IoU {iou:.3f})")
@@ -171,7 +171,7 @@ def main(args: Namespace) -> None:
     for path, image, prompts in tqdm(inputs, desc="images", unit="image"):
         predictor.set_image(image)
         write_outputs(Path(args.output), path, image, predictor.predict(**prompts), "sam" not in predictor.random_parts)
-    print(f"pictures and JSON are in {printable(args.output)}")
+    print(f"images and JSON are in {printable(args.output)}")
     if predictor.random_parts:
         print(
             f"\nNo weights were given for {', '.join(predictor.random_parts)}: these parts are untrained, "

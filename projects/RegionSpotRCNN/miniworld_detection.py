@@ -99,7 +99,7 @@ def build(config: str, args: argparse.Namespace, host: Path, head: Path) -> tupl
 
 @torch.no_grad()
 def draw_detections(model: nn.Module, scene: Scene, score: float = 0.3, scale: int = 3) -> np.ndarray:
-    """Return a picture of a scene: what is found in it, each object by its best name, novel ones with a star."""
+    """Return an image of a scene with its detections, each object by its best name, novel ones with a star."""
     side = scene.image.shape[0] * scale
     found = model([{"image": experiment.to_tensor(scene), "height": side, "width": side}])[0]["instances"].to("cpu")
     first = {region: row for row, region in reversed(list(enumerate(found.region_indices.tolist())))}
@@ -140,19 +140,19 @@ def main() -> None:
         cfg, model = build(config, args, host, spot)
         results[title] = Trainer.test(cfg, model)
         if config == "RegionSpot-head":
-            pictures = [draw_detections(model, scene) for scene in experiment.test_scenes(args.split, 6)]
+            images = [draw_detections(model, scene) for scene in experiment.test_scenes(args.split, 6)]
     with atomic_path(args.output / "summary.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1))
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         with atomic_path(args.output / f"scene_{index}.png") as temporary:
-            Image.fromarray(picture).save(temporary, format="PNG")
+            Image.fromarray(image).save(temporary, format="PNG")
     columns = ("AP", "AP50", "APr", "APc", "APf")
     table = [
         [title, *(result["bbox"][column] for column in columns), result.get("segm", {}).get("AP")]
         for title, result in results.items()
     ]
     print(tabulate(table, ["", *columns, "mask AP"], floatfmt=".1f"))
-    print(f"{time.perf_counter() - start:.0f} s; pictures and summary.json are in {args.output}")
+    print(f"{time.perf_counter() - start:.0f} s; images and summary.json are in {args.output}")
 
 
 if __name__ == "__main__":

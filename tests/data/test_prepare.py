@@ -80,21 +80,21 @@ def test_openimages_becomes_coco_json(openimages, capsys):
     assert all(Path(record["file_name"]).is_file() for record in dataset) and not left_over(openimages)
 
 
-def test_pieces_and_processes_make_the_same_file(openimages, monkeypatch):
+def test_chunks_and_processes_make_the_same_file(openimages, monkeypatch):
     expected = convert(openimages)
     (openimages / "openimages" / "image_sizes_validation.npz").unlink()
-    monkeypatch.setattr(prepare_openimages, "PIECE", 1)
+    monkeypatch.setattr(prepare_openimages, "CHUNK", 1)
     assert convert(openimages, "--workers", "2") == expected
 
 
-def test_turned_pictures_have_the_size_that_they_are_read_with(openimages):
+def test_rotated_images_have_their_displayed_size(openimages):
     exif = Image.Exif()
     exif[prepare_openimages.ORIENTATION] = 6
     Image.new("RGB", (40, 30)).save(openimages / "openimages" / "validation" / "00ff.jpg", exif=exif)
     assert (convert(openimages)["images"][0]["width"], convert(openimages)["images"][0]["height"]) == (30, 40)
 
 
-def test_interrupted_reading_of_headers_goes_on(openimages, monkeypatch):
+def test_interrupted_reading_of_headers_resumes(openimages, monkeypatch):
     read, paths = prepare_openimages.read_header, []
 
     def interrupted(path):
@@ -113,7 +113,7 @@ def test_interrupted_reading_of_headers_goes_on(openimages, monkeypatch):
     assert convert(openimages) == content and len(paths) == 3
 
 
-def test_sizes_are_written_while_they_are_read(openimages, monkeypatch):
+def test_sizes_are_saved_while_reading(openimages, monkeypatch):
     directory, cache = openimages / "openimages" / "validation", openimages / "cache.npz"
     written = []
     monkeypatch.setattr(prepare_openimages, "write_sizes", lambda _, __, sizes: written.append((sizes > 0).sum() // 2))
@@ -121,10 +121,10 @@ def test_sizes_are_written_while_they_are_read(openimages, monkeypatch):
     assert written == [1, 2, 3, 3]
 
 
-def test_missing_and_damaged_images_are_named_or_left_out(openimages, capsys):
+def test_missing_and_damaged_images_named_or_skipped(openimages, capsys):
     directory = openimages / "openimages" / "validation"
     (directory / "00ff.jpg").unlink()
-    (directory / "beef.jpg").write_bytes(b"no picture")
+    (directory / "beef.jpg").write_bytes(b"no image")
     with pytest.raises(FileNotFoundError, match=r"2 of 3 images .* 00ff.jpg, beef.jpg \(damaged\).*--skip-missing"):
         convert(openimages)
     content = convert(openimages, "--skip-missing")
@@ -147,7 +147,7 @@ def test_missing_and_damaged_images_are_named_or_left_out(openimages, capsys):
         ("class-descriptions-boxable.csv", "/m/0a", "/m/0b", "each LabelName once"),
     ],
 )
-def test_csvs_of_another_form_are_refused(openimages, file, old, new, message):
+def test_csvs_of_another_format_are_refused(openimages, file, old, new, message):
     path = openimages / "openimages" / file
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=message) as caught:
@@ -158,7 +158,7 @@ def test_csvs_of_another_form_are_refused(openimages, file, old, new, message):
         convert(openimages)
 
 
-def test_benchmark_converts_csvs_of_the_official_shape(tmp_path):
+def test_benchmark_converts_official_csvs(tmp_path):
     (tmp_path / "openimages").mkdir()
     prepare_openimages.generate(tmp_path / "openimages", 1000)
     prepare_openimages.main(["--root", str(tmp_path), "--splits", "train"])
@@ -190,7 +190,7 @@ def write_lvis(root, directories):
     return content
 
 
-def test_minival_is_the_part_of_val_in_val2017(tmp_path, capsys):
+def test_minival_is_val_in_val2017(tmp_path, capsys):
     content = write_lvis(tmp_path, ["val2017", "train2017", "val2017"])
     prepare_lvis_minival.main(["--root", str(tmp_path)])
     output = capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_minival_is_the_part_of_val_in_val2017(tmp_path, capsys):
     assert not left_over(tmp_path)
 
 
-def test_minival_of_something_else(tmp_path):
+def test_minival_of_another_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="lvis_v1_val.json: no such file"):
         prepare_lvis_minival.main(["--root", str(tmp_path)])
     write_lvis(tmp_path, ["train2017"])
@@ -231,7 +231,7 @@ def roboflow(directory, name, first=("fish", "none"), used=1, number=2):
     return content
 
 
-def test_odinw_is_made_of_roboflows_files_and_checked(tmp_path, capsys):
+def test_odinw_from_roboflow_files(tmp_path, capsys):
     paths = odinw_paths(tmp_path)
     aquarium, pothole, pistols = (paths[f"odinw_{name}"] for name in ("Aquarium_test", "pothole_val", "pistols_train"))
     content = roboflow(aquarium[1], "_annotations.coco.json")
@@ -252,7 +252,7 @@ def test_odinw_is_made_of_roboflows_files_and_checked(tmp_path, capsys):
     assert "odinw_Aquarium_test" in DatasetCatalog
 
 
-def test_odinw_says_what_is_wrong_and_writes_nothing_of_it(tmp_path, capsys):
+def test_invalid_odinw_is_reported_and_not_written(tmp_path, capsys):
     paths = odinw_paths(tmp_path)
     (json_file, directory), (other, other_directory) = paths["odinw_Raccoon_val"], paths["odinw_pothole_val"]
     roboflow(directory, "_annotations.coco.json", used=9)

@@ -33,7 +33,7 @@ def catalogs(monkeypatch):
 
 @pytest.fixture
 def miniworld(tmp_path):
-    """Scenes in a directory, registered; a config, and a model that has seen them."""
+    """Scenes in a directory, registered; a config, and a trained model."""
     experiment.draw_data(tmp_path / "data", {"train": 6, "test": 2}, 1)
     cfg = experiment.miniworld_config(experiment.CONFIG, tmp_path / "out", 0, MINI)
     return cfg, experiment.train(cfg, tmp_path / "features"), experiment.test_scenes("test", 2)
@@ -70,7 +70,7 @@ def test_detection_in_miniature(tmp_path, monkeypatch):
     assert miniworld_detection.draw_detections(model, scene, score=0.0).dtype == "uint8"
 
 
-def test_training_waits_for_features_that_another_run_extracts(tmp_path, monkeypatch):
+def test_training_waits_for_features_of_another_run(tmp_path, monkeypatch):
     answers, waits, extract_tokens = [False, False, True], [], experiment.extract_tokens
     monkeypatch.setattr(experiment, "extract_tokens", lambda *args: answers.pop(0) and extract_tokens(*args))
     monkeypatch.setattr(experiment.time, "sleep", waits.append)

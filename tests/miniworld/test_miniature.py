@@ -22,7 +22,7 @@ def recognizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("part", ["sam", "clip"])
-def test_committed_weights_are_those_of_the_report(part):
+def test_committed_weights_match_report(part):
     report = json.loads((WEIGHTS / f"{part}.json").read_text())
     assert sha256_of_file(WEIGHTS / f"{part}.safetensors") == report["sha256"]
 
@@ -31,18 +31,18 @@ def test_committed_weights_are_small():
     assert sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors")) <= 8e6
 
 
-def test_clip_is_as_good_as_reported(recognizer):
+def test_clip_accuracy_matches_report(recognizer):
     report = json.loads((WEIGHTS / "clip.json").read_text())
-    found = report_clip(recognizer.vision_language.clip_model, number=150)
+    measured = report_clip(recognizer.vision_language.clip_model, num_images=150)
     for key in ("top1", "pattern", "color", "shape"):
-        assert found[key] == pytest.approx(report[key], abs=0.1)
+        assert measured[key] == pytest.approx(report[key], abs=0.1)
 
 
-def test_sam_is_as_good_as_reported(recognizer):
+def test_sam_iou_matches_report(recognizer):
     report = json.loads((WEIGHTS / "sam.json").read_text())
-    found = report_sam(recognizer.localizer.sam, number=15)
+    measured = report_sam(recognizer.localizer.sam, num_scenes=15)
     for key in ("box_iou", "point_iou"):
-        assert found[key] == pytest.approx(report[key], abs=0.06)
+        assert measured[key] == pytest.approx(report[key], abs=0.06)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def demo(tmp_path_factory):
     return directory, run_program(directory, MAIN, "demo", "--output", directory, "--config-file", quick, *sizes)
 
 
-def test_demo_learns_and_writes_its_summary(demo):
+def test_demo_learns_and_writes_summary(demo):
     directory, output = demo
     summary = json.loads((directory / "summary.json").read_text())
     numbers = ["base_top1", "novel_top1", "novel_top1_novel_vocabulary", "crop_box_top1", "crop_mask_top1", "sam_iou"]
@@ -62,14 +62,14 @@ def test_demo_learns_and_writes_its_summary(demo):
         assert isinstance(summary[key], float)
     assert {"proposal_file", "seconds", "seed", "versions"} <= set(summary)
     assert summary["base_top1"] > 0.08  # chance is 1 / 120
-    pictures = {path.name for path in directory.glob("*.png")}
-    assert {"scene_0.png", "attention_0.png", "attention_1.png"} <= pictures
+    images = {path.name for path in directory.glob("*.png")}
+    assert {"scene_0.png", "attention_0.png", "attention_1.png"} <= images
     assert "tools/demo.py" in output
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_lvis_evaluation_of_the_demos_model(demo, tmp_path, processes):
-    """On one process and on two, from the checkpoint and the data on disk, it gives what the demo found."""
+def test_evaluation_matches_demo(demo, tmp_path, processes):
+    """On one process and on two, from the checkpoint and the data on disk, it gives the demo's numbers."""
     directory, _ = demo
     weights = ["MODEL.WEIGHTS", directory / "training" / "model_final.pth", "OUTPUT_DIR", tmp_path]
     options = ["--config-file", CONFIG, "--eval-only", "--num-gpus", processes, "--dist-url", "auto"]
@@ -79,7 +79,7 @@ def test_lvis_evaluation_of_the_demos_model(demo, tmp_path, processes):
     rows = [line.split("copypaste: ")[1] for line in lines if "copypaste: " in line]
     assert [rows[0], rows[3]] == ["Task: bbox", "Task: segm"]
     keys, boxes, masks = (row.split(",") for row in (rows[1], rows[2], rows[5]))
-    found = {**dict(zip(keys, boxes)), "mask_AP": masks[0]}
+    metrics = {**dict(zip(keys, boxes)), "mask_AP": masks[0]}
     summary = json.loads((directory / "summary.json").read_text())
     for key in ("AP", "APr", "APc", "APf", "mask_AP"):
-        assert float(found[key]) == pytest.approx(summary[key], abs=2e-4)
+        assert float(metrics[key]) == pytest.approx(summary[key], abs=2e-4)

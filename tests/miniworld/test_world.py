@@ -25,7 +25,7 @@ def written(tmp_path_factory):
     return directory, {split: LVIS(str(write_split(directory, split, 40))) for split in ("train", "test")}
 
 
-def test_a_scene_is_a_function_of_seed_split_and_index():
+def test_scene_depends_on_seed_split_and_index():
     first, again = draw_scene("train", 5), draw_scene("train", 5)
     assert np.array_equal(first.image, again.image) and np.array_equal(first.masks, again.masks)
     for other in (draw_scene("train", 6), draw_scene("test", 5), draw_scene("train", 5, seed=1)):
@@ -33,7 +33,7 @@ def test_a_scene_is_a_function_of_seed_split_and_index():
     assert np.array_equal(draw_captioned(3).image, draw_captioned(3).image)
 
 
-def test_there_are_120_categories_of_which_30_percent_are_novel():
+def test_30_percent_of_120_categories_are_novel():
     assert len(set(NAMES)) == 120 and len(NOVEL) == 36 and len(BASE) == 84
     for k in range(3):  # every pattern, color and shape is to be learned from base classes
         values = {category[k] for category in CATEGORIES}
@@ -41,7 +41,7 @@ def test_there_are_120_categories_of_which_30_percent_are_novel():
     assert {FREQUENCIES[i] for i in NOVEL} == {"r"} and {FREQUENCIES[i] for i in BASE} == {"c", "f"}
 
 
-def test_files_are_what_is_drawn(written):
+def test_files_match_drawn_scenes(written):
     directory, splits = written
     for split, lvis in splits.items():
         assert len(lvis.imgs) == 40
@@ -62,16 +62,16 @@ def test_files_are_what_is_drawn(written):
                 )
 
 
-def test_any_number_of_processes_writes_the_same(written, tmp_path, monkeypatch):
+def test_split_independent_of_processes(written, tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")  # nothing need be imported again
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     path = write_split(tmp_path, "test", 40, workers=2)
     assert path.read_bytes() == (written[0] / "test.json").read_bytes()
-    for picture in sorted((tmp_path / "test").iterdir()):
-        assert picture.read_bytes() == (written[0] / "test" / picture.name).read_bytes()
+    for image in sorted((tmp_path / "test").iterdir()):
+        assert image.read_bytes() == (written[0] / "test" / image.name).read_bytes()
 
 
-def test_novel_categories_are_annotated_in_test_and_never_in_training(written):
+def test_novel_categories_annotated_in_test_only(written):
     _, splits = written
     seen = {split: {a["category_id"] - 1 for a in lvis.anns.values()} for split, lvis in splits.items()}
     assert not seen["train"] & set(NOVEL) and seen["test"] & set(NOVEL)
@@ -79,7 +79,7 @@ def test_novel_categories_are_annotated_in_test_and_never_in_training(written):
     assert listed["train"] == BASE and listed["test"] == list(range(120))
 
 
-def test_negative_categories_are_not_in_the_image(written):
+def test_negative_categories_absent_from_image(written):
     for split, lvis in written[1].items():
         for image in lvis.imgs.values():
             present = set(draw_scene(split, image["id"] - 1).classes + 1)
@@ -87,7 +87,7 @@ def test_negative_categories_are_not_in_the_image(written):
             assert set(image["not_exhaustive_category_ids"]) <= present
 
 
-def test_what_is_there_is_not_drawn_again(written, monkeypatch):
+def test_existing_split_is_kept(written, monkeypatch):
     directory, _ = written
     monkeypatch.setattr("miniworld.annotate.write_scene", lambda *_: pytest.fail("drawn again"))
     write_split(directory, "test", 40)

@@ -24,7 +24,7 @@ def same_bits(one, other):
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), key
 
 
-def test_any_form_becomes_any_other_and_back_to_the_bit(tmp_path, capsys):
+def test_conversion_between_all_formats_is_lossless(tmp_path, capsys):
     random_proposals(tmp_path)
     first = ProposalFile(tmp_path / "random0.json")
     (tmp_path / "in").mkdir()
@@ -41,7 +41,7 @@ def test_any_form_becomes_any_other_and_back_to_the_bit(tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_suffix_says_the_form(tmp_path, capsys):
+def test_format_from_suffix(tmp_path, capsys):
     random_proposals(tmp_path)
     for name, format in [("a.json", "glip"), ("a.pkl", "detectron2"), ("a.safetensors", "safetensors")]:
         CONVERT.call("proposals", tmp_path / "random0.json", tmp_path / name)
@@ -52,7 +52,7 @@ def test_the_suffix_says_the_form(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_top_k_nms_and_least_score(tmp_path, with_labels):
+def test_top_k_nms_and_min_score(tmp_path, with_labels):
     rng = np.random.default_rng(5)
     content = {}
     for image_id in (7, 2):

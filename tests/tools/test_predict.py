@@ -31,7 +31,7 @@ def run(image, *arguments):
     return ended.value.code, output
 
 
-def test_picture_and_json(image, capsys):
+def test_image_and_json_output(image, capsys):
     code, output = run(image, "--boxes", BOXES, "--vocabulary", ",".join(NAMES))
     assert code == 0
     content = json.loads((output / "scene.json").read_text())

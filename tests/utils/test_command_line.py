@@ -102,7 +102,7 @@ def handlers():
     ],
     ids=repr,
 )
-def test_what_a_user_did_is_one_line(capsys, error, line):
+def test_user_error_is_one_line(capsys, error, line):
     code, said = end(capsys, error)
     assert code == 1 and said.startswith(f"error: {line}") and said.count("\n") == 1
 
@@ -110,7 +110,7 @@ def test_what_a_user_did_is_one_line(capsys, error, line):
 @pytest.mark.parametrize(
     "error", [TypeError("x"), AssertionError(), KeyError("key"), IndexError(3), RuntimeError("x y")]
 )
-def test_a_bug_keeps_its_traceback(capsys, error, monkeypatch):
+def test_bug_keeps_traceback(capsys, error, monkeypatch):
     code, said = end(capsys, error)
     assert code == 1 and "Traceback" in said and "in main" in said
     monkeypatch.setenv("REGIONSPOT_TRACEBACK", "1")
@@ -124,7 +124,7 @@ def test_numbers_returned_are_exit_codes():
         assert ended.value.code == code
 
 
-def test_interruption_says_what_was_kept_and_how_to_go_on(capsys, monkeypatch):
+def test_interruption_names_what_is_kept_and_next_step(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tools/train_net.py", "--config-file", "a b.yaml"])
     code, said = end(capsys, KeyboardInterrupt(), kept="checkpoints are kept", options=["--resume"])
     command = "tools/train_net.py --resume --config-file 'a b.yaml'"
@@ -136,7 +136,7 @@ def test_interruption_says_what_was_kept_and_how_to_go_on(capsys, monkeypatch):
     assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("to start again: x.py --resume\n")
 
 
-def test_interruption_that_was_handled_has_the_code_of_its_signal(capsys):
+def test_handled_interruption_has_code_of_its_signal(capsys):
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         assert end(capsys, Interrupted("model_3.pth is kept", number))[0] == code
 
@@ -170,7 +170,7 @@ def test_errors_of_several_processes_are_one_line(capsys):
         assert ended.value.code == 1 and lines[-1] == said and (len(lines) > 1) == (kind == "bug")
 
 
-def test_names_reach_no_terminal_raw():
+def test_control_characters_are_escaped():
     assert printable("cup\x1b]0;title\x07\r\u202e é 猫") == r"cup\x1b]0;title\x07\r\u202e é 猫"
 
 

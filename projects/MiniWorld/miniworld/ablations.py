@@ -41,7 +41,7 @@ def run_once(name: str, seed: int, args: Namespace) -> None:
     """Train and evaluate a config with a seed, in a process of its own."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
-    # the scenes are there: this registers them
+    # the scenes exist: this registers them
     experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, 1)
     output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
     cfg = experiment.miniworld_config(experiment.CONFIGS / f"{name}.yaml", output, seed, args.opts)
@@ -57,7 +57,7 @@ def result_path(name: str, seed: int, args: Namespace) -> Path:
 
 
 def table(args: Namespace) -> str:
-    """Return mean and spread of what has been run."""
+    """Return mean and standard deviation of the finished runs."""
     lines = []
     for name, what, paper in ROWS:
         paths = [path for seed in range(args.seeds) if (path := result_path(name, seed, args)).is_file()]
@@ -82,7 +82,7 @@ def main(args: Namespace) -> None:
                 with atomic_path(args.output / "table.md") as temporary:
                     temporary.write_text(table(args) + "\n", encoding="utf-8")
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # not the other runs before the error is told
+            pool.shutdown(cancel_futures=True)  # the error is reported before other runs end
             raise
     print(f"\n{table(args)}")
 

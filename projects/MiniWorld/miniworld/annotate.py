@@ -18,34 +18,34 @@ from miniworld.generator import SIZE, draw_scene, is_annotated
 from regionspot.utils.files import atomic_path
 
 
-def write_split(directory: Path, split: str, number: int, seed: int = 0, workers: int = 1) -> Path:
-    """Draw the first ``number`` scenes of a split into ``directory/<split>``, annotated in ``directory/<split>.json``.
+def write_split(directory: Path, split: str, num_scenes: int, seed: int = 0, workers: int = 1) -> Path:
+    """Draw the first scenes of a split into ``directory/<split>``, annotated in ``directory/<split>.json``.
 
     Args:
         directory: of the data set.
         split: "train", "val" or "test".
-        number: of scenes.
+        num_scenes: of the split.
         seed: of the world.
-        workers: processes that draw; 1 draws in this one.
+        workers: drawing processes; 1 draws in this one.
 
     Returns:
-        The annotation file; what is there already for the same number and seed is kept.
+        The annotation file; an existing one for the same number and seed is kept.
     """
     path = directory / f"{split}.json"
-    info = {"description": "miniature world", "split": split, "number": number, "seed": seed}
+    info = {"description": "miniature world", "split": split, "number": num_scenes, "seed": seed}
     if path.is_file() and json.loads(path.read_text())["info"] == info:
         return path
     (directory / split).mkdir(parents=True, exist_ok=True)
-    arguments = [(str(directory), split, index, seed) for index in range(number)]
+    arguments = [(str(directory), split, index, seed) for index in range(num_scenes)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with ExitStack() as stack:
         drawn: Iterable = map(write_scene, arguments)
-        if workers > 1:  # to start them takes as long as some hundred scenes
+        if workers > 1:  # starting them takes as long as a few hundred scenes
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)))
             drawn = pool.imap(write_scene, arguments, chunksize=32)
-        for image, objects in tqdm(drawn, total=number, desc=f"drawing {split}"):
+        for image, objects in tqdm(drawn, total=num_scenes, desc=f"drawing {split}"):
             images.append(image)
             for entry in objects:
                 annotations.append({"id": len(annotations) + 1, **entry})
@@ -64,7 +64,7 @@ def write_split(directory: Path, split: str, number: int, seed: int = 0, workers
 
 
 def write_scene(arguments: tuple[str, str, int, int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write the picture of a (directory, split, index, seed); return its image record and its annotations."""
+    """Write the image of a (directory, split, index, seed); return its image record and its annotations."""
     directory, split, index, seed = arguments
     scene = draw_scene(split, index, seed)
     name = f"{split}/{index:06d}.png"
@@ -91,8 +91,8 @@ def write_scene(arguments: tuple[str, str, int, int]) -> tuple[dict[str, Any], l
 def image_record(split: str, index: int, name: str, present: list[int]) -> dict[str, Any]:
     """Return LVIS's image record.
 
-    As in LVIS, an image is verified for some categories only: a few that it does not hold (negative), and one of
-    those it holds may be annotated incompletely as far as the record says (not exhaustive).
+    As in LVIS, an image is verified for some categories only: a few that it does not contain (negative), and one
+    that it contains may be declared as annotated incompletely (not exhaustive).
     """
     rng = np.random.default_rng([index, 7])
     absent = [i for i in range(len(NAMES)) if i not in present and is_annotated(split, i)]

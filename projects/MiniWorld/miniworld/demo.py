@@ -23,7 +23,7 @@ from regionspot.utils.files import atomic_path
 
 
 class Stages:
-    """Says what is being done and keeps how long it took."""
+    """Announces each stage and measures its time."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -37,7 +37,7 @@ class Stages:
 
 
 def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) -> dict[str, Any]:
-    """Return the numbers of the summary."""
+    """Return the metrics of the summary."""
     recognizer = model.recognizer
     summary: dict[str, Any] = {}
     with stage("regions", "top-1 and top-5 of the test regions, by true and by jittered boxes"):
@@ -57,7 +57,7 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Return what the run found, for the screen."""
+    """Return the results as text."""
     rows = {"RegionSpot, true boxes": "", "RegionSpot, jittered boxes": "jittered_"}
     rows |= {"CLIP on box crops": "crop_box_", "CLIP on mask crops": "crop_mask_"}
     lines = [f"{'top-1 over all 120 names':30}  base   novel"]

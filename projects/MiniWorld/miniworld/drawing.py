@@ -1,4 +1,4 @@
-"""Pictures of what RegionSpot makes of the miniature world."""
+"""Draws RegionSpot's predictions in the miniature world."""
 
 import numpy as np
 import torch
@@ -10,40 +10,40 @@ from miniworld.generator import SIZE, Scene
 from regionspot.modeling import RegionRecognizer
 from regionspot.visualization import cross_attention, draw_labels
 
-SCALE = 3  # pictures are drawn this much larger
+SCALE = 3  # images are drawn this much larger
 
 
 @torch.no_grad()
 def draw_predictions(recognizer: RegionRecognizer, scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """Return (H, W, 3) uint8 pictures by name: each scene with its predictions, and the attention of two regions.
+    """Return (H, W, 3) uint8 images by name: each scene with its predictions, and the attention of two regions.
 
-    A label reads "predicted (true)" where they differ; novel classes carry a star.
+    A label reads "predicted (true)" where they differ; novel classes have a star.
     """
     recognizer.set_vocabulary(NAMES)
-    pictures = {}
+    images = {}
     for index, scene in enumerate(scenes):
         features, located, masks = locate_boxes(recognizer, scene, scene.boxes, SCALE)
         [logits] = recognizer.classify([located.tokens], features.feature_map)
-        labels = [describe(guess, true) for guess, true in zip(logits.argmax(dim=1).tolist(), scene.classes.tolist())]
+        labels = [
+            describe(predicted, true) for predicted, true in zip(logits.argmax(dim=1).tolist(), scene.classes.tolist())
+        ]
         large = np.asarray(Image.fromarray(scene.image).resize((SIZE * SCALE, SIZE * SCALE), Image.Resampling.BICUBIC))
-        pictures[f"scene_{index}"] = draw_labels(large, scene.boxes * SCALE, masks.cpu().numpy(), labels)
+        images[f"scene_{index}"] = draw_labels(large, scene.boxes * SCALE, masks.cpu().numpy(), labels)
         if index == 0 and features.feature_map is not None:
             maps = cross_attention(recognizer.knowledge_integration, located.tokens, features.feature_map)
             for region in range(min(2, len(maps))):
-                pictures[f"attention_{region}"] = overlay(
-                    large, maps[region].cpu().numpy(), scene.boxes[region] * SCALE
-                )
-    return pictures
+                images[f"attention_{region}"] = overlay(large, maps[region].cpu().numpy(), scene.boxes[region] * SCALE)
+    return images
 
 
-def describe(guess: int, true: int) -> str:
+def describe(predicted: int, true: int) -> str:
     """Return a region's label: what was predicted, the truth where it differs, a star for a novel class."""
     star = "*" if true in NOVEL else ""
-    return f"{star}{NAMES[guess]}" if guess == true else f"{star}{NAMES[guess]} ({NAMES[true]})"
+    return f"{star}{NAMES[predicted]}" if predicted == true else f"{star}{NAMES[predicted]} ({NAMES[true]})"
 
 
 def overlay(image: np.ndarray, attention: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Lay a (g, g) attention map over a picture, bright where the region looks, with the region's box."""
+    """Lay a (g, g) attention map over an image, bright where the region attends, with the region's box."""
     side = image.shape[0]
     heat = np.asarray(Image.fromarray((attention / attention.max()).astype(np.float32)).resize((side, side)))
     mixed = (image * (0.25 + 0.75 * np.clip(heat, 0, 1)[..., None])).astype(np.uint8)

@@ -50,8 +50,8 @@ def miniworld_config(config_file: Path, output: Path, seed: int = 0, overrides: 
 
 def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
     """Draw the splits under ``root`` and register them, in place of those of $DETECTRON2_DATASETS."""
-    for split, number in sizes.items():
-        path = write_split(root / "miniworld", split, number, workers=workers)
+    for split, num_scenes in sizes.items():
+        path = write_split(root / "miniworld", split, num_scenes, workers=workers)
         name = f"miniworld_{split}"
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
@@ -60,20 +60,20 @@ def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
 
 
 def store_path(cfg: CfgNode, directory: Path, split: str) -> Path:
-    """Return where the features of a split lie; one store for each choice of frozen features."""
+    """Return the directory of a split's features; one store for each choice of frozen features."""
     node = cfg.MODEL.REGIONSPOT
     return directory / f"{split}-{node.TOKEN_STAGE}-{node.CLIP.FEATURES}"
 
 
 def train(cfg: CfgNode, features: Path) -> RegionSpot:
-    """Extract the frozen features of ``miniworld_train`` where they are not there, train on them, return the model."""
+    """Extract the frozen features of ``miniworld_train`` unless they exist, train on them, return the model."""
     torch.manual_seed(cfg.SEED)
     path = store_path(cfg, features, "train")
     model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model).load("")
     extraction = Extraction((cfg.MODEL.REGIONSPOT.TOKEN_STAGE,), feature_maps=True, batch_size=16)
     while not extract_tokens(model.recognizer, model.recognizer.weight_sources, "miniworld_train", path, extraction):
-        time.sleep(2)  # another run is at the last shards
+        time.sleep(2)  # another run is writing the last shards
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TOKEN_STORES_TRAIN = (str(path),)
@@ -88,7 +88,7 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
 
 @dataclass
 class RegionResults:
-    """Logits or similarities of regions, on the CPU, and what they are; filled scene by scene."""
+    """Logits or similarities of regions, on the CPU, with their classes; filled scene by scene."""
 
     logits: list[torch.Tensor] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
@@ -109,13 +109,13 @@ class RegionResults:
         return result
 
 
-def test_scenes(split: str, number: int, seed: int = 0) -> list[Scene]:
+def test_scenes(split: str, num_scenes: int, seed: int = 0) -> list[Scene]:
     """Return the first scenes of a split, as ``miniworld draw`` writes them."""
-    return [draw_scene(split, index, seed) for index in range(number)]
+    return [draw_scene(split, index, seed) for index in range(num_scenes)]
 
 
 def jitter(boxes: np.ndarray, rng: np.random.Generator, strength: float = 0.08) -> np.ndarray:
-    """Move the sides of (N, 4) boxes by a share of their lengths, as a detector's are off."""
+    """Move the sides of (N, 4) boxes by a share of their lengths, like the errors of a detector."""
     sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     moved = np.clip(boxes + rng.normal(0, strength, boxes.shape) * sides, 0, SIZE)
     keep = (moved[:, 2] - moved[:, 0] > 4) & (moved[:, 3] - moved[:, 1] > 4)
@@ -154,7 +154,7 @@ def crop_recognizer(recognizer: RegionRecognizer, masked: bool) -> CropRecognize
 def locate_boxes(
     recognizer: RegionRecognizer, scene: Scene, boxes: np.ndarray, scale: int = 1
 ) -> tuple[ImageFeatures, LocalizerOutput, torch.Tensor]:
-    """Return a scene's features and, for (N, 4) boxes, what SAM says and bool masks at ``scale`` times its size."""
+    """Return a scene's features and, for (N, 4) boxes, SAM's output and bool masks at ``scale`` times the size."""
     features = recognizer.encode_images([to_tensor(scene)])
     [located] = recognizer.locate(features, [Prompts(boxes=torch.from_numpy(boxes))], with_masks=True)
     assert located.masks is not None
@@ -167,13 +167,13 @@ def to_tensor(scene: Scene) -> torch.Tensor:
 
 
 def write_proposals(scenes: list[Scene], path: Path) -> None:
-    """Write a proposal file of a middling detector: jittered boxes of the objects, and as many of nothing."""
+    """Write a proposal file of a mediocre detector: jittered boxes of the objects, and as many of background."""
     rng, entries = np.random.default_rng(11), {}
     for index, scene in enumerate(scenes):
         corners = rng.uniform(0, SIZE - 45, (len(scene.boxes), 2))
-        nothing = np.concatenate([corners, corners + rng.uniform(20, 45, corners.shape)], axis=1)
-        boxes = np.concatenate([jitter(scene.boxes, rng), nothing])
-        scores = np.concatenate([rng.uniform(0.5, 1, len(scene.boxes)), rng.uniform(0, 0.6, len(nothing))])
+        background = np.concatenate([corners, corners + rng.uniform(20, 45, corners.shape)], axis=1)
+        boxes = np.concatenate([jitter(scene.boxes, rng), background])
+        scores = np.concatenate([rng.uniform(0.5, 1, len(scene.boxes)), rng.uniform(0, 0.6, len(background))])
         entries[str(index + 1)] = {"boxes": boxes.round(2).tolist(), "scores": scores.round(4).tolist()}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(entries))
@@ -187,7 +187,7 @@ def average_precision(cfg: CfgNode, model: RegionSpot, split: str, proposals: Pa
     cfg.DATASETS.PROPOSAL_FILES_TEST = (str(proposals),) if proposals else ()
     cfg.freeze()
     logging.getLogger("detectron2").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # lvis prints every number of it
+    with contextlib.redirect_stdout(io.StringIO()):  # lvis prints all its numbers
         metrics: dict[str, Any] = RegionSpotTrainer.test(cfg, model)
     result = {key: float(metrics["bbox"][key]) for key in ("AP", "APr", "APc", "APf")}
     return {**result, "mask_AP": float(metrics["segm"]["AP"])}

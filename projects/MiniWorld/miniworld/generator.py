@@ -1,4 +1,4 @@
-"""Draws the scenes: every picture is a function of (seed, split, index) and of nothing else."""
+"""Draws the scenes: every image is a function of (seed, split, index) and of nothing else."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ SPLITS = {"train": 0, "val": 1, "test": 2, "captions": 3, "masks": 4}
 
 @dataclass
 class Scene:
-    """A picture and what is in it.
+    """An image and its objects.
 
     Attributes:
         image: (192, 192, 3) uint8, RGB.
@@ -36,7 +36,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """What stands under the picture: its objects, largest first."""
+        """The caption: the objects, largest first."""
         order = np.argsort(-self.masks.sum(axis=(1, 2)))
         return " and ".join(f"a {NAMES[self.classes[i]]}" for i in order)
 
@@ -44,37 +44,38 @@ class Scene:
 def draw_scene(split: str, index: int, seed: int = 0) -> Scene:
     """Draw scene ``index`` of a split ("train", "val", "test", or "masks" for SAM): 3 to 6 objects anywhere."""
     rng = np.random.default_rng([seed, SPLITS[split], index])
-    number = int(rng.integers(3, 7))
-    return compose(rng, draw_categories(rng, number), np.sort(rng.uniform(20, 42, number))[::-1])
+    num_objects = int(rng.integers(3, 7))
+    return compose(rng, draw_categories(rng, num_objects), np.sort(rng.uniform(20, 42, num_objects))[::-1])
 
 
 def draw_captioned(index: int, seed: int = 0, spread: float = 1.0) -> Scene:
-    """Draw a captioned picture, framed as people frame the photographs that they put words under.
+    """Draw a captioned image, framed as people frame the photographs that they caption.
 
-    It shows 1 to 3 objects, larger than in the scenes but never filling the picture.
+    It shows 1 to 3 objects, larger than in the scenes but never filling the image.
 
     Args:
-        index: of the picture.
+        index: of the image.
         seed: of the world.
-        spread: how far from the middle objects may lie, from 0 (centered) to 1 (anywhere).
+        spread: how far from the center objects may be, from 0 (centered) to 1 (anywhere).
     """
     rng = np.random.default_rng([seed, SPLITS["captions"], index])
-    number = int(rng.choice([1, 1, 2, 3]))
-    radii = np.sort(rng.uniform(24, 58, number))[::-1]
-    return compose(rng, draw_categories(rng, number), radii, spread if number == 1 else max(spread, 0.6), visible=0.45)
+    num_objects = int(rng.choice([1, 1, 2, 3]))
+    radii = np.sort(rng.uniform(24, 58, num_objects))[::-1]
+    spread = spread if num_objects == 1 else max(spread, 0.6)
+    return compose(rng, draw_categories(rng, num_objects), radii, spread, visible=0.45)
 
 
-def draw_categories(rng: np.random.Generator, number: int) -> np.ndarray:
+def draw_categories(rng: np.random.Generator, num_objects: int) -> np.ndarray:
     """Draw categories that go together: a scene has a theme, one attribute that half of its objects share.
 
-    Things that occur together are alike in the real world, too; it is what regions can learn from each other.
+    Objects that occur together are alike in the real world, too; this is what regions can learn from each other.
     Frequent categories come three times as often as common and novel ones.
     """
     weights = np.array([3.0 if frequency == "f" else 1.0 for frequency in FREQUENCIES])
     theme = CATEGORIES[rng.choice(len(CATEGORIES), p=weights / weights.sum())]
     attribute = int(rng.integers(3))
     classes = []
-    for _ in range(number):
+    for _ in range(num_objects):
         allowed = weights.copy()
         if rng.random() < 0.5:
             allowed *= [category[attribute] == theme[attribute] for category in CATEGORIES]
@@ -85,14 +86,14 @@ def draw_categories(rng: np.random.Generator, number: int) -> np.ndarray:
 def compose(
     rng: np.random.Generator, classes: np.ndarray, radii: np.ndarray, spread: float = 1.0, visible: float = 0.6
 ) -> Scene:
-    """Place objects one over the other on a background.
+    """Place objects on top of each other on a background.
 
     Args:
-        rng: where chance comes from.
-        classes: (N,) of the objects, the lowest first.
+        rng: source of randomness.
+        classes: (N,) of the objects, the bottommost first.
         radii: (N,) in pixels.
         spread: see ``draw_captioned``.
-        visible: part of each object that must stay in view; one that finds no such place is left out.
+        visible: share of each object that must stay visible; an object without such a place is left out.
     """
     image = draw_background(rng)
     masks: list[np.ndarray] = []
@@ -128,7 +129,7 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_object(rng: np.random.Generator, label: int, radius: float, spread: float) -> tuple[np.ndarray, np.ndarray]:
-    """Draw an object somewhere in the picture.
+    """Draw an object somewhere in the image.
 
     Returns:
         Its mask, (192, 192) bool, and the float32 colors of the pixels under it, (mask.sum(), 3).
@@ -151,7 +152,7 @@ def draw_object(rng: np.random.Generator, label: int, radius: float, spread: flo
 
 
 def inside_shape(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Tell which points, in units of the radius and with v downwards, lie in a shape."""
+    """Tell which points, in units of the radius and with v downwards, are inside a shape."""
     r, theta = np.hypot(u, v), np.arctan2(u, -v)
     if shape == "circle":
         return r < 0.92

@@ -1,4 +1,4 @@
-"""How the committed weights are packed: in half precision, and of the token embedding only the rows in use."""
+"""How the committed weights are packed: in half precision, and with only the used rows of the token embedding."""
 
 import clip
 import torch
@@ -8,13 +8,13 @@ from regionspot.vocabulary import get_templates
 
 
 def used_tokens() -> torch.Tensor:
-    """Return the sorted ids of the tokens that prompts and captions of this world are made of."""
+    """Return the sorted ids of the tokens in the prompts and captions of this world."""
     texts = [template.format("and") for template in get_templates("all")] + NAMES
     return torch.unique(clip.tokenize(texts))
 
 
 def pack_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what a weights file holds of a state dict of CLIP or SAM; ``regionspot.checkpoint`` reads it."""
+    """Return the contents of a weights file for a state dict of CLIP or SAM; ``regionspot.checkpoint`` reads it."""
     packed = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
     if "token_embedding.weight" in packed:
         tokens = used_tokens()

@@ -1,9 +1,9 @@
-"""Trains the miniature CLIP as the real one was: on whole pictures with captions.
+"""Trains the miniature CLIP as the real one was: on whole images with captions.
 
-It sees pictures of 1 to 3 objects, framed loosely, under captions in CLIP's own prompt templates. It sees no tight
+It sees images of 1 to 3 objects, framed loosely, under captions in CLIP's own prompt templates. It sees no tight
 crops, no boxes and none of the annotated scenes; all categories, novel ones too, occur in captions, as they did on
-the web. Beside CLIP's contrastive loss a second head names the caption's words from either feature and is thrown
-away afterwards: without it so small a model takes far longer to look at shapes.
+the web. Beside CLIP's contrastive loss, a second head predicts the caption's words from either feature and is
+discarded afterwards: without it, so small a model takes far longer to attend to shapes.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from clip.model import CLIP
 from torch import nn
 from torch.nn import functional as F
 
-from miniworld.captions import CONTEXT, WORDS, CaptionedPictures, halve, to_input
+from miniworld.captions import CONTEXT, WORDS, CaptionedImages, halve, to_input
 from miniworld.categories import CATEGORIES, NAMES
 from miniworld.generator import draw_captioned
 from regionspot.modeling.vision_language.clip import ClipSize, build_clip
@@ -33,20 +33,20 @@ CLIP_SIZE = ClipSize(
 
 
 class ClipPretraining(nn.Module):
-    """CLIP, the head that names words, and their loss."""
+    """CLIP, the head that predicts words, and their loss."""
 
-    def __init__(self, directory: Path, seed: int, pictures: int, workers: int) -> None:
+    def __init__(self, directory: Path, seed: int, num_images: int, workers: int) -> None:
         """
         Args:
-            directory: where the drawn pictures are kept.
-            seed: of the pictures and of the training.
-            pictures: how many to draw.
-            workers: processes that draw.
+            directory: where the drawn images are kept.
+            seed: of the images and of the training.
+            num_images: how many to draw.
+            workers: drawing processes.
         """
         super().__init__()
-        self.pictures, self.seed = CaptionedPictures(directory, pictures, seed, workers), seed
+        self.images, self.seed = CaptionedImages(directory, num_images, seed, workers), seed
         self.model = build_clip(CLIP_SIZE)
-        # A feature map that holds position: it starts from a sine-cosine term.
+        # A feature map that contains the position: it starts from a sine-cosine term.
         with torch.no_grad():
             grid = CLIP_SIZE.image_size // CLIP_SIZE.patch_size
             self.model.visual.positional_embedding.mul_(0.1).add_(0.5 * sincos_2d(grid, CLIP_SIZE.width))
@@ -54,12 +54,12 @@ class ClipPretraining(nn.Module):
         self.log_scale = nn.Parameter(self.model.logit_scale.clone())
 
     def batch(self, iteration: int, progress: float, size: int) -> dict[str, torch.Tensor]:
-        return self.pictures.batch(self.seed, iteration, progress, size)
+        return self.images.batch(self.seed, iteration, progress, size)
 
     def forward(
         self, images: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor, same: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss of a batch as ``CaptionedPictures.batch`` gives it."""
+        """Return the loss of a batch as ``CaptionedImages.batch`` gives it."""
         seen = self.model.encode_image(images).float()
         read = encode_tokens(self.model, tokens).float()
         scale = self.log_scale.exp().clamp(max=100)
@@ -70,7 +70,7 @@ class ClipPretraining(nn.Module):
         return contrastive + 8 * named
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what is kept: CLIP alone."""
+        """Return the weights that are kept: CLIP's alone."""
         self.model.logit_scale.copy_(self.log_scale.detach().clamp(max=float(np.log(100))))
         return self.model.state_dict()
 
@@ -87,27 +87,27 @@ def sincos_2d(grid: int, width: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def report_clip(clip_model: CLIP, number: int = 400, seed: int = 1) -> dict[str, float]:
-    """Return zero-shot accuracies over all names on pictures of one object, anywhere in the picture.
+def report_clip(clip_model: CLIP, num_images: int = 400, seed: int = 1) -> dict[str, float]:
+    """Return zero-shot accuracies over all names on images of one object, anywhere in the image.
 
     Args:
         clip_model: CLIP.
-        number: of pictures.
+        num_images: of one object.
         seed: of the world; training uses another.
     """
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     labels: list[int] = []
     index = 0
-    while len(pictures) < number:
+    while len(images) < num_images:
         scene = draw_captioned(index, seed)
         index += 1
         if len(scene.classes) == 1:
-            pictures.append(halve(scene))
+            images.append(halve(scene))
             labels.append(int(scene.classes[0]))
     device = clip_model.text_projection.device
-    seen = torch.cat([clip_model.encode_image(part.to(device)) for part in to_input(np.stack(pictures)).split(100)])
-    guesses = (seen.float() @ TextEncoder(clip_model).encode(NAMES).t()).argmax(dim=1).tolist()
-    result = {"top1": float(np.mean([guess == label for guess, label in zip(guesses, labels)]))}
+    seen = torch.cat([clip_model.encode_image(part.to(device)) for part in to_input(np.stack(images)).split(100)])
+    predictions = (seen.float() @ TextEncoder(clip_model).encode(NAMES).t()).argmax(dim=1).tolist()
+    result = {"top1": float(np.mean([predicted == label for predicted, label in zip(predictions, labels)]))}
     for k, attribute in enumerate(("pattern", "color", "shape")):
-        result[attribute] = float(np.mean([CATEGORIES[g][k] == CATEGORIES[t][k] for g, t in zip(guesses, labels)]))
+        result[attribute] = float(np.mean([CATEGORIES[g][k] == CATEGORIES[t][k] for g, t in zip(predictions, labels)]))
     return result

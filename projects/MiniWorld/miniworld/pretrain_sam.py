@@ -1,4 +1,4 @@
-"""Trains the miniature SAM: from boxes and points to masks, without knowing any class."""
+"""Trains the miniature SAM: from boxes and points to masks, without any class."""
 
 import multiprocessing
 import signal
@@ -30,7 +30,7 @@ SIDE = SIZE // SAM_SIZE.patch_size * 4  # of the low-resolution masks
 
 
 def draw_masks(arguments: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return picture, boxes and (N, 64, 64) uint8 mask coverage of a (seed, index)."""
+    """Return image, boxes and (N, 64, 64) uint8 mask coverage of a (seed, index)."""
     seed, index = arguments
     scene = draw_scene("masks", index, seed)
     coverage = scene.masks.reshape(len(scene.masks), SIDE, SIZE // SIDE, SIDE, SIZE // SIDE).mean(axis=(2, 4))
@@ -42,23 +42,23 @@ class SamPretraining(nn.Module):
 
     model: Sam
 
-    def __init__(self, directory: Path, seed: int, pictures: int, workers: int) -> None:
+    def __init__(self, directory: Path, seed: int, num_scenes: int, workers: int) -> None:
         """
         Args:
             directory: not used: scenes are drawn again at each start, which takes seconds.
             seed: of the scenes and of the training.
-            pictures: how many scenes to draw.
-            workers: processes that draw.
+            num_scenes: how many to draw.
+            workers: drawing processes.
         """
         super().__init__()
         with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-            drawn = pool.imap(draw_masks, [(seed, i) for i in range(pictures)], chunksize=32)
-            self.scenes = list(tqdm(drawn, total=pictures, desc="drawing scenes"))
+            drawn = pool.imap(draw_masks, [(seed, i) for i in range(num_scenes)], chunksize=32)
+            self.scenes = list(tqdm(drawn, total=num_scenes, desc="drawing scenes"))
         self.seed = seed
         self.model = build_sam(SAM_SIZE)
 
     def batch(self, iteration: int, progress: float, size: int) -> dict[str, list]:
-        """Return a batch: pictures, and for four objects of each a box that is a little off, or a point inside."""
+        """Return a batch: images, and for four objects of each a slightly jittered box, or a point inside."""
         rng = np.random.default_rng([self.seed, iteration])
         batch: dict[str, list] = {"images": [], "prompts": [], "coverage": []}
         for i in rng.integers(0, len(self.scenes), size):
@@ -67,7 +67,7 @@ class SamPretraining(nn.Module):
             boxes, coverage = boxes[chosen], coverage[chosen]
             prompts = self._boxes(rng, boxes) if rng.random() < 0.7 else self._points(rng, coverage)
             if rng.random() < 0.5:
-                image, prompts, coverage = mirror(image, prompts, coverage)
+                image, prompts, coverage = flip(image, prompts, coverage)
             batch["images"].append(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1))
             batch["prompts"].append(prompts)
             batch["coverage"].append(torch.from_numpy(np.ascontiguousarray(coverage)).float() / 255)
@@ -97,13 +97,13 @@ class SamPretraining(nn.Module):
             torch.stack([self.model.preprocess(image.to(device).float()) for image in images])
         )
         losses = []
-        for embedding, given, target in zip(embeddings, prompts, coverage):
-            masks, ious = self._decode(embedding[None], given.to(device))  # (N, 4, s, s), (N, 4)
+        for embedding, prompt, target in zip(embeddings, prompts, coverage):
+            masks, ious = self._decode(embedding[None], prompt.to(device))  # (N, 4, s, s), (N, 4)
             target = target.to(device)[:, None]
             loss = mask_loss(masks, target)  # (N, 4)
             with torch.no_grad():
                 real = soft_iou(masks > 0, target > 0.5)
-            single = loss[:, 0].mean() if given.boxes is not None else 0
+            single = loss[:, 0].mean() if prompt.boxes is not None else 0
             losses.append(single + loss[:, 1:].min(dim=1).values.mean() + F.mse_loss(ious, real))
         return torch.stack(losses).mean()
 
@@ -115,15 +115,15 @@ class SamPretraining(nn.Module):
         return masks.float(), ious.float()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what is kept."""
+        """Return the weights that are kept."""
         return self.model.state_dict()
 
     def report(self) -> dict[str, float]:
         return report_sam(self.model)
 
 
-def mirror(image: np.ndarray, prompts: Prompts, coverage: np.ndarray) -> tuple[np.ndarray, Prompts, np.ndarray]:
-    """Mirror picture, prompts and masks left to right."""
+def flip(image: np.ndarray, prompts: Prompts, coverage: np.ndarray) -> tuple[np.ndarray, Prompts, np.ndarray]:
+    """Flip image, prompts and masks horizontally."""
     if prompts.boxes is not None:
         x0, y0, x1, y1 = prompts.boxes.unbind(1)
         prompts = Prompts(boxes=torch.stack([SIZE - x1, y0, SIZE - x0, y1], dim=1))
@@ -151,19 +151,19 @@ def soft_iou(masks: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def report_sam(sam: Sam, number: int = 60, seed: int = 1) -> dict[str, float]:
+def report_sam(sam: Sam, num_scenes: int = 60, seed: int = 1) -> dict[str, float]:
     """Return mean IoUs at full size, on scenes of another seed: of boxes, and of the best mask of one point.
 
     Args:
         sam: the model.
-        number: of scenes.
+        num_scenes: of the evaluation.
         seed: of the world; training uses another.
     """
     training, gradients = sam.training, [p.requires_grad for p in sam.parameters()]
     ious: dict[str, list] = {"box_iou": [], "point_iou": []}
     for multimask, key in ((False, "box_iou"), (True, "point_iou")):
         localizer = Localizer(sam=sam, multimask=multimask)
-        for index in range(number):
+        for index in range(num_scenes):
             scene = draw_scene("masks", index, seed)
             target = torch.from_numpy(scene.masks).to(sam.device)
             embedding = localizer.encode_images([torch.from_numpy(scene.image).permute(2, 0, 1)])
