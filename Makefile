@@ -9,11 +9,12 @@ UV := uv==0.13.8
 # A RegionSpot checkpoint for the photograph, if there is one: make photo WEIGHTS=regionspot_bb.pth
 WEIGHTS ?=
 
-.PHONY: help demo photo test gpu-check lint format detectron2 lock clean
+.PHONY: help demo photo test test-fast gpu-check lint format detectron2 lock clean
 help:
 	@echo "make demo   regions of a real photograph, then training and evaluation in a drawn world (output/demo)"
 	@echo "make photo  the photograph alone"
 	@echo "make test   the tests, on a CPU, with no downloads"
+	@echo "make test-fast  the tests but for the slow files, for work in between"
 	@echo "make gpu-check  on a machine with CUDA: training, extraction, evaluation and the golden numbers on its GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   pin the newest versions that setup.py admits in requirements/lock.txt"
@@ -27,8 +28,14 @@ photo: $(VENV)/.ready
 	    --boxes "172,17,408,308;77,66,479,388;326,66,424,326" --vocabulary "cup,saucer,spoon,espresso,wooden table,zebra" \
 	    --output output/demo --cached-weights-only MODEL.WEIGHTS "$(WEIGHTS)"
 
+# A file's tests share what is slow to set up, so a worker takes whole files, in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-fast: $(VENV)/.ready
+	$(PYTEST) -m "not slow"
 
 gpu-check: $(VENV)/.ready
 	$(BIN)/python -m tests.gpu_check

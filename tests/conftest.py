@@ -1,5 +1,6 @@
 import os
 import signal
+from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU wherever they run; before CUDA is looked for
 os.environ["OMP_NUM_THREADS"] = "1"  # networks as small as these are faster so, and forked processes need it
@@ -12,6 +13,44 @@ from regionspot.data import register_json_dataset
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
+
+# Files that take longest, the longest first: they train models, start processes, or build full-size networks.
+SLOW = [
+    "miniworld/test_miniature.py",
+    "engine/test_train_net.py",
+    "projects/test_rcnn.py",
+    "test_golden.py",
+    "engine/test_trainer.py",
+    "engine/test_oracle.py",
+    "engine/test_stop.py",
+    "projects/test_miniworld_detection.py",
+    "projects/test_dense.py",
+    "engine/test_evaluate.py",
+    "tools/test_benchmark.py",
+    "device/test_miniworld.py",
+    "device/test_training.py",
+    "device/test_inference.py",
+    "modeling/test_meta_arch.py",
+    "modeling/roi_heads/test_roi_heads.py",
+    "tools/test_gpu_check.py",
+    "test_package.py",
+    "data/coco_io/test_results.py",
+    "checkpoint/test_checkpointer.py",
+    "data/tokens/test_store.py",
+    "engine/test_train_loop.py",
+    "data/test_proposal_damage.py",
+    "evaluation/test_prediction_log.py",
+    "engine/test_schedule.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow files, and start with them, so that no worker is left with one at the end."""
+    order = {Path(__file__).parent / name: position for position, name in enumerate(SLOW)}
+    for item in items:
+        if item.path in order:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")

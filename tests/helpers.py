@@ -180,10 +180,13 @@ def flat(node: object, prefix: str = "") -> dict:
 
 def load_program(path: Path) -> ModuleType:
     """Return a program as a module of a name of its own: there is a train_net.py in tools/ and in each project."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    name = f"{path.parent.name}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # processes that it starts look for its functions there
+    sys.modules[name] = module  # processes that it starts look for its functions there
     spec.loader.exec_module(module)
     return module
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from detectron2.utils.logger import setup_logger
 
-from .helpers import ROOT
+from .helpers import load_program
 
 
 class Program:
@@ -48,10 +48,9 @@ class Program:
                 os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
         os.chdir(self.directory)
-        sys.argv, sys.path[:0] = self.argv, [str(Path(self.argv[0]).parent)]
-        for name, module in list(sys.modules.items()):  # several programs are called train_net
-            if str(getattr(module, "__file__", None)).startswith((f"{ROOT}/tools", f"{ROOT}/projects")):
-                del sys.modules[name]
+        sys.argv, sibling = self.argv, Path(self.argv[0]).with_name("train_net.py")
+        if sibling.is_file() and sibling != Path(self.argv[0]):  # which other programs of a project import
+            sys.modules["train_net"] = load_program(sibling)
         for name in (None, *logging.root.manager.loggerDict):  # those of the tests lead elsewhere
             logging.getLogger(name).handlers.clear()
         setup_logger.cache_clear()

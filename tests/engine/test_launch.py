@@ -63,7 +63,6 @@ def test_device_in_config_alone_is_respected(two_gpus, tmp_path, monkeypatch, to
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("regionspot.engine.set_up_run", reached)
     monkeypatch.setattr("detectron2.utils.comm._LOCAL_PROCESS_GROUP", None)
-    monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.setattr(sys, "argv", [tool, "--config-file", str(path)])
     monkeypatch.chdir(tmp_path)
     try:
