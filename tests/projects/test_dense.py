@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from regionspot import RegionSpot
 
-from ..helpers import NAMES, ROOT, as_inputs, frozen_overrides, write_dataset, write_frozen_parts
+from ..helpers import NAMES, as_inputs, frozen_overrides, write_dataset, write_frozen_parts
 from ..modeling.test_meta_arch import assert_same
 from ..processes import run_program
 from .tiny_dense import PROJECT, tiny_dense_config
@@ -231,7 +231,7 @@ def directory(tmp_path_factory):
         *["optimizer.lr=3e-4", "train.max_iter=4", "train.log_period=1", "train.eval_period=100"],
     ]
     (directory / "tiny.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.projects.tiny_dense import tiny_dense_config\n"
+        "from tests.projects.tiny_dense import tiny_dense_config\n"
         f"globals().update(tiny_dense_config({CONFIGS[0]!r}, *{options!r}).items())\n"
     )
     trained = train_net.main(arguments(directory, *WHOLE, f"train.output_dir={directory}/whole"))

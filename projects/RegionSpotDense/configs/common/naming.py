@@ -1,8 +1,5 @@
 """What the configs here share: RegionSpot's recognizer, its training recipe, and both around a dense detector."""
 
-import sys
-from pathlib import Path
-
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -10,15 +7,13 @@ from omegaconf import DictConfig
 
 from regionspot import RegionRecognizer
 from regionspot.config import load_config
+from regionspot.model_zoo import get_config_file
 
-PROJECT = Path(__file__).resolve().parents[2]
-if str(PROJECT) not in sys.path:  # the configs also load where train_net.py is not what runs
-    sys.path.insert(0, str(PROJECT))
-from named_detector import NamedDetector, load_detector  # noqa: E402, F401
+from ...named_detector import NamedDetector, load_detector  # noqa: F401
 
 recognizer = L(RegionRecognizer.from_pretrained)(
     # overrides are RegionSpot's: [KEY, value, ...]
-    cfg=L(load_config)(config_file=str(PROJECT.parents[1] / "configs" / "RegionSpot-BB.yaml"), overrides=[]),
+    cfg=L(load_config)(config_file=get_config_file("RegionSpot-BB.yaml"), overrides=[]),
     weights="",  # a RegionSpot checkpoint, released or one's own
 )
 
