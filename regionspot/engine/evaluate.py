@@ -18,7 +18,7 @@ from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import build_test_loader, proposal_source
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.engine.extract import check_image_ids
-from regionspot.evaluation import Protocol, build_evaluator
+from regionspot.evaluation import Protocol, RegionEvaluator
 from regionspot.evaluation.protocol import ANNOTATED, METRICS, short_hash
 from regionspot.modeling import RegionSpot
 from regionspot.modeling.proposal_sources import detector_config
@@ -51,7 +51,8 @@ def _evaluate_alone(cfg: CfgNode, model: nn.Module, name: str, output_dir: str |
     records = DatasetCatalog.get(name)
     check_image_ids(image_ids(records), name)
     protocol = describe_protocol(cfg, model, name)
-    evaluator = build_evaluator(cfg, name, output_dir, protocol, len(records))
+    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    evaluator = RegionEvaluator(name, output_dir, protocol, tasks, len(records))
     loader = build_test_loader(cfg, name, skip=evaluator.finished)
     with _masks_as_rle(model):
         metrics = inference_on_dataset(model, loader, evaluator)

@@ -2,14 +2,16 @@
 
 import numpy as np
 
+from regionspot.evaluation.tables import rank_in_run
+
 _PENDING = 1 << 21  # detections that are not ranked yet, at the least
 
 
 class ClassCap:
-    """Knows what can no longer be among the best detections of its class in the whole data set.
+    """Decides which detections can still be among the best of their class in the whole data set.
 
-    Detections are ranked by score, then by image id, as fixed AP's limit of a class ranks them. What has been seen so
-    far says which score a detection needs: a threshold of each class, which rises.
+    Detections are ranked by score, then by image id, as fixed AP's limit per class ranks them. Each class has a
+    threshold, the score of its last detection within the limit so far, which rises.
     """
 
     def __init__(self, num_classes: int, limit: int) -> None:
@@ -22,12 +24,12 @@ class ClassCap:
         self._kept = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))
         self._pending: list[tuple[np.ndarray, ...]] = []
         self._num_pending = 0
-        self._scores = np.full(num_classes, -np.inf)  # of the last that counts
+        self._scores = np.full(num_classes, -np.inf)  # of the last detection within the limit
         self._image_ids = np.full(num_classes, np.iinfo(np.int64).max)
 
     @property
     def num_kept(self) -> int:
-        """How many of the detections that were seen count, and those that are not ranked yet."""
+        """Number of detections within the limits so far, and of those that are not ranked yet."""
         return len(self._kept[0]) + self._num_pending
 
     def admits(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -42,7 +44,7 @@ class ClassCap:
         return (scores > needed) | ((scores == needed) & (image_id <= self._image_ids[classes]))
 
     def add(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> None:
-        """Take note of an image's detections; of those that are admitted at the least, and of each image once."""
+        """Add an image's detections, at least those that are admitted, once for each image."""
         self._pending.append((classes.astype(np.int32), scores, np.full(len(classes), image_id)))
         self._num_pending += len(classes)
         if self._num_pending > max(_PENDING, len(self._kept[0]) // 2):
@@ -53,10 +55,8 @@ class ClassCap:
         classes, scores, image_ids = (np.concatenate(column) for column in zip(self._kept, *self._pending))
         self._pending, self._num_pending = [], 0
         order = np.lexsort((image_ids, -scores, classes))
-        begins = np.searchsorted(classes[order], np.arange(self.num_classes + 1))
-        rank = np.arange(len(order)) - np.repeat(begins[:-1], np.diff(begins))
-        full = np.flatnonzero(np.diff(begins) >= self.limit)
-        last = order[begins[full] + self.limit - 1]
-        self._scores[full], self._image_ids[full] = scores[last], image_ids[last]
+        rank = rank_in_run(classes[order])
+        last = order[rank == self.limit - 1]  # one of each class that has as many
+        self._scores[classes[last]], self._image_ids[classes[last]] = scores[last], image_ids[last]
         order = order[rank < self.limit]
         self._kept = (classes[order], scores[order], image_ids[order])

@@ -1,4 +1,4 @@
-"""Detectron2's LVIS evaluator with our metrics, for any detector: the same numbers, on any NumPy, in less time."""
+"""Detectron2's LVIS evaluator with RegionSpot's metrics: the same numbers, with any NumPy, in less time."""
 
 import itertools
 import logging
@@ -49,8 +49,8 @@ class DetectionLVISEvaluator(LVISEvaluator):
         if not self._do_evaluation:
             logger.info("the data set has no annotations: the predictions are in %s", path)
             return
-        truth, results = GroundTruth(Path(self._metadata.json_file)), read_results(path)
-        tasks = ("bbox", "segm") if any("segmentation" in x for x in detections) else ("bbox",)
+        truth, results = GroundTruth(self._metadata.json_file), read_results(path)
+        tasks = ("bbox", "segm") if results.regions is not None else ("bbox",)
         outcomes = {task: evaluate_task(truth, results, task, "lvis", self._max_dets_per_image) for task in tasks}
         self._results.update({task: outcome.metrics for task, outcome in outcomes.items()})
         logger.info("%s", format_table(self._results))

@@ -1,4 +1,4 @@
-"""Predictions written as they come, so that an evaluation that was cut goes on where it stopped."""
+"""Predictions written as they come, so that an interrupted evaluation resumes where it stopped."""
 
 import itertools
 import logging
@@ -24,13 +24,13 @@ from regionspot.utils.files import atomic_path
 logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("<qII")  # image id, length and CRC-32 of what follows
-_CHUNK = 1 << 26  # bytes that travel at one time
-_REWRITTEN = 1 << 22  # detections in a file before it is rewritten without those that no longer count
-_PATIENCE = timedelta(days=7)  # others wait for the slowest process, and for the main one while it evaluates
+_CHUNK = 1 << 26  # bytes that are sent at a time
+_REWRITTEN = 1 << 22  # detections in a file before it is rewritten without those that the cap no longer admits
+_TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, and for the main one while it evaluates
 
 
 class ImagePredictions(msgspec.Struct, eq=False):
-    """The detections of an image, and what was found for each of its regions.
+    """The detections of an image, and the best classes of its annotated regions.
 
     Attributes:
         image_id: the image.
@@ -40,8 +40,8 @@ class ImagePredictions(msgspec.Struct, eq=False):
         boxes: (R, 4) float XYWH, original pixels.
         rles: counts of the regions' compressed RLE; empty without masks.
         size: (height, width) of the masks.
-        targets: (N,) int, annotated classes of the regions, where the regions are the annotated ones.
-        top: (N, k) int, for each of these its best classes, best first.
+        targets: (N,) int, annotated classes of the regions, where the boxes are the annotated ones.
+        top: (N, k) int, the best classes of each of these regions, best first.
         unreadable: why the image could not be read; it then has no detections.
     """
 
@@ -63,7 +63,7 @@ class ImagePredictions(msgspec.Struct, eq=False):
         return cls(image_id, none, none.astype(np.float32), none, np.zeros((0, 4), np.float32), unreadable=reason)
 
     def select(self, keep: np.ndarray) -> "ImagePredictions":
-        """Return the detections of ``keep`` (D,) bool, and their regions alone."""
+        """Return the detections of ``keep`` (D,) bool, with their regions only."""
         if keep.all():
             return self
         used, regions = np.unique(self.regions[keep], return_inverse=True)
@@ -78,17 +78,17 @@ class ImagePredictions(msgspec.Struct, eq=False):
 
 
 class PredictionLog:
-    """Records of images, in one file for each process of each run; what was cut off while written does not count.
+    """Records of images, in one file for each process of each run; a truncated record does not count.
 
-    The files of a run carry its identity and a name of its own, so that no two runs write to one file. Processes
-    need no common disk: what the main process does not find in its own directory is sent to it.
+    The name of a file has the identity and a random name of its run, so that no two runs write to the same file.
+    Processes need no common disk: files that are not in the main process's directory are sent to it.
     """
 
     def __init__(self, directory: str | Path, identity: str, cap: ClassCap | None = None) -> None:
         """
         Args:
-            directory: where the files lie, on the disk of each process.
-            identity: of model, data and protocol; what another has left is removed.
+            directory: of the files, on the disk of each process.
+            identity: of model, data and protocol; files of another identity are removed.
             cap: detections that it does not admit are not kept.
         """
         self.directory, self.cap = Path(directory), cap
@@ -99,7 +99,7 @@ class PredictionLog:
         self._places: dict[int, tuple[Path, int]] = {}  # of each image's record
 
     def open(self) -> set[int]:
-        """Start to write; return the ids of the images that were written before, by whatever number of processes."""
+        """Start to write; return the ids of the images that earlier runs wrote, with any number of processes."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.glob("predictions.*"):
             if not path.name.startswith(self.prefix):
@@ -108,7 +108,7 @@ class PredictionLog:
         self._index(path for path in self._files() if f".{run}." not in path.name)
         done = set().union(*comm.all_gather(set(self._places), _patient_group()))
         if done and comm.is_main_process():
-            logger.info("%d images were evaluated before: going on", len(done))
+            logger.info("%d images were evaluated before: resuming", len(done))
         self._path = self.directory / f"{self.prefix}{run}.{comm.get_rank()}.log"
         self._file = self._path.open("xb")
         return done
@@ -130,7 +130,7 @@ class PredictionLog:
             self._rewrite(self.cap)
 
     def collect(self) -> None:
-        """End writing, and bring all records to where the main process reads them."""
+        """End writing, and bring all records to the main process's disk."""
         assert self._file is not None
         self._file.close()
         names = comm.all_gather({path.name for path in self._files()}, _patient_group())
@@ -146,7 +146,7 @@ class PredictionLog:
                 self.cap.rank()
 
     def __len__(self) -> int:
-        """Return the number of images that were found."""
+        """Return the number of images with a record."""
         return len(self._places)
 
     def __iter__(self) -> Iterator[ImagePredictions]:
@@ -159,10 +159,10 @@ class PredictionLog:
                 yield self._admitted(_decode(next(_records(files[path]))[2]))
 
     def finish(self, complete: bool) -> None:
-        """Wait for the main process; forget what was written if for it the evaluation is ``complete``.
+        """Wait for the main process, and remove the files if its evaluation is ``complete``.
 
         Raises:
-            RuntimeError: it is not; in the other processes.
+            RuntimeError: in the other processes, if it is not.
         """
         complete = comm.all_gather(complete, _patient_group())[0]
         if complete:
@@ -178,10 +178,10 @@ class PredictionLog:
         return predictions.select(self.admits(predictions.image_id, predictions.classes, predictions.scores))
 
     def _index(self, paths: Iterator[Path] | list[Path]) -> dict[int, tuple[Path, int]]:
-        """Take note of where each image's record lies, and of the scores of those that are new.
+        """Index the place of each image's record, and give the cap the scores of new ones.
 
         Returns:
-            The places of images that could not be read, which may be whole by now.
+            The places of images that could not be read, which may be readable by now.
         """
         unreadable = {}
         for path in paths:
@@ -198,7 +198,7 @@ class PredictionLog:
         return unreadable
 
     def _rewrite(self, cap: ClassCap) -> None:
-        """Leave out of the file what has fallen below the thresholds."""
+        """Drop from the file what has fallen below the thresholds."""
         assert self._file is not None
         self._file.close()
         cap.rank()
@@ -211,7 +211,7 @@ class PredictionLog:
         self._file = self._path.open("ab")
 
     def _send(self, name: str, sender: int) -> None:
-        """Bring a file from a process to the main one, a chunk at a time."""
+        """Send a file from a process to the main one, a chunk at a time."""
         if comm.get_rank() == sender:
             with (self.directory / name).open("rb") as file:
                 for chunk in itertools.chain(iter(lambda: file.read(_CHUNK), b""), [b""]):
@@ -223,7 +223,7 @@ class PredictionLog:
 
 
 def _exchange(chunk: bytes, sender: int) -> bytes:
-    """Send a chunk to the main process, or in that receive one; an empty one is the last."""
+    """Send a chunk to the main process, or receive it there; an empty one is the last."""
     group, size = _patient_group(), torch.tensor([len(chunk)])
     if not comm.is_main_process():
         distributed.send(size, 0, group)
@@ -238,13 +238,13 @@ def _exchange(chunk: bytes, sender: int) -> bytes:
 
 
 def _patient_group() -> Any:
-    """Return a group of all processes that may wait for days; NCCL's, whose processes would give up, is no such."""
+    """Return a group of all processes that may wait for days; those of NCCL would give up."""
     return _make_group(distributed.group.WORLD) if comm.get_world_size() > 1 else None
 
 
 @lru_cache(maxsize=1)  # for as long as these processes belong together
 def _make_group(world: Any) -> Any:
-    return distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    return distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def _write(file: BinaryIO, predictions: ImagePredictions) -> None:
@@ -266,6 +266,6 @@ def _records(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
         image_id, length, checksum = _HEADER.unpack(header)
         offset, content = file.tell() - _HEADER.size, file.read(length)
         if len(content) < length or zlib.crc32(content) != checksum:
-            logger.warning("%s: a record is cut off or damaged; what follows is recognized again", file.name)
+            logger.warning("%s: a record is truncated or damaged; images after it are recognized again", file.name)
             return
         yield offset, image_id, content

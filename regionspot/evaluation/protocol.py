@@ -1,4 +1,4 @@
-"""What a number means: where the boxes come from, how detections are scored, and by which rules they are judged."""
+"""What an evaluation's numbers mean: the source of the boxes, the scores of detections, and the rules."""
 
 import hashlib
 import json
@@ -10,19 +10,19 @@ ANNOTATED = "annotated"  # boxes that are the annotated ones
 
 @dataclass
 class Protocol:
-    """Everything that a table's numbers depend on beside the model's weights.
+    """Everything that an evaluation's numbers depend on.
 
     Attributes:
         dataset: registered name, and the hash of its annotation file.
         metric: "lvis", "fixed" (LVIS's fixed AP) or "coco".
-        boxes: where they come from, with the file's hash if there is one.
+        boxes: their source, with the file's hash if there is one.
         labels_per_box: classes of a box that may become detections; -1 for all.
-        detections_per_image: at the most; -1 for all.
-        score: the rule, and how class probabilities come about.
+        detections_per_image: at most; -1 for all.
+        score: the rule, and how class probabilities are computed.
         vocabulary: number of names, and their hash.
         templates: which prompt templates, and their hash.
-        checkpoint: where the weights are from, and their hash.
-        config: hash of all that the config says of model and input.
+        checkpoint: source of the weights, and their hash.
+        config: hash of the config's model and input.
     """
 
     dataset: str
@@ -36,18 +36,19 @@ class Protocol:
     checkpoint: str
     config: str
 
-    def line(self, images: int, of: int) -> str:
-        """Return the line that stands above a table of ``images`` evaluated images of ``of``."""
+    def line(self, num_evaluated: int, num_images: int) -> str:
+        """Describe the protocol in one line, the heading of a table."""
         labels = "all" if self.labels_per_box < 0 else self.labels_per_box
         detections = "all" if self.detections_per_image < 0 else self.detections_per_image
         return (
             f"protocol: {self.metric} on {self.dataset}; boxes: {self.boxes}; labels per box: {labels}; detections "
             f"per image: {detections}; score: {self.score}; vocabulary: {self.vocabulary}; templates: "
-            f"{self.templates}; checkpoint: {self.checkpoint}; config: {self.config}; images: {images} of {of}"
+            f"{self.templates}; checkpoint: {self.checkpoint}; config: {self.config}; images: {num_evaluated} of "
+            f"{num_images}"
         )
 
     def identity(self) -> str:
-        """Return a hash of it all: predictions of two runs belong together if theirs are equal."""
+        """Return a hash of all of it: predictions of two runs belong together if it is equal."""
         return short_hash(json.dumps(asdict(self), sort_keys=True), 64)
 
 

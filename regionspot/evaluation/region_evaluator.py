@@ -15,13 +15,12 @@ from detectron2.utils import comm
 
 from regionspot.data.coco_io import Results, write_results
 from regionspot.data.datasets import category_ids
-from regionspot.evaluation.accuracy import region_accuracy
 from regionspot.evaluation.class_cap import ClassCap
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import DETS_PER_CLASS
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
 from regionspot.evaluation.protocol import ANNOTATED, Protocol, short_hash
-from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
+from regionspot.evaluation.report import Outcome, evaluate_task, format_table, region_accuracy, write_outcomes
 from regionspot.utils.rle import PackedRles
 
 logger = logging.getLogger(__name__)
@@ -32,9 +31,9 @@ LVIS_LIMIT = 300  # detections of an image that LVIS AP counts
 class RegionEvaluator(DatasetEvaluator):
     """Evaluates a data set by its protocol, and leaves the predictions as COCO results for any other tool.
 
-    Predictions are written as they come; images that were done before a run was cut are not done again. Neither the
-    number of processes nor a cut changes a digit. Of fixed AP only those are kept that may be among the best of their
-    class.
+    Predictions are written as they come, and an interrupted run resumes after the images that are done. Neither the
+    number of processes nor an interruption changes a digit. For fixed AP only predictions are kept that may be among
+    the best of their class.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class RegionEvaluator(DatasetEvaluator):
         output_dir: str | Path,
         protocol: Protocol,
         tasks: tuple[str, ...] = ("bbox",),
-        of: int = 0,
+        num_images: int = 0,
     ) -> None:
         """
         Args:
@@ -52,50 +51,52 @@ class RegionEvaluator(DatasetEvaluator):
             output_dir: for the predictions, ``metrics.json`` and the tables.
             protocol: what to evaluate, and by which rules.
             tasks: "bbox", "segm".
-            of: number of images of the data set.
+            num_images: of the data set; 0 accepts any number.
         """
         self.metadata = MetadataCatalog.get(dataset_name)
-        self.output_dir, self.protocol, self.tasks, self.of = Path(output_dir), protocol, tasks, of
+        self.output_dir, self.protocol = Path(output_dir), protocol
+        self.tasks, self.num_images = tasks, num_images
         self.json_file = Path(self.metadata.get("json_file") or self.output_dir / "annotations.json")
         if not self.metadata.get("json_file"):
             convert_to_coco_json(dataset_name, str(self.json_file), allow_cached=False)
-        self.category_ids = category_ids(dataset_name)  # what does not fit is said before inference
+        self.category_ids = category_ids(dataset_name)  # refuses categories that differ before inference
         cap = ClassCap(len(self.metadata.thing_classes), DETS_PER_CLASS) if protocol.metric == "fixed" else None
         self.log = PredictionLog(output_dir, short_hash(protocol.identity() + " ".join(tasks)), cap)
         self.finished = self.log.open()
 
     def reset(self) -> None:
-        """Nothing to forget: what was written before counts."""
+        """Nothing to forget: predictions of an interrupted run count."""
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Write the predictions of a batch, see ``RegionSpot.forward``."""
         for image, output in zip(inputs, outputs):
             if image.get("unreadable"):
                 self.log.append(ImagePredictions.of_unreadable(image["image_id"], image["unreadable"]))
-                continue
-            detections = output["instances"].to(torch.device("cpu"))
-            admitted = self.log.admits(
-                image["image_id"], detections.pred_classes.numpy(), detections.scores.numpy()
-            )  # before anything else is done with what may be hundreds of thousands
-            detections = detections[torch.from_numpy(admitted)]
-            used, first, regions = np.unique(
-                detections.region_indices.numpy(), return_index=True, return_inverse=True
-            )  # what detections of a box share is written once
-            boxes = detections.pred_boxes.tensor.numpy()[first]
-            predictions = ImagePredictions(
-                image_id=image["image_id"],
-                classes=detections.pred_classes.numpy().astype(np.int32),
-                scores=detections.scores.numpy(),
-                regions=regions.astype(np.int32).reshape(-1),
-                boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS),
-            )
-            if "segm" in self.tasks:
-                predictions.rles = [detections.pred_masks_rle[row]["counts"] for row in first.tolist()]
-                predictions.size = detections.image_size
-            if self.protocol.boxes == ANNOTATED:
-                predictions.targets = image["instances"].gt_classes.numpy()
-                predictions.top = output["regions"].top_classes.cpu().numpy()
-            self.log.append(predictions)
+            else:
+                self.log.append(self._image_predictions(image, output))
+
+    def _image_predictions(self, image: dict[str, Any], output: dict[str, Any]) -> ImagePredictions:
+        detections = output["instances"].to(torch.device("cpu"))
+        # First of all: there may be hundreds of thousands of detections.
+        admitted = self.log.admits(image["image_id"], detections.pred_classes.numpy(), detections.scores.numpy())
+        detections = detections[torch.from_numpy(admitted)]
+        # What detections of the same box share is written once.
+        _, first, regions = np.unique(detections.region_indices.numpy(), return_index=True, return_inverse=True)
+        boxes = detections.pred_boxes.tensor.numpy()[first]
+        predictions = ImagePredictions(
+            image_id=image["image_id"],
+            classes=detections.pred_classes.numpy().astype(np.int32),
+            scores=detections.scores.numpy(),
+            regions=regions.astype(np.int32).reshape(-1),
+            boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS),
+        )
+        if "segm" in self.tasks:
+            predictions.rles = [detections.pred_masks_rle[row]["counts"] for row in first.tolist()]
+            predictions.size = detections.image_size
+        if self.protocol.boxes == ANNOTATED:
+            predictions.targets = image["instances"].gt_classes.numpy()
+            predictions.top = output["regions"].top_classes.cpu().numpy()
+        return predictions
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Return the metrics of each task, in percent, in the main process; None in the others, which wait for it.
@@ -113,27 +114,19 @@ class RegionEvaluator(DatasetEvaluator):
         return metrics
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        if self.of and len(self.log) != self.of:
+        if self.num_images and len(self.log) != self.num_images:
             raise ValueError(
-                f"{self.output_dir}: predictions of {len(self.log)} images, expected all {self.of} of "
-                f"{self.metadata.name}; run the evaluation again, which goes on with those that are missing"
+                f"{self.output_dir}: predictions of {len(self.log)} images, expected all {self.num_images} of "
+                f"{self.metadata.name}; run the evaluation again, which resumes with those that are missing"
             )
-        kind = "coco" if self.protocol.metric == "coco" else "lvis"
         truth = GroundTruth(self.json_file)
         results, regions, unreadable = self._read_log()
+        kind = "coco" if self.protocol.metric == "coco" else "lvis"
         write_results(self.output_dir / f"{kind}_instances_results.json", results)
-        line, limit = self.protocol.line(len(self.log), self.of), self.protocol.detections_per_image
-        line += f", {len(unreadable)} unreadable" * bool(unreadable)
-        limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
-        outcomes = {}
-        for task in self.tasks:
-            try:
-                outcomes[task] = evaluate_task(truth, results, task, self.protocol.metric, limit)
-            except ValueError as error:
-                if task == "bbox":
-                    raise
-                logger.warning("masks are not evaluated: %s", error)  # such as annotations without masks
+        outcomes = self._evaluate_tasks(truth, results)
         metrics = OrderedDict({task: outcome.metrics for task, outcome in outcomes.items()})
+        line = self.protocol.line(len(self.log), self.num_images)
+        line += f", {len(unreadable)} unreadable" * bool(unreadable)
         logger.info("%s\n%s", line, format_table(metrics))
         more: dict[str, object] = {"protocol": line}
         if unreadable:
@@ -145,28 +138,40 @@ class RegionEvaluator(DatasetEvaluator):
             )
         if regions:
             targets, top = zip(*regions)
-            frequencies = [f or "" for f in truth.frequencies]
-            metrics["region"] = more["region"] = region_accuracy(targets, top, frequencies)
+            metrics["region"] = more["region"] = region_accuracy(targets, top, truth.frequencies)
             logger.info("accuracy on the annotated boxes\n%s", format_table({"region": metrics["region"]}))
         write_outcomes(self.output_dir, truth, outcomes, **more)
         return metrics
 
+    def _evaluate_tasks(self, truth: GroundTruth, results: Results) -> dict[str, Outcome]:
+        limit = self.protocol.detections_per_image
+        limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
+        outcomes = {}
+        for task in self.tasks:
+            try:
+                outcomes[task] = evaluate_task(truth, results, task, self.protocol.metric, limit)
+            except ValueError as error:
+                if task == "bbox":
+                    raise
+                logger.warning("masks are not evaluated: %s", error)  # such as annotations without masks
+        return outcomes
+
     def _read_log(self) -> tuple[Results, list[tuple[np.ndarray, np.ndarray]], list[str]]:
-        """Return all detections, the annotated and the best classes of each image's regions, and what is unreadable."""
+        """Return all detections, the annotated and the best classes of each image's regions, and unreadable images."""
         none = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)), np.zeros(0, np.int64))
-        pieces: list[tuple[np.ndarray, ...]] = [none]
-        rles, accuracies, unreadable = PackedRles(), [], []
+        images: list[tuple[np.ndarray, ...]] = [none]
+        rles, classes_of_regions, unreadable = PackedRles(), [], []
         for image in self.log:
             image_ids = np.full(len(image.classes), image.image_id)
             rows = len(rles) + image.regions.astype(np.int64)
             columns = (image_ids, self.category_ids[image.classes], image.scores, image.boxes[image.regions], rows)
-            pieces.append(columns)
+            images.append(columns)
             for counts in image.rles:
                 rles.append(image.size, counts.encode())
             if image.targets is not None and image.top is not None and len(image.targets):
-                accuracies.append((image.targets, image.top))
+                classes_of_regions.append((image.targets, image.top))
             if image.unreadable:
                 unreadable.append(image.unreadable)
-        ids, categories, scores, boxes, regions = (np.concatenate(column) for column in zip(*pieces))
+        ids, categories, scores, boxes, regions = (np.concatenate(column) for column in zip(*images))
         masks = (regions, rles) if "segm" in self.tasks else (None, None)
-        return Results(ids, categories, scores, boxes, *masks), accuracies, unreadable
+        return Results(ids, categories, scores, boxes, *masks), classes_of_regions, unreadable

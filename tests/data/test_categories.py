@@ -33,31 +33,31 @@ def entries(**ids):
     return [{"id": category_id, "name": name} for name, category_id in ids.items()]
 
 
-def test_metadata_without_mapping_follow_the_order_of_ids(register_categories):
+def test_default_mapping_follows_id_order(register_categories):
     register_categories(entries(cup=3, bowl=2, dog=1), thing_classes=["dog", "bowl", "cup"])
     assert category_ids(NAME).tolist() == [1, 2, 3]
 
 
-def test_lvis_labels_without_mapping_are_ids_less_1(register_categories):
+def test_default_mapping_of_lvis_is_id_minus_1(register_categories):
     register_categories(entries(cup=3, bowl=2, dog=1), thing_classes=["dog", "bowl", "cup"], evaluator_type="lvis")
     assert category_ids(NAME).tolist() == [1, 2, 3]
 
 
-def test_lvis_ids_that_begin_at_0_are_refused(register_categories):
+def test_lvis_ids_from_0_are_refused(register_categories):
     """Detectron2's loader makes label -1 of id 0."""
     register_categories(entries(cup=2, bowl=1, dog=0), thing_classes=["dog", "bowl", "cup"], evaluator_type="lvis")
     with pytest.raises(ValueError, match="category 0 is 'dog', but 'no class' in metadata"):
         category_ids(NAME)
 
 
-def test_mapping_of_a_part_of_the_categories(register_categories):
+def test_mapping_of_some_categories(register_categories):
     register_categories(
         entries(cup=2, dog=7, bowl=90), thing_classes=["bowl", "cup"], thing_dataset_id_to_contiguous_id={90: 0, 2: 1}
     )
     assert category_ids(NAME).tolist() == [90, 2]
 
 
-def test_mapping_of_metadata_counts(register_categories):
+def test_mapping_from_metadata(register_categories):
     mapping = {7: 0, 90: 1, 2: 2}
     register_categories(
         entries(cup=2, dog=7, bowl=90), thing_classes=["dog", "bowl", "cup"], thing_dataset_id_to_contiguous_id=mapping
@@ -66,13 +66,13 @@ def test_mapping_of_metadata_counts(register_categories):
 
 
 @pytest.mark.parametrize("name", ["bull", "horned_cow"])
-def test_lvis_names_are_first_synonyms_or_names(register_categories, name):
+def test_lvis_names_and_first_synonyms(register_categories, name):
     categories = [{"id": 1, "name": "bull", "synonyms": ["horned_cow", "bull"]}, {"id": 2, "name": "cow"}]
     register_categories(categories, thing_classes=[name, "cow"])
     assert category_ids(NAME).tolist() == [1, 2]
 
 
-def test_data_set_without_a_file_has_the_ids_that_detectron2_writes(tmp_path):
+def test_ids_without_annotation_file(tmp_path):
     DatasetCatalog.register(NAME, list)
     MetadataCatalog.get(NAME).set(thing_classes=["dog", "bowl"])
     try:
@@ -95,7 +95,7 @@ def test_data_set_without_a_file_has_the_ids_that_detectron2_writes(tmp_path):
         ({"dog": 1, "bowl": 2, "cup": 3}, {1: 1, 2: 0, 3: 2}, "category 1 is 'dog', but 'bowl' in metadata"),
     ],
 )
-def test_names_that_disagree_are_refused(register_categories, ids, mapping, message):
+def test_mismatched_names_are_refused(register_categories, ids, mapping, message):
     more = {} if mapping is None else {"thing_dataset_id_to_contiguous_id": mapping}
     register_categories(entries(**ids), thing_classes=["dog", "bowl", "cup"], **more)
     cfg = tiny_config()
@@ -111,7 +111,7 @@ def test_two_categories_of_one_class_are_refused(register_categories):
         category_ids(NAME)
 
 
-def test_file_that_has_changed_since_it_was_read_is_refused(tmp_path, register):
+def test_changed_annotation_file_is_refused(tmp_path, register):
     path = write_dataset(tmp_path, 2)
     register(NAME, path, tmp_path / "images")
     DatasetCatalog.get(NAME)

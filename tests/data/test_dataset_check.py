@@ -25,7 +25,7 @@ def edit(directory, change):
     return f"{path}:{directory / 'images'}"
 
 
-def test_data_set_without_a_fault(directory):
+def test_flawless_data_set(directory):
     report = check_dataset(edit(directory, lambda content: None), workers=2)
     assert is_usable(report) and report["unusable"] == [] and set(report["left_out"].values()) == {0}
     annotations = json.loads((directory / "annotations.json").read_text())["annotations"]
@@ -41,7 +41,7 @@ def test_data_set_without_a_fault(directory):
         assert number == sum(annotation["category_id"] == ids[name] for annotation in annotations)
 
 
-def test_images_that_cannot_be_used(directory):
+def test_unusable_images(directory):
     images = directory / "images"
     (images / "0.png").unlink()
     (images / "2.png").write_bytes((images / "2.png").read_bytes()[:200])
@@ -54,7 +54,7 @@ def test_images_that_cannot_be_used(directory):
         assert image["file_name"] == str(images / f"{name}.png") and word in image["problem"]
 
 
-def test_annotations_that_are_left_out(directory):
+def test_left_out_annotations(directory):
     def change(content):
         first = [next(a for a in content["annotations"] if a["image_id"] == i) for i in (1, 2, 3, 4)]
         first[0]["iscrowd"] = 1
@@ -69,7 +69,7 @@ def test_annotations_that_are_left_out(directory):
     assert report["images_without_regions"] == 4 and report["statistics"]["side_in_pixels"][0] == 8
 
 
-def test_names_that_clip_cannot_take(directory):
+def test_names_that_clip_refuses(directory):
     def change(content):
         for category, name in zip(content["categories"], (" ", "cup", "cup", "very " * 80 + "long")):
             category["name"] = name
@@ -79,6 +79,6 @@ def test_names_that_clip_cannot_take(directory):
     assert not is_usable(report)
 
 
-def test_names_at_the_limit_are_measured_in_the_longest_prompt():
+def test_name_length_in_longest_prompt():
     found = [bool(check_class_names(["cup " * number])["too_long"]) for number in range(40, 75)]
     assert found == sorted(found) and not found[0] and found[-1]

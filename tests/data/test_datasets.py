@@ -96,7 +96,7 @@ def random_file(directory, number=300):
 
 
 @pytest.mark.parametrize("chunk", [1 << 14, 7])
-def test_records_are_those_of_the_plain_reading(tmp_path, monkeypatch, chunk):
+def test_records_match_plain_reading(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(json_file, "CHUNK_ENTRIES", chunk)
     path = random_file(tmp_path)
     dataset, expected = read_json_dataset(path, tmp_path), reference_records(path, tmp_path)
@@ -124,7 +124,7 @@ def test_records_are_those_of_the_plain_reading(tmp_path, monkeypatch, chunk):
     assert (dataset.num_crowd, dataset.num_degenerate) == (crowd, degenerate) and crowd and degenerate
 
 
-def test_arrays_are_small_and_pickle(tmp_path):
+def test_arrays_are_compact_and_pickle(tmp_path):
     dataset = read_json_dataset(random_file(tmp_path), tmp_path)
     types = {"image_ids": "int64", "offsets": "int64", "boxes": "float32", "labels": "int32", "crowd": "bool"}
     for name, dtype in types.items():
@@ -139,7 +139,7 @@ def test_arrays_are_small_and_pickle(tmp_path):
 
 
 @pytest.mark.parametrize("ids", [(0, 1, 2, 3), (1, 2, 3, 4), (90, 5, 17, 1000)])
-def test_classes_are_contiguous_and_named_by_the_file(tmp_path, ids):
+def test_classes_are_contiguous(tmp_path, ids):
     register_json_dataset("test_ids", write_dataset(tmp_path, 3, ids), tmp_path / "images")
     records = DatasetCatalog.get("test_ids")
     metadata = MetadataCatalog.get("test_ids")
@@ -149,7 +149,7 @@ def test_classes_are_contiguous_and_named_by_the_file(tmp_path, ids):
         assert names == [NAMES[label] for label in draw_scene(index)[2]]
 
 
-def test_the_file_says_which_evaluator(tmp_path):
+def test_evaluator_type_from_file(tmp_path):
     path = write_dataset(tmp_path / "lvis", 2)
     content = json.loads(path.read_text())
     del content["images"][1]["neg_category_ids"]
@@ -167,7 +167,7 @@ def test_the_file_says_which_evaluator(tmp_path):
         register_json_dataset("test_voc", path, tmp_path, "voc")
 
 
-def test_final_parts_of_file_names(tmp_path):
+def test_keep_parts_of_file_names(tmp_path):
     path = write(tmp_path, [image(file_name="images/v1/patch8/a.jpg"), image(2, file_name="b.jpg")])
     files = {keep: [r["file_name"] for r in read_json_dataset(path, "/x", keep_parts=keep)] for keep in (None, 1, 2)}
     assert files == {
@@ -179,7 +179,7 @@ def test_final_parts_of_file_names(tmp_path):
         register_json_dataset("test_parts", path, "/x", keep_parts=0)
 
 
-def test_files_of_lvis_and_without_annotations(tmp_path):
+def test_lvis_file_without_annotations(tmp_path):
     address = "http://images.cocodataset.org/val2017/1.jpg"
     entry = {"id": 1, "coco_url": address, "height": 2, "width": 2, "neg_category_ids": [1]}
     path = write(tmp_path, [entry], categories=[{"id": 1, "name": "a", "frequency": "r"}])
@@ -213,14 +213,14 @@ def test_files_of_lvis_and_without_annotations(tmp_path):
         ({"annotations": [annotation("1")]}, r"annotations\[0\].image_id: expected `int`, got `str`"),
     ],
 )
-def test_what_is_wrong_is_said_with_file_and_place(tmp_path, content, message):
+def test_errors_name_file_and_place(tmp_path, content, message):
     path = write(tmp_path, **{"images": [image()], **content})
     with pytest.raises(ValueError, match=message) as caught:
         read_json_dataset(path, tmp_path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_place_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
+def test_place_in_later_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(json_file, "CHUNK_ENTRIES", 2)
     path = write(tmp_path, [image()], [*[annotation()] * 4, annotation(bbox=(1, 2))])
     with pytest.raises(ValueError, match=r"annotations\[4\].bbox"):
@@ -232,7 +232,7 @@ def test_place_counts_from_the_start_of_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["", "images", "annotations", "categories"])
-def test_nesting_without_end_is_refused(tmp_path, place):
+def test_deep_nesting_is_refused(tmp_path, place):
     deep = '{"x": ' + '{"a": ' * 500_000 + "1" + "}" * 500_000 + "}"
     parts = ", ".join(
         f'"{part}": [{deep if part == place else ""}]' for part in ("images", "annotations", "categories")
@@ -243,7 +243,7 @@ def test_nesting_without_end_is_refused(tmp_path, place):
         read_json_dataset(path, tmp_path)
 
 
-def test_a_spec_registers_itself(tmp_path, monkeypatch):
+def test_spec_registers_itself(tmp_path, monkeypatch):
     path = write_dataset(tmp_path, 2)
     monkeypatch.chdir(tmp_path)
     name = "annotations.json:images"
@@ -254,7 +254,7 @@ def test_a_spec_registers_itself(tmp_path, monkeypatch):
     assert MetadataCatalog.get(name).evaluator_type == "lvis" and MetadataCatalog.get(name).json_file == str(path)
 
 
-def test_specs_that_are_none_or_lead_nowhere(tmp_path):
+def test_invalid_specs(tmp_path):
     path = write_dataset(tmp_path, 1)
     assert not register_from_spec("lvis_v1_train") and not register_from_spec("no_such_name")
     for name, message in (
@@ -276,7 +276,7 @@ def test_builtin_data_sets_are_registered(name):
     assert metadata.evaluator_type == ("lvis" if is_lvis else "coco")
 
 
-def test_odinw_has_13_sets_of_3_splits():
+def test_odinw_paths():
     paths = {name: (str(file), str(directory)) for name, (file, directory) in odinw_paths(Path("r")).items()}
     made = "annotations_without_background.json"
     assert len(paths) == 39
@@ -288,7 +288,7 @@ def test_odinw_has_13_sets_of_3_splits():
     assert paths["odinw_EgoHands_train"][1] == "r/odinw/EgoHands/generic/train"
 
 
-def test_registration_opens_no_file_and_leaves_names_alone(tmp_path, monkeypatch):
+def test_registration_opens_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(DatasetCatalog, "data", {"v3det_val": lambda: "mine"})
     monkeypatch.setattr(MetadataCatalog, "data", {})
     monkeypatch.setattr("io.open", lambda *_, **__: pytest.fail("a file was opened"))

@@ -127,7 +127,7 @@ def fast_path():
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.filterwarnings("error")
-def test_damaged_files_end_in_a_clear_error_or_a_correct_run(fast_path, monkeypatch, format):
+def test_damaged_proposal_files(fast_path, monkeypatch, format):
     monkeypatch.setattr(json_file, "CHUNK_BYTES", 300)  # so that there are several
     _, arrays = random_proposals(fast_path, images=3, number=4)
     original, path = fast_path / "original", fast_path / "damaged"

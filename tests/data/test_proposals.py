@@ -56,7 +56,7 @@ def random_proposals(tmp_path, seed=0, images=6, number=40, with_scores=True, wi
     return content, ProposalFile(write_json(tmp_path / f"random{seed}.json", content)).arrays
 
 
-def test_proposal_file_takes_the_place_of_the_annotated_boxes(dataset, tmp_path):
+def test_proposals_replace_annotated_boxes(dataset, tmp_path):
     boxes = [[5, 6, 30, 40], [50, 0, 200, 20], [3, 3, 3, 9]]
     write_json(tmp_path / "p.json", {"1": {"boxes": boxes, "scores": [0.9, 0.5, 0.4]}})
     batches = list(loader(tmp_path / "p.json", dataset, "INPUT.MIN_SIZE_TEST", 96))
@@ -70,7 +70,7 @@ def test_proposal_file_takes_the_place_of_the_annotated_boxes(dataset, tmp_path)
     assert outputs[0].scores.sum().item() == pytest.approx(1.4, abs=1e-4)
 
 
-def test_each_test_set_has_its_own_file(dataset, tmp_path, register):
+def test_one_proposal_file_per_test_set(dataset, tmp_path, register):
     other = register("test_others", tmp_path / "data" / "annotations.json", tmp_path / "data" / "images")
     paths = tuple(str(write_json(tmp_path / f"{x}.json", {"1": {"boxes": [[x, 0, 30, 30]]}})) for x in (3, 7))
     cfg = config("DATASETS.TEST", (dataset, other), "DATASETS.PROPOSAL_FILES_TEST", paths)
@@ -78,7 +78,7 @@ def test_each_test_set_has_its_own_file(dataset, tmp_path, register):
     assert [x.proposal_boxes.tensor[0, 0].item() for x in found] == [3, 7]
 
 
-def test_every_form_gives_the_same_bits_through_the_mapper(dataset, tmp_path):
+def test_formats_give_identical_boxes(dataset, tmp_path):
     content, _ = random_proposals(tmp_path)
     paths = {format: tmp_path / f"{format}.bin" for format in FORMATS}  # written by hand, with names that say nothing
     write_json(paths["glip"], content)
@@ -114,7 +114,7 @@ def test_every_form_gives_the_same_bits_through_the_mapper(dataset, tmp_path):
             assert torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
-def test_each_row_keeps_its_score_and_label_without_area_or_not(tmp_path):
+def test_boxes_keep_their_scores_and_labels(tmp_path):
     content, _ = random_proposals(tmp_path, seed=3)
     file = ProposalFile(tmp_path / "random3.json")
     for key, entry in content.items():
@@ -141,7 +141,7 @@ def test_scores_and_labels_may_be_missing(tmp_path, dataset):
     assert len(tiny_model()(batch)[0]["instances"])  # the class probability alone
 
 
-def test_thresholds_and_limits_to_the_last_digit(tmp_path):
+def test_thresholds_are_exact(tmp_path):
     """A score at the threshold stays, an IoU at the limit stays, what rounding put beside [0, 1] is no logit."""
     below = float(np.nextafter(np.float32(0.3), np.float32(0)))
     entry = {"boxes": [[0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 1.9]], "scores": [0.5, 0.3, below]}
@@ -165,7 +165,7 @@ def test_thresholds_and_limits_to_the_last_digit(tmp_path):
     assert (len(arrays.boxes), arrays.num_not_finite) == (1, 2)
 
 
-def test_scores_outside_0_to_1_are_logits_in_the_whole_file(tmp_path):
+def test_scores_outside_unit_interval_are_logits(tmp_path):
     logits = np.array([-3.5, 0.25, 0.75, 2000, -2000])
     entry = {"boxes": [[0, 0, 9, 9]] * 5, "scores": logits.tolist()}
     file = ProposalFile(write_json(tmp_path / "p.json", {"1": entry, "2": {"boxes": [], "scores": []}}))
@@ -176,7 +176,7 @@ def test_scores_outside_0_to_1_are_logits_in_the_whole_file(tmp_path):
     assert file.scores.tolist() == [0.25, 1, 0, 1, 0] and file.arrays.scores_from == "probabilities"
 
 
-def test_the_summary_counts_what_is_left_out(tmp_path):
+def test_summary_counts_dropped_boxes(tmp_path):
     nan, inf = float("nan"), float("inf")
     boxes = [[1, 1, 9, 9], [nan, 1, 9, 9], [1, 1, inf, 9], [1, -inf, 9, 9], [70, 1, 90, 9], [5, 5, 5, 9], [9, 9, 1, 1]]
     scores = [0.5, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -197,13 +197,13 @@ def test_the_summary_counts_what_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("ids", [(1, 2, 9), (9, 1, 2), (2, 9, 1)])
-def test_the_summary_takes_images_in_any_order(tmp_path, ids):
+def test_summary_with_images_in_any_order(tmp_path, ids):
     content = {str(image_id): {"boxes": [[21, 5, 60, 29], [1, 31, 19, 47]]} for image_id in SIZES}
     file = ProposalFile(write_json(tmp_path / "p.json", content))
     assert "boxes dropped: 2 outside the image, 0 without" in file.summarize(ids, [SIZES[i] for i in ids])
 
 
-def test_the_loader_says_so_before_the_run(tmp_path, dataset, caplog):
+def test_loader_summarizes_proposals(tmp_path, dataset, caplog):
     caplog.set_level(logging.INFO, "regionspot")
     loader(write_json(tmp_path / "p.json", {str(i): {"boxes": []} for i in range(1, 7)}), dataset)
     loader(write_json(tmp_path / "q.json", {"3": {"boxes": [[1, 1, 2, 2]]}, "99": {"boxes": []}}), dataset)
@@ -245,7 +245,7 @@ def test_the_loader_says_so_before_the_run(tmp_path, dataset, caplog):
         ("[[1, 2, 3, 4]]", r"entry 0: expected `object`, got `array`"),
     ],
 )
-def test_wrong_json_is_refused(tmp_path, content, message):
+def test_invalid_json_is_refused(tmp_path, content, message):
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         ProposalFile(tmp_path / "p.json")
@@ -254,14 +254,14 @@ def test_wrong_json_is_refused(tmp_path, content, message):
         ProposalFile(tmp_path / "no.json")
 
 
-def test_files_without_any_box_are_read(tmp_path):
+def test_files_without_boxes(tmp_path):
     for text in ("{}", "[]", " [ ]", "\ufeff{}", '{"5": {"boxes": [], "scores": []}}'):
         (tmp_path / "p.json").write_text(text)
         assert len(ProposalFile(tmp_path / "p.json").get(5, (4, 4))) == 0
 
 
 @pytest.mark.parametrize("piece", [64, 200, 1 << 23])
-def test_results_are_read_in_pieces_wherever_they_are_cut(tmp_path, monkeypatch, piece):
+def test_chunks_split_anywhere(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(json_file, "CHUNK_BYTES", piece)
     entries = [
         {"image_id": i % 3, "note": '}, {"x"', "more": [{}, {"a": [{}, {}]}], "bbox": [i, i, 2, 2], "score": i / 99}
@@ -280,7 +280,7 @@ def test_results_are_read_in_pieces_wherever_they_are_cut(tmp_path, monkeypatch,
         assert ProposalFile(write_json(tmp_path / "p.json", content)).arrays.num_not_finite == 1
 
 
-def test_masks_of_results_are_kept_if_asked_for(tmp_path):
+def test_masks_are_kept_on_request(tmp_path):
     entries = [{"image_id": i, "bbox": [i, i, 2, 2], "score": 0.5} for i in (3, 1, 2, 1)]
     for i, entry in enumerate(entries[:3]):
         entry["segmentation"] = {"size": [48, 64], "counts": f"abc{i}"}
@@ -305,7 +305,7 @@ def test_masks_of_results_are_kept_if_asked_for(tmp_path):
         ({"image_ids": np.array([4, 4])}, "image id 4 occurs twice"),
     ],
 )
-def test_wrong_tensors_are_refused(tmp_path, change, message):
+def test_invalid_tensors_are_refused(tmp_path, change, message):
     tensors = {"image_ids": np.array([4, 2]), "offsets": np.array([0, 1, 3]), "boxes": np.ones((3, 4), np.float32)}
     tensors["boxes"][:, 2:] = [[5, 6], [7, 8], [9, 9]]
     path, metadata = tmp_path / "p.safetensors", {"format": "regionspot-proposals-1"}

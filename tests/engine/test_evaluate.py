@@ -19,9 +19,9 @@ from detectron2.modeling import build_model
 from regionspot.data import build_test_loader
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.evaluate import describe_protocol
-from regionspot.evaluation import GroundTruth, read_results, run_lvis_evaluation
-from regionspot.evaluation.accuracy import region_accuracy
+from regionspot.evaluation import GroundTruth, evaluate_lvis, read_results
 from regionspot.evaluation.region_evaluator import RegionEvaluator
+from regionspot.evaluation.report import region_accuracy
 from regionspot.modeling import RegionSpot
 from regionspot.modeling.postprocessing import DetectionRule
 from regionspot_cli import table as table_command
@@ -240,7 +240,7 @@ def test_fixed_ap_keeps_what_its_limit_leaves(dataset, tmp_path, monkeypatch, li
     kept = read_results(path)
     assert len(kept) < len(whole)
     for task in ("bbox", "segm"):
-        found = [run_lvis_evaluation(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, kept)]
+        found = [evaluate_lvis(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, kept)]
         np.testing.assert_array_equal(found[0].precision, found[1].precision)
 
 

@@ -25,7 +25,7 @@ def best(images, limit):
 @pytest.mark.parametrize("rising", [False, True])
 @pytest.mark.parametrize("levels", [1, 4, 10**6])
 @pytest.mark.parametrize("limit", [1, 7, 10_000])
-def test_what_is_not_admitted_is_never_missed(monkeypatch, levels, limit, rising):
+def test_rejected_detections_are_never_needed(monkeypatch, levels, limit, rising):
     monkeypatch.setattr("regionspot.evaluation.class_cap._PENDING", 50)
     cap, written, whole = ClassCap(5, limit), [], []
     for image in draw(levels, levels=levels, rising=rising):
@@ -43,7 +43,7 @@ def test_what_is_not_admitted_is_never_missed(monkeypatch, levels, limit, rising
     assert cap.num_kept == len(drop_place)
 
 
-def test_thresholds_rise_while_detections_come(monkeypatch):
+def test_thresholds_rise(monkeypatch):
     monkeypatch.setattr("regionspot.evaluation.class_cap._PENDING", 50)
     cap, admitted = ClassCap(5, 3), 0
     for image in draw(0, levels=10**6, images=400):

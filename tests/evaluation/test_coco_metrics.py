@@ -11,7 +11,8 @@ from detectron2.evaluation.coco_evaluation import COCOEvaluator, _evaluate_predi
 from pycocotools.coco import COCO
 
 from regionspot.data.coco_io import read_results
-from regionspot.evaluation.coco_metrics import MAX_DETS, evaluate_coco, run_coco_evaluation
+from regionspot.evaluation.coco_metrics import MAX_DETS, evaluate_coco
+from regionspot.evaluation.ground_truth import GroundTruth
 
 from .reference import assert_same, make_world, write_world
 
@@ -50,7 +51,7 @@ def pycocotools_says(annotations, predictions, task):
 def compare(directory, world, predictions, task="bbox"):
     annotations, results = write_world(directory, world, predictions)
     theirs = pycocotools_says(annotations, predictions, task)
-    ours = run_coco_evaluation(annotations, read_results(results), task)
+    ours = evaluate_coco(GroundTruth(annotations), read_results(results), task)
     same = {"rtol": 0, "atol": 1e-9}
     np.testing.assert_allclose(ours.precision, theirs.eval["precision"][..., -1], **same)
     np.testing.assert_allclose(ours.recall, theirs.eval["recall"][..., -1], **same)
@@ -75,7 +76,7 @@ def test_masks_as_pycocotools(tmp_path, kind):
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
-def test_crowds_are_matched_many_times_and_last(tmp_path, task):
+def test_crowds_match_repeatedly_and_last(tmp_path, task):
     world, predictions = make_hostile(3, crowds=0.6, masks=True, categories=2, truths=12, near=1.0, images=5)
     ours, _ = compare(tmp_path, world, predictions, task)
     without = [{**entry, "iscrowd": 0} for entry in world["annotations"]]
@@ -83,7 +84,7 @@ def test_crowds_are_matched_many_times_and_last(tmp_path, task):
     compare(tmp_path, {**world, "annotations": [{**e, "iscrowd": 1} for e in without]}, predictions, task)
 
 
-def test_the_world_is_not_trivial(tmp_path):
+def test_world_is_not_trivial(tmp_path):
     world, predictions = make_world(3, images=20, detections=60)
     ours, _ = compare(tmp_path, {**world, "info": {}}, predictions)
     values = [*ours.metrics().values(), *ours.average_recalls().values()]
@@ -121,7 +122,7 @@ def test_classes_as_detectron2(tmp_path, task):
         assert number == sum(not entry["iscrowd"] for entry in own)
 
 
-def test_what_annotations_may_lack(tmp_path):
+def test_optional_keys_of_annotations(tmp_path):
     world, predictions = make_world(2)
     whole = write_world(tmp_path / "whole", world, predictions)
     world = {**world, "annotations": [dict(entry) for entry in world["annotations"]]}
@@ -131,20 +132,21 @@ def test_what_annotations_may_lack(tmp_path):
         for key in ("frequency", "neg_category_ids", "not_exhaustive_category_ids"):
             entry.pop(key, None)
     less = write_world(tmp_path / "less", world, predictions)
-    expected, got = (evaluate_coco(path, read_results(results)) for path, results in (whole, less))
-    assert_same(got, expected)
+    expected, got = (evaluate_coco(GroundTruth(paths[0]), read_results(paths[1])) for paths in (whole, less))
+    assert_same(got.metrics(), expected.metrics())
 
 
-def test_no_detection_is_zero_and_said(tmp_path, caplog):
+def test_no_detections_warn(tmp_path, caplog):
     annotations, results = write_world(tmp_path, make_world(2)[0], [])
-    assert evaluate_coco(annotations, read_results(results))["AP"] == 0
+    assert evaluate_coco(GroundTruth(annotations), read_results(results)).metrics()["AP"] == 0
     assert "no detection" in caplog.text
 
 
 def test_nothing_annotated_is_nan(tmp_path):
     world, predictions = make_world(2)
     annotations, results = write_world(tmp_path, {**world, "annotations": []}, predictions)
-    assert all(np.isnan(value) for value in evaluate_coco(annotations, read_results(results)).values())
+    evaluation = evaluate_coco(GroundTruth(annotations), read_results(results))
+    assert all(np.isnan(value) for value in evaluation.metrics().values())
 
 
 def test_errors(tmp_path):
@@ -152,20 +154,20 @@ def test_errors(tmp_path):
     annotations, results = write_world(tmp_path, world, predictions)
     read = read_results(results)
     with pytest.raises(ValueError, match="expected one of bbox, segm"):
-        evaluate_coco(annotations, read, "keypoints")
+        evaluate_coco(GroundTruth(annotations), read, "keypoints")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        evaluate_coco(tmp_path / "nothing.json", read)
+        evaluate_coco(GroundTruth(tmp_path / "nothing.json"), read)
     predictions[1]["image_id"] = 99999
     _, results = write_world(tmp_path, world, predictions)
     with pytest.raises(ValueError, match="entry 1 has image id 99999"):
-        evaluate_coco(annotations, read_results(results))
+        evaluate_coco(GroundTruth(annotations), read_results(results))
     world["annotations"][3]["segmentation"] = []
     annotations, _ = write_world(tmp_path, world, predictions)
     with pytest.raises(ValueError, match=r"annotations.3.: expected polygons"):
-        evaluate_coco(annotations, read, "segm")
+        evaluate_coco(GroundTruth(annotations), read, "segm")
 
 
-def test_cost_does_not_grow_with_images_times_classes(tmp_path):
+def test_cost_of_many_images_and_classes(tmp_path):
     """4 million pairs; an entry for each would take gigabytes and minutes."""
     images = [{"id": i, "height": 100, "width": 100} for i in range(2000)]
     categories = [{"id": i, "name": f"thing {i}"} for i in range(2000)]
@@ -174,5 +176,5 @@ def test_cost_does_not_grow_with_images_times_classes(tmp_path):
     predictions = [{**box, "score": 0.5} for box in boxes[::2]]
     world = {"images": images, "annotations": annotations, "categories": categories}
     paths, start = write_world(tmp_path, world, predictions), time.process_time()
-    assert evaluate_coco(paths[0], read_results(paths[1]))["AP"] == pytest.approx(50)
+    assert evaluate_coco(GroundTruth(paths[0]), read_results(paths[1])).metrics()["AP"] == pytest.approx(50)
     assert time.process_time() - start < 20

@@ -9,7 +9,7 @@ import pytest
 from regionspot.data.coco_io import read_results
 from regionspot.evaluation import matching
 from regionspot.evaluation.ground_truth import GroundTruth
-from regionspot.evaluation.lvis_metrics import evaluate_lvis, run_lvis_evaluation
+from regionspot.evaluation.lvis_metrics import evaluate_lvis
 
 from .reference import assert_same, best_of_each_class, lvis_says, make_world, write_world
 
@@ -32,7 +32,7 @@ HOSTILE = {
 def compare(directory, world, predictions, task, max_dets=300):
     annotations, results = write_world(directory, world, predictions)
     theirs, their_classes = lvis_says(annotations, predictions, task, max_dets)
-    evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results), task, max_dets=max_dets)
+    evaluation = evaluate_lvis(GroundTruth(annotations), read_results(results), task, max_dets=max_dets)
     ours = evaluation.metrics()
     assert list(ours) == KEYS
     recalls = {key.replace(f"@{max_dets}", "@300"): value for key, value in evaluation.average_recalls().items()}
@@ -55,7 +55,7 @@ def test_masks_as_lvis(tmp_path, kind):
     compare(tmp_path / "boxes", world, predictions, "bbox")
 
 
-def test_what_just_reaches_a_threshold_as_lvis(tmp_path):
+def test_ious_at_thresholds_as_lvis(tmp_path):
     """Each IoU threshold and the ends of the area ranges, to the bit; 32 x 32 is small and medium."""
     places = [(area, k) for area in (1024.0, 9216.0) for k in range(9, 21)]
     world, _ = make_world(0, images=len(places), categories=1)
@@ -84,32 +84,32 @@ def test_limits_as_lvis(tmp_path, max_dets):
     world, predictions = make_world(5, ties=True)
     annotations, results = write_world(tmp_path, world, predictions)
     theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets)
-    ours = evaluate_lvis(GroundTruth(annotations), read_results(results), max_dets=max_dets)
+    ours = evaluate_lvis(GroundTruth(annotations), read_results(results), max_dets=max_dets).metrics()
     assert_same(ours, {key: theirs[key] for key in KEYS})
 
 
 @pytest.mark.parametrize("limit", [1, 7, 50])
-def test_pairs_in_blocks_of_any_size_as_lvis(tmp_path, monkeypatch, limit):
+def test_block_sizes_as_lvis(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(matching, "_PAIRS", limit)
     monkeypatch.setattr(matching, "_EDGES", limit)
     compare(tmp_path, *make_world(0, **HOSTILE["crowded"]), "bbox")
 
 
-def test_the_world_is_not_trivial(tmp_path):
+def test_world_is_not_trivial(tmp_path):
     world, predictions = make_world(3, images=20, detections=60)
     values = compare(tmp_path, world, predictions, "bbox")
     assert all(0 < value < 100 for value in values.values())
     assert len(set(values.values())) == len(values)
 
 
-def test_masks_with_areas_of_boxes_as_lvis_does_alone(tmp_path):
+def test_masks_with_box_areas_as_lvis(tmp_path):
     world, predictions = make_world(4, masks=True, images=12)
     annotations, results = write_world(tmp_path, world, predictions)
     theirs, _ = lvis_says(annotations, predictions, "segm", without_boxes=False)
     truth, read = GroundTruth(annotations), read_results(results)
-    ours = run_lvis_evaluation(truth, read, "segm", segm_areas="boxes").metrics()
+    ours = evaluate_lvis(truth, read, "segm", segm_areas="boxes").metrics()
     assert_same(ours, {key: theirs[key] for key in KEYS})
-    assert ours["APs"] != evaluate_lvis(truth, read, "segm")["APs"]
+    assert ours["APs"] != evaluate_lvis(truth, read, "segm").metrics()["APs"]
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
@@ -138,26 +138,26 @@ def test_integer_scores_and_unknown_negatives(tmp_path):
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 @pytest.mark.parametrize("limit", [3, 10_000])
-def test_fixed_ap_is_lvis_ap_of_the_best_of_each_class(tmp_path, task, limit):
+def test_fixed_ap_limits_each_class(tmp_path, task, limit):
     world, predictions = make_world(7, masks=task == "segm", ties=True, detections=30)
     annotations, results = write_world(tmp_path, world, predictions)
     theirs, _ = lvis_says(annotations, best_of_each_class(predictions, limit), task, max_dets=-1)
     truth, read = GroundTruth(annotations), read_results(results)
-    evaluation = run_lvis_evaluation(truth, read, task, "fixed", dets_per_class=limit)
+    evaluation = evaluate_lvis(truth, read, task, "fixed", dets_per_class=limit)
     assert_same(evaluation.metrics(), {key: theirs[key] for key in KEYS})
     assert list(evaluation.average_recalls()) == ["AR", "ARs", "ARm", "ARl"]
     if limit == 10_000:
-        assert_same(evaluate_lvis(truth, read, task, protocol="fixed"), evaluation.metrics())
+        assert_same(evaluate_lvis(truth, read, task, protocol="fixed").metrics(), evaluation.metrics())
 
 
-def test_fixed_ap_is_of_10000_detections_of_a_class(tmp_path):
+def test_fixed_ap_limit_is_10000(tmp_path):
     world, _ = make_world(0, images=1, categories=2)
     [image], classes = world["images"], [entry["id"] for entry in world["categories"]]
     entry = {"image_id": image["id"], "bbox": [0, 0, 1, 1], "category_id": classes[0]}
     predictions = [{**entry, "score": i / 20_000} for i in range(10_007)] + [{**entry, "score": 0.0}]
     predictions += [{**entry, "score": 0.0, "category_id": classes[1]}] * 2
     annotations, results = write_world(tmp_path, world, predictions)
-    evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results), protocol="fixed")
+    evaluation = evaluate_lvis(GroundTruth(annotations), read_results(results), protocol="fixed")
     assert evaluation.num_limited == 10_000 + 2
 
 
@@ -166,21 +166,21 @@ def test_fixed_ap_has_no_limit_per_image(tmp_path):
     annotations, results = write_world(tmp_path, world, predictions)
     truth, read = GroundTruth(annotations), read_results(results)
     theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets=-1)
-    assert_same(evaluate_lvis(truth, read, protocol="fixed"), {key: theirs[key] for key in KEYS})
-    assert evaluate_lvis(truth, read, protocol="fixed") != evaluate_lvis(truth, read, max_dets=20)
+    assert_same(evaluate_lvis(truth, read, protocol="fixed").metrics(), {key: theirs[key] for key in KEYS})
+    assert evaluate_lvis(truth, read, protocol="fixed").metrics() != evaluate_lvis(truth, read, max_dets=20).metrics()
 
 
-def test_no_detection_is_zero_and_said(tmp_path, caplog):
+def test_no_detections_warn(tmp_path, caplog):
     world, _ = make_world(1, frequencies="rc")
     annotations, results = write_world(tmp_path, world, [])
-    values = evaluate_lvis(GroundTruth(annotations), read_results(results))
+    values = evaluate_lvis(GroundTruth(annotations), read_results(results)).metrics()
     assert values["AP"] == 0
     assert np.isnan(values["APf"])
     assert "no detection" in caplog.text
-    assert evaluate_lvis(GroundTruth(annotations), read_results(results), "segm")["AP"] == 0
+    assert evaluate_lvis(GroundTruth(annotations), read_results(results), "segm").metrics()["AP"] == 0
 
 
-def test_detections_of_unverified_categories_are_said(tmp_path, caplog):
+def test_unverified_categories_warn(tmp_path, caplog):
     world, predictions = make_world(1)
     for image in world["images"]:
         image["neg_category_ids"] = []
@@ -188,7 +188,7 @@ def test_detections_of_unverified_categories_are_said(tmp_path, caplog):
     others = [entry for entry in predictions if (entry["image_id"], entry["category_id"]) not in judged]
     annotations, results = write_world(tmp_path, world, others)
     with caplog.at_level(logging.WARNING):
-        evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results))
+        evaluation = evaluate_lvis(GroundTruth(annotations), read_results(results))
     assert (evaluation.num_detections, evaluation.num_judged) == (len(others), 0)
     assert "annotated for" in caplog.text
 
@@ -196,7 +196,7 @@ def test_detections_of_unverified_categories_are_said(tmp_path, caplog):
 def test_counts(tmp_path):
     world, predictions = make_world(2, ignored=0.3)
     annotations, results = write_world(tmp_path, world, predictions)
-    evaluation = run_lvis_evaluation(GroundTruth(annotations), read_results(results), max_dets=5)
+    evaluation = evaluate_lvis(GroundTruth(annotations), read_results(results), max_dets=5)
     counted = [entry for entry in world["annotations"] if entry["area"] > 0 and not entry.get("ignore")]
     for category, number in zip(evaluation.category_ids, evaluation.num_annotations):
         assert number == sum(entry["category_id"] == category for entry in counted)
@@ -213,7 +213,7 @@ def test_counts(tmp_path):
         ("images", "not_exhaustive_category_ids", "not_exhaustive_category_ids"),
     ],
 )
-def test_other_annotations_are_refused(tmp_path, part, key, words):
+def test_annotations_without_lvis_keys_are_refused(tmp_path, part, key, words):
     world, predictions = make_world(0)
     del world[part][-1][key]
     annotations, results = write_world(tmp_path, world, predictions)
@@ -222,7 +222,7 @@ def test_other_annotations_are_refused(tmp_path, part, key, words):
 
 
 @pytest.mark.parametrize("wrong", [{"task": "boxes"}, {"protocol": "coco"}, {"max_dets": 0}])
-def test_other_arguments_are_refused(tmp_path, wrong):
+def test_invalid_arguments_are_refused(tmp_path, wrong):
     annotations, results = write_world(tmp_path, *make_world(0))
     with pytest.raises(ValueError, match="expected"):
         evaluate_lvis(GroundTruth(annotations), read_results(results), **wrong)
@@ -241,7 +241,7 @@ def test_other_arguments_are_refused(tmp_path, wrong):
         ({"category_id": 424242}, "category id 424242, which is not in 'categories'"),
     ],
 )
-def test_wrong_annotations_are_refused(tmp_path, change, words):
+def test_invalid_annotations_are_refused(tmp_path, change, words):
     world, predictions = make_world(0, masks=True, empty=0, near=1.0, images=3)
     world["annotations"][0] |= change
     annotations, results = write_world(tmp_path, world, predictions)

@@ -41,7 +41,7 @@ def read(log):
     return [plain(image) for image in log]
 
 
-def test_records_come_back_as_they_were(tmp_path):
+def test_records_round_trip(tmp_path):
     log = PredictionLog(tmp_path, "one")
     assert log.open() == set()
     for image_id in (9, 2**62, -3, 7):
@@ -52,7 +52,7 @@ def test_records_come_back_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 15, 16, 40, 200])
-def test_what_was_cut_off_is_done_again(tmp_path, cut):
+def test_truncated_record_is_repeated(tmp_path, cut):
     log = PredictionLog(tmp_path, "one")
     log.open()
     for image_id in (1, 2, 3):
@@ -65,7 +65,7 @@ def test_what_was_cut_off_is_done_again(tmp_path, cut):
     assert read(again) == [plain(predict(image_id)) for image_id in (1, 2, 3)]
 
 
-def test_a_damaged_record_does_not_count(tmp_path):
+def test_damaged_record_is_ignored(tmp_path):
     log = PredictionLog(tmp_path, "one")
     log.open()
     log.append(predict(1))
@@ -78,7 +78,7 @@ def test_a_damaged_record_does_not_count(tmp_path):
     assert PredictionLog(tmp_path, "one").open() == {1}
 
 
-def test_predictions_of_another_model_do_not_count(tmp_path):
+def test_predictions_of_another_model_are_removed(tmp_path):
     log = PredictionLog(tmp_path, "one")
     log.open()
     log.append(predict(1))
@@ -101,7 +101,7 @@ def run_cut(directory, images, limit, cuts, rising):
 
 @pytest.mark.parametrize("rising", [False, True])
 @pytest.mark.parametrize("cuts", [[], [3], [1, 1, 17]])
-def test_cap_leaves_the_same_after_any_cut(tmp_path, monkeypatch, cuts, rising):
+def test_cap_after_interruptions(tmp_path, monkeypatch, cuts, rising):
     monkeypatch.setattr("regionspot.evaluation.class_cap._PENDING", 10)
     monkeypatch.setattr(prediction_log, "_REWRITTEN", 100)
     images = np.random.default_rng(0).permutation(40).tolist()
@@ -143,7 +143,7 @@ def _two(rank, directories, store):
 
 
 @pytest.mark.parametrize("disks", ["common", "own"])
-def test_two_processes_that_wait_long_and_may_have_no_common_disk(tmp_path, monkeypatch, disks):
+def test_two_processes_without_common_disk(tmp_path, monkeypatch, disks):
     monkeypatch.setattr(prediction_log, "_CHUNK", 100)
     directories = [tmp_path / ("0" if disks == "common" else str(rank)) for rank in range(2)]
     before = PredictionLog(directories[1], "one", ClassCap(3, 10))  # a run that was cut
@@ -170,5 +170,5 @@ def _failing(rank, directory, store):
         log.finish(complete=True)
 
 
-def test_others_do_not_go_on_when_the_main_process_fails(tmp_path):
+def test_failure_of_main_process_stops_others(tmp_path):
     torch.multiprocessing.start_processes(_failing, (tmp_path, tmp_path / "store"), 2, start_method="fork")

@@ -13,7 +13,7 @@ from regionspot.evaluation.report import evaluate_task, write_outcomes
 from .reference import lvis_says, make_world, write_world
 
 
-def test_the_limit_of_detections_reaches_the_metrics(tmp_path):
+def test_limit_of_detections_reaches_metrics(tmp_path):
     world, predictions = make_world(5)
     annotations, results = write_world(tmp_path, world, predictions)
     truth, read = GroundTruth(annotations), read_results(results)
@@ -24,7 +24,7 @@ def test_the_limit_of_detections_reaches_the_metrics(tmp_path):
         assert f"AR@{limit}" in outcome.recalls
 
 
-def test_files_hold_every_class_and_null_for_what_is_not_annotated(tmp_path):
+def test_report_files(tmp_path):
     world, predictions = make_world(1, frequencies="rc")
     annotations, results = write_world(tmp_path, world, predictions)
     truth = GroundTruth(annotations)

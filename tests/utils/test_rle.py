@@ -38,7 +38,7 @@ def damaged_mask(rng):
     return {"size": [height, width], "counts": bytes(text)}
 
 
-def test_the_first_damaged_mask_is_named():
+def test_first_damaged_mask_is_named():
     rng = random.Random(0)
     found = []
     for _ in range(600):
@@ -62,14 +62,14 @@ def test_many_masks(number):
 
 
 @pytest.mark.parametrize("number", [1, 254, 255, 256, 600])
-def test_areas_and_boxes_of_many_masks_are_those_of_each(number):
+def test_areas_and_boxes_in_batches(number):
     drawn = np.random.default_rng(number).random((number, 12, 17)) < 0.02
     rles = [mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in drawn]
     assert mask_areas(rles).tolist() == drawn.sum(axis=(1, 2)).tolist()
     assert mask_boxes(rles).tolist() == [mask_utils.toBbox(rle).tolist() for rle in rles]
 
 
-def test_sizes_that_are_expected():
+def test_expected_sizes():
     rle = mask_utils.encode(np.ones((30, 20), np.uint8, order="F"))
     check_rles([rle], str, np.array([[30, 20]]))
     with pytest.raises(ValueError, match=r"height and width \[20, 30\], got \[30, 20\]"):

@@ -69,61 +69,37 @@ class _CategorySection(msgspec.Struct):
 
 @dataclass(frozen=True)
 class CategoryLists:
-    """A list of category ids for each image, such as ``neg_category_ids``.
+    """A list of category ids for each image, such as ``neg_category_ids``."""
 
-    Attributes:
-        images: (P,) int64, rows of the images.
-        category_ids: (P,) int64, which may be unknown.
-        complete: there are images, and each has a list.
-    """
-
-    images: np.ndarray
-    category_ids: np.ndarray
-    complete: bool
+    images: np.ndarray  # (P,) int64, rows of the images
+    category_ids: np.ndarray  # (P,) int64, which may be unknown
+    complete: bool  # there are images, and each has a list
 
 
 @dataclass(frozen=True)
 class Images:
-    """``images`` of a file, in its order.
+    """``images`` of a file as columns, in the file's order."""
 
-    Attributes:
-        ids: (I,) int64.
-        heights, widths: (I,) int32, pixels.
-        names: uint8, all file names in UTF-8, one after the other; an image may have an empty one.
-        name_ends: (I + 1,) int64.
-        negatives, not_exhaustive: LVIS's verified absent and not exhaustively annotated categories.
-    """
-
-    ids: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
-    names: np.ndarray
-    name_ends: np.ndarray
-    negatives: CategoryLists
-    not_exhaustive: CategoryLists
+    ids: np.ndarray  # (I,) int64
+    heights: np.ndarray  # (I,) int32, pixels
+    widths: np.ndarray  # (I,) int32, pixels
+    names: np.ndarray  # uint8: all file names in UTF-8, one after the other; some may be empty
+    name_ends: np.ndarray  # (I + 1,) int64
+    negatives: CategoryLists  # verified to be absent
+    not_exhaustive: CategoryLists  # not every object is annotated
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """``annotations`` of a file, in its order.
+    """``annotations`` of a file as columns, in the file's order; the last three are empty except for evaluation."""
 
-    Attributes:
-        images: (M,) int32, rows of the images.
-        labels: (M,) int32, positions of the categories in the order of their ids.
-        boxes: (M, 4) float32, or float64 for evaluation, XYWH, pixels of the original image, finite.
-        crowd: (M,) bool.
-        areas: (M,) float64, pixels; for evaluation, as the other two.
-        ignore: (M,) bool; ``iscrowd`` is no part of it.
-        has_id_zero: (M,) bool.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    boxes: np.ndarray
-    crowd: np.ndarray
-    areas: np.ndarray
-    ignore: np.ndarray
-    has_id_zero: np.ndarray
+    images: np.ndarray  # (M,) int32, rows of the images
+    labels: np.ndarray  # (M,) int32, positions of the categories in the order of their ids
+    boxes: np.ndarray  # (M, 4) float32, or float64 for evaluation, XYWH, pixels of the original image, finite
+    crowd: np.ndarray  # (M,) bool, ``iscrowd``
+    areas: np.ndarray  # (M,) float64, pixels; those of the boxes where the file has none
+    ignore: np.ndarray  # (M,) bool; ``iscrowd`` is no part of it
+    has_id_zero: np.ndarray  # (M,) bool
 
 
 class AnnotationFile(JsonFile):
@@ -208,8 +184,7 @@ class AnnotationFile(JsonFile):
         """Read the annotations.
 
         Args:
-            for_evaluation: boxes are float64, ids must be unique, and there are ``areas``, ``ignore`` and
-                ``has_id_zero``, which are empty otherwise.
+            for_evaluation: with all columns, boxes in float64, and unique ids.
 
         Raises:
             ValueError: an entry lacks a key or has a value of a wrong type, an unknown id, or a box that is not four

@@ -10,6 +10,7 @@ import msgspec
 
 CHUNK_BYTES = 1 << 23  # of a list that are Python objects at a time
 CHUNK_ENTRIES = 1 << 14  # the same, of entries whose bytes are known
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Box = tuple[float, float, float, float]
@@ -52,7 +53,8 @@ class JsonFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=access)
             except ValueError as error:
                 raise InvalidJsonError(f"{self.name}: not valid JSON (the file is empty)") from error
-        self.buffer = memoryview(self._map)[3 if self._map[:3] == b"\xef\xbb\xbf" else 0 :]
+        has_mark = self._map[:3] == BYTE_ORDER_MARK
+        self.buffer = memoryview(self._map)[len(BYTE_ORDER_MARK) * has_mark :]
 
     def decode(self, entry_type: Any, content: Any = None, place: str = "", first: int = 0) -> Any:
         """Decode the file, or ``content``, which is a part of it.

@@ -9,7 +9,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from regionspot.data.coco_io.json_file import Box, Id, InvalidJsonError, JsonFile, describe_error, write_list
+from regionspot.data.coco_io.json_file import (
+    BYTE_ORDER_MARK,
+    Box,
+    Id,
+    InvalidJsonError,
+    JsonFile,
+    describe_error,
+    write_list,
+)
 from regionspot.utils.files import atomic_path
 from regionspot.utils.rle import PackedRles, check_rles, mask_areas, mask_boxes, parse_rle
 
@@ -190,42 +198,31 @@ def read_results(path: str | Path) -> Results:
 
 
 def _chunks_of_lines(file: JsonFile) -> Iterator[tuple[int, list[_Entry]]]:
-    decoder = msgspec.json.Decoder(_Entry)
-    num_entries, start = 0, 0
-    while start < len(file.buffer):
-        end = _end_of_line(file.buffer, min(start + _BLOCK, len(file.buffer)))
-        block = bytes(file.buffer[start:end])
+    decoder, num_entries, num_lines = msgspec.json.Decoder(_Entry), 0, 0
+    with file.path.open("rb") as stream:
+        if stream.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+            stream.seek(0)
+        while lines := stream.readlines(_BLOCK):
+            try:
+                entries = decoder.decode_lines(b"".join(lines))
+            except msgspec.ValidationError as error:
+                if b'"annotations"' in lines[0] and b'"images"' in lines[0]:
+                    raise ValueError(f"{file.name}: expected results, got an annotation file") from error
+                raise ValueError(f"{file.name}: {describe_error(error, 'entry {}', num_entries)}{_HINT}") from error
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                line = num_lines + _first_invalid_line(lines) + 1
+                raise InvalidJsonError(
+                    f"{file.name}: line {line} is not valid JSON ({error}); expected a list of results or one entry a "
+                    "line. Was the run that wrote it cut?"
+                ) from error
+            yield num_entries, entries
+            num_entries, num_lines = num_entries + len(entries), num_lines + len(lines)
+
+
+def _first_invalid_line(lines: list[bytes]) -> int:
+    for index, line in enumerate(lines):
         try:
-            entries = decoder.decode_lines(block)
-        except msgspec.ValidationError as error:
-            if b'"annotations"' in block and b'"images"' in block:
-                raise ValueError(f"{file.name}: expected results, got an annotation file") from error
-            raise ValueError(f"{file.name}: {describe_error(error, 'entry {}', num_entries)}{_HINT}") from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            line = bytes(file.buffer[:start]).count(b"\n") + _first_invalid_line(block) + 1
-            raise InvalidJsonError(
-                f"{file.name}: line {line} is not valid JSON ({error}); expected a list of results or one entry a "
-                "line. Was the run that wrote it cut?"
-            ) from error
-        yield num_entries, entries
-        num_entries, start = num_entries + len(entries), end
-        file.release_pages()
-
-
-def _end_of_line(buffer: memoryview, position: int) -> int:
-    while position < len(buffer):
-        found = bytes(buffer[position : position + 65536]).find(b"\n")
-        if found >= 0:
-            return position + found + 1
-        position += 65536
-    return len(buffer)
-
-
-def _first_invalid_line(block: bytes) -> int:
-    for index, line in enumerate(block.split(b"\n")):
-        try:
-            if line.strip():
-                msgspec.json.decode(line)
+            msgspec.json.decode(line if line.strip() else b"0")
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return index
     return 0

@@ -35,7 +35,7 @@ def read(directory, content):
 
 
 @pytest.mark.parametrize("form", ["list", "lines", "lines and spaces", "indented", "mark"])
-def test_forms(tmp_path, world, form):
+def test_file_layouts(tmp_path, world, form):
     _, entries = world
     lines = "\n".join(map(json.dumps, entries))
     text = {
@@ -56,7 +56,7 @@ def test_forms(tmp_path, world, form):
     assert len(results.rles) == len(entries) - 2  # equal ones are shared
 
 
-def test_files_of_many_pieces(tmp_path, monkeypatch, world):
+def test_files_of_many_chunks(tmp_path, monkeypatch, world):
     monkeypatch.setattr(json_file, "CHUNK_BYTES", 400)
     monkeypatch.setattr(results_module, "_BLOCK", 100)
     _, entries = world
@@ -92,7 +92,7 @@ def test_no_masks(tmp_path, world):
     entries = [{**entry, "segmentation": None} for entry in entries]
     results = read(tmp_path, entries)
     assert results.regions is None
-    assert evaluate_lvis(truth, results)["AP"] > 0
+    assert evaluate_lvis(truth, results).metrics()["AP"] > 0
     with pytest.raises(ValueError, match="task segm needs masks"):
         evaluate_lvis(truth, results, "segm")
 
@@ -105,7 +105,7 @@ def test_some_masks(tmp_path, world):
         evaluate_lvis(truth, results, "segm")
 
 
-def test_an_empty_list(tmp_path):
+def test_empty_list(tmp_path):
     assert len(read(tmp_path, b" [ ] ")) == 0
 
 
@@ -139,7 +139,7 @@ WRONG_ENTRIES = {
 
 @pytest.mark.parametrize("kind", WRONG_ENTRIES)
 @pytest.mark.parametrize("lines", [False, True])
-def test_wrong_entries(tmp_path, world, kind, lines):
+def test_invalid_entries(tmp_path, world, kind, lines):
     _, entries = world
     change, words = WRONG_ENTRIES[kind]
     wrong = {key: value for key, value in {**entries[1], **change}.items() if value is not ...}
@@ -168,7 +168,7 @@ def test_wrong_entries(tmp_path, world, kind, lines):
         (b'{"images": [], "annotations": [], "categories": []}', "got an annotation file"),
     ],
 )
-def test_wrong_files(tmp_path, content, words):
+def test_invalid_files(tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         read(tmp_path, content)
 
@@ -191,7 +191,7 @@ def test_masks_of_another_size(tmp_path, world):
     rle = mask_utils.encode(np.zeros((5, 7), np.uint8, order="F"))
     wrong = {**entries[2], "segmentation": {"size": [5, 7], "counts": rle["counts"].decode()}}
     results = read(tmp_path, [*entries[:2], wrong])
-    assert evaluate_lvis(truth, results)["AP"] >= 0
+    assert evaluate_lvis(truth, results).metrics()["AP"] >= 0
     with pytest.raises(ValueError, match=r"entry 2: expected a mask of its image's height and width .*got \[5, 7\]"):
         evaluate_lvis(truth, results, "segm")
 
@@ -211,14 +211,14 @@ def test_masks_of_another_size(tmp_path, world):
         ({"regions": [0], "rles": [{"size": [2, 2], "counts": b"4"}]}, "expected regions of shape"),
     ],
 )
-def test_wrong_arrays(change, words):
+def test_invalid_arrays(change, words):
     good = {"image_ids": [1, 2], "category_ids": [1, 1], "scores": [0.5, 1], "boxes": [[0, 0, 1, 1], [0, 0, 2, 2]]}
     Results(**good)
     with pytest.raises(ValueError, match=re.escape(words)):
         Results(**{**good, **change})
 
 
-def test_every_mask_that_pycocotools_writes_is_taken():
+def test_masks_of_pycocotools_are_accepted():
     rng = np.random.default_rng(0)
     rles = []
     for _ in range(300):
@@ -279,7 +279,7 @@ def damaged_entries(rng, entries):
 
 
 @pytest.mark.parametrize("form", ["list", "lines", "entries", "masks only"])
-def test_damaged_files_end_in_an_error_or_a_correct_run(tmp_path, world, form):
+def test_damaged_result_files(tmp_path, world, form):
     truth, entries = world
     rng = random.Random(form)
     if form == "masks only":
@@ -290,7 +290,7 @@ def test_damaged_files_end_in_an_error_or_a_correct_run(tmp_path, world, form):
         content = damaged_entries(rng, entries) if form in ("entries", "masks only") else damaged_bytes(rng, whole)
         try:
             results = read(tmp_path, content)
-            values = [evaluate_lvis(truth, results, task) for task in ("bbox", "segm")]
+            values = [evaluate_lvis(truth, results, task).metrics() for task in ("bbox", "segm")]
         except ValueError as error:
             message = str(error)
             assert message.startswith("predictions ") and "results.json" in message and len(message) < 600
