@@ -31,7 +31,7 @@ class ImageCheck:
     labels: np.ndarray  # (n,) int32, their classes
 
 
-class _Checked(Dataset):
+class _CheckedImages(Dataset):
     def __init__(self, records: Any) -> None:
         self.records = records
         self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB")  # reads as training does
@@ -85,7 +85,7 @@ def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], An
     check_registered([name], "data set")
     category_ids(name)  # refuses names that are not those of the annotations
     records, names = DatasetCatalog.get(name), dataset_names(name)
-    loader = DataLoader(_Checked(records), batch_size=8, num_workers=workers, collate_fn=list)
+    loader = DataLoader(_CheckedImages(records), batch_size=8, num_workers=workers, collate_fn=list)
     checks = list(progress((check for batch in loader for check in batch), len(records)))
     labels = np.concatenate([np.zeros(0, np.int32), *(check.labels for check in checks)])
     sides = np.concatenate([np.zeros((0, 2), np.float32), *(check.sides for check in checks)])
