@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from regionspot.data.coco_io import AnnotationFile
-from regionspot.data.datasets import JsonDataset, read_json_dataset
+from regionspot.data.datasets import JsonDataset
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
@@ -48,7 +48,7 @@ def convert(source: Path, target: Path, image_root: Path) -> JsonDataset:
         kept["annotations"].extend(raw for raw, annotation in pairs if annotation.image_id in ids)
     with atomic_path(target) as temporary:
         temporary.write_bytes(msgspec.json.encode({**others, **kept}))
-        dataset = read_json_dataset(temporary, image_root)
+        dataset = JsonDataset(temporary, image_root)
         if (len(dataset), len(dataset.boxes)) != (len(kept["images"]), len(kept["annotations"])):
             raise ValueError(f"{target}: read again it has {len(dataset)} images and {len(dataset.boxes)} boxes")
     return dataset

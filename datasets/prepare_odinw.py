@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from regionspot.data.datasets import read_json_dataset
+from regionspot.data.datasets import JsonDataset
 from regionspot.data.datasets.builtin import odinw_paths
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
@@ -37,12 +37,12 @@ def remove_background(source: Path, target: Path) -> None:
         raise ValueError(f"annotations {source}: expected Roboflow's COCO JSON; {error!r}") from error
     with atomic_path(target) as temporary:
         temporary.write_bytes(msgspec.json.encode(content))
-        read_json_dataset(temporary, target.parent)
+        JsonDataset(temporary, target.parent)
 
 
 def check(json_file: Path, image_root: Path) -> str:
     """Return what a split holds, and how many of its images are missing on the disk."""
-    dataset = read_json_dataset(json_file, image_root)
+    dataset = JsonDataset(json_file, image_root)
     missing = [name for name in map(dataset.file_name, range(len(dataset))) if not Path(name).is_file()]
     held = f"{len(dataset):,} images, {len(dataset.boxes):,} boxes, {len(dataset.class_names)} classes"
     return held + (f"; {len(missing):,} images are missing, such as {missing[0]}" if missing else "")

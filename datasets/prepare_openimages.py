@@ -198,7 +198,7 @@ def _write(
     boxes: pd.DataFrame,
     rows: np.ndarray,
 ) -> None:
-    from regionspot.data.datasets import read_json_dataset
+    from regionspot.data.datasets import JsonDataset
     from regionspot.utils.files import atomic_path
 
     label_ids = {label: index for index, label in enumerate(classes, 1)}
@@ -214,7 +214,7 @@ def _write(
             file.write(b'],"annotations":[')
             _write_chunks(file, "boxes", len(rows), lambda part: _annotations(part, boxes, rows, sizes, category_ids))
             file.write(b"]}")
-        found = read_json_dataset(temporary, images)
+        found = JsonDataset(temporary, images)
         result, expected = (len(found), len(found.boxes), len(found.class_names)), (len(kept), len(rows), len(classes))
         if result != expected:
             raise ValueError(f"{path}: read again it has {result} images, boxes and classes; expected {expected}")

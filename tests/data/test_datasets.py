@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from regionspot.data import build_test_loader, register_from_spec, register_json_dataset
 from regionspot.data.coco_io import json_file
-from regionspot.data.datasets import read_json_dataset
+from regionspot.data.datasets import JsonDataset
 from regionspot.data.datasets.builtin import odinw_paths, register_all
 
 from ..helpers import NAMES, draw_scene, tiny_config, write_dataset
@@ -99,7 +99,7 @@ def random_file(directory, number=300):
 def test_records_match_plain_reading(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(json_file, "CHUNK_ENTRIES", chunk)
     path = random_file(tmp_path)
-    dataset, expected = read_json_dataset(path, tmp_path), reference_records(path, tmp_path)
+    dataset, expected = JsonDataset(path, tmp_path), reference_records(path, tmp_path)
     assert dataset.class_names == ["c-4", "c0", "c90"] and dataset.id_mapping == {-4: 0, 0: 1, 90: 2}
     assert len(dataset) == len(expected) and dataset.evaluator_type == "coco"
     crowd = degenerate = 0
@@ -125,7 +125,7 @@ def test_records_match_plain_reading(tmp_path, monkeypatch, chunk):
 
 
 def test_arrays_are_compact_and_pickle(tmp_path):
-    dataset = read_json_dataset(random_file(tmp_path), tmp_path)
+    dataset = JsonDataset(random_file(tmp_path), tmp_path)
     types = {"image_ids": "int64", "offsets": "int64", "boxes": "float32", "labels": "int32", "crowd": "bool"}
     for name, dtype in types.items():
         assert getattr(dataset, name).dtype == dtype
@@ -169,7 +169,7 @@ def test_evaluator_type_from_file(tmp_path):
 
 def test_keep_parts_of_file_names(tmp_path):
     path = write(tmp_path, [image(file_name="images/v1/patch8/a.jpg"), image(2, file_name="b.jpg")])
-    files = {keep: [r["file_name"] for r in read_json_dataset(path, "/x", keep_parts=keep)] for keep in (None, 1, 2)}
+    files = {keep: [r["file_name"] for r in JsonDataset(path, "/x", keep_parts=keep)] for keep in (None, 1, 2)}
     assert files == {
         None: ["/x/images/v1/patch8/a.jpg", "/x/b.jpg"],
         1: ["/x/a.jpg", "/x/b.jpg"],
@@ -184,7 +184,7 @@ def test_lvis_file_without_annotations(tmp_path):
     entry = {"id": 1, "coco_url": address, "height": 2, "width": 2, "neg_category_ids": [1]}
     path = write(tmp_path, [entry], categories=[{"id": 1, "name": "a", "frequency": "r"}])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
-    dataset = read_json_dataset(path, "/coco")
+    dataset = JsonDataset(path, "/coco")
     [record] = dataset
     assert record["file_name"] == "/coco/val2017/1.jpg" and record["annotations"] == []
     assert dataset.evaluator_type == "lvis" and dataset.num_regions.tolist() == [0]
@@ -216,7 +216,7 @@ def test_lvis_file_without_annotations(tmp_path):
 def test_errors_name_file_and_place(tmp_path, content, message):
     path = write(tmp_path, **{"images": [image()], **content})
     with pytest.raises(ValueError, match=message) as caught:
-        read_json_dataset(path, tmp_path)
+        JsonDataset(path, tmp_path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -224,11 +224,11 @@ def test_place_in_later_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(json_file, "CHUNK_ENTRIES", 2)
     path = write(tmp_path, [image()], [*[annotation()] * 4, annotation(bbox=(1, 2))])
     with pytest.raises(ValueError, match=r"annotations\[4\].bbox"):
-        read_json_dataset(path, tmp_path)
+        JsonDataset(path, tmp_path)
     for content in (b"", b"{", b"[]", b'{"images": []}'):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not valid JSON|expected COCO or LVIS JSON"):
-            read_json_dataset(path, tmp_path)
+            JsonDataset(path, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["", "images", "annotations", "categories"])
@@ -240,7 +240,7 @@ def test_deep_nesting_is_refused(tmp_path, place):
     path = tmp_path / "deep.json"
     path.write_text("{" + parts + (f', "more": {deep}' if not place else "") + "}")
     with pytest.raises(ValueError, match="deep.json: not valid JSON .*recursion"):
-        read_json_dataset(path, tmp_path)
+        JsonDataset(path, tmp_path)
 
 
 def test_spec_registers_itself(tmp_path, monkeypatch):

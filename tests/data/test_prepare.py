@@ -9,7 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from regionspot.data.datasets import read_json_dataset
+from regionspot.data.datasets import JsonDataset
 from regionspot.data.datasets.builtin import odinw_paths
 
 from ..helpers import ROOT, load_program
@@ -74,7 +74,7 @@ def test_openimages_becomes_coco_json(openimages, capsys):
         (4, 2, 2, 0, [32, 4.8, 0, 4.8], 0),
     ]
     assert "3 images, 4 boxes (1 of groups, 1 without area), 3 classes" in capsys.readouterr().out
-    dataset = read_json_dataset(
+    dataset = JsonDataset(
         openimages / "openimages" / "openimages_v6_val.json", openimages / "openimages" / "validation"
     )
     assert all(Path(record["file_name"]).is_file() for record in dataset) and not left_over(openimages)
@@ -162,7 +162,7 @@ def test_benchmark_converts_official_csvs(tmp_path):
     (tmp_path / "openimages").mkdir()
     prepare_openimages.generate(tmp_path / "openimages", 1000)
     prepare_openimages.main(["--root", str(tmp_path), "--splits", "train"])
-    dataset = read_json_dataset(tmp_path / "openimages" / "openimages_v6_train.json", tmp_path)
+    dataset = JsonDataset(tmp_path / "openimages" / "openimages_v6_train.json", tmp_path)
     assert (len(dataset), len(dataset.boxes), len(dataset.class_names)) == (119, 1000, 601)
 
 

@@ -39,10 +39,22 @@ class JsonDataset(Dataset):
         evaluator_type: "lvis" if all categories have a frequency and all images ``neg_category_ids``, else "coco".
     """
 
-    def __init__(self, file: AnnotationFile, image_root: str | Path, keep_parts: int | None = None) -> None:
+    def __init__(self, json_file: str | Path, image_root: str | Path, *, keep_parts: int | None = None) -> None:
         """
-        Args, Raises: see ``read_json_dataset``.
+        Category ids may be any integers: sorted, they become 0, 1, 2, ... ``iscrowd`` may be missing. LVIS's images
+        name no files: the last two parts of their address are COCO's split and file.
+
+        Args:
+            json_file: annotations in COCO or LVIS format.
+            image_root: directory that the file names are relative to.
+            keep_parts: how many parts of each file name count, from its end; None for all.
+
+        Raises:
+            FileNotFoundError: no such annotation file.
+            ValueError: not COCO or LVIS JSON; a key is missing or has a wrong type, an id is repeated or unknown, a
+                box is not four finite numbers. It names the file and the place.
         """
+        file = AnnotationFile(json_file)
         images, annotations = file.images, file.annotations()
         self.image_root, self.keep_parts = str(image_root), keep_parts
         self.image_ids, self.heights, self.widths = images.ids, images.heights, images.widths
@@ -113,9 +125,9 @@ def load_json_dataset(
 ) -> JsonDataset:
     """Read a data set and set class names, id mapping and, where none is set yet, the evaluator of its metadata.
 
-    Args, Raises: see ``read_json_dataset``.
+    Args, Raises: see ``JsonDataset``.
     """
-    dataset = read_json_dataset(json_file, image_root, keep_parts=keep_parts)
+    dataset = JsonDataset(json_file, image_root, keep_parts=keep_parts)
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes"):
         category_ids(name)  # names the first class that differs; Detectron2 only asserts that none does
@@ -123,22 +135,3 @@ def load_json_dataset(
     if metadata.get("evaluator_type") is None:
         metadata.set(evaluator_type=dataset.evaluator_type)
     return dataset
-
-
-def read_json_dataset(json_file: str | Path, image_root: str | Path, *, keep_parts: int | None = None) -> JsonDataset:
-    """Read annotations in COCO or LVIS format.
-
-    Category ids may be any integers: sorted, they become 0, 1, 2, ... ``iscrowd`` may be missing. LVIS's images name
-    no files: the last two parts of their address are COCO's split and file.
-
-    Args:
-        json_file: the annotations.
-        image_root: directory that the file names are relative to.
-        keep_parts: how many parts of each file name count, from its end; None for all.
-
-    Raises:
-        FileNotFoundError: no such annotation file.
-        ValueError: not COCO or LVIS JSON; a key is missing or has a wrong type, an id is repeated or unknown, a box is
-            not four finite numbers. It names the file and the place.
-    """
-    return JsonDataset(AnnotationFile(json_file), image_root, keep_parts)

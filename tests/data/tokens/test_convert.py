@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
-from regionspot.data.datasets import read_json_dataset
+from regionspot.data.datasets import JsonDataset
 from regionspot.data.tokens import TokenStore
 from regionspot.data.tokens.convert import convert_tokens
 from regionspot.engine.extract import Extraction, describe_store
@@ -119,7 +119,7 @@ def test_metadata_without_id_mapping(tmp_path):
     """As Detectron2's lvis_v1_*: label = id - 1."""
     path = write_dataset(tmp_path / "data", 6, (1, 2, 3, 4))
     content = json.loads(path.read_text())
-    records = list(read_json_dataset(path, tmp_path))
+    records = list(JsonDataset(path, tmp_path))
     DatasetCatalog.register(NAME, lambda: records)
     MetadataCatalog.get(NAME).set(json_file=str(path), thing_classes=NAMES, evaluator_type="lvis")
     (tmp_path / "tokens").mkdir()
