@@ -30,7 +30,7 @@ class GroundTruth:
         categories: (G,) int64 into ``category_ids``.
         boxes: (G, 4) float64 XYWH, pixels.
         areas: (G,) float64, pixels.
-        ignore: (G,) bool; ``iscrowd`` is no part of it.
+        ignore: (G,) bool; without ``iscrowd``.
         crowd: (G,) bool, ``iscrowd``, which COCO's rules know and LVIS's do not.
         has_id_zero: (G,) bool: ``lvis`` and ``pycocotools`` take the annotation's id 0 for "not matched".
         negatives: sorted int64 pairs ``category * I + image`` that are verified to be absent.

@@ -78,20 +78,20 @@ def check_rles(rles: Sequence[dict], describe: Callable[[int], str], sizes: np.n
                 raise ValueError(f"{describe(index)}: {error}") from error
     for start in range(0, len(packed), BATCH):
         stop = min(start + BATCH, len(packed))
-        found = packed.sizes(start, stop)
-        damaged = _is_damaged([packed.counts(index) for index in range(start, stop)], found.prod(axis=1))
+        actual = packed.sizes(start, stop)
+        damaged = _is_damaged([packed.counts(index) for index in range(start, stop)], actual.prod(axis=1))
         if damaged.any():
             index = int(damaged.argmax())
-            height, width = found[index]
+            height, width = actual[index]
             raise ValueError(
                 f"{describe(start + index)}: the mask's RLE is damaged; expected counts of runs that sum to "
                 f"{height} x {width} pixels, as pycocotools.mask.encode writes them"
             )
-        if sizes is not None and (differs := (found != sizes[start:stop]).any(axis=1)).any():
+        if sizes is not None and (differs := (actual != sizes[start:stop]).any(axis=1)).any():
             index = int(differs.argmax())
             raise ValueError(
                 f"{describe(start + index)}: expected a mask of the image's height and width "
-                f"{sizes[start + index].tolist()}, got {found[index].tolist()}; encode masks at the size of the "
+                f"{sizes[start + index].tolist()}, got {actual[index].tolist()}; encode masks at the size of the "
                 "original image"
             )
     return packed

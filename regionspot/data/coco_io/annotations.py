@@ -98,7 +98,7 @@ class Annotations:
     boxes: np.ndarray  # (M, 4) float32, or float64 for evaluation, XYWH, pixels of the original image, finite
     crowd: np.ndarray  # (M,) bool, ``iscrowd``
     areas: np.ndarray  # (M,) float64, pixels; those of the boxes where the file has none
-    ignore: np.ndarray  # (M,) bool; ``iscrowd`` is no part of it
+    ignore: np.ndarray  # (M,) bool; without ``iscrowd``
     has_id_zero: np.ndarray  # (M,) bool
 
 

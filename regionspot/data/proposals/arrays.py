@@ -40,17 +40,17 @@ class ProposalArrays:
         """Return the rows of the ``index``-th image."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
-    def keep(self, kept: np.ndarray) -> "ProposalArrays":
-        """Return the rows where ``kept``, (N,) bool, is set; images without any left keep their entry."""
-        if kept.all():
+    def select(self, keep: np.ndarray) -> "ProposalArrays":
+        """Return the rows of ``keep``, (N,) bool; images that lose all of theirs have an empty entry."""
+        if keep.all():
             return self
         return replace(
             self,
-            offsets=np.concatenate([[0], kept.cumsum()])[self.offsets],
-            boxes=self.boxes[kept],
-            scores=_take(self.scores, kept),
-            labels=_take(self.labels, kept),
-            rles=None if self.rles is None else [self.rles[row] for row in np.flatnonzero(kept)],
+            offsets=np.concatenate([[0], keep.cumsum()])[self.offsets],
+            boxes=self.boxes[keep],
+            scores=_take(self.scores, keep),
+            labels=_take(self.labels, keep),
+            rles=None if self.rles is None else [self.rles[row] for row in np.flatnonzero(keep)],
         )
 
 
@@ -123,12 +123,12 @@ def _take(column: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
 
 def _finish(arrays: ProposalArrays, are_logits: bool) -> ProposalArrays:
     """Drop rows that are not finite and turn scores into float32 probabilities."""
-    kept = np.empty(len(arrays.boxes), bool)
-    for part in chunks(len(kept)):
-        kept[part] = (np.abs(arrays.boxes[part]) < LIMIT).all(axis=1)  # False of NaN
+    keep = np.empty(len(arrays.boxes), bool)
+    for rows in chunks(len(keep)):
+        keep[rows] = (np.abs(arrays.boxes[rows]) < LIMIT).all(axis=1)  # False of NaN
         if arrays.scores is not None:
-            kept[part] &= np.abs(arrays.scores[part]) < LIMIT
-    arrays = replace(arrays.keep(kept), num_not_finite=len(kept) - int(kept.sum()))
+            keep[rows] &= np.abs(arrays.scores[rows]) < LIMIT
+    arrays = replace(arrays.select(keep), num_not_finite=len(keep) - int(keep.sum()))
     if arrays.scores is None:
         return arrays
     probabilities, are_logits = _as_probabilities(arrays.scores, are_logits)
@@ -140,8 +140,8 @@ def _as_probabilities(scores: np.ndarray, are_logits: bool) -> tuple[np.ndarray,
     if len(scores) and not (scores.min() >= -_ROUNDING and scores.max() <= 1 + _ROUNDING):
         are_logits = True
     result = np.empty(len(scores), np.float32)
-    for part in chunks(len(scores)):
-        values = scores[part].astype(np.float64)
+    for rows in chunks(len(scores)):
+        values = scores[rows].astype(np.float64)
         with np.errstate(over="ignore"):
-            result[part] = 1 / (1 + np.exp(-values)) if are_logits else np.clip(values, 0, 1)
+            result[rows] = 1 / (1 + np.exp(-values)) if are_logits else np.clip(values, 0, 1)
     return result, are_logits

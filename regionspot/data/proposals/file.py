@@ -139,8 +139,8 @@ class ProposalFile:
         known = ids[places] == self.image_ids
         image_of_box = np.repeat(np.arange(len(self)), np.diff(self.arrays.offsets))
         outside = without_area = 0
-        for part in chunks(len(self.boxes)):
-            images, boxes = image_of_box[part], self.boxes[part]
+        for rows in chunks(len(self.boxes)):
+            images, boxes = image_of_box[rows], self.boxes[rows]
             high = sizes[places[images]][:, ::-1]
             sides = np.clip(boxes[:, 2:], 0, high) - np.clip(boxes[:, :2], 0, high)
             empty = (sides <= 0).any(axis=1) & known[images]

@@ -21,9 +21,11 @@ def read_safetensors(path: Path) -> ProposalArrays:
     """
     try:
         with safe_open(path, framework="pt") as file:  # the tensors are maps of the file, read when they are used
-            found = (file.metadata() or {}).get("format")
-            if found != FORMAT:
-                raise ValueError(f"proposals {path}: expected safetensors of format {FORMAT!r}, got {found!r:.60}")
+            file_format = (file.metadata() or {}).get("format")
+            if file_format != FORMAT:
+                raise ValueError(
+                    f"proposals {path}: expected safetensors of format {FORMAT!r}, got {file_format!r:.60}"
+                )
             names = set(file.keys())
             present = [key for key in _EXPECTED if key in names or key not in _OPTIONAL]
             for key in present:

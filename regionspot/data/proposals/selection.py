@@ -32,17 +32,17 @@ def select_proposals(
     for name, value in (("the IoU of NMS", nms_iou), ("the least score", min_score)):
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
-    kept = np.ones(len(proposals.boxes), bool) if min_score is None else proposals.scores >= np.float32(min_score)
+    keep = np.ones(len(proposals.boxes), bool) if min_score is None else proposals.scores >= np.float32(min_score)
     for index in range(len(proposals.image_ids)):
         rows = proposals.rows(index)
-        remaining = np.flatnonzero(kept[rows]) + rows.start
+        remaining = np.flatnonzero(keep[rows]) + rows.start
         if nms_iou is not None:
             remaining = remaining[_suppress(proposals, remaining, nms_iou)]
         if top_k is not None:
             remaining = remaining[np.argsort(-proposals.scores[remaining], kind="stable")[:top_k]]
-        kept[rows] = False
-        kept[remaining] = True
-    return proposals.keep(kept)
+        keep[rows] = False
+        keep[remaining] = True
+    return proposals.select(keep)
 
 
 def _suppress(proposals: ProposalArrays, rows: np.ndarray, iou: float) -> np.ndarray:
