@@ -13,6 +13,7 @@ import torch
 
 BATCH = 255  # masks decoded at a time; with NumPy 2, pycocotools 2.0.11 takes no more at once
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
+_INTEGER = (int, np.integer)
 _MAX_COORDINATE = 1e6  # pixels; pycocotools walks along each side of a polygon
 _MAX_DIGITS = 7  # of 5 bits: enough for a 32-bit count and for the difference of two
 
@@ -159,7 +160,7 @@ def is_size(size: Any) -> bool:
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         return False
     height, width = size
-    are_integers = isinstance(height, (int, np.integer)) and isinstance(width, (int, np.integer))
+    are_integers = isinstance(height, _INTEGER) and isinstance(width, _INTEGER)
     return are_integers and height > 0 and width > 0 and int(height) * int(width) <= MAX_PIXELS
 
 

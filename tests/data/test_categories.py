@@ -1,4 +1,4 @@
-"""Category ids of labels: what metadata say, what Detectron2 leaves unsaid, and names that disagree."""
+"""Category ids of classes: from metadata, by Detectron2's conventions, and mismatched names."""
 
 import json
 

@@ -37,8 +37,8 @@ def test_flawless_data_set(directory):
     assert statistics["side_in_pixels"] == np.percentile(sides, [0, 25, 50, 75, 100]).round(2).tolist()
     assert (statistics["small"], statistics["medium"], statistics["large"]) == (len(annotations), 0, 0)
     ids = dict(zip(NAMES, (3, 1, 10, 7)))
-    for name, number in report["regions_of_classes"].items():
-        assert number == sum(annotation["category_id"] == ids[name] for annotation in annotations)
+    for name, count in report["regions_of_classes"].items():
+        assert count == sum(annotation["category_id"] == ids[name] for annotation in annotations)
 
 
 def test_unusable_images(directory):
@@ -80,5 +80,5 @@ def test_names_that_clip_refuses(directory):
 
 
 def test_name_length_in_longest_prompt():
-    found = [bool(check_class_names(["cup " * number])["too_long"]) for number in range(40, 75)]
-    assert found == sorted(found) and not found[0] and found[-1]
+    too_long = [bool(check_class_names(["cup " * count])["too_long"]) for count in range(40, 75)]
+    assert too_long == sorted(too_long) and not too_long[0] and too_long[-1]

@@ -78,13 +78,13 @@ def reference_records(path, image_root):
     ]
 
 
-def random_file(directory, number=300):
+def random_file(directory, num_annotations=300):
     """Annotations out of order, with ids that have gaps and boxes that no float32 holds exactly."""
     generator = np.random.default_rng(3)
     ids = generator.integers(0, 10**12, 20).tolist()
     images = [image(i, height=100 + k, width=80 + k) for k, i in enumerate(ids)]
-    boxes = [(generator.random(4) * 90 - 10).tolist() for _ in range(number // 2)]
-    boxes += generator.integers(-5, 90, (number - number // 2, 4)).tolist()
+    boxes = [(generator.random(4) * 90 - 10).tolist() for _ in range(num_annotations // 2)]
+    boxes += generator.integers(-5, 90, (num_annotations - num_annotations // 2, 4)).tolist()
     annotations = []
     for box in boxes:
         values = {"iscrowd": int(generator.random() < 0.1)} if generator.random() < 0.7 else {}
@@ -108,18 +108,20 @@ def test_records_match_plain_reading(tmp_path, monkeypatch, chunk):
             k: v for k, v in reference.items() if k != "annotations"
         }
         size = (record["height"], record["width"])
-        found, wanted = (
+        instances, expected_instances = (
             utils.annotations_to_instances(
                 [utils.transform_instance_annotations(a, T.TransformList([]), size) for a in r["annotations"]], size
             )
             for r in (record, reference)
         )
-        assert torch.equal(found.gt_boxes.tensor, wanted.gt_boxes.tensor)  # to the bit
-        assert torch.equal(found.gt_classes, wanted.gt_classes)
+        assert torch.equal(instances.gt_boxes.tensor, expected_instances.gt_boxes.tensor)  # to the bit
+        assert torch.equal(instances.gt_classes, expected_instances.gt_classes)
         crowds = torch.tensor([bool(a["iscrowd"]) for a in reference["annotations"]])
         assert [a["iscrowd"] for a in record["annotations"]] == crowds.int().tolist()
-        usable = wanted.gt_boxes.nonempty(threshold=1e-5) & ~crowds
-        assert dataset.num_regions[index] == usable.sum() == len(utils.filter_empty_instances(wanted[~crowds]))
+        usable = expected_instances.gt_boxes.nonempty(threshold=1e-5) & ~crowds
+        assert (
+            dataset.num_regions[index] == usable.sum() == len(utils.filter_empty_instances(expected_instances[~crowds]))
+        )
         crowd, degenerate = crowd + int(crowds.sum()), degenerate + int((~usable & ~crowds).sum())
     assert (dataset.num_crowd, dataset.num_degenerate) == (crowd, degenerate) and crowd and degenerate
 
@@ -154,13 +156,13 @@ def test_evaluator_type_from_file(tmp_path):
     content = json.loads(path.read_text())
     del content["images"][1]["neg_category_ids"]
     (tmp_path / "coco.json").write_text(json.dumps(content))
-    for name, file, given, expected in (
+    for name, file, evaluator_type, expected in (
         ("test_lvis", path, None, "lvis"),
         ("test_coco", tmp_path / "coco.json", None, "coco"),
         ("test_given", path, "coco", "coco"),
     ):
-        register_json_dataset(name, file, path.parent / "images", given)
-        assert MetadataCatalog.get(name).get("evaluator_type") == given  # nothing is read yet
+        register_json_dataset(name, file, path.parent / "images", evaluator_type)
+        assert MetadataCatalog.get(name).get("evaluator_type") == evaluator_type  # nothing is read yet
         DatasetCatalog.get(name)
         assert MetadataCatalog.get(name).evaluator_type == expected
     with pytest.raises(ValueError, match="expected evaluator_type 'lvis', 'coco' or None, got 'voc'"):

@@ -1,4 +1,4 @@
-"""Proposal files with damage of every kind: a clear error or a correct run, and nothing else."""
+"""Damaged proposal files end in a clear error or a correct run, and nothing else."""
 
 import contextlib
 import json
@@ -107,10 +107,10 @@ def use(path, ids):
         assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 600
         return False
     for image_id in (*ids, 77):
-        found = file.get(image_id, SIZES[0])
-        boxes = found.proposal_boxes.tensor.numpy()
+        proposals = file.get(image_id, SIZES[0])
+        boxes = proposals.proposal_boxes.tensor.numpy()
         assert np.isfinite(boxes).all() and (boxes >= 0).all() and (boxes <= [64, 48, 64, 48]).all()
-        assert not found.has("scores") or ((found.scores >= 0) & (found.scores <= 1)).all()
+        assert not proposals.has("scores") or ((proposals.scores >= 0) & (proposals.scores <= 1)).all()
     try:
         assert "boxes dropped" in file.summarize(ids, SIZES)
     except ValueError as error:
@@ -129,7 +129,7 @@ def fast_path():
 @pytest.mark.filterwarnings("error")
 def test_damaged_proposal_files(fast_path, monkeypatch, format):
     monkeypatch.setattr(json_file, "CHUNK_BYTES", 300)  # so that there are several
-    _, arrays = random_proposals(fast_path, images=3, number=4)
+    _, arrays = random_proposals(fast_path, images=3, num_boxes=4)
     original, path = fast_path / "original", fast_path / "damaged"
     write_proposals(original, format, arrays)
     data = original.read_bytes()
@@ -143,10 +143,10 @@ def test_damaged_proposal_files(fast_path, monkeypatch, format):
     with limited_memory():
         with pytest.raises(OSError, match="memory"):  # not by malloc, which may hold freed pages that are as large
             mmap.mmap(-1, 2 * SPARE)
-        for number in range(NUMBER):
-            if format in ("glip", "coco") and number % 2:
+        for index in range(NUMBER):
+            if format in ("glip", "coco") and index % 2:
                 damaged = json.dumps(mutate(json.loads(data), rng)).encode()
-            elif format == "safetensors" and number % 3 == 0:
+            elif format == "safetensors" and index % 3 == 0:
                 damaged = unlike(data, rng)
             else:
                 damaged = damage(files[rng.integers(len(files))], rng)

@@ -1,4 +1,4 @@
-"""Proposal files, and what the model makes of them."""
+"""Proposal files, and their way into the model."""
 
 import json
 import logging
@@ -38,20 +38,20 @@ def write_json(path, content):
     return path
 
 
-def random_proposals(tmp_path, seed=0, images=6, number=40, with_scores=True, with_labels=True):
+def random_proposals(tmp_path, seed=0, images=6, num_boxes=40, with_scores=True, with_labels=True):
     """Boxes of float32 as they come, ids in any order, in the authors' format and as ``ProposalArrays``."""
     rng = np.random.default_rng(seed)
     content = {}
     for image_id in rng.permutation(images) + 1:
-        low = rng.uniform(-20, 70, (number, 2))
-        boxes = np.concatenate([low, low + rng.uniform(-5, 40, (number, 2))], axis=1).astype(np.float32)
+        low = rng.uniform(-20, 70, (num_boxes, 2))
+        boxes = np.concatenate([low, low + rng.uniform(-5, 40, (num_boxes, 2))], axis=1).astype(np.float32)
         entry = {"boxes": boxes.tolist()}
         if with_scores:
-            scores = rng.uniform(0, 1, number).astype(np.float32)
+            scores = rng.uniform(0, 1, num_boxes).astype(np.float32)
             scores[:4] = [0, 1, 1e-40, 0.5]
             entry["scores"] = scores.tolist()
         if with_labels:
-            entry["labels"] = rng.integers(0, 1203, number).tolist()
+            entry["labels"] = rng.integers(0, 1203, num_boxes).tolist()
         content[str(image_id)] = entry
     return content, ProposalFile(write_json(tmp_path / f"random{seed}.json", content)).arrays
 
@@ -74,8 +74,8 @@ def test_one_proposal_file_per_test_set(dataset, tmp_path, register):
     other = register("test_others", tmp_path / "data" / "annotations.json", tmp_path / "data" / "images")
     paths = tuple(str(write_json(tmp_path / f"{x}.json", {"1": {"boxes": [[x, 0, 30, 30]]}})) for x in (3, 7))
     cfg = config("DATASETS.TEST", (dataset, other), "DATASETS.PROPOSAL_FILES_TEST", paths)
-    found = [next(iter(build_test_loader(cfg, name)))[0]["proposals"] for name in (dataset, other)]
-    assert [x.proposal_boxes.tensor[0, 0].item() for x in found] == [3, 7]
+    proposals = [next(iter(build_test_loader(cfg, name)))[0]["proposals"] for name in (dataset, other)]
+    assert [x.proposal_boxes.tensor[0, 0].item() for x in proposals] == [3, 7]
 
 
 def test_formats_give_identical_boxes(dataset, tmp_path):
@@ -118,13 +118,13 @@ def test_boxes_keep_their_scores_and_labels(tmp_path):
     content, _ = random_proposals(tmp_path, seed=3)
     file = ProposalFile(tmp_path / "random3.json")
     for key, entry in content.items():
-        found = file.get(int(key), (48, 64))
+        proposals = file.get(int(key), (48, 64))
         cut = np.clip(np.array(entry["boxes"], np.float32), 0, [64, 48, 64, 48])
         kept = (cut[:, 2:] > cut[:, :2]).all(axis=1)
         assert 0 < kept.sum() < len(kept)
-        np.testing.assert_array_equal(found.proposal_boxes.tensor, cut[kept])
-        np.testing.assert_array_equal(found.scores, np.array(entry["scores"], np.float32)[kept])
-        np.testing.assert_array_equal(found.proposal_labels, np.array(entry["labels"])[kept])
+        np.testing.assert_array_equal(proposals.proposal_boxes.tensor, cut[kept])
+        np.testing.assert_array_equal(proposals.scores, np.array(entry["scores"], np.float32)[kept])
+        np.testing.assert_array_equal(proposals.proposal_labels, np.array(entry["labels"])[kept])
 
 
 def test_scores_and_labels_may_be_missing(tmp_path, dataset):
@@ -207,9 +207,9 @@ def test_loader_summarizes_proposals(tmp_path, dataset, caplog):
     caplog.set_level(logging.INFO, "regionspot")
     loader(write_json(tmp_path / "p.json", {str(i): {"boxes": []} for i in range(1, 7)}), dataset)
     loader(write_json(tmp_path / "q.json", {"3": {"boxes": [[1, 1, 2, 2]]}, "99": {"boxes": []}}), dataset)
-    said = [record for record in caplog.records if record.name == "regionspot.data.build"]
-    assert [record.levelname for record in said] == ["INFO", "WARNING"]
-    assert "1 of 6 images have an entry, 5 have none; 1 unknown image ids" in said[1].message
+    records = [record for record in caplog.records if record.name == "regionspot.data.build"]
+    assert [record.levelname for record in records] == ["INFO", "WARNING"]
+    assert "1 of 6 images have an entry, 5 have none; 1 unknown image ids" in records[1].message
     with pytest.raises(ValueError, match="is it the right file"):
         loader(write_json(tmp_path / "p.json", {"99": {"boxes": []}}), dataset)
     with pytest.raises(ValueError, match="one file for each of 1 test sets, or none; got 2"):
@@ -260,9 +260,9 @@ def test_files_without_boxes(tmp_path):
         assert len(ProposalFile(tmp_path / "p.json").get(5, (4, 4))) == 0
 
 
-@pytest.mark.parametrize("piece", [64, 200, 1 << 23])
-def test_chunks_split_anywhere(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(json_file, "CHUNK_BYTES", piece)
+@pytest.mark.parametrize("num_bytes", [64, 200, 1 << 23])
+def test_chunks_split_anywhere(tmp_path, monkeypatch, num_bytes):
+    monkeypatch.setattr(json_file, "CHUNK_BYTES", num_bytes)
     entries = [
         {"image_id": i % 3, "note": '}, {"x"', "more": [{}, {"a": [{}, {}]}], "bbox": [i, i, 2, 2], "score": i / 99}
         for i in range(50)

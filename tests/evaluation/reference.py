@@ -1,4 +1,4 @@
-"""Generated data sets and detections in LVIS format, and what the lvis package says of them."""
+"""Generated data sets and detections in LVIS format, and the results of the lvis package."""
 
 import contextlib
 import copy
@@ -140,7 +140,7 @@ def write_world(directory, world, predictions, lines=False):
     return annotations, results
 
 
-def lvis_says(annotations: Path, predictions: list, task: str, max_dets: int = 300, without_boxes: bool = True):
+def run_lvis(annotations: Path, predictions: list, task: str, max_dets: int = 300, without_boxes: bool = True):
     """Return the results of the lvis package in percent, NaN for -1, and the AP of each category id.
 
     Args:
@@ -172,6 +172,6 @@ def best_of_each_class(predictions: list, limit: int) -> list:
     ]
 
 
-def assert_same(ours: dict, theirs: dict):
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=1e-9)
+def assert_same(actual: dict, expected: dict):
+    assert actual.keys() == expected.keys()
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-9)

@@ -9,9 +9,9 @@ from regionspot.evaluation.class_cap import ClassCap
 def draw(seed, images=60, classes=5, levels=4, rising=False):
     """Return (image id, classes, scores) of each image, in no order; scores of few levels, some classes rare."""
     rng = np.random.default_rng(seed)
-    for number, image_id in enumerate(rng.permutation(1000)[:images].tolist()):
+    for index, image_id in enumerate(rng.permutation(1000)[:images].tolist()):
         count = int(rng.integers(0, 40))
-        scores = rng.integers(0, levels, count) / levels + (number if rising else 0)
+        scores = rng.integers(0, levels, count) / levels + (index if rising else 0)
         yield image_id, np.minimum(rng.geometric(0.4, count) - 1, classes - 1), scores.astype(np.float32)
 
 

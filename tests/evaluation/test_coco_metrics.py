@@ -1,4 +1,4 @@
-"""COCO's rules: what pycocotools and Detectron2 say, to 1e-9."""
+"""COCO metrics match pycocotools and Detectron2 to 1e-9."""
 
 import contextlib
 import copy
@@ -42,7 +42,7 @@ def make_hostile(seed, crowds=0.2, **options):
     return world, predictions
 
 
-def pycocotools_says(annotations, predictions, task):
+def run_pycocotools(annotations, predictions, task):
     """Return COCOeval after ``evaluate``, ``accumulate`` and ``summarize``, run as Detectron2 does."""
     with contextlib.redirect_stdout(io.StringIO()):
         return _evaluate_predictions_on_coco(COCO(str(annotations)), copy.deepcopy(predictions), task)
@@ -50,16 +50,16 @@ def pycocotools_says(annotations, predictions, task):
 
 def compare(directory, world, predictions, task="bbox"):
     annotations, results = write_world(directory, world, predictions)
-    theirs = pycocotools_says(annotations, predictions, task)
-    ours = evaluate_coco(GroundTruth(annotations), read_results(results), task)
+    reference = run_pycocotools(annotations, predictions, task)
+    evaluation = evaluate_coco(GroundTruth(annotations), read_results(results), task)
     same = {"rtol": 0, "atol": 1e-9}
-    np.testing.assert_allclose(ours.precision, theirs.eval["precision"][..., -1], **same)
-    np.testing.assert_allclose(ours.recall, theirs.eval["recall"][..., -1], **same)
+    np.testing.assert_allclose(evaluation.precision, reference.eval["precision"][..., -1], **same)
+    np.testing.assert_allclose(evaluation.recall, reference.eval["recall"][..., -1], **same)
     for index, limit in enumerate(MAX_DETS):
-        np.testing.assert_allclose(ours.recalls[limit], theirs.eval["recall"][:, :, 0, index], **same)
-    stats = [value * 100 if value >= 0 else np.nan for value in theirs.stats]
-    np.testing.assert_allclose([*ours.metrics().values(), *ours.average_recalls().values()], stats, **same)
-    return ours, theirs
+        np.testing.assert_allclose(evaluation.recalls[limit], reference.eval["recall"][:, :, 0, index], **same)
+    stats = [value * 100 if value >= 0 else np.nan for value in reference.stats]
+    np.testing.assert_allclose([*evaluation.metrics().values(), *evaluation.average_recalls().values()], stats, **same)
+    return evaluation, reference
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -78,16 +78,16 @@ def test_masks_as_pycocotools(tmp_path, kind):
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_crowds_match_repeatedly_and_last(tmp_path, task):
     world, predictions = make_hostile(3, crowds=0.6, masks=True, categories=2, truths=12, near=1.0, images=5)
-    ours, _ = compare(tmp_path, world, predictions, task)
+    evaluation, _ = compare(tmp_path, world, predictions, task)
     without = [{**entry, "iscrowd": 0} for entry in world["annotations"]]
-    assert compare(tmp_path, {**world, "annotations": without}, predictions, task)[0].metrics() != ours.metrics()
+    assert compare(tmp_path, {**world, "annotations": without}, predictions, task)[0].metrics() != evaluation.metrics()
     compare(tmp_path, {**world, "annotations": [{**e, "iscrowd": 1} for e in without]}, predictions, task)
 
 
 def test_world_is_not_trivial(tmp_path):
     world, predictions = make_world(3, images=20, detections=60)
-    ours, _ = compare(tmp_path, {**world, "info": {}}, predictions)
-    values = [*ours.metrics().values(), *ours.average_recalls().values()]
+    evaluation, _ = compare(tmp_path, {**world, "info": {}}, predictions)
+    values = [*evaluation.metrics().values(), *evaluation.average_recalls().values()]
     assert all(0 < value < 100 for value in values) and len({*values}) >= len(values) - 1  # AR@100 may be AR@10
 
 
@@ -110,16 +110,18 @@ def test_masks_without_boxes_as_pycocotools(tmp_path, task):
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_classes_as_detectron2(tmp_path, task):
     world, predictions = make_hostile(1, masks=task == "segm", detections=30)
-    ours, theirs = compare(tmp_path, world, predictions, task)
+    evaluation, reference = compare(tmp_path, world, predictions, task)
     evaluator = COCOEvaluator.__new__(COCOEvaluator)
     evaluator._logger = __import__("logging").getLogger(__name__)
     names = [str(i) for i in sorted(entry["id"] for entry in world["categories"])]
     with contextlib.redirect_stdout(io.StringIO()):
-        expected = evaluator._derive_coco_results(theirs, task, names)
-    assert_same(ours.metrics() | {f"AP-{category}": value for category, value in ours.per_class().items()}, expected)
-    for category, number in zip(ours.category_ids, ours.num_annotations):
+        expected = evaluator._derive_coco_results(reference, task, names)
+    assert_same(
+        evaluation.metrics() | {f"AP-{category}": value for category, value in evaluation.per_class().items()}, expected
+    )
+    for category, count in zip(evaluation.category_ids, evaluation.num_annotations):
         own = [entry for entry in world["annotations"] if entry["category_id"] == category]
-        assert number == sum(not entry["iscrowd"] for entry in own)
+        assert count == sum(not entry["iscrowd"] for entry in own)
 
 
 def test_optional_keys_of_annotations(tmp_path):

@@ -1,4 +1,4 @@
-"""Our LVIS evaluation says what the lvis package says."""
+"""LVIS metrics match the lvis package."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from regionspot.evaluation import matching
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import evaluate_lvis
 
-from .reference import assert_same, best_of_each_class, lvis_says, make_world, write_world
+from .reference import assert_same, best_of_each_class, make_world, run_lvis, write_world
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"]
 HOSTILE = {
@@ -31,14 +31,14 @@ HOSTILE = {
 
 def compare(directory, world, predictions, task, max_dets=300):
     annotations, results = write_world(directory, world, predictions)
-    theirs, their_classes = lvis_says(annotations, predictions, task, max_dets)
+    expected, expected_per_class = run_lvis(annotations, predictions, task, max_dets)
     evaluation = evaluate_lvis(GroundTruth(annotations), read_results(results), task, max_dets=max_dets)
-    ours = evaluation.metrics()
-    assert list(ours) == KEYS
+    metrics = evaluation.metrics()
+    assert list(metrics) == KEYS
     recalls = {key.replace(f"@{max_dets}", "@300"): value for key, value in evaluation.average_recalls().items()}
-    assert_same(ours | recalls, theirs)
-    assert_same(evaluation.per_class(), their_classes)
-    return ours
+    assert_same(metrics | recalls, expected)
+    assert_same(evaluation.per_class(), expected_per_class)
+    return metrics
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -83,9 +83,9 @@ def test_ious_at_thresholds_as_lvis(tmp_path):
 def test_limits_as_lvis(tmp_path, max_dets):
     world, predictions = make_world(5, ties=True)
     annotations, results = write_world(tmp_path, world, predictions)
-    theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets)
-    ours = evaluate_lvis(GroundTruth(annotations), read_results(results), max_dets=max_dets).metrics()
-    assert_same(ours, {key: theirs[key] for key in KEYS})
+    expected, _ = run_lvis(annotations, predictions, "bbox", max_dets)
+    metrics = evaluate_lvis(GroundTruth(annotations), read_results(results), max_dets=max_dets).metrics()
+    assert_same(metrics, {key: expected[key] for key in KEYS})
 
 
 @pytest.mark.parametrize("limit", [1, 7, 50])
@@ -105,11 +105,11 @@ def test_world_is_not_trivial(tmp_path):
 def test_masks_with_box_areas_as_lvis(tmp_path):
     world, predictions = make_world(4, masks=True, images=12)
     annotations, results = write_world(tmp_path, world, predictions)
-    theirs, _ = lvis_says(annotations, predictions, "segm", without_boxes=False)
+    expected, _ = run_lvis(annotations, predictions, "segm", without_boxes=False)
     truth, read = GroundTruth(annotations), read_results(results)
-    ours = evaluate_lvis(truth, read, "segm", segm_areas="boxes").metrics()
-    assert_same(ours, {key: theirs[key] for key in KEYS})
-    assert ours["APs"] != evaluate_lvis(truth, read, "segm").metrics()["APs"]
+    metrics = evaluate_lvis(truth, read, "segm", segm_areas="boxes").metrics()
+    assert_same(metrics, {key: expected[key] for key in KEYS})
+    assert metrics["APs"] != evaluate_lvis(truth, read, "segm").metrics()["APs"]
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
@@ -141,10 +141,10 @@ def test_integer_scores_and_unknown_negatives(tmp_path):
 def test_fixed_ap_limits_each_class(tmp_path, task, limit):
     world, predictions = make_world(7, masks=task == "segm", ties=True, detections=30)
     annotations, results = write_world(tmp_path, world, predictions)
-    theirs, _ = lvis_says(annotations, best_of_each_class(predictions, limit), task, max_dets=-1)
+    expected, _ = run_lvis(annotations, best_of_each_class(predictions, limit), task, max_dets=-1)
     truth, read = GroundTruth(annotations), read_results(results)
     evaluation = evaluate_lvis(truth, read, task, "fixed", dets_per_class=limit)
-    assert_same(evaluation.metrics(), {key: theirs[key] for key in KEYS})
+    assert_same(evaluation.metrics(), {key: expected[key] for key in KEYS})
     assert list(evaluation.average_recalls()) == ["AR", "ARs", "ARm", "ARl"]
     if limit == 10_000:
         assert_same(evaluate_lvis(truth, read, task, protocol="fixed").metrics(), evaluation.metrics())
@@ -165,8 +165,8 @@ def test_fixed_ap_has_no_limit_per_image(tmp_path):
     world, predictions = make_world(9, images=2, detections=500, empty=0)
     annotations, results = write_world(tmp_path, world, predictions)
     truth, read = GroundTruth(annotations), read_results(results)
-    theirs, _ = lvis_says(annotations, predictions, "bbox", max_dets=-1)
-    assert_same(evaluate_lvis(truth, read, protocol="fixed").metrics(), {key: theirs[key] for key in KEYS})
+    expected, _ = run_lvis(annotations, predictions, "bbox", max_dets=-1)
+    assert_same(evaluate_lvis(truth, read, protocol="fixed").metrics(), {key: expected[key] for key in KEYS})
     assert evaluate_lvis(truth, read, protocol="fixed").metrics() != evaluate_lvis(truth, read, max_dets=20).metrics()
 
 
@@ -198,8 +198,8 @@ def test_counts(tmp_path):
     annotations, results = write_world(tmp_path, world, predictions)
     evaluation = evaluate_lvis(GroundTruth(annotations), read_results(results), max_dets=5)
     counted = [entry for entry in world["annotations"] if entry["area"] > 0 and not entry.get("ignore")]
-    for category, number in zip(evaluation.category_ids, evaluation.num_annotations):
-        assert number == sum(entry["category_id"] == category for entry in counted)
+    for category, count in zip(evaluation.category_ids, evaluation.num_annotations):
+        assert count == sum(entry["category_id"] == category for entry in counted)
     by_image = np.unique([entry["image_id"] for entry in predictions], return_counts=True)[1]
     assert evaluation.num_images_with_detections == len(by_image)
     assert evaluation.num_limited == np.minimum(by_image, 5).sum()

@@ -1,4 +1,4 @@
-"""Predictions on the disk: cut, resumed, sent to the main process."""
+"""Predictions on the disk: truncated, resumed, sent to the main process."""
 
 import time
 from datetime import timedelta
@@ -14,14 +14,14 @@ from regionspot.evaluation.class_cap import ClassCap
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
 
 
-def predict(image_id, number=4, level=0.0):
+def predict(image_id, num_detections=4, level=0.0):
     """Return drawn predictions of an image, with masks."""
     rng = np.random.default_rng(abs(image_id))
     return ImagePredictions(
         image_id=image_id,
-        classes=rng.integers(0, 3, number).astype(np.int32),
-        scores=(level + rng.random(number)).astype(np.float32),
-        regions=np.sort(rng.integers(0, 3, number)).astype(np.int32),
+        classes=rng.integers(0, 3, num_detections).astype(np.int32),
+        scores=(level + rng.random(num_detections)).astype(np.float32),
+        regions=np.sort(rng.integers(0, 3, num_detections)).astype(np.int32),
         boxes=rng.random((3, 4)).astype(np.float32),
         rles=[f"{image_id}-{row}" for row in range(3)],
         size=(20, 30),
@@ -45,8 +45,8 @@ def test_records_round_trip(tmp_path):
     log = PredictionLog(tmp_path, "one")
     assert log.open() == set()
     for image_id in (9, 2**62, -3, 7):
-        log.append(predict(image_id, number=abs(image_id) % 5))
-    assert read(log) == [plain(predict(image_id, number=abs(image_id) % 5)) for image_id in (-3, 7, 9, 2**62)]
+        log.append(predict(image_id, num_detections=abs(image_id) % 5))
+    assert read(log) == [plain(predict(image_id, num_detections=abs(image_id) % 5)) for image_id in (-3, 7, 9, 2**62)]
     log.finish(complete=True)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""What an evaluation comes to: limits reach the metrics, and files say what was found."""
+"""The outcome of an evaluation: limits reach the metrics, and files hold every class."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from regionspot.data.coco_io import read_results
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.report import evaluate_task, write_outcomes
 
-from .reference import lvis_says, make_world, write_world
+from .reference import make_world, run_lvis, write_world
 
 
 def test_limit_of_detections_reaches_metrics(tmp_path):
@@ -18,9 +18,9 @@ def test_limit_of_detections_reaches_metrics(tmp_path):
     annotations, results = write_world(tmp_path, world, predictions)
     truth, read = GroundTruth(annotations), read_results(results)
     for limit in (1, 300):
-        theirs, _ = lvis_says(annotations, predictions, "bbox", limit)
+        expected, _ = run_lvis(annotations, predictions, "bbox", limit)
         outcome = evaluate_task(truth, read, "bbox", "lvis", limit)
-        assert outcome.metrics["AP"] == pytest.approx(theirs["AP"], abs=1e-9)
+        assert outcome.metrics["AP"] == pytest.approx(expected["AP"], abs=1e-9)
         assert f"AR@{limit}" in outcome.recalls
 
 
@@ -30,9 +30,9 @@ def test_report_files(tmp_path):
     truth = GroundTruth(annotations)
     outcome = evaluate_task(truth, read_results(results), "bbox", "lvis")
     write_outcomes(tmp_path, truth, {"bbox": outcome}, protocol="a line")
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["protocol"] == "a line" and found["bbox"]["APf"] is None
-    assert found["bbox"]["AP"] == outcome.metrics["AP"] > 0
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["protocol"] == "a line" and report["bbox"]["APf"] is None
+    assert report["bbox"]["AP"] == outcome.metrics["AP"] > 0
     with (tmp_path / "per_class_bbox.csv").open() as file:
         rows = list(csv.DictReader(file))
     by_id = {entry["id"]: entry for entry in world["categories"]}

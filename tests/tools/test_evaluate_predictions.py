@@ -11,7 +11,7 @@ import pytest
 from regionspot.utils.files import sha256_of_file
 from regionspot_cli.commands import COMMANDS
 
-from ..evaluation.reference import assert_same, best_of_each_class, lvis_says, make_world, write_world
+from ..evaluation.reference import assert_same, best_of_each_class, make_world, run_lvis, write_world
 from ..helpers import ROOT
 
 KEYS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"]
@@ -36,13 +36,13 @@ def test_boxes_and_masks(case, tmp_path, capsys):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(metrics) == ["bbox", "segm"]
     for task in metrics:
-        theirs, their_classes = lvis_says(annotations, predictions, task)
-        assert_same(metrics[task], {key: theirs[key] for key in KEYS})
+        expected, expected_per_class = run_lvis(annotations, predictions, task)
+        assert_same(metrics[task], {key: expected[key] for key in KEYS})
         with (tmp_path / "out" / f"per_class_{task}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert list(rows[0]) == ["category_id", "name", "frequency", "annotations", "AP"]
-        ours = {int(row["category_id"]): float(row["AP"]) if row["AP"] else math.nan for row in rows}
-        assert_same(ours, their_classes)
+        per_class = {int(row["category_id"]): float(row["AP"]) if row["AP"] else math.nan for row in rows}
+        assert_same(per_class, expected_per_class)
         assert {row["name"] for row in rows} == {entry["name"] for entry in world["categories"]}
         assert sum(int(row["annotations"]) for row in rows) <= len(world["annotations"])
     protocol, *table = capsys.readouterr().out.splitlines()
@@ -62,8 +62,8 @@ def test_boxes_and_masks(case, tmp_path, capsys):
 def test_fixed(case, tmp_path, capsys):
     _, predictions, annotations, results = case
     assert run(annotations, results, "--protocol", "fixed", "--task", "bbox", "--output", tmp_path) == 0
-    theirs, _ = lvis_says(annotations, best_of_each_class(predictions, 10_000), "bbox", -1)
-    assert_same(json.loads((tmp_path / "metrics.json").read_text())["bbox"], {key: theirs[key] for key in KEYS})
+    expected, _ = run_lvis(annotations, best_of_each_class(predictions, 10_000), "bbox", -1)
+    assert_same(json.loads((tmp_path / "metrics.json").read_text())["bbox"], {key: expected[key] for key in KEYS})
     assert "protocol fixed | task bbox | 10000 detections per class" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Which texts are masks."""
+"""Damaged RLEs are told from masks."""
 
 import random
 
@@ -40,30 +40,30 @@ def damaged_mask(rng):
 
 def test_first_damaged_mask_is_named():
     rng = random.Random(0)
-    found = []
+    validity = []
     for _ in range(600):
         rles = [damaged_mask(rng) for _ in range(rng.randrange(1, 6))]
         good = [is_mask(rle["counts"], rle["size"][0] * rle["size"][1]) for rle in rles]
-        found += good
+        validity += good
         if all(good):
             check_rles(rles, str)
         else:
             with pytest.raises(ValueError, match=f"^{good.index(False)}: the mask's RLE is damaged"):
                 check_rles(rles, str)
-    assert 300 < sum(found) < len(found) - 300
+    assert 300 < sum(validity) < len(validity) - 300
 
 
-@pytest.mark.parametrize("number", [255, 256, 257, 600])
-def test_many_masks(number):
+@pytest.mark.parametrize("num_masks", [255, 256, 257, 600])
+def test_many_masks(num_masks):
     rle = mask_utils.encode(np.ones((30, 20), np.uint8, order="F"))
-    check_rles([rle] * number, str)
-    with pytest.raises(ValueError, match=f"^{number - 1}: "):
-        check_rles([rle] * (number - 1) + [{**rle, "size": [30, 21]}], str)
+    check_rles([rle] * num_masks, str)
+    with pytest.raises(ValueError, match=f"^{num_masks - 1}: "):
+        check_rles([rle] * (num_masks - 1) + [{**rle, "size": [30, 21]}], str)
 
 
-@pytest.mark.parametrize("number", [1, 254, 255, 256, 600])
-def test_areas_and_boxes_in_batches(number):
-    drawn = np.random.default_rng(number).random((number, 12, 17)) < 0.02
+@pytest.mark.parametrize("num_masks", [1, 254, 255, 256, 600])
+def test_areas_and_boxes_in_batches(num_masks):
+    drawn = np.random.default_rng(num_masks).random((num_masks, 12, 17)) < 0.02
     rles = [mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in drawn]
     assert mask_areas(rles).tolist() == drawn.sum(axis=(1, 2)).tolist()
     assert mask_boxes(rles).tolist() == [mask_utils.toBbox(rle).tolist() for rle in rles]

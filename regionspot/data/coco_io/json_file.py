@@ -124,10 +124,10 @@ class JsonFile:
             if stop == len(self.buffer):
                 return
             num_entries, start = num_entries + len(entries), stop + 1
-            self.release_pages()
+            self._release_pages()
         yield from self.chunks_of(self.decode(list[msgspec.Raw]), entry_type, "entry {}", num_entries)
 
-    def release_pages(self) -> None:
+    def _release_pages(self) -> None:
         """Let the system drop the pages that were read; it reads them again if they are asked for."""
         if hasattr(mmap, "MADV_DONTNEED") and self.buffer.readonly:  # a private copy would lose its changes
             self._map.madvise(mmap.MADV_DONTNEED)

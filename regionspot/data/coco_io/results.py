@@ -1,6 +1,7 @@
 """Detections as arrays, and their files: COCO's and LVIS's JSON, or the same entries one a line."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,7 +166,7 @@ class _Entry(msgspec.Struct, gc=False):
     category_id: Id
     score: float
     bbox: Box | None = None
-    segmentation: Any = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
 
 
 def write_results(path: str | Path, results: Results) -> None:
@@ -243,7 +244,7 @@ class _Columns:
         self.rles = PackedRles()
         self.has_boxes: bool | None = None
         self._image: int | None = None
-        self._known: dict[tuple, int] = {}  # masks of the current image, and where they are in rles
+        self._known: dict[bytes, int] = {}  # segmentations of the current image, and where they are in rles
 
     def add(self, first: int, entries: list[_Entry]) -> None:
         if self.has_boxes is None and entries:
@@ -264,19 +265,21 @@ class _Columns:
 
     def _region(self, index: int, entry: _Entry) -> int:
         """Return the position of an entry's mask in ``rles``, -1 for none."""
-        if entry.segmentation is None:
+        text = bytes(entry.segmentation)
+        if text == b"null":
             return -1
         if entry.image_id != self._image:
             self._image, self._known = entry.image_id, {}
-        try:
-            size, counts = parse_rle(entry.segmentation)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: entry {index}: {error}") from error
-        key = (*size, counts)
-        if key not in self._known:
-            self._known[key] = len(self.rles)
-            self.rles.append(size, counts)
-        return self._known[key]
+        if text not in self._known:
+            rle: Any = text
+            with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                rle = msgspec.json.decode(text)
+            try:
+                self.rles.append(*parse_rle(rle))
+            except ValueError as error:
+                raise ValueError(f"{self.name}: entry {index}: {error}") from error
+            self._known[text] = len(self.rles) - 1
+        return self._known[text]
 
     def results(self) -> Results:
         # Each column's chunks are freed as soon as they are joined.

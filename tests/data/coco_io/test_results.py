@@ -1,4 +1,4 @@
-"""Files of results: what they may be, and what is said of those that are damaged."""
+"""Files of results: their layouts, and the errors for damaged ones."""
 
 import copy
 import json
@@ -229,8 +229,8 @@ def test_masks_of_pycocotools_are_accepted():
     rles.append(
         {"size": [50000, 80000], "counts": mask_utils.frPyObjects([[0, 0, 9, 0, 9, 9]], 50000, 80000)[0]["counts"]}
     )
-    number = len(rles)
-    results = Results(*np.ones((2, number), int), np.ones(number), np.ones((number, 4)), np.arange(number), rles)
+    ones = np.ones(len(rles), int)
+    results = Results(ones, ones, ones, np.ones((len(rles), 4)), np.arange(len(rles)), rles)
     assert results.mask_areas.tolist() == [mask_utils.area(rle) for rle in rles]
 
 
