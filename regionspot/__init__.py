@@ -16,7 +16,7 @@ with warnings.catch_warnings():  # setuptools, about a module that clip imports
 from detectron2.config import CfgNode
 
 from regionspot.config import add_regionspot_config
-from regionspot.modeling import RegionRecognizer, RegionSpot, RegionSpotROIHeads, freeze_host
+from regionspot.modeling import RegionRecognizer, RegionSpot, RegionSpotRCNN, RegionSpotROIHeads, freeze_host
 from regionspot.predictor import RegionPredictions, RegionSpotPredictor
 
 
@@ -33,6 +33,7 @@ __all__ = [
     "RegionRecognizer",
     "RegionSpot",
     "RegionSpotPredictor",
+    "RegionSpotRCNN",
     "RegionSpotROIHeads",
     "add_regionspot_config",
     "freeze_host",

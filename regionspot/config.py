@@ -107,12 +107,14 @@ def _add_head_config(node: CfgNode) -> None:
     # host's file; PROPOSALS.TOP_K bounds the boxes of an image, SAM.PROMPT_CHUNK how many are decoded at once. With
     # VOCABULARY "" the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
     node.HEAD = CfgNode()
-    # The config that this one stands on, a path or a name in Detectron2's model zoo, and with it the zoo's weights;
-    # read by ``load_config`` alone. "" where the host's config is merged in by other means.
+    # The config that this one stands on, a path or a name in Detectron2's model zoo, and with it the zoo's weights (a
+    # GeneralizedRCNN becomes a RegionSpotRCNN); read by ``load_config`` alone. "" where the host's config is merged in
+    # by other means.
     node.HEAD.HOST_CONFIG = ""
     # A RegionSpot checkpoint, released or one's own, read when the model is built; "" leaves the attention random.
     node.HEAD.WEIGHTS = ""
-    # False: the host learns, too, by its own losses. True: nothing but the attention module does.
+    # True: nothing but the knowledge integration learns; training wants MODEL.META_ARCHITECTURE RegionSpotRCNN, which
+    # freezes the rest. False: the host learns, too, by its own losses.
     node.HEAD.FREEZE_HOST = True
     # Boxes to recognize: "proposals" as the host's RPN gives them, or "refined" by the host's own box regression.
     node.HEAD.BOXES = "proposals"
@@ -286,6 +288,8 @@ def _host_defaults(host: str) -> CfgNode:
     merge_yaml(cfg, path)
     cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
     cfg.MODEL.REGIONSPOT.HEAD.HOST = cfg.MODEL.ROI_HEADS.NAME
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        cfg.MODEL.META_ARCHITECTURE = "RegionSpotRCNN"  # the same detector, frozen around the head
     return cfg
 
 

@@ -1,4 +1,4 @@
-"""RegionSpot on one's own images: ``set_image`` once, ``predict`` as often as wanted."""
+"""RegionSpot on your own images: ``set_image`` once, ``predict`` as often as you like."""
 
 import numbers
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 from regionspot.structures import Prompts, check_boxes
+from regionspot.utils.deprecation import renamed_argument, renamed_attribute
 from regionspot.utils.images import to_rgb_array
 from regionspot.vocabulary import VocabularySource
 
@@ -25,43 +26,46 @@ UNKNOWN = "unknown"
 
 @dataclass
 class RegionPredictions:
-    """What RegionSpot says of N regions of an image, in the order of the prompts.
+    """What RegionSpot recognizes in N regions of an image, in the order of the prompts.
 
     Attributes:
-        boxes: (N, 4) float32, XYXY, original pixels: the given boxes, or those around the masks.
+        boxes: (N, 4) float32, XYXY, original pixels: the boxes of the prompts, or those around the masks.
         classes: (N,) int64, index of the best class in ``vocabulary``.
-        labels: N names of the best classes, "unknown" for unknown regions.
+        class_names: N names of the best classes, "unknown" for unknown regions.
         scores: (N,) float32, probability of the best class.
         top_classes: (N, k) int64, the k best classes, best first.
         top_scores: (N, k) float32, their probabilities.
         logits: (N, K) float32.
-        iou: (N,) float32, SAM's own estimate of the mask's IoU.
+        predicted_ious: (N,) float32, SAM's own estimate of each mask's IoU.
         vocabulary: K class names.
         unknown: (N,) bool, regions of no class (``MODEL.REGIONSPOT.UNKNOWN``).
         image_size: (height, width) of the image.
         region_masks: SAM's mask logits, on the model's device; None when masks were not asked for. ``masks``, ``mask``
-            and ``rles`` bring them to full size.
+            and ``rles`` resize them to the image.
     """
 
     boxes: np.ndarray
     classes: np.ndarray
-    labels: list[str]
+    class_names: list[str]
     scores: np.ndarray
     top_classes: np.ndarray
     top_scores: np.ndarray
     logits: np.ndarray
-    iou: np.ndarray
+    predicted_ious: np.ndarray
     vocabulary: list[str]
     unknown: np.ndarray
     image_size: tuple[int, int]
     region_masks: RegionMasks | None
 
+    labels = renamed_attribute("labels", "class_names")
+    iou = renamed_attribute("iou", "predicted_ious")
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.class_names)
 
     @cached_property
     def masks(self) -> np.ndarray | None:
-        """(N, H, W) bool, original pixels; None when not asked for. All are computed when first read, and kept."""
+        """(N, H, W) bool, original pixels; None when not asked for. All are computed when first read, and cached."""
         if self.region_masks is None:
             return None
         return self.region_masks.to_bitmasks(None, *self.image_size).tensor.cpu().numpy()
@@ -101,7 +105,7 @@ class RegionSpotPredictor:
                 f"{cfg.MODEL.META_ARCHITECTURE}; tools/train_net.py --eval-only evaluates others"
             )
         self.model = load_model(cfg)
-        # Parts without weights from any file: "trained", "sam", "clip_model". What they say means nothing.
+        # Parts without weights from any file ("trained", "sam", "clip_model"), whose output is meaningless.
         self.random_parts = sorted(part for part, source in self.recognizer.weight_sources.items() if not source)
         self._deep_range = tuple(cfg.INPUT.DEEP_RANGE)
         self._features: ImageFeatures | None = None
@@ -116,7 +120,7 @@ class RegionSpotPredictor:
         return self.recognizer.vocabulary
 
     def set_vocabulary(self, names: VocabularySource) -> None:
-        """Recognize ``names`` from now on: a list, {name: synonyms}, "a,b,c" or "@file" (see ``load_vocabulary``)."""
+        """Recognize ``names`` from now on: a list, {name: synonyms}, "a,b,c" or "@file", see ``load_vocabulary``."""
         self.recognizer.set_vocabulary(names)
 
     @torch.no_grad()
@@ -137,33 +141,32 @@ class RegionSpotPredictor:
 
     def set_image(self, image: str | Path | Image.Image | np.ndarray) -> None:
         """Encode an image for the calls of ``predict`` that follow; as ``encode``."""
-        self._features = None  # an image that is refused must not leave the one before in place
+        self._features = None  # after an image that is refused, the previous one must not be used
         self._features = self.encode(image)
 
+    @renamed_argument("labels", "point_labels")
     @torch.no_grad()
     def predict(
         self,
         boxes: ArrayLike | None = None,
         points: ArrayLike | None = None,
-        labels: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
         masks: ArrayLike | None = None,
         vocabulary: VocabularySource | None = None,
         top_k: int = 5,
         with_masks: bool = True,
         features: ImageFeatures | None = None,
     ) -> RegionPredictions:
-        """Recognize N regions of an image.
-
-        A region is given by a box, by points, by a mask, or by several of them together.
+        """Recognize N regions of an image, each given by a box, by points, by a mask, or by several of them together.
 
         Args:
             boxes: (N, 4), XYXY, original pixels.
             points: (N, P, 2), XY, original pixels.
-            labels: (N, P): 1 foreground, 0 background, -1 padding; all 1 by default.
+            point_labels: (N, P): 1 foreground, 0 background, -1 padding; all 1 by default.
             masks: (N, H, W) bool (or 0 and 1, or 0 and 255), original pixels. Alone, a mask also prompts with the box
                 around it.
-            vocabulary: class names, see ``set_vocabulary``: with ``features`` of this call alone, else from now on.
-            top_k: how many best classes to give.
+            vocabulary: class names, see ``set_vocabulary``: with ``features`` for this call only, else from now on.
+            top_k: number of best classes to return for each region.
             with_masks: whether to compute masks.
             features: of the image, from ``encode``; by default those of ``set_image``.
 
@@ -171,14 +174,14 @@ class RegionSpotPredictor:
             RuntimeError: no image was set.
             ValueError: a prompt of wrong shape or outside the image, or no vocabulary.
         """
-        own = features is not None
-        features = self._check_features(features) if own else self._features
+        has_own_features = features is not None  # then nothing of the predictor changes: any thread may call
+        features = self._check_features(features) if has_own_features else self._features
         if features is None:
             raise RuntimeError("no image is set: call set_image(image) first, or give features=encode(image)")
         if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:
             raise ValueError(f"top_k: expected an integer of at least 1, got {top_k!r}")
-        prompts = self._prompts(boxes, points, labels, masks, features.sizes[0])
-        names, embeddings = self._vocabulary(vocabulary, own)
+        prompts = self._prompts(boxes, points, point_labels, masks, features.sizes[0])
+        names, embeddings = self._vocabulary(vocabulary, has_own_features)
         [output] = self.recognizer.locate(features, [prompts], with_masks or prompts.boxes is None)
         [logits] = self.recognizer.classify([output.tokens], features.feature_map, [embeddings], with_background=True)
         return self._predictions(prompts, output, logits, names, int(top_k), with_masks, features.sizes[0])
@@ -189,9 +192,9 @@ class RegionSpotPredictor:
             raise ValueError(f"features: expected what encode(image) gave, got {type(features).__name__}")
         return features
 
-    def _vocabulary(self, vocabulary: VocabularySource | None, own: bool) -> tuple[list[str], torch.Tensor]:
-        """Return the names to recognize and their embeddings, which belong to the call."""
-        if vocabulary is not None and own:
+    def _vocabulary(self, vocabulary: VocabularySource | None, for_this_call: bool) -> tuple[list[str], torch.Tensor]:
+        """Return the names to recognize and their embeddings."""
+        if vocabulary is not None and for_this_call:
             return self.recognizer.encode_vocabulary(vocabulary)
         if vocabulary is not None:
             self.set_vocabulary(vocabulary)
@@ -201,26 +204,26 @@ class RegionSpotPredictor:
         self,
         boxes: ArrayLike | None,
         points: ArrayLike | None,
-        labels: ArrayLike | None,
+        point_labels: ArrayLike | None,
         masks: ArrayLike | None,
         size: tuple[int, int],
     ) -> Prompts:
-        given = {}
+        prompts = {}
         if masks is not None:
-            given["masks"], around = self._mask_prompts(np.asarray(masks), size)
+            prompts["masks"], around = self._mask_prompts(np.asarray(masks), size)
             if boxes is None and points is None:
                 boxes = around
         if boxes is not None:
-            given["boxes"] = _float_tensor(boxes, "boxes", "(N, 4)")
-            if given["boxes"].numel() == 0:
-                given["boxes"] = given["boxes"].reshape(0, 4)
-            check_boxes(given["boxes"], size)
-        if labels is not None and points is None:
-            raise ValueError("labels are given without points")
+            prompts["boxes"] = _float_tensor(boxes, "boxes", "(N, 4)")
+            if prompts["boxes"].numel() == 0:  # an empty list has no columns
+                prompts["boxes"] = prompts["boxes"].reshape(0, 4)
+            check_boxes(prompts["boxes"], size)
+        if point_labels is not None and points is None:
+            raise ValueError("point_labels are given without points")
         if points is not None:
-            given["points"] = _float_tensor(points, "points", "(N, P, 2)")
-            given["point_labels"] = self._point_labels(given["points"], labels, size)
-        return Prompts(**given)
+            prompts["points"] = _float_tensor(points, "points", "(N, P, 2)")
+            prompts["point_labels"] = _check_points(prompts["points"], point_labels, size)
+        return Prompts(**prompts)
 
     def _mask_prompts(self, masks: np.ndarray, size: tuple[int, int]) -> tuple[torch.Tensor, np.ndarray]:
         if masks.ndim != 3 or masks.shape[1:] != size:
@@ -234,28 +237,6 @@ class RegionSpotPredictor:
             raise ValueError(f"masks: number {int((~binary.flatten(1).any(dim=1)).nonzero()[0])} is empty")
         prompts = self.recognizer.localizer.mask_prompts(binary, size)
         return prompts, BitMasks(binary).get_bounding_boxes().tensor.numpy()
-
-    @staticmethod
-    def _point_labels(points: torch.Tensor, labels: ArrayLike | None, size: tuple[int, int]) -> torch.Tensor:
-        if points.dim() != 3 or points.shape[2] != 2 or 0 in points.shape[1:]:
-            raise ValueError(f"points: expected shape (N, P, 2), XY in pixels, got {tuple(points.shape)}")
-        given = torch.ones(points.shape[:2]) if labels is None else _float_tensor(labels, "labels", "(N, P)")
-        if given.shape != points.shape[:2]:
-            raise ValueError(
-                f"labels: expected shape {tuple(points.shape[:2])}, one for each point, got {tuple(given.shape)}"
-            )
-        if not torch.isin(given, torch.tensor([-1.0, 0.0, 1.0])).all():
-            raise ValueError("labels: expected 1 (foreground), 0 (background) or -1 (padding)")
-        if (given == -1).all(dim=1).any():
-            raise ValueError("labels: a region has padding (-1) only; expected at least one point")
-        inside = (points >= 0).all(dim=2) & (points[..., 0] < size[1]) & (points[..., 1] < size[0])  # NaN is outside
-        if not (inside | (given == -1)).all():
-            index = (~(inside | (given == -1))).nonzero()[0].tolist()
-            raise ValueError(
-                f"points: {points[tuple(index)].tolist()} lies outside the image "
-                f"of height {size[0]} and width {size[1]}"
-            )
-        return given.long()
 
     def _predictions(
         self,
@@ -271,8 +252,8 @@ class RegionSpotPredictor:
         if output.masks is not None:
             rows = torch.arange(len(output.masks), device=output.masks.device)
             masks = RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
-        probabilities = self.recognizer.probabilities(logits)
-        unknown = self.recognizer.rule.is_unknown(probabilities)
+        probabilities = self.recognizer.rule.probabilities(logits)
+        unknown = self.recognizer.rule.is_unknown(probabilities, len(self.recognizer.background))
         top_scores, top_classes = probabilities[:, : len(names)].topk(min(top_k, len(names)), dim=1)
         boxes = prompts.clip(size).boxes
         if boxes is None:
@@ -281,17 +262,40 @@ class RegionSpotPredictor:
         return RegionPredictions(
             boxes=boxes.cpu().numpy(),
             classes=top_classes[:, 0].cpu().numpy(),
-            labels=[UNKNOWN if u else names[i] for i, u in zip(top_classes[:, 0].tolist(), unknown.tolist())],
+            class_names=[UNKNOWN if u else names[i] for i, u in zip(top_classes[:, 0].tolist(), unknown.tolist())],
             scores=top_scores[:, 0].cpu().numpy(),
             top_classes=top_classes.cpu().numpy(),
             top_scores=top_scores.cpu().numpy(),
             logits=logits[:, : len(names)].cpu().numpy(),
-            iou=output.iou.cpu().numpy(),
+            predicted_ious=output.iou.cpu().numpy(),
             vocabulary=names,
             unknown=unknown.cpu().numpy(),
             image_size=size,
             region_masks=masks if with_masks else None,
         )
+
+
+def _check_points(points: torch.Tensor, labels: ArrayLike | None, size: tuple[int, int]) -> torch.Tensor:
+    """Return the (N, P) int64 labels of (N, P, 2) points in an image of (height, width)."""
+    if points.dim() != 3 or points.shape[2] != 2 or 0 in points.shape[1:]:
+        raise ValueError(f"points: expected shape (N, P, 2), XY in pixels, got {tuple(points.shape)}")
+    checked = torch.ones(points.shape[:2]) if labels is None else _float_tensor(labels, "point_labels", "(N, P)")
+    if checked.shape != points.shape[:2]:
+        raise ValueError(
+            f"point_labels: expected shape {tuple(points.shape[:2])}, one for each point, got {tuple(checked.shape)}"
+        )
+    if not torch.isin(checked, torch.tensor([-1.0, 0.0, 1.0])).all():
+        raise ValueError("point_labels: expected 1 (foreground), 0 (background) or -1 (padding)")
+    is_padding = checked == -1
+    if is_padding.all(dim=1).any():
+        raise ValueError("point_labels: a region has padding (-1) only; expected at least one point")
+    is_inside = (points >= 0).all(dim=2) & (points[..., 0] < size[1]) & (points[..., 1] < size[0])  # NaN is not
+    if not (is_inside | is_padding).all():
+        index = (~(is_inside | is_padding)).nonzero()[0].tolist()
+        raise ValueError(
+            f"points: {points[tuple(index)].tolist()} lies outside the image of height {size[0]} and width {size[1]}"
+        )
+    return checked.long()
 
 
 def _float_tensor(value: ArrayLike, what: str, shape: str) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Prompts: where the regions of an image are."""
+"""Regions of images: prompts, what a valid box is, and what proposals and annotations hold of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -30,26 +31,26 @@ class Prompts:
     def __post_init__(self) -> None:
         if (self.points is None) != (self.point_labels is None):
             raise ValueError("points and point labels go together: got one without the other")
-        lengths = {name: len(value) for name, value in self._given().items()}
+        lengths = {name: len(value) for name, value in self._tensors().items()}
         if not lengths:
             raise ValueError("no prompt given: expected boxes, points with labels, or masks")
         if len(set(lengths.values())) > 1:
             raise ValueError(f"prompts of the same regions must be equally many, got {lengths}")
 
-    def _given(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __len__(self) -> int:
-        return len(next(iter(self._given().values())))
+        return len(next(iter(self._tensors().values())))
 
     def __getitem__(self, index: slice) -> "Prompts":
-        return Prompts(**{name: value[index] for name, value in self._given().items()})
+        return Prompts(**{name: value[index] for name, value in self._tensors().items()})
 
     def to(self, device: torch.device) -> "Prompts":
-        return Prompts(**{name: value.to(device) for name, value in self._given().items()})
+        return Prompts(**{name: value.to(device) for name, value in self._tensors().items()})
 
     def clip(self, image_size: tuple[int, int]) -> "Prompts":
-        """Return the prompts with their boxes cut to an image of (height, width), in whose frame they are."""
+        """Return the prompts with their boxes clipped to an image of (height, width), in whose frame they are."""
         if self.boxes is None:
             return self
         height, width = image_size
@@ -67,13 +68,25 @@ class Prompts:
         return replace(self, **scaled)
 
 
+def check_image_format(image_format: str, option: str = "INPUT.FORMAT") -> str:
+    """Return the channel order of images, or raise a ValueError that names the option which set it."""
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"{option}: expected RGB or BGR, got {image_format!r}")
+    return image_format
+
+
+def to_rgb(image: torch.Tensor, image_format: str) -> torch.Tensor:
+    """Return a (3, H, W) image of ``image_format`` in RGB; of an RGB image, the image in ``image_format``."""
+    return image if image_format == "RGB" else image.flip(0)
+
+
 def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "boxes") -> None:
-    """Refuse boxes that name no region of the image.
+    """Refuse invalid boxes.
 
     Args:
         boxes: (N, 4) float, XYXY pixels.
         image_size: (height, width) of the image whose frame the boxes are in.
-        what: how to call the boxes in the message.
+        what: what the boxes are, for the message.
 
     Raises:
         ValueError: wrong shape, NaN or infinity, zero area, or wholly outside the image.
@@ -82,55 +95,89 @@ def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "b
         raise ValueError(f"{what}: expected shape (N, 4), XYXY in pixels, got {tuple(boxes.shape)}")
     height, width = image_size
     x0, y0, x1, y1 = boxes.unbind(1)
-    problems = {
-        "holds NaN or infinity": ~torch.isfinite(boxes).all(dim=1),
-        "has no area (expected x0 < x1 and y0 < y1, XYXY)": (x1 <= x0) | (y1 <= y0),
-        f"lies outside the image of height {height} and width {width}": (x0 >= width)
-        | (y0 >= height)
-        | (x1 <= 0)
-        | (y1 <= 0),
-    }
-    for problem, mask in problems.items():
-        if mask.any():
-            index = int(mask.nonzero()[0])
+    is_outside = (x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0)
+    for problem, is_invalid in (
+        ("holds NaN or infinity", ~torch.isfinite(boxes).all(dim=1)),
+        ("has no area (expected x0 < x1 and y0 < y1, XYXY)", (x1 <= x0) | (y1 <= y0)),
+        (f"lies outside the image of height {height} and width {width}", is_outside),
+    ):
+        if is_invalid.any():
+            index = int(is_invalid.nonzero()[0])
             raise ValueError(f"{what}: number {index}, {boxes[index].tolist()}, {problem}")
 
 
 def check_regions(
-    images: Sequence[torch.Tensor], boxes: Sequence[Boxes], scores: Sequence[torch.Tensor | None] | None
+    images: Sequence[torch.Tensor],
+    boxes: Sequence[Boxes],
+    scores: Sequence[torch.Tensor | None] | None,
+    names: Sequence[str] = (),
 ) -> None:
-    """Refuse what ``RegionRecognizer`` cannot recognize, see there for what is expected.
+    """Refuse what ``RegionRecognizer`` cannot recognize; see ``RegionRecognizer.forward`` for what it expects.
+
+    Args:
+        images: B images.
+        boxes: B ``Boxes``.
+        scores: B tensors of the boxes' scores, each of which may be None; or None.
+        names: what the images are called in messages.
 
     Raises:
         ValueError: not as many of each, an image or scores of wrong shape, scores outside [0, 1], boxes that are no
-            ``Boxes`` or name no region.
+            ``Boxes`` or invalid.
     """
-    given = scores if scores is not None else [None] * len(images)
-    if not len(images) == len(boxes) == len(given):
-        raise ValueError(f"expected boxes and scores for each of {len(images)} images, got {len(boxes)}, {len(given)}")
-    for i, (image, image_boxes, image_scores) in enumerate(zip(images, boxes, given)):
+    scores = [None] * len(images) if scores is None else scores
+    names = names or [f"image {i}" for i in range(len(images))]
+    if not len(images) == len(boxes) == len(scores):
+        raise ValueError(f"expected boxes and scores for each of {len(images)} images, got {len(boxes)}, {len(scores)}")
+    for image, image_boxes, image_scores, name in zip(images, boxes, scores, names):
         if image.dim() != 3 or image.shape[0] != 3:
-            raise ValueError(f"image {i}: expected shape (3, H, W), got {tuple(image.shape)}")
+            raise ValueError(f"{name}: expected shape (3, H, W), got {tuple(image.shape)}")
         if not isinstance(image_boxes, Boxes):
-            raise ValueError(f"boxes of image {i}: expected detectron2's Boxes, got {type(image_boxes).__name__}")
-        check_boxes(image_boxes.tensor, (image.shape[1], image.shape[2]), f"boxes of image {i}")
-        if image_scores is not None and image_scores.shape != (len(image_boxes),):
-            raise ValueError(
-                f"scores of image {i}: expected shape ({len(image_boxes)},), got {tuple(image_scores.shape)}"
-            )
+            raise ValueError(f"boxes of {name}: expected detectron2's Boxes, got {type(image_boxes).__name__}")
+        check_boxes(image_boxes.tensor, (image.shape[1], image.shape[2]), f"boxes of {name}")
+        if image_scores is None:
+            continue
+        if image_scores.shape != (len(image_boxes),):
+            raise ValueError(f"scores of {name}: expected shape ({len(image_boxes)},), got {tuple(image_scores.shape)}")
         # a product may round to a little more than 1; NaN is neither
-        if image_scores is not None and not ((image_scores >= 0) & (image_scores <= 1 + 1e-4)).all():
-            raise ValueError(f"scores of image {i}: expected numbers in [0, 1]; put logits through a sigmoid first")
+        if not ((image_scores >= 0) & (image_scores <= 1 + 1e-4)).all():
+            raise ValueError(f"scores of {name}: expected numbers in [0, 1]; put logits through a sigmoid first")
 
 
-def check_classes(classes: torch.Tensor, number: int, what: str) -> None:
-    """Refuse (N,) int64 ``classes`` of regions that are outside a vocabulary of ``number`` names."""
-    outside = classes[(classes < 0) | (classes >= number)]
+def check_targets(targets: Instances, num_classes: int, name: str) -> None:
+    """Refuse annotations of an image that nothing can be learned from.
+
+    Args:
+        targets: with ``gt_boxes`` (XYXY, pixels of the image) and ``gt_classes`` (N,) int64.
+        num_classes: size of the vocabulary that the classes belong to.
+        name: of the image, for the message.
+
+    Raises:
+        ValueError: an invalid box, or a class outside the vocabulary.
+    """
+    check_boxes(targets.gt_boxes.tensor, targets.image_size, f"annotated boxes of {name}")
+    outside = targets.gt_classes[(targets.gt_classes < 0) | (targets.gt_classes >= num_classes)]
     if len(outside):
         raise ValueError(
-            f"{what}: class {int(outside[0])} is outside the vocabulary of {number} names; "
+            f"{name}: class {int(outside[0])} is outside the vocabulary of {num_classes} names; "
             "set the data set's own vocabulary"
         )
+
+
+def image_name(inputs: dict[str, Any]) -> str:
+    """Return what messages call the image of one of Detectron2's model inputs."""
+    return f"image {inputs.get('file_name', inputs.get('image_id', 'without a name'))}"
+
+
+def read_targets(inputs: dict[str, Any], num_classes: int) -> Instances:
+    """Return the annotations that come with an image of Detectron2's model inputs, checked by ``check_targets``.
+
+    Raises:
+        KeyError: the image has none.
+    """
+    if "instances" not in inputs:
+        raise KeyError(f"{image_name(inputs)}: training needs the key 'instances', got {sorted(inputs)}")
+    check_targets(inputs["instances"], num_classes, image_name(inputs))
+    return inputs["instances"]
 
 
 def read_proposals(proposals: Instances, top_k: int = -1, nms_thresh: float = 1.0) -> tuple[Boxes, torch.Tensor | None]:
@@ -138,8 +185,8 @@ def read_proposals(proposals: Instances, top_k: int = -1, nms_thresh: float = 1.
 
     Args:
         proposals: with ``proposal_boxes`` and, optionally, ``scores`` in [0, 1] or ``objectness_logits``.
-        top_k: how many; of those without scores the first, -1 for all.
-        nms_thresh: of two scored boxes with more IoU than this only the better is returned; 1 for both.
+        top_k: number of boxes to keep, the first ones where there are no scores; -1 for all.
+        nms_thresh: of two scored boxes with more IoU than this only the better is kept; 1 keeps both.
 
     Returns:
         N boxes and (N,) float scores in [0, 1], or None without scores.

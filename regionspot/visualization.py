@@ -1,4 +1,4 @@
-"""Pictures of recognized regions, and of what they look at."""
+"""Drawings of recognized regions, and of what they attend to in the feature map."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from regionspot.predictor import RegionPredictions
 
 
 def draw_regions(image: np.ndarray, predictions: RegionPredictions, with_masks: bool = True) -> np.ndarray:
-    """Draw boxes, masks and labels with scores.
+    """Draw boxes, masks and class names with scores.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         predictions: of this image.
-        with_masks: draw the masks, too, where there are any.
+        with_masks: also draw the masks, if there are any.
 
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    labels = [f"{label} {score:.0%}" for label, score in zip(predictions.labels, predictions.scores)]
+    labels = [f"{label} {score:.0%}" for label, score in zip(predictions.class_names, predictions.scores)]
     return draw_labels(image, predictions.boxes, predictions.masks if with_masks else None, labels)
 
 
@@ -34,7 +34,7 @@ def draw_labels(image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, 
 
 @torch.no_grad()
 def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, feature_map: torch.Tensor) -> torch.Tensor:
-    """Return where the regions of an image look in the feature map, in the last layer, averaged over the heads.
+    """Return the last layer's cross-attention of an image's regions to the feature map, averaged over the heads.
 
     Args:
         integration: the trained module, with a feature map.
@@ -42,26 +42,26 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
         feature_map: (1, L, width) float, L = grid^2 or 1 + grid^2.
 
     Returns:
-        (N, grid, grid) float, without the class token's share.
+        (N, grid, grid) float, without the weight of the class token.
     """
     if not integration.with_features:
-        raise ValueError("cross_attention: this model has no feature map to look at (CLIP.FEATURES none)")
+        raise ValueError("cross_attention: this model has no feature map to attend to (CLIP.FEATURES none)")
     attention = integration.decoder.layers[-1].multihead_attn
     assert isinstance(attention, nn.MultiheadAttention)
-    kept: list[torch.Tensor] = []
+    attention_weights: list[torch.Tensor] = []
 
-    def ask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def request_weights(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "need_weights": True}
 
     hooks = [
-        attention.register_forward_pre_hook(ask, with_kwargs=True),
-        attention.register_forward_hook(lambda module, args, output: kept.append(output[1])),
+        attention.register_forward_pre_hook(request_weights, with_kwargs=True),
+        attention.register_forward_hook(lambda module, args, output: attention_weights.append(output[1])),
     ]
     try:
         integration([tokens], feature_map)
     finally:
         for hook in hooks:
             hook.remove()
-    weights = torch.cat(kept, dim=1)[0]  # (N, L)
+    weights = torch.cat(attention_weights, dim=1)[0]  # (N, L)
     grid = int(weights.shape[1] ** 0.5)
     return weights[:, -grid * grid :].unflatten(1, (grid, grid))

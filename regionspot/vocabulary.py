@@ -1,17 +1,101 @@
-"""Vocabularies: lists of class names from anywhere, and the prompts that CLIP reads for them."""
+"""Vocabularies: class names from any source, and the prompt templates that CLIP encodes them in."""
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from regionspot.templates import IMAGENET_TEMPLATES
 from regionspot.utils.files import expand_user, read_json
 
 logger = logging.getLogger(__name__)
+
+# The 80 ImageNet prompt templates of OpenAI's CLIP (Radford et al. 2021, section 3.1.4).
+IMAGENET_TEMPLATES = (
+    "a photo of a {}.",
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+    "a plushie {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "art of the {}.",
+    "a drawing of the {}.",
+    "a photo of the large {}.",
+    "a black and white photo of a {}.",
+    "the plushie {}.",
+    "a dark photo of a {}.",
+    "itap of a {}.",
+    "graffiti of the {}.",
+    "a toy {}.",
+    "itap of my {}.",
+    "a photo of a cool {}.",
+    "a photo of a small {}.",
+    "a tattoo of the {}.",
+)
 
 TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
     "all": ("{}.", *IMAGENET_TEMPLATES),
@@ -21,17 +105,17 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
 
 
 class Vocabulary(list[str]):
-    """Class names of which each is read by CLIP as its synonyms, whose embeddings are averaged.
+    """Class names with synonyms: CLIP encodes the synonyms of a name, and their embeddings are averaged.
 
     Attributes:
-        phrases: for each name what CLIP reads in its place: the name itself only where it is among them.
+        phrases: for each name its synonyms, which include the name itself only where it is listed among them.
     """
 
     phrases: list[tuple[str, ...]]
 
     def __init__(self, synonyms: Mapping[str, str | Sequence[str]]) -> None:
         super().__init__(synonyms)
-        self.phrases = [(given,) if isinstance(given, str) else tuple(given) for given in synonyms.values()]
+        self.phrases = [(phrases,) if isinstance(phrases, str) else tuple(phrases) for phrases in synonyms.values()]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, list) and super().__eq__(other) and self.phrases == get_phrases(other)
@@ -46,25 +130,25 @@ VocabularySource = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 def get_phrases(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return for each class name what CLIP reads: its synonyms in a ``Vocabulary``, else the name."""
+    """Return what CLIP encodes for each class name: its synonyms in a ``Vocabulary``, else the name."""
     return names.phrases if isinstance(names, Vocabulary) else [(name,) for name in names]
 
 
 def load_vocabulary(source: VocabularySource) -> list[str]:
-    """Return class names from wherever they are.
+    """Return class names from any source.
 
     Args:
-        source: a sequence of names; a mapping of names to their synonyms; "a,b,c"; "dataset:coco_2017_val" for those
-            of a registered data set; or "@path" (the @ may be left out before a path that ends in .txt or .json): a
-            text file with one name a line, a JSON list of names, a JSON object of names and lists of synonyms, or a
-            JSON file with COCO's or LVIS's ``categories``.
+        source: a sequence of names; a mapping from names to their synonyms; "a,b,c"; "dataset:coco_2017_val" for the
+            names of a registered data set; or "@path" (the @ is optional before a path that ends in .txt or .json): a
+            text file with one name per line, a JSON list of names, a JSON object from names to lists of synonyms, or
+            a JSON file with COCO's or LVIS's ``categories``.
 
     Returns:
         The names; with synonyms a ``Vocabulary``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no names, an empty name, a JSON file of another form, or anything else.
+        ValueError: no names, an empty name, a JSON file of another format, or any other source.
     """
     if isinstance(source, Mapping):
         return check_synonyms(source, "vocabulary")
@@ -109,9 +193,9 @@ def _read_names(path: Path) -> list[Any] | dict[str, Any]:
 
 
 def dataset_names(name: str) -> list[str]:
-    """Return the class names of a registered data set, none where it has or is none.
+    """Return the class names of a registered data set; [] where it is not registered or has no names.
 
-    A data set whose names come with its annotations reads them, which raises what reading files raises.
+    Names that come with the annotations are read from there, which raises what reading files raises.
     """
     if not name:
         return []
@@ -122,7 +206,7 @@ def dataset_names(name: str) -> list[str]:
 
 
 def check_names(names: Sequence[Any], what: str) -> list[str]:
-    """Return ``names`` as a list of strings, or raise a ValueError that says which name is none."""
+    """Return ``names`` as a list of strings, or raise a ValueError that says which name is invalid."""
     if isinstance(names, Vocabulary):
         return names
     if not isinstance(names, Iterable):
@@ -134,20 +218,23 @@ def check_names(names: Sequence[Any], what: str) -> list[str]:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{what}: name number {index} is {name!r}; expected a non-empty string")
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})[:5] if len(names) < 2000 else []
+        repeated = [name for name, count in Counter(names).items() if count > 1]
         logger.warning(
-            "%s: %d names occur more than once %s; they share their scores", what, len(names) - len(set(names)), twice
+            "%s: %d names occur more than once %s; they share their scores",
+            what,
+            len(names) - len(set(names)),
+            sorted(repeated)[:5],
         )
     return names
 
 
 def check_synonyms(synonyms: Mapping[str, Any], what: str) -> Vocabulary:
-    """Return names and their synonyms, or raise a ValueError that says of which name there is no list of strings."""
+    """Return names with synonyms, or raise a ValueError that says which name's synonyms are no list of strings."""
     check_names(list(synonyms), what)
-    for name, given in synonyms.items():
-        if not isinstance(given, (str, list, tuple)):
-            raise ValueError(f"{what}: expected the synonyms of {name!r} as a list of strings, got {given!r}")
-        check_names(given, f"{what}: synonyms of {name!r}")
+    for name, phrases in synonyms.items():
+        if not isinstance(phrases, (str, list, tuple)):
+            raise ValueError(f"{what}: expected the synonyms of {name!r} as a list of strings, got {phrases!r}")
+        check_names(phrases, f"{what}: synonyms of {name!r}")
     return Vocabulary(synonyms)
 
 
@@ -156,8 +243,8 @@ def clean_name(name: str, style: str = "dataset") -> str:
 
     Args:
         name: a class name of a data set.
-        style: "dataset" cuts "-other", "-merged" and "-stuff" only, as the published numbers need it; "readable"
-            also turns underscores into spaces and drops brackets.
+        style: "dataset" removes "-other", "-merged" and "-stuff" only, on which the published numbers depend;
+            "readable" also turns underscores into spaces and removes brackets.
     """
     for suffix in ("-other", "-merged", "-stuff"):
         name = name.replace(suffix, "")

@@ -85,14 +85,14 @@ def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions)
     """Return the content of the JSON file of an image of (height, width)."""
     regions = []
     assert predictions.rles is not None
-    for i, label in enumerate(predictions.labels):
+    for i, label in enumerate(predictions.class_names):
         regions.append(
             {
                 "box": [round(float(x), 3) for x in predictions.boxes[i]],
                 "label": label,
                 "class_index": int(predictions.classes[i]),
                 "score": float(predictions.scores[i]),
-                "iou": float(predictions.iou[i]),
+                "iou": float(predictions.predicted_ious[i]),
                 "logits": predictions.logits[i].tolist(),
                 "mask": predictions.rles[i],
             }
@@ -138,7 +138,7 @@ def load_inputs(args: Namespace, deep_range: Sequence[float]) -> list[tuple[Path
                 f"--boxes of {path.name}",
             )
         if args.points:
-            prompts["points"], prompts["labels"] = parse_points(args.points)
+            prompts["points"], prompts["point_labels"] = parse_points(args.points)
         inputs.append((path, image, prompts))
     return inputs
 
@@ -153,7 +153,9 @@ def write_outputs(
         temporary.write_text(content, encoding="utf-8")
     with atomic_path(directory / f"{path.stem}.png") as temporary:
         Image.fromarray(drawing).save(temporary, format="PNG")
-    for box, label, score, iou in zip(predictions.boxes, predictions.labels, predictions.scores, predictions.iou):
+    for box, label, score, iou in zip(
+        predictions.boxes, predictions.class_names, predictions.scores, predictions.predicted_ious
+    ):
         place = ", ".join(f"{x:.0f}" for x in box)
         tqdm.write(f"{printable(path.name)}  box {place}:  {printable(label)}  (score {score:.3f}, mask IoU {iou:.3f})")
 

@@ -47,7 +47,7 @@ def compute(directory: Path, device: str) -> dict[str, np.ndarray]:
         "semantic_tokens": semantic,
     }
     return {name: tensor.cpu().numpy() for name, tensor in tensors.items()} | {
-        "iou_predictions": predictions.iou[:, None],
+        "iou_predictions": predictions.predicted_ious[:, None],
         "logits": predictions.logits,
         "scores": predictions.scores,
         "classes": predictions.classes,

@@ -50,11 +50,11 @@ def test_result_is_numpy_in_documented_shapes(predictor):
         "top_classes": (n, 3),
         "top_scores": (n, 3),
         "logits": (n, 4),
-        "iou": (n,),
+        "predicted_ious": (n,),
         "masks": (n, 48, 64),
     }
     assert {name: getattr(predictions, name).shape for name in shapes} == shapes
-    assert predictions.labels == [NAMES[i] for i in predictions.logits.argmax(axis=1)]
+    assert predictions.class_names == [NAMES[i] for i in predictions.logits.argmax(axis=1)]
     assert predictor.predict(boxes=BOXES, with_masks=False).masks is None
     assert predictor.predict(boxes=BOXES, top_k=np.int64(3)).top_classes.shape == (n, 3)
 
@@ -67,7 +67,7 @@ def test_image_encoders_run_once(predictor, monkeypatch):
 
 
 def test_points_masks_and_combinations(predictor):
-    points = predictor.predict(points=POINTS, labels=LABELS)
+    points = predictor.predict(points=POINTS, point_labels=LABELS)
     assert points.boxes.shape == (2, 4) and points.masks.shape == (2, 48, 64)
     for box, mask in zip(points.boxes, points.masks):  # the box is the one around the mask
         rows, columns = mask.any(axis=1).nonzero()[0], mask.any(axis=0).nonzero()[0]
@@ -82,7 +82,7 @@ def test_points_masks_and_combinations(predictor):
     assert len(predictor.predict(boxes=BOXES[:2], points=POINTS)) == 2
 
 
-def test_masks_are_computed_when_they_are_asked_for(predictor, monkeypatch):
+def test_masks_are_computed_on_demand(predictor, monkeypatch):
     original, shown = MaskUpsampler.chunks, []
 
     def chunks(self, logits, rows, size):
@@ -104,7 +104,7 @@ def test_masks_are_computed_when_they_are_asked_for(predictor, monkeypatch):
         without.mask(0)
 
 
-def test_threads_get_the_answers_of_one_thread(predictor):
+def test_threads_equal_one_thread(predictor):
     """Images, sizes, prompts and vocabularies differ from call to call, and nothing was encoded before."""
     scenes = [draw_scene(i, size) for i, size in enumerate([(48, 64), (64, 40), (50, 50), (90, 130)] * 2)]
     vocabularies = [[f"name {i}", "cup", *NAMES[: i % 4]] for i in range(len(scenes))]
@@ -157,7 +157,7 @@ def test_synonyms_are_averaged(predictor):
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_paths_and_pil_images_are_read_alike(predictor, tmp_path, mode, orientation):
+def test_paths_equal_pil_images(predictor, tmp_path, mode, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "image.png"
@@ -172,7 +172,7 @@ def test_paths_and_pil_images_are_read_alike(predictor, tmp_path, mode, orientat
             assert torch.equal(features.embeddings, expected.embeddings)
 
 
-def test_no_boxes_give_no_regions(predictor):
+def test_no_boxes(predictor):
     predictions = predictor.predict(boxes=[])
     assert len(predictions) == 0 and predictions.masks.shape == (0, 48, 64) and predictions.logits.shape == (0, 4)
 
@@ -185,12 +185,12 @@ def test_background_names_make_regions_unknown():
     spread_tokens(predictor.recognizer, as_inputs(0))
     predictor.set_image(IMAGE)
     found = predictor.predict(boxes=BOXES, vocabulary=NAMES, with_masks=False)
-    predictor.recognizer.rule.background = 0  # the same names, as any others
+    predictor.recognizer.background = []  # the same names, as any others
     every = predictor.predict(boxes=BOXES, vocabulary=NAMES + background, with_masks=False)
     expected = every.logits.argmax(axis=1) >= len(NAMES)
     assert 0 < expected.sum() < len(expected)
     assert found.unknown.tolist() == expected.tolist() and not every.unknown.any()
-    for label, unknown, best in zip(found.labels, expected, found.logits.argmax(axis=1)):
+    for label, unknown, best in zip(found.class_names, expected, found.logits.argmax(axis=1)):
         assert label == ("unknown" if unknown else NAMES[best])
     assert found.vocabulary == NAMES and found.classes.max() < len(NAMES)
     np.testing.assert_allclose(found.logits, every.logits[:, : len(NAMES)], atol=1e-5)
@@ -198,30 +198,46 @@ def test_background_names_make_regions_unknown():
     np.testing.assert_allclose(found.scores, shares[:, : len(NAMES)].max(axis=1), atol=1e-5)
 
 
-def test_views_of_any_strides_are_taken(predictor):
+def test_arrays_of_any_strides(predictor):
     straight = predictor.predict(boxes=BOXES)
     predictor.set_image(np.ascontiguousarray(IMAGE[..., ::-1])[..., ::-1])
     flipped = predictor.predict(boxes=BOXES[::-1])
     np.testing.assert_allclose(flipped.logits[::-1], straight.logits, atol=1e-4)
 
 
-def test_box_is_cut_to_the_image(predictor):
+def test_box_is_clipped_to_the_image(predictor):
     assert predictor.predict(boxes=[[-5, -5, 30, 30]]).boxes.tolist() == [[0, 0, 30, 30]]
 
 
 def test_bool_labels_and_masks_of_255(predictor):
     np.testing.assert_array_equal(
-        predictor.predict(points=POINTS[:, :1], labels=[[True], [False]]).logits,
-        predictor.predict(points=POINTS[:, :1], labels=[[1], [0]]).logits,
+        predictor.predict(points=POINTS[:, :1], point_labels=[[True], [False]]).logits,
+        predictor.predict(points=POINTS[:, :1], point_labels=[[1], [0]]).logits,
     )
     mask = np.zeros((1, 48, 64), np.uint8)
     mask[0, 5:20, 8:30] = 255
     np.testing.assert_array_equal(predictor.predict(masks=mask).logits, predictor.predict(masks=mask > 0).logits)
 
 
-def test_results_do_not_share_the_models_own_list(predictor):
+def test_results_own_their_vocabulary(predictor):
     predictor.predict(boxes=BOXES).vocabulary.append("more")
     assert predictor.vocabulary == NAMES
+
+
+def test_old_argument_name_works_with_a_warning(predictor):
+    expected = predictor.predict(points=POINTS, point_labels=LABELS)
+    with pytest.warns(DeprecationWarning, match=r"predict\(labels=...\) is deprecated.*use point_labels=..."):
+        predictions = predictor.predict(points=POINTS, labels=LABELS)
+    assert np.array_equal(predictions.logits, expected.logits)
+    with pytest.raises(TypeError, match="labels is the old name of point_labels"):
+        predictor.predict(points=POINTS, labels=LABELS, point_labels=LABELS)
+
+
+@pytest.mark.parametrize(("old", "new"), [("labels", "class_names"), ("iou", "predicted_ious")])
+def test_old_attribute_name_works_with_a_warning(predictor, old, new):
+    predictions = predictor.predict(boxes=BOXES)
+    with pytest.warns(DeprecationWarning, match=f"RegionPredictions.{old} is deprecated.*use {new}"):
+        assert getattr(predictions, old) is getattr(predictions, new)
 
 
 def test_predict_needs_an_image():
@@ -247,9 +263,9 @@ def test_predict_needs_an_image():
         ({"points": [[1, 2]]}, r"\(N, P, 2\)"),
         ({"points": [[[70, 2]]]}, "outside the image"),
         ({"points": [[[np.nan, 2]]]}, "outside the image"),
-        ({"points": [[[7, 2]]], "labels": [[2]]}, "1 .foreground"),
-        ({"points": [[[7, 2]]], "labels": [1]}, "one for each point"),
-        ({"labels": [[1]], "boxes": BOXES}, "without points"),
+        ({"points": [[[7, 2]]], "point_labels": [[2]]}, "1 .foreground"),
+        ({"points": [[[7, 2]]], "point_labels": [1]}, "one for each point"),
+        ({"point_labels": [[1]], "boxes": BOXES}, "without points"),
         ({"boxes": BOXES, "points": POINTS[:1]}, "equally many"),
         ({"masks": np.full((1, 48, 64), -8.0)}, "cut logits at 0"),
         ({"boxes": BOXES, "top_k": 0}, "at least 1, got 0"),
@@ -257,13 +273,13 @@ def test_predict_needs_an_image():
         ({"boxes": BOXES, "top_k": 2.0}, "at least 1, got 2.0"),
         ({"boxes": BOXES, "top_k": "3"}, "at least 1, got '3'"),
         ({"boxes": BOXES, "top_k": None}, "at least 1, got None"),
-        ({"points": [[[7, 2]]], "labels": [[-1]]}, "at least one point"),
+        ({"points": [[[7, 2]]], "point_labels": [[-1]]}, "at least one point"),
         ({"masks": np.ones((1, 5, 5), bool)}, r"\(N, 48, 64\)"),
         ({"masks": np.zeros((1, 48, 64), bool)}, "number 0 is empty"),
         ({"boxes": BOXES, "vocabulary": []}, "at least one"),
     ],
 )
-def test_wrong_prompts_are_refused(predictor, prompts, message):
+def test_invalid_prompts_are_refused(predictor, prompts, message):
     with pytest.raises(ValueError, match=message):
         predictor.predict(**prompts)
 
@@ -272,7 +288,7 @@ def test_wrong_prompts_are_refused(predictor, prompts, message):
     "image",
     [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)],
 )
-def test_wrong_images_are_refused(predictor, image):
+def test_invalid_images_are_refused(predictor, image):
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
         predictor.set_image(image)
     with pytest.raises(RuntimeError, match="no image is set"):

@@ -7,7 +7,7 @@ from regionspot.vocabulary import clean_name, get_phrases, get_templates, load_v
 COCO = {"categories": [{"id": 7, "name": "zebra"}, {"id": 2, "name": "cup"}]}
 
 
-def test_names_come_from_anywhere(tmp_path):
+def test_names_from_every_source(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffcup\n\n wooden table \n")
     (tmp_path / "b.json").write_text('["cup", "wooden table"]')
     (tmp_path / "c.json").write_text(json.dumps(COCO))
@@ -34,13 +34,13 @@ def test_names_come_from_anywhere(tmp_path):
         ('{"categories": [{"id": 1}]}', "id and a name"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path, content, message):
+def test_invalid_files_are_refused(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_vocabulary(f"@{tmp_path / 'x.json'}")
 
 
-def test_synonyms_come_from_mappings_and_files(tmp_path):
+def test_synonyms_from_mappings_and_files(tmp_path):
     synonyms = {"cup": ["cup", "mug"], "table": "desk"}
     (tmp_path / "a.json").write_text(json.dumps(synonyms))
     for source in (synonyms, str(tmp_path / "a.json"), load_vocabulary(synonyms)):
@@ -61,7 +61,7 @@ def test_synonyms_come_from_mappings_and_files(tmp_path):
         ([["cup", "mug"]], "name number 0"),
     ],
 )
-def test_what_is_no_vocabulary_is_refused(source, message):
+def test_invalid_vocabulary_is_refused(source, message):
     with pytest.raises(ValueError, match=message):
         load_vocabulary(source)
 
@@ -75,31 +75,31 @@ def test_missing_file_and_empty_list_are_refused():
         load_vocabulary(" , ")
 
 
-def test_names_are_cleaned_as_the_published_numbers_need_it():
+def test_clean_name_styles():
     assert clean_name("arctic_(type_of_shoe)") == "arctic_(type_of_shoe)"
     assert [clean_name(n) for n in ("floor-other-merged", "door-stuff", "tree-merged")] == ["floor", "door", "tree"]
     assert clean_name("arctic_(type_of_shoe)", "readable") == "arctic type of shoe"
 
 
-def test_there_are_81_templates_with_one_place_for_the_name():
+def test_81_templates_with_one_placeholder():
     templates = get_templates("all")
     assert len(templates) == len(set(templates)) == 81 and templates[0] == "{}."
     assert all(template.count("{}") == 1 for template in templates)
 
 
 @pytest.mark.parametrize("source", ["dataset:", "dataset:no_such_set", "", ",", 5, None, 1.5, [5], [""]], ids=repr)
-def test_what_names_nothing_is_refused(source):
+def test_empty_vocabulary_is_refused(source):
     with pytest.raises(ValueError, match="vocabulary"):
         load_vocabulary(source)
 
 
 @pytest.mark.parametrize("source", ["~no_such_user/x.txt", "~x.txt", "@~x.json"])
-def test_the_home_of_no_user_is_no_file(source):
+def test_unknown_home_directory_is_no_file(source):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_vocabulary(source)
 
 
-def test_json_that_is_nested_without_end_is_refused(tmp_path):
+def test_deeply_nested_json_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[" * 500_000)
     with pytest.raises(ValueError, match="no JSON"):
         load_vocabulary(f"@{tmp_path}/x.json")

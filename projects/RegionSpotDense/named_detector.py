@@ -12,7 +12,7 @@ from regionspot import RegionRecognizer, freeze_host
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.checkpoint.key_layout import translate_released_keys
 from regionspot.modeling.proposal_sources import to_proposals
-from regionspot.structures import check_boxes, check_classes, read_proposals
+from regionspot.structures import check_image_format, read_proposals, read_targets, to_rgb
 
 logger = logging.getLogger(f"regionspot.{__name__}")
 
@@ -56,10 +56,9 @@ class NamedDetector(nn.Module):
             top_k: boxes kept of an image, best first; -1 for all.
         """
         super().__init__()
-        if input_format not in ("RGB", "BGR"):
-            raise ValueError(f"input_format: expected RGB or BGR, got {input_format!r}")
+        self.input_format = check_image_format(input_format, "input_format")
         self.detector, self.recognizer = detector, recognizer
-        self.input_format, self.masks, self.frozen = input_format, masks, freeze
+        self.masks, self.frozen = masks, freeze
         self.box_nms_thresh, self.top_k = box_nms_thresh, top_k
         load_detector(detector, detector_weights)
         if freeze:
@@ -84,7 +83,7 @@ class NamedDetector(nn.Module):
 
         Raises:
             KeyError: an image to train with has no annotations.
-            ValueError: an annotated box that names no region, or a class outside the vocabulary.
+            ValueError: an invalid annotated box, or a class outside the vocabulary.
         """
         if self.training:
             return self._losses(batched_inputs)
@@ -99,7 +98,7 @@ class NamedDetector(nn.Module):
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[torch.Tensor]:
         """Return the (3, H, W) RGB images."""
-        return [x["image"] if self.input_format == "RGB" else x["image"].flip(0) for x in batched_inputs]
+        return [to_rgb(inputs["image"], self.input_format) for inputs in batched_inputs]
 
     def _regions(self, found: Instances, size: tuple[int, int]) -> tuple[Boxes, torch.Tensor | None]:
         """Return the boxes to name, of those found in an image of (height, width), and their (N,) scores."""
@@ -108,17 +107,9 @@ class NamedDetector(nn.Module):
         )
 
     def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        for inputs in batched_inputs:
-            what = f"image {inputs.get('file_name', 'without a name')}"
-            if "instances" not in inputs:
-                raise KeyError(f"{what}: training needs the key 'instances', got {sorted(inputs)}")
-            check_boxes(inputs["instances"].gt_boxes.tensor, inputs["instances"].image_size, f"boxes of {what}")
-            check_classes(inputs["instances"].gt_classes, len(self.recognizer.vocabulary), what)
-        images, targets = self._images(batched_inputs), [x["instances"] for x in batched_inputs]
-        tokens = self.recognizer.position_tokens(images, [x.gt_boxes for x in targets])
-        feature_map = self.recognizer.vision_language.encode_images(images)
-        classes = [x.gt_classes.to(t.device) for x, t in zip(targets, tokens)]
-        losses = {"loss_regionspot": self.recognizer.losses(tokens, feature_map, classes)["loss_cls"]}
+        targets = [read_targets(inputs, len(self.recognizer.vocabulary)) for inputs in batched_inputs]
+        boxes, classes = [x.gt_boxes for x in targets], [x.gt_classes for x in targets]
+        losses = {"loss_regionspot": self.recognizer.loss(self._images(batched_inputs), boxes, classes)}
         return losses if self.frozen else {**losses, **self.detector(batched_inputs)}
 
 

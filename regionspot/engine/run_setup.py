@@ -93,10 +93,25 @@ def _introduce(output: Path) -> None:
 
 
 def log_size(model: nn.Module) -> None:
-    """Log how many parameters a model has, in place of its modules in hundreds of lines."""
+    """Log how many parameters a model has and which of them learn, in place of its modules in hundreds of lines."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     every, device = sum(size for size, _ in sizes), next(model.parameters()).device
     logger.info(
-        "%s on %s: %.2f million parameters learn, of %.2f", type(model).__name__, device, trained / 1e6, every / 1e6
+        "%s on %s: %.2f million parameters learn, of %.2f: %s",
+        type(model).__name__,
+        device,
+        trained / 1e6,
+        every / 1e6,
+        ", ".join(learning_modules(model)) or "none",
     )
+
+
+def learning_modules(model: nn.Module, name: str = "") -> list[str]:
+    """Return the names of the largest modules of which all parameters learn, and of single parameters beside them."""
+    parameters = list(model.parameters())
+    if name and parameters and all(parameter.requires_grad for parameter in parameters):
+        return [name]
+    prefix = f"{name}." if name else ""
+    single = [prefix + key for key, value in model.named_parameters(recurse=False) if value.requires_grad]
+    return single + [part for key, child in model.named_children() for part in learning_modules(child, prefix + key)]

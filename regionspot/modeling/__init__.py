@@ -4,7 +4,7 @@ from regionspot.modeling.backbones import ClipImageEncoder, SamImageEncoder
 from regionspot.modeling.crop_baseline import CropBaseline
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.roi_heads.host import freeze_host
+from regionspot.modeling.roi_heads.rcnn import RegionSpotRCNN, freeze_host
 from regionspot.modeling.roi_heads.roi_heads import RegionSpotROIHeads
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ClipImageEncoder",
     "RegionRecognizer",
     "RegionSpot",
+    "RegionSpotRCNN",
     "RegionSpotROIHeads",
     "SamImageEncoder",
     "freeze_host",

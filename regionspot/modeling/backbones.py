@@ -15,7 +15,7 @@ from regionspot.modeling.vision_language.clip import encode_patches, get_clip_si
 class SquareBackbone(Backbone):
     """A vision transformer with one feature map and an input of one size.
 
-    The input is normalized and padded to the square that ``padding_constraints`` tells ``GeneralizedRCNN``.
+    The input is normalized and, by ``GeneralizedRCNN``, padded to the square of ``padding_constraints``.
     """
 
     def __init__(self, feature: str, channels: int, patch_size: int, image_size: int) -> None:
@@ -53,7 +53,7 @@ class SamImageEncoder(SquareBackbone):
 
 @BACKBONE_REGISTRY.register()
 class ClipImageEncoder(SquareBackbone):
-    """CLIP's vision transformer; its feature map ``clip`` are the patches before ``ln_post``."""
+    """CLIP's vision transformer; its feature map ``clip`` is the patch tokens before ``ln_post``."""
 
     def __init__(self, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> None:
         size = get_clip_size(cfg)
@@ -61,7 +61,7 @@ class ClipImageEncoder(SquareBackbone):
         self.visual = VisionTransformer(
             size.image_size, size.patch_size, size.width, size.layers, size.width // 64, size.embed_dim
         )
-        self.visual.ln_post, self.visual.proj = nn.Identity(), None  # behind the feature map
+        self.visual.ln_post, self.visual.proj = nn.Identity(), None  # they come after the feature map
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode (B, 3, S, S) float images into ``{"clip": (B, width, S / stride, S / stride)}``."""

@@ -1,4 +1,4 @@
-"""CLIP on crops, the paper's baselines: no module is trained, each region is cut out and shown to CLIP alone."""
+"""CLIP on crops, the paper's baselines (table 1): nothing is trained, CLIP sees each region's crop alone."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
 class CropRecognizer(RegionRecognizer):
     """A recognizer whose logits are CLIP's own image-text similarities of crops.
 
-    A box is cut out and brought to CLIP's square as whole images are (aspect ratio not kept); for mask crops what is
-    not under SAM's mask of the box is blanked with CLIP's mean color.
+    A box is cropped and resized to CLIP's square as whole images are (aspect ratio not kept); in a mask crop the pixels
+    outside SAM's mask of the box are set to CLIP's mean color.
     """
 
     @configurable
@@ -26,8 +26,8 @@ class CropRecognizer(RegionRecognizer):
         """
         Args:
             masked: mask crops instead of box crops.
-            batch_size: crops encoded at once.
-            arguments: as ``RegionRecognizer``'s.
+            batch_size: number of crops encoded at once.
+            arguments: those of ``RegionRecognizer``.
         """
         super().__init__(**arguments)  # type: ignore[arg-type]
         self.masked = masked
@@ -59,16 +59,16 @@ class CropRecognizer(RegionRecognizer):
     ) -> list[torch.Tensor]:
         logits = []
         for image, image_boxes, size, output in zip(images, boxes, features.sizes, located):
-            masks, given = self._masks(output, size), image_boxes.tensor.tolist()
-            parts = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
-            for start in range(0, len(given), self.batch_size):
-                crops = [self._crop(image, box, next(masks)) for box in given[start : start + self.batch_size]]
-                parts.append(self._encode(crops))
-            logits.append(self.score(torch.cat(parts), with_background=True))
+            masks, corners = self._masks(output, size), image_boxes.tensor.tolist()
+            embeddings = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
+            for start in range(0, len(corners), self.batch_size):
+                crops = [self._crop(image, box, next(masks)) for box in corners[start : start + self.batch_size]]
+                embeddings.append(self._encode(crops))
+            logits.append(self.score(torch.cat(embeddings), with_background=True))
         return logits
 
     def _masks(self, output: LocalizerOutput, size: tuple[int, int]) -> Iterator[torch.Tensor | None]:
-        """Yield each box's mask at the image's size, or None without end for box crops."""
+        """Yield each box's mask at the image's size, or None forever for box crops."""
         if not self.masked:
             return itertools.repeat(None)
         assert output.masks is not None

@@ -1,13 +1,13 @@
-"""Modules that never learn."""
+"""Modules that are never trained."""
 
 from torch import nn
 
 
 class FrozenModule(nn.Module):
-    """A module whose parameters take no gradient and which stays in eval mode, whatever its parents are told."""
+    """A module whose parameters take no gradient and which stays in eval mode when its parents are set to train."""
 
     def freeze(self) -> None:
-        """Switch gradients off; to be called when the submodules are in place."""
+        """Turn gradients off; called when all submodules are in place."""
         self.requires_grad_(False)
         self.eval()
 

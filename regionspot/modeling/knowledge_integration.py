@@ -1,4 +1,4 @@
-"""Position-aware tokens look at the semantic feature map: the only part that is trained (paper, section 3.3)."""
+"""Position-aware tokens cross-attend to the semantic feature map: the only trained part (paper, section 3.3)."""
 
 import copy
 
@@ -7,15 +7,15 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 from torch.nn import functional as F
 
-MAX_QUERIES = 1024  # regions that attend at once, and the most that are padded to those of another image
-MAX_DEPTH = 100  # the paper compares 1, 3 and 6; a slip of the keyboard would build layers until memory is full
+MAX_QUERIES = 1024  # regions that attend at once; images with more are not padded to each other
+MAX_DEPTH = 100  # the paper compares 1, 3 and 6; a typo would build layers until memory is full
 
 
 class RegionDecoderLayer(nn.Module):
     """A post-norm decoder layer: self-attention among regions, cross-attention to the feature map, FFN.
 
-    Its parameters have the names of PyTorch's ``TransformerDecoderLayer``, without features those of its
-    ``TransformerEncoderLayer``. PyTorch's own layers hold an N x N table a head at inference: 13 GB for 20,000 regions.
+    Its parameters have the names of PyTorch's ``TransformerDecoderLayer``, or, without features, of its
+    ``TransformerEncoderLayer``. PyTorch's own layers hold an N x N matrix per head: 13 GB for 20,000 regions.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class RegionDecoderLayer(nn.Module):
         self, regions: torch.Tensor, padding: torch.Tensor | None, feature_map: torch.Tensor | None
     ) -> torch.Tensor:
         """Decode (B, N, C) ``regions``; ``padding`` is (B, N) bool, True at padding, ``feature_map`` (B, L, C)."""
-        # each chunk of queries attends to all regions, which is exact and bounds the memory on any device
+        # each chunk of queries attends to all regions: exact, and it bounds the memory on any device
         chunks = [self._decode(queries, regions, padding, feature_map) for queries in regions.split(MAX_QUERIES, dim=1)]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
@@ -59,12 +59,12 @@ class RegionDecoderLayer(nn.Module):
     def _attend(self, queries: torch.Tensor, regions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         if self.region_attention:
             return self.self_attn(queries, regions, regions, padding, need_weights=False)[0]
-        alone = queries.reshape(-1, 1, queries.shape[2])  # each region is a sequence of its own
+        alone = queries.reshape(-1, 1, queries.shape[2])  # (B * N, 1, C): each region is a sequence of its own
         return self.self_attn(alone, alone, alone, need_weights=False)[0].view_as(queries)
 
 
 class RegionDecoder(nn.Module):
-    """Layers, and a norm behind them."""
+    """Decoder layers and a final LayerNorm."""
 
     def __init__(self, layer: RegionDecoderLayer, depth: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class RegionDecoder(nn.Module):
 
 
 class KnowledgeIntegration(nn.Module):
-    """Linear -> decoder layers (regions attend to each other, then to the feature map) -> Linear.
+    """Linear -> decoder layers (self-attention among regions, cross-attention to the feature map) -> Linear.
 
     The submodules have the names of the released checkpoints.
     """
@@ -104,12 +104,12 @@ class KnowledgeIntegration(nn.Module):
             token_dim: length of a position-aware token.
             clip_width: channels of the feature map.
             text_dim: length of a text embedding.
-            with_features: False leaves the cross-attention out ("without CLIP vision").
+            with_features: False leaves out the cross-attention ("without CLIP vision" in the paper).
             depth: number of layers.
             num_heads: attention heads.
             ffn_dim: width of the feed-forward layers.
             dropout: in the decoder.
-            region_attention: False decodes each region alone ("one box at a time").
+            region_attention: False decodes each region alone ("one box at a time" in the paper).
         """
         super().__init__()
         if clip_width % num_heads or not 1 <= depth <= MAX_DEPTH:
@@ -122,7 +122,7 @@ class KnowledgeIntegration(nn.Module):
         layer = RegionDecoderLayer(clip_width, num_heads, ffn_dim, dropout, with_features, region_attention)
         self.decoder = RegionDecoder(layer, depth)
         self.projector = nn.Linear(clip_width, text_dim)
-        for parameter in self.decoder.parameters():  # the layers are copies of one: let each start anew
+        for parameter in self.decoder.parameters():  # the layers are copies of one: give each its own start
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
@@ -142,7 +142,7 @@ class KnowledgeIntegration(nn.Module):
         }
 
     def forward(self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None) -> list[torch.Tensor]:
-        """Integrate what SAM and CLIP know of the regions of B images.
+        """Integrate position-aware tokens and semantic feature maps of B images.
 
         Args:
             tokens: B tensors, (N_i, token_dim) float; N_i may be 0.
@@ -152,17 +152,18 @@ class KnowledgeIntegration(nn.Module):
             B tensors, (N_i, text_dim) float semantic tokens, not normalized.
         """
         lengths = [len(t) for t in tokens]
-        if len(tokens) > 1 and max(lengths) > MAX_QUERIES:  # one image at a time: nothing is padded
+        if len(tokens) > 1 and max(lengths) > MAX_QUERIES:  # one image at a time, without padding
             maps = [None] * len(tokens) if feature_map is None else feature_map.split(1)
             return [self([t], image_map)[0] for t, image_map in zip(tokens, maps, strict=True)]
-        padded = self.to_clip(
+        padded = self.to_clip(  # (B, N, clip_width)
             nn.utils.rnn.pad_sequence([*tokens, tokens[0].new_zeros(1, tokens[0].shape[1])], batch_first=True)[:-1]
         )
-        number = padded.shape[1]  # at least 1, by the row that was added and taken away
+        max_length = padded.shape[1]  # at least 1, by the row that was appended above and removed again
         padding = None
-        if min(lengths) < number:
-            padding = torch.arange(number)[None] >= torch.tensor(lengths)[:, None]  # (B, N), True at padding
-            padding[:, 0] = False  # an image without regions attends to its padding: no NaN, and no one reads it
+        if min(lengths) < max_length:
+            padding = torch.arange(max_length)[None] >= torch.tensor(lengths)[:, None]  # (B, N), True at padding
+            # an image without regions attends to its padding, which avoids NaN; these outputs are discarded
+            padding[:, 0] = False
             padding = padding.to(padded.device)
         decoded = self.decoder(padded, padding, feature_map if self.with_features else None)
         projected = self.projector(decoded)

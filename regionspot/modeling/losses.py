@@ -17,7 +17,7 @@ def region_focal_loss(
         gamma: focusing exponent; 0 is weighted cross-entropy.
 
     Returns:
-        Scalar: the mean over the B images, to which an image without regions adds 0.
+        Scalar: the mean over the B images; an image without regions adds 0 to the sum.
     """
     losses = []
     for image_logits, image_targets in zip(logits, targets):

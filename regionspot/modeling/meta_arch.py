@@ -12,7 +12,7 @@ from torch import nn
 from regionspot.checkpoint.key_layout import translate_released_keys
 from regionspot.modeling.proposal_sources import build_proposal_source
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.structures import check_boxes, check_classes, read_proposals
+from regionspot.structures import check_image_format, check_regions, image_name, read_proposals, read_targets, to_rgb
 
 
 @META_ARCH_REGISTRY.register()
@@ -36,16 +36,14 @@ class RegionSpot(nn.Module):
         Args:
             recognizer: the model proper.
             input_format: channel order of the images, "RGB" or "BGR".
-            masks: what inference gives masks as: "bitmask" (``pred_masks``, which Detectron2's evaluators take),
-                "rle" (``pred_masks_rle``, for ours: one for all detections of a box) or "".
+            masks: format of the masks at inference: "bitmask" (``pred_masks``, which Detectron2's evaluators take),
+                "rle" (``pred_masks_rle``, for ours: one for all detections of a box) or "" for none.
             proposal_source: finds the boxes of RGB images at inference, in place of those that come with them.
-            top_k_proposals: proposals kept of an image, best first; -1 for all.
+            top_k_proposals: number of proposals to keep of an image, best first; -1 for all.
         """
         super().__init__()
-        if input_format not in ("RGB", "BGR"):
-            raise ValueError(f"INPUT.FORMAT: expected RGB or BGR, got {input_format!r}")
         self.recognizer = recognizer
-        self.input_format = input_format
+        self.input_format = check_image_format(input_format)
         self.masks = masks
         self.proposal_source = proposal_source
         self.top_k_proposals = top_k_proposals
@@ -81,13 +79,12 @@ class RegionSpot(nn.Module):
             batched_inputs: one dict an image, with the keys:
 
                 * ``image``: (3, H, W), uint8 or float in [0, 255], channels as ``INPUT.FORMAT`` says.
-                * ``height``, ``width``: output size wanted; the image's own by default.
+                * ``height``, ``width``: size of the output; the image's own by default.
                 * ``proposals``: ``Instances`` with ``proposal_boxes`` and, optionally, ``scores`` in [0, 1] or
                   ``objectness_logits``. Without it the boxes are those of ``instances``.
                 * ``instances``: ``Instances`` with ``gt_boxes`` and, in training, ``gt_classes``.
                 * ``tokens`` (N, D) and ``feature_map`` (L, width), in training: stored features of the boxes and of
                   the image, which then are not computed; with both, ``image`` is not needed.
-
                 * ``vocabulary``, in training: key of the vocabulary that the image is scored against (see
                   ``RegionRecognizer.set_vocabulary``); the one in use by default.
 
@@ -95,87 +92,60 @@ class RegionSpot(nn.Module):
 
         Returns:
             In training ``{"loss_cls": scalar}``; else for each image ``{"instances": Instances, "regions":
-            Instances}``: detections and all regions, as ``RegionRecognizer.recognize`` describes them.
+            Instances}``: detections and all regions, see ``Recognition``.
 
         Raises:
             KeyError: an image comes without boxes.
-            ValueError: an image of wrong shape, a box that names no region, or a class outside the vocabulary.
+            ValueError: an image of wrong shape, an invalid box, or a class outside the vocabulary.
         """
         if not batched_inputs:
             return {} if self.training else []
-        if self.training:
-            return self._losses(batched_inputs)
-        images = [self._image(inputs) for inputs in batched_inputs]
+        return self._losses(batched_inputs) if self.training else self.inference(batched_inputs)
+
+    def inference(self, batched_inputs: list[dict[str, Any]], masks: str | None = None) -> list[dict[str, Instances]]:
+        """Recognize the regions of images, as ``forward`` describes; ``masks`` is their format for this call."""
+        images = [to_rgb(inputs["image"], self.input_format) for inputs in batched_inputs]
         if self.proposal_source is not None:
-            found = self.proposal_source(images)
-            batched_inputs = [{**inputs, "proposals": x} for inputs, x in zip(batched_inputs, found)]
+            proposals = self.proposal_source(images)
+            batched_inputs = [{**inputs, "proposals": x} for inputs, x in zip(batched_inputs, proposals)]
         regions = [self._regions(inputs) for inputs in batched_inputs]
+        boxes, scores = [boxes for boxes, _ in regions], [scores for _, scores in regions]
+        check_regions(images, boxes, scores, [image_name(inputs) for inputs in batched_inputs])
         sizes = [
             (int(inputs.get("height", image.shape[1])), int(inputs.get("width", image.shape[2])))
             for inputs, image in zip(batched_inputs, images)
         ]
-        results = self.recognizer.recognize(
-            images, [boxes for boxes, _ in regions], [scores for _, scores in regions], sizes, self.masks
-        )
-        return [{"instances": detections, "regions": regions} for detections, regions in results]
-
-    def _image(self, inputs: dict[str, Any]) -> torch.Tensor:
-        image = inputs["image"]
-        if image.dim() != 3 or image.shape[0] != 3:
-            raise ValueError(f"{_name(inputs)}: expected shape (3, H, W), got {tuple(image.shape)}")
-        return image if self.input_format == "RGB" else image.flip(0)
+        results = self.recognizer.recognize(images, boxes, scores, sizes, self.masks if masks is None else masks)
+        return [{"instances": result.detections, "regions": result.regions} for result in results]
 
     def _regions(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:
         """Return an image's boxes and, where they have them, their scores."""
         if "proposals" in inputs:
-            boxes, scores = read_proposals(inputs["proposals"], self.top_k_proposals)
-        elif "instances" in inputs:
-            boxes, scores = inputs["instances"].gt_boxes, None
-        else:
-            raise KeyError(
-                f"{_name(inputs)}: no boxes; expected the key 'proposals' or 'instances', got {sorted(inputs)}"
-            )
-        check_boxes(boxes.tensor, tuple(inputs["image"].shape[-2:]), f"boxes of {_name(inputs)}")
-        return boxes, scores
+            return read_proposals(inputs["proposals"], self.top_k_proposals)
+        if "instances" in inputs:
+            return inputs["instances"].gt_boxes, None
+        raise KeyError(
+            f"{image_name(inputs)}: no boxes; expected the key 'proposals' or 'instances', got {sorted(inputs)}"
+        )
 
     def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        boxes, classes = zip(*(self._targets(inputs) for inputs in batched_inputs))
-        tokens, feature_map = self._frozen_features(batched_inputs, boxes)
         keys = [inputs.get("vocabulary", "") for inputs in batched_inputs]
-        targets = [image_classes.to(self.device, non_blocking=True) for image_classes in classes]
-        return self.recognizer.losses(tokens, feature_map, targets, keys)
+        num_classes = [len(self.recognizer.classifier.get_names(key)) for key in keys]
+        targets = [read_targets(inputs, number) for inputs, number in zip(batched_inputs, num_classes)]
+        tokens, maps = self._stored(batched_inputs, "tokens"), self._stored(batched_inputs, "feature_map")
+        feature_map = None if maps is None else torch.stack(maps)  # (B, L, width)
+        needs_map = feature_map is None and self.recognizer.vision_language.features != "none"
+        images = []
+        if tokens is None or needs_map:
+            images = [to_rgb(inputs["image"], self.input_format) for inputs in batched_inputs]
+        boxes, classes = [x.gt_boxes for x in targets], [x.gt_classes for x in targets]
+        return {"loss_cls": self.recognizer.loss(images, boxes, classes, keys, tokens, feature_map)}
 
-    def _frozen_features(
-        self, batched_inputs: list[dict[str, Any]], boxes: Sequence[Boxes]
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Return tokens and feature map of a batch: those that come with it, computed where they do not."""
-        with_tokens = all("tokens" in inputs for inputs in batched_inputs)
-        with_map = self.recognizer.vision_language.features == "none" or all("feature_map" in x for x in batched_inputs)
-        images = [] if with_tokens and with_map else [self._image(inputs) for inputs in batched_inputs]
-        if with_tokens:
-            tokens = [inputs["tokens"].to(self.device, non_blocking=True).float() for inputs in batched_inputs]
-        else:
-            tokens = self.recognizer.position_tokens(images, boxes)
-        if not with_map:
-            return tokens, self.recognizer.vision_language.encode_images(images)
-        if self.recognizer.vision_language.features == "none":
-            return tokens, None
-        maps = [inputs["feature_map"].to(self.device, non_blocking=True) for inputs in batched_inputs]
-        return tokens, torch.stack(maps).float()
-
-    def _targets(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor]:
-        """Return an image's annotated boxes and their classes."""
-        if "instances" not in inputs:
-            raise KeyError(f"{_name(inputs)}: training needs the key 'instances', got {sorted(inputs)}")
-        boxes, classes = inputs["instances"].gt_boxes, inputs["instances"].gt_classes
-        check_boxes(boxes.tensor, inputs["instances"].image_size, f"boxes of {_name(inputs)}")
-        number = len(self.recognizer.classifier.get_names(inputs.get("vocabulary", "")))
-        check_classes(classes, number, _name(inputs))
-        return boxes, classes
-
-
-def _name(inputs: dict[str, Any]) -> str:
-    return f"image {inputs.get('file_name', inputs.get('image_id', 'without a name'))}"
+    def _stored(self, batched_inputs: list[dict[str, Any]], key: str) -> list[torch.Tensor] | None:
+        """Return the stored features under ``key``, in float32 on the model's device, if all images have them."""
+        if not all(key in inputs for inputs in batched_inputs):
+            return None
+        return [inputs[key].to(self.device, non_blocking=True).float() for inputs in batched_inputs]
 
 
 def _translate_released_keys(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:

@@ -1,5 +1,6 @@
-"""From logits to detections: scores, the best (box, class) pairs."""
+"""From logits to detections: class probabilities, unknown regions, the best (box, class) pairs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +9,31 @@ from detectron2.config import CfgNode
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
-SCORE_FUNCTIONS = {"softmax": lambda logits: logits.softmax(dim=1), "sigmoid": torch.sigmoid}
+# The released models are trained by sigmoid and tested by softmax.
+SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=1),
+    "sigmoid": torch.sigmoid,
+}
 SCORE_RULES = ("product", "class", "proposal")
+NUM_TOP_CLASSES = 5  # that each region reports
 
 
 @dataclass
+class Recognition:
+    """What is recognized in one image.
+
+    Attributes:
+        detections: best first, with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices`` (the row of the
+            box in the input). An unknown region has none.
+        regions: all regions in the order of their boxes, with ``pred_boxes``, ``top_classes`` and ``top_scores`` (N, up
+            to 5; class probabilities) and ``unknown`` (N,) bool.
+    """
+
+    detections: Instances
+    regions: Instances
+
+
+@dataclass(frozen=True)
 class DetectionRule:
     """How detections follow from the logits of an image's regions.
 
@@ -22,11 +43,10 @@ class DetectionRule:
             or "proposal" (which then goes to the best class of a region). Without proposal scores it is "class".
         score_thresh: detections scoring lower are dropped.
         labels_per_box: best classes of a region that may become detections; -1 for all.
-        nms_thresh: of two detections of a class whose boxes have more IoU than this only the better stays; 1 for none.
-        top_k: detections an image at the most; -1 for all.
+        nms_thresh: of two detections of a class whose boxes have more IoU than this only the better is kept; 1 keeps
+            both.
+        top_k: detections kept of an image; -1 for all.
         unknown_thresh: a region whose best class is less probable than this is unknown; 0 for none.
-        background: number of names at the end of the vocabulary that are background prompts: a region whose best
-            class is one of them is unknown.
     """
 
     score_function: str = "softmax"
@@ -36,7 +56,6 @@ class DetectionRule:
     nms_thresh: float = 1.0
     top_k: int = 100
     unknown_thresh: float = 0.0
-    background: int = 0
 
     def __post_init__(self) -> None:
         if self.score_function not in SCORE_FUNCTIONS:
@@ -61,19 +80,53 @@ class DetectionRule:
             unknown_thresh=node.UNKNOWN.THRESHOLD,
         )
 
+    def detect(
+        self,
+        boxes: Boxes,
+        logits: torch.Tensor,
+        proposal_scores: torch.Tensor | None,
+        image_size: tuple[int, int],
+        num_background: int = 0,
+        classes: torch.Tensor | None = None,
+    ) -> Recognition:
+        """Turn the logits of an image's regions into detections.
+
+        Args:
+            boxes: of the N regions, XYXY, output pixels.
+            logits: (N, K + num_background) float.
+            proposal_scores: (N,) in [0, 1], or None.
+            image_size: (height, width) of the output.
+            num_background: number of names at the end of the vocabulary that are background prompts.
+            classes: (K,) bool, which classes may become detections; all by default.
+        """
+        probabilities = self.probabilities(logits)
+        unknown = self.is_unknown(probabilities, num_background)
+        probabilities = probabilities[:, : probabilities.shape[1] - num_background]
+        scores = torch.where(unknown[:, None], -1, self.scores(probabilities, proposal_scores))  # (N, K)
+        if classes is not None:
+            scores = torch.where(classes.to(scores.device), scores, -1)
+        top = probabilities.topk(min(NUM_TOP_CLASSES, probabilities.shape[1]), dim=1)
+        fields = {"pred_boxes": boxes, "top_classes": top.indices, "top_scores": top.values, "unknown": unknown}
+        return Recognition(self.select(boxes.tensor, scores, image_size), Instances(image_size, **fields))
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return (N, K) class probabilities of (N, K) logits."""
         return SCORE_FUNCTIONS[self.score_function](logits)
 
-    def is_unknown(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Return (N,) bool: which regions, by their (N, K) probabilities, are of no class of the vocabulary."""
+    def is_unknown(self, probabilities: torch.Tensor, num_background: int = 0) -> torch.Tensor:
+        """Return (N,) bool: which regions are of no class of the vocabulary.
+
+        Args:
+            probabilities: (N, K + num_background), those of the background prompts last.
+            num_background: number of background prompts; a region whose best name is one of them is unknown.
+        """
         if not probabilities.shape[1]:
             return torch.ones(len(probabilities), dtype=torch.bool, device=probabilities.device)
         best, index = probabilities.max(dim=1)
-        return (best < self.unknown_thresh) | (index >= probabilities.shape[1] - self.background)
+        return (best < self.unknown_thresh) | (index >= probabilities.shape[1] - num_background)
 
     def scores(self, probabilities: torch.Tensor, proposal_scores: torch.Tensor | None) -> torch.Tensor:
-        """Return (N, K) scores of (box, class) pairs; a pair that may be no detection has -1.
+        """Return (N, K) scores of (box, class) pairs, -1 for a pair that must not become a detection.
 
         Args:
             probabilities: (N, K) class probabilities.
@@ -95,56 +148,60 @@ class DetectionRule:
 
         Args:
             boxes: (N, 4) float, XYXY, output pixels.
-            scores: (N, K) float in [0, 1], negative for pairs that may not be kept.
+            scores: (N, K) float in [0, 1], negative for pairs that must not be kept.
             image_size: (height, width) of the output.
 
         Returns:
             Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices`` (the row of ``boxes``),
             best first.
         """
-        flat = scores.flatten()
-        number = len(flat) if self.top_k < 0 or self.nms_thresh < 1 else min(self.top_k, len(flat))
-        best, index = flat.topk(number)
+        pairs = scores.flatten()  # (N * K,)
+        # suppression comes before the cut, so it needs all pairs
+        num_pairs = len(pairs) if self.top_k < 0 or self.nms_thresh < 1 else min(self.top_k, len(pairs))
+        best, index = pairs.topk(num_pairs)
         index = index[best >= max(self.score_thresh, 0)]
         regions, classes = index // max(scores.shape[1], 1), index % max(scores.shape[1], 1)
         if self.nms_thresh < 1:
-            kept = batched_nms(boxes[regions], flat[index], classes, self.nms_thresh)
+            kept = batched_nms(boxes[regions], pairs[index], classes, self.nms_thresh)
             kept = kept if self.top_k < 0 else kept[: self.top_k]
             index, regions, classes = index[kept], regions[kept], classes[kept]
-        instances = Instances(image_size)
-        instances.pred_boxes = Boxes(boxes[regions])
-        instances.scores = flat[index]
-        instances.pred_classes = classes
-        instances.region_indices = regions
-        return instances
+        return Instances(
+            image_size,
+            pred_boxes=Boxes(boxes[regions]),
+            scores=pairs[index],
+            pred_classes=classes,
+            region_indices=regions,
+        )
 
 
-def merge_detections(ours: Instances, theirs: Instances, nms_thresh: float, top_k: int) -> Instances:
+def merge_detections(detections: Instances, preferred: Instances, nms_thresh: float, top_k: int) -> Instances:
     """Merge an image's detections from two sources of different classes by score.
 
     Best first, each detection suppresses those of the other source that have more IoU with it than ``nms_thresh``,
-    whatever their classes. What a source says of an object does not touch what else it says. Ties are theirs.
+    whatever their classes; detections of the same source do not affect each other.
 
     Args:
-        ours, theirs: with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices``.
+        detections: with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices``.
+        preferred: likewise, of the other source; it comes first where scores tie.
         nms_thresh: 1 keeps all.
-        top_k: detections kept at the most; -1 for all.
+        top_k: number of detections to keep; -1 for all.
 
     Returns:
         Instances with these four fields, best first.
     """
-    merged = Instances.cat([theirs, ours])
+    merged = Instances.cat([preferred, detections])
     order = merged.scores.argsort(descending=True, stable=True)
     merged = merged[order]
     if nms_thresh < 1:
-        source = order >= len(theirs)  # (N,), True where it is ours
-        rivals = (pairwise_iou(merged.pred_boxes, merged.pred_boxes) > nms_thresh) & (source[:, None] != source)
+        source = order >= len(preferred)  # (N,)
+        overlaps = pairwise_iou(merged.pred_boxes, merged.pred_boxes) > nms_thresh  # (N, N)
+        rivals = overlaps & (source[:, None] != source)
         merged = merged[torch.from_numpy(_greedy_keep(rivals.cpu().numpy())).to(source.device)]
     return merged if top_k < 0 else merged[:top_k]
 
 
 def _greedy_keep(rivals: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: which rows stay where each that stays removes its later (N, N) ``rivals``."""
+    """Return (N,) bool: which rows are kept where each that is kept removes its later (N, N) ``rivals``."""
     kept = np.ones(len(rivals), dtype=bool)
     for row in np.flatnonzero(rivals.any(axis=1)):
         if kept[row]:

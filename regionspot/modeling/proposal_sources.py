@@ -1,4 +1,4 @@
-"""Boxes that a model finds itself: SAM's automatic masks, or any Detectron2 detector."""
+"""Proposals that are computed at inference: boxes of SAM's automatic masks, or of any Detectron2 detector."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +16,17 @@ from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.config import find_host_config
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.localizers.localizer import Localizer
+from regionspot.modeling.localizers.sam import SamLocalizer
+from regionspot.structures import to_rgb
 from regionspot.utils.yaml_config import merge_yaml
 
 SOURCES = ("auto", "gt", "file", "sam_automatic", "detector")
 
 
 class SamAutomaticProposals:
-    """The boxes of the masks that SAM finds by a grid of points; their score is SAM's own estimate of the IoU."""
+    """The boxes of SAM's automatic masks, from a grid of points; their scores are SAM's own estimates of the IoU."""
 
-    def __init__(self, localizer: Localizer, **settings: Any) -> None:
+    def __init__(self, localizer: SamLocalizer, **settings: Any) -> None:
         """
         Args:
             localizer: whose SAM to use.
@@ -33,13 +35,13 @@ class SamAutomaticProposals:
         self.generator = SamAutomaticMaskGenerator(localizer.sam, **settings)
 
     def __call__(self, images: Sequence[torch.Tensor]) -> list[Instances]:
-        """Return ``proposal_boxes`` (XYXY, pixels of the image) and ``scores`` of (3, H, W) RGB images in [0, 255]."""
+        """Return ``proposal_boxes`` (XYXY, image pixels) and ``scores`` for each (3, H, W) RGB image in [0, 255]."""
         results = []
         for image in images:
             pixels = image.permute(1, 2, 0).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
             masks = self.generator.generate(np.ascontiguousarray(pixels))
             boxes = torch.tensor([mask["bbox"] for mask in masks], dtype=torch.float32).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2] + 1  # the generator's boxes end at the last pixel inside
+            boxes[:, 2:] += boxes[:, :2] + 1  # XYWH to XYXY; the generator's boxes end at the last pixel inside
             scores = torch.tensor([mask["predicted_iou"] for mask in masks], dtype=torch.float32).clamp(0, 1)
             results.append(to_proposals(boxes, scores, (image.shape[1], image.shape[2])))
         return results
@@ -51,8 +53,8 @@ class DetectorProposals(FrozenModule):
     def __init__(self, detector_cfg: CfgNode, output: str = "boxes") -> None:
         """
         Args:
-            detector_cfg: of the detector, with its weights.
-            output: "boxes" for its detections, whatever their classes, or "rpn" for the proposals of its RPN.
+            detector_cfg: config of the detector, with its weights.
+            output: "boxes" for its detections of all classes, or "rpn" for the proposals of its RPN.
 
         Raises:
             ValueError: another output, or a detector without an RPN.
@@ -74,14 +76,14 @@ class DetectorProposals(FrozenModule):
 
     @torch.no_grad()
     def forward(self, images: Sequence[torch.Tensor]) -> list[Instances]:
-        """Return ``proposal_boxes`` (XYXY, pixels of the image) and ``scores`` of (3, H, W) RGB images in [0, 255]."""
+        """Return ``proposal_boxes`` (XYXY, image pixels) and ``scores`` for each (3, H, W) RGB image in [0, 255]."""
         inputs = [self._input(image) for image in images]
         if self.output == "boxes":
-            found = [output["instances"] for output in self.detector(inputs)]
-            return [to_proposals(x.pred_boxes.tensor, x.scores, x.image_size) for x in found]
+            detections = [output["instances"] for output in self.detector(inputs)]
+            return [to_proposals(x.pred_boxes.tensor, x.scores, x.image_size) for x in detections]
         if isinstance(self.detector, ProposalNetwork):  # its proposals are in the image's frame already
-            found = [output["proposals"] for output in self.detector(inputs)]
-            return [to_proposals(x.proposal_boxes.tensor, x.objectness_logits.sigmoid(), x.image_size) for x in found]
+            rpn = [output["proposals"] for output in self.detector(inputs)]
+            return [to_proposals(x.proposal_boxes.tensor, x.objectness_logits.sigmoid(), x.image_size) for x in rpn]
         batch = self.detector.preprocess_image(inputs)
         proposals, _ = self.detector.proposal_generator(batch, self.detector.backbone(batch.tensor), None)
         results = []
@@ -93,22 +95,21 @@ class DetectorProposals(FrozenModule):
         return results
 
     def _input(self, image: torch.Tensor) -> dict[str, Any]:
-        pixels = image.permute(1, 2, 0).cpu().numpy()
-        pixels = pixels[..., ::-1] if self.image_format == "BGR" else pixels
+        pixels = to_rgb(image, self.image_format).permute(1, 2, 0).cpu().numpy()  # in the detector's channel order
         resized = self.resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         return {"image": tensor, "height": image.shape[1], "width": image.shape[2]}
 
 
 def to_proposals(boxes: torch.Tensor, scores: torch.Tensor, size: tuple[int, int]) -> Instances:
-    """Return proposals, cut to an image of (height, width); those without area are left out."""
+    """Return proposals, clipped to an image of (height, width), without those that have no area then."""
     proposals = Instances(size, proposal_boxes=Boxes(boxes), scores=scores)
     proposals.proposal_boxes.clip(size)
     return proposals[proposals.proposal_boxes.nonempty()]
 
 
 def build_proposal_source(cfg: CfgNode, localizer: Localizer) -> SamAutomaticProposals | DetectorProposals | None:
-    """Return what finds boxes by ``MODEL.REGIONSPOT.PROPOSALS.SOURCE``, None where they come with the images.
+    """Build the source of ``MODEL.REGIONSPOT.PROPOSALS.SOURCE``; None where proposals come with the images.
 
     Raises:
         ValueError: another source.
@@ -120,6 +121,11 @@ def build_proposal_source(cfg: CfgNode, localizer: Localizer) -> SamAutomaticPro
             f"MODEL.REGIONSPOT.PROPOSALS.SOURCE: expected one of {', '.join(SOURCES)}; got {node.SOURCE!r}"
         )
     if node.SOURCE == "sam_automatic":
+        if not isinstance(localizer, SamLocalizer):
+            raise ValueError(
+                "MODEL.REGIONSPOT.PROPOSALS.SOURCE sam_automatic: expected SAM as localizer, got "
+                f"{type(localizer).__name__}"
+            )
         settings = {key.lower(): value for key, value in node.SAM_AUTOMATIC.items()}
         return SamAutomaticProposals(localizer, **settings)
     if node.SOURCE == "detector":

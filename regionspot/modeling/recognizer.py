@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -13,15 +14,15 @@ from regionspot.checkpoint.loading import PARTS, frozen_sources, load_weights
 from regionspot.modeling.classifier import TextClassifier
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput
+from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.modeling.losses import region_focal_loss
-from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.postprocessing import DetectionRule
+from regionspot.modeling.masks import RegionMasks, check_mask_format
+from regionspot.modeling.postprocessing import DetectionRule, Recognition
 from regionspot.modeling.vision_language.clip import VisionLanguageModel
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.structures import Prompts, check_regions
 from regionspot.vocabulary import VocabularySource, load_vocabulary
 
-MASKS = ("", "bitmask", "rle", "lazy")
 BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the classifier
 
 
@@ -74,9 +75,8 @@ class RegionRecognizer(nn.Module):
         self.knowledge_integration = knowledge_integration
         self.classifier = TextClassifier(text_encoder)
         self.rule = rule or DetectionRule()
-        self.rule.background = len(background or [])
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        self.background = list(background or [])
+        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         if background:
             self.classifier.add(BACKGROUND, background)
         if vocabulary:  # encoded when first needed: CLIP's weights are still to come
@@ -88,7 +88,7 @@ class RegionRecognizer(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.REGIONSPOT
-        localizer, vision_language = Localizer(cfg), VisionLanguageModel(cfg)
+        localizer, vision_language = SamLocalizer(cfg), VisionLanguageModel(cfg)
         return {
             "localizer": localizer,
             "vision_language": vision_language,
@@ -106,9 +106,12 @@ class RegionRecognizer(nn.Module):
         }
 
     @classmethod
-    def from_pretrained(cls, cfg: CfgNode, weights: str = "") -> "RegionRecognizer":
-        """Build the recognizer of ``cfg`` with SAM's and CLIP's weights and a RegionSpot checkpoint, "" for none."""
-        recognizer = cls(cfg)
+    def from_pretrained(cls, cfg: CfgNode, weights: str = "", **arguments: Any) -> "RegionRecognizer":
+        """Build the recognizer of ``cfg`` with SAM's and CLIP's weights and a RegionSpot checkpoint, "" for none.
+
+        ``arguments`` are the constructor's, in place of those that follow from ``cfg``.
+        """
+        recognizer = cls(cfg, **arguments)
         load_weights(recognizer, weights, frozen_sources(cfg))
         return recognizer.to(cfg.MODEL.DEVICE)
 
@@ -117,7 +120,7 @@ class RegionRecognizer(nn.Module):
 
         Args:
             names: class names in the order of the class indices, or anything else ``load_vocabulary`` takes.
-            key: the vocabulary's own name; one that was set before under it with the same names costs nothing.
+            key: name of the vocabulary; setting the same names under the same key again costs nothing.
 
         Raises:
             ValueError: no names, an empty name, or a name too long for CLIP; the old vocabulary then stays.
@@ -126,15 +129,15 @@ class RegionRecognizer(nn.Module):
         self.classifier.active = key
 
     def encode_vocabulary(self, names: VocabularySource) -> tuple[list[str], torch.Tensor]:
-        """Return names and their (K, text_dim) embeddings, which ``classify`` takes; the one in use stays."""
+        """Return names and their (K, text_dim) embeddings for ``classify``; the vocabulary in use stays."""
         loaded = load_vocabulary(names)
         return list(loaded), self.classifier.text_encoder(loaded)
 
     @contextmanager
     def using_vocabulary(self, names: VocabularySource) -> Iterator[None]:
-        """Recognize ``names`` inside the block and what was recognized before after it."""
+        """Recognize ``names`` inside the block and the vocabulary before it again after it."""
         before = self.classifier.active
-        key = f"within {before}"  # a block inside a block leaves the outer one's vocabulary alone
+        key = f"within {before}"  # nested blocks have different keys
         self.set_vocabulary(names, key)
         try:
             yield
@@ -153,22 +156,18 @@ class RegionRecognizer(nn.Module):
     def encode_images(self, images: list[torch.Tensor]) -> ImageFeatures:
         """Run both image encoders on (3, H, W) RGB images in [0, 255], of any sizes."""
         return ImageFeatures(
-            embeddings=self.localizer.encode_images(images),
-            feature_map=self.vision_language.encode_images(images),
-            sizes=[(image.shape[-2], image.shape[-1]) for image in images],
+            self.localizer.encode_images(images), self.vision_language.encode_images(images), _sizes(images)
         )
 
     def position_tokens(self, images: list[torch.Tensor], boxes: Sequence[Boxes]) -> list[torch.Tensor]:
         """Return the position-aware tokens of boxes, (N_i, token_dim) an image; CLIP is not run."""
-        embeddings = self.localizer.encode_images(images)
-        features = ImageFeatures(embeddings, None, [(image.shape[-2], image.shape[-1]) for image in images])
-        located = self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes])
-        return [output.tokens for output in located]
+        features = ImageFeatures(self.localizer.encode_images(images), None, _sizes(images))
+        return [output.tokens for output in self.locate(features, _box_prompts(boxes))]
 
     def locate(
         self, features: ImageFeatures, prompts: list[Prompts], with_masks: bool = False, stages: Sequence[str] = ()
     ) -> list[LocalizerOutput]:
-        """Decode each image's prompts (boxes and points in that image's own pixels; boxes are cut to it).
+        """Decode each image's prompts (boxes and points in that image's own pixels; boxes are clipped to it).
 
         ``stages`` says where to take the tokens from, by default from the configured stage.
         """
@@ -189,21 +188,21 @@ class RegionRecognizer(nn.Module):
         vocabularies: Sequence[str | torch.Tensor] = (),
         with_background: bool = False,
     ) -> list[torch.Tensor]:
-        """Return the logits of regions.
+        """Return the logits of regions (paper, sections 3.3 and 3.4).
 
         Args:
             tokens: B tensors, (N_i, token_dim) float position-aware tokens.
             feature_map: (B, L, width) float semantic feature map, or None without CLIP's features.
-            vocabularies: for each image the key of its vocabulary or its embeddings; "", or none at all, is the one in
-                use.
-            with_background: also the logits of the background's names, behind the others.
+            vocabularies: for each image the key of its vocabulary or its embeddings; "" is the one in use, as is an
+                empty sequence for all images.
+            with_background: append the logits of the background names.
 
         Returns:
             B tensors, (N_i, K_i) float32.
         """
-        keys = vocabularies or [""] * len(tokens)
-        semantic = self.knowledge_integration(tokens, feature_map)
-        return [self.score(x, key, with_background) for x, key in zip(semantic, keys, strict=True)]
+        vocabularies = vocabularies or [""] * len(tokens)
+        semantic_tokens = self.knowledge_integration(tokens, feature_map)  # B x (N_i, text_dim)
+        return [self.score(x, v, with_background) for x, v in zip(semantic_tokens, vocabularies, strict=True)]
 
     def score(
         self, semantic_tokens: torch.Tensor, vocabulary: str | torch.Tensor = "", with_background: bool = False
@@ -211,31 +210,36 @@ class RegionRecognizer(nn.Module):
         """Return the (N, K) logits of (N, text_dim) semantic tokens against a vocabulary, see ``TextClassifier``."""
         scale = self.vision_language.clip_model.logit_scale
         logits = self.classifier(semantic_tokens, scale, vocabulary)
-        if with_background and self.rule.background:
+        if with_background and self.background:
             logits = torch.cat([logits, self.classifier(semantic_tokens, scale, BACKGROUND)], dim=1)
         return logits
 
-    def losses(
+    def loss(
         self,
-        tokens: list[torch.Tensor],
-        feature_map: torch.Tensor | None,
-        classes: list[torch.Tensor],
+        images: list[torch.Tensor],
+        boxes: Sequence[Boxes],
+        classes: Sequence[torch.Tensor],
         vocabularies: Sequence[str] = (),
-    ) -> dict[str, torch.Tensor]:
-        """Return ``{"loss_cls": scalar}`` of regions whose classes are known (paper, section 3.4).
+        tokens: list[torch.Tensor] | None = None,
+        feature_map: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the training loss, a scalar, of regions whose classes are known (paper, section 3.4).
 
         Args:
-            tokens: as for ``classify``; ``position_tokens`` gives them.
-            feature_map: as for ``classify``; ``vision_language.encode_images`` gives it.
+            images: B images, (3, H, W) RGB in [0, 255]; not needed with both ``tokens`` and ``feature_map``.
+            boxes: B ``Boxes``, N_i each, XYXY in the image's own pixels; not needed with ``tokens``.
             classes: B tensors, (N_i,) int64, the regions' indices in their image's vocabulary.
-            vocabularies: as for ``classify``.
+            vocabularies: keys, as for ``classify``.
+            tokens: stored position-aware tokens, as for ``classify``; SAM is then not run.
+            feature_map: stored semantic feature map, as for ``classify``; CLIP's image encoder is then not run.
         """
+        if tokens is None:
+            tokens = self.position_tokens(images, boxes)
+        if feature_map is None:
+            feature_map = self.vision_language.encode_images(images)
         logits = self.classify(tokens, feature_map, vocabularies)
-        return {"loss_cls": region_focal_loss(logits, classes, self.focal_alpha, self.focal_gamma)}
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return (N, K) class probabilities of (N, K) logits, by the configured function."""
-        return self.rule.probabilities(logits)
+        targets = [image_classes.to(x.device, non_blocking=True) for image_classes, x in zip(classes, logits)]
+        return region_focal_loss(logits, targets, self.focal_alpha, self.focal_gamma)
 
     def forward(
         self,
@@ -252,18 +256,21 @@ class RegionRecognizer(nn.Module):
             images: B images, (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
             boxes: B ``Boxes``, N_i each, XYXY in the image's own pixels; N_i may be 0.
             proposal_scores: for each image (N_i,) float scores of its boxes in [0, 1], or None.
-            output_sizes: (height, width) that boxes and masks are wanted in; the images' own by default.
+            output_sizes: (height, width) of the output's boxes and masks; the images' own by default.
             masks: "bitmask" and "lazy" give ``pred_masks``, too, "rle" ``pred_masks_rle``, "" neither.
             classes: (K,) bool, which classes of the vocabulary may become detections; all by default.
 
         Returns:
-            B ``Instances``, best first, with ``pred_boxes``, ``scores``, ``pred_classes``, ``region_indices`` (the
-            row of the box) and, if asked for, ``pred_masks`` (bool, at output size; "lazy": a ``RegionMasks``, which
-            Detectron2's ``detector_postprocess`` takes) or ``pred_masks_rle`` (COCO's compressed RLE; the detections
-            of a box share one). An unknown region has no detection.
+            B ``Instances``, see ``Recognition.detections``; on request with ``pred_masks`` (bool, at output size;
+            "lazy": a ``RegionMasks``, which Detectron2's ``detector_postprocess`` takes) or ``pred_masks_rle`` (COCO's
+            compressed RLE; the detections of a box share one).
+
+        Raises:
+            ValueError: not as many of each, or an invalid image, box or score.
         """
+        check_regions(images, boxes, proposal_scores)
         results = self.recognize(images, boxes, proposal_scores, output_sizes, masks, classes)
-        return [detections for detections, _ in results]
+        return [result.detections for result in results]
 
     @torch.no_grad()
     def recognize(
@@ -275,33 +282,28 @@ class RegionRecognizer(nn.Module):
         masks: str = "",
         classes: torch.Tensor | None = None,
         features: ImageFeatures | None = None,
-    ) -> list[tuple[Instances, Instances]]:
-        """Recognize the boxes of images; arguments as for ``forward``, and ``features`` if they are known already.
+    ) -> list[Recognition]:
+        """Recognize the boxes of images, which the caller has checked, and report all regions.
 
-        Returns:
-            For each image the detections, as ``forward`` gives them, and all its regions: ``Instances`` in the order
-            of the boxes with ``pred_boxes``, ``top_classes`` and ``top_scores`` (N, up to 5; class probabilities) and
-            ``unknown`` (N,) bool.
+        Arguments are as for ``forward``, and ``features`` of the images if they are known already.
         """
-        check_regions(images, boxes, proposal_scores)
-        if masks not in MASKS:
-            raise ValueError(f"masks: expected one of {MASKS}, got {masks!r}")
+        check_mask_format(masks)
         features, located = self.locate_boxes(images, boxes, bool(masks), features)
         logits = self.region_logits(images, boxes, features, located)
         results = []
         for i, (image_logits, output) in enumerate(zip(logits, located)):
             size = features.sizes[i]
-            wanted = output_sizes[i] if output_sizes else size
+            output_size = output_sizes[i] if output_sizes else size
             scaled = boxes[i].to(image_logits.device).clone()
-            scaled.scale(wanted[1] / size[1], wanted[0] / size[0])
-            scaled.clip(wanted)
-            given = proposal_scores[i] if proposal_scores else None
-            detections, regions = self._detect(scaled, image_logits, given, wanted, classes)
+            scaled.scale(output_size[1] / size[1], output_size[0] / size[0])
+            scaled.clip(output_size)
+            scores = proposal_scores[i] if proposal_scores else None
+            result = self.rule.detect(scaled, image_logits, scores, output_size, len(self.background), classes)
             if masks:
                 assert output.masks is not None
-                upsample = self.localizer.mask_upsampler(size)
-                _add_masks(detections, RegionMasks(output.masks, detections.region_indices, upsample), masks)
-            results.append((detections, regions))
+                rows = result.detections.region_indices
+                RegionMasks(output.masks, rows, self.localizer.mask_upsampler(size)).attach(result.detections, masks)
+            results.append(result)
         return results
 
     def locate_boxes(
@@ -309,7 +311,7 @@ class RegionRecognizer(nn.Module):
     ) -> tuple[ImageFeatures, list[LocalizerOutput]]:
         """Run the frozen parts on images and boxes, as far as a recognizer needs them."""
         features = features or self.encode_images(images)
-        return features, self.locate(features, [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes], with_masks)
+        return features, self.locate(features, _box_prompts(boxes), with_masks)
 
     def region_logits(
         self,
@@ -318,33 +320,13 @@ class RegionRecognizer(nn.Module):
         features: ImageFeatures,
         located: list[LocalizerOutput],
     ) -> list[torch.Tensor]:
-        """Return (N_i, K + background) logits of each image's regions; a baseline may have another way to them."""
+        """Return (N_i, K + background) logits of each image's regions; a baseline may compute them in another way."""
         return self.classify([output.tokens for output in located], features.feature_map, with_background=True)
 
-    def _detect(
-        self,
-        boxes: Boxes,
-        logits: torch.Tensor,
-        proposal_scores: torch.Tensor | None,
-        size: tuple[int, int],
-        classes: torch.Tensor | None,
-    ) -> tuple[Instances, Instances]:
-        every, rule = self.rule.probabilities(logits), self.rule
-        unknown = rule.is_unknown(every)
-        known = every[:, : every.shape[1] - rule.background]
-        scores = rule.scores(known, proposal_scores)
-        scores = torch.where(unknown[:, None], -1, scores)
-        if classes is not None:
-            scores = torch.where(classes.to(scores.device), scores, -1)
-        top = known.topk(min(5, known.shape[1]), dim=1)
-        fields = {"pred_boxes": boxes, "top_classes": top.indices, "top_scores": top.values, "unknown": unknown}
-        return rule.select(boxes.tensor, scores, size), Instances(size, **fields)
+
+def _sizes(images: list[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(image.shape[-2], image.shape[-1]) for image in images]
 
 
-def _add_masks(detections: Instances, masks: RegionMasks, kind: str) -> None:
-    if kind == "rle":
-        detections.pred_masks_rle = masks.to_rles(*detections.image_size)
-    elif kind == "lazy":
-        detections.pred_masks = masks
-    else:
-        detections.pred_masks = masks.to_bitmasks(detections.pred_boxes, *detections.image_size).tensor
+def _box_prompts(boxes: Sequence[Boxes]) -> list[Prompts]:
+    return [Prompts(boxes=image_boxes.tensor) for image_boxes in boxes]

@@ -46,21 +46,21 @@ class Oracle:
         self.truth, self.wrong, self.seen = truth, wrong, []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        forward, losses = RegionSpot.forward, RegionRecognizer.losses
+        forward, loss = RegionSpot.forward, RegionRecognizer.loss
 
         def record_and_mask(model, batch):
             self.batch = batch
             outputs = forward(model, batch)
             return outputs if model.training else [self.mask(*pair) for pair in zip(batch, outputs)]
 
-        def record_losses(recognizer, tokens, feature_map, classes, keys):
+        def record_loss(recognizer, images, boxes, classes, keys, *stored):
             for image, labels, key in zip(self.batch, classes, keys):
                 names = recognizer.classifier.get_names(key)
                 self.seen.append((key, image["file_name"], [names[label] for label in labels.tolist()]))
-            return losses(recognizer, tokens, feature_map, classes, keys)
+            return loss(recognizer, images, boxes, classes, keys, *stored)
 
         patch.setattr(RegionSpot, "forward", record_and_mask)
-        patch.setattr(RegionRecognizer, "losses", record_losses)
+        patch.setattr(RegionRecognizer, "loss", record_loss)
         patch.setattr(RegionRecognizer, "region_logits", self.region_logits_method())
         patch.setattr(TextEncoder, "encode", lambda encoder, names: torch.ones(len(names), 32) / 32**0.5)
 

@@ -20,7 +20,7 @@ def images():
 
 
 @torch.no_grad()
-def test_feature_map_is_all_but_the_class_token(backbone, images):
+def test_feature_map_excludes_the_class_token(backbone, images):
     seen = []
     handle = backbone.visual.transformer.register_forward_hook(lambda *args: seen.append(args[-1].transpose(0, 1)))
     backbone.visual(images)  # CLIP's own forward pass
@@ -30,7 +30,7 @@ def test_feature_map_is_all_but_the_class_token(backbone, images):
 
 
 @torch.no_grad()
-def test_each_place_is_that_of_its_patch(backbone, images):
+def test_cells_match_their_patches(backbone, images):
     changed = images.clone()
     changed[..., 8:16, 24:32] += 2  # row 1 and column 3 of the patches of 8 x 8
     difference = (backbone(changed)["clip"] - backbone(images)["clip"]).norm(dim=1)  # (2, 4, 4)

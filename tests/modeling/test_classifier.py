@@ -18,7 +18,7 @@ def test_logits_are_scaled_cosines():
 
 
 @torch.no_grad()
-def test_each_image_is_scored_against_its_own_vocabulary():
+def test_vocabulary_per_image():
     recognizer = tiny_model().recognizer
     recognizer.classifier.add("others", OTHERS)
     tokens, feature_map = [torch.randn(2, 32), torch.randn(3, 32)], torch.randn(2, 17, 64)
@@ -29,7 +29,7 @@ def test_each_image_is_scored_against_its_own_vocabulary():
     assert [x.shape[1] for x in mixed] == [len(OTHERS), len(NAMES)]
 
 
-def test_a_vocabulary_is_forgotten_with_its_embeddings():
+def test_vocabulary_is_replaced_with_its_embeddings():
     classifier = tiny_model().recognizer.classifier
     before = classifier.embeddings
     classifier.add("default", OTHERS)  # other names under the same key

@@ -45,7 +45,7 @@ def test_equals_clip_itself(masked, batch):
         assert len(output["instances"]) == len(boxes) * len(NAMES)
 
 
-def test_crops_hold_every_pixel_that_is_half_in_the_box():
+def test_crop_rounding():
     model, inputs = baseline(), as_inputs(3)
     inputs["instances"] = inputs["instances"][:2]
     inputs["instances"].gt_boxes.tensor[:] = torch.tensor([[3.6, 4.4, 20.6, 22.7], [9.9, 8.1, 30.4, 31.2]])
@@ -59,7 +59,7 @@ def test_crops_hold_every_pixel_that_is_half_in_the_box():
     torch.testing.assert_close(output["regions"].top_scores, expected, atol=1e-5, rtol=0)
 
 
-def test_boxes_at_the_border_and_of_less_than_a_pixel_have_a_crop():
+def test_crops_at_the_border_and_below_a_pixel():
     model = baseline()
     inputs = as_inputs(0)
     inputs["instances"].gt_boxes.tensor[:2] = torch.tensor([[63.2, 47.1, 63.4, 47.2], [-5.0, -5, 0.4, 0.4]])

@@ -68,7 +68,7 @@ def test_gradients_match_pytorch_transformer(monkeypatch):
 
 
 @pytest.mark.parametrize(("with_features", "region_attention"), [(True, True), (True, False), (False, True)])
-def test_memory_grows_with_the_number_of_regions(with_features, region_attention):
+def test_memory_is_linear_in_regions(with_features, region_attention):
     model = module(with_features=with_features, region_attention=region_attention)
     tokens, feature_map = torch.randn(3500, 8), torch.randn(2, 7, 32) if with_features else None
     with torch.no_grad():
@@ -103,6 +103,6 @@ def test_impossible_depth_is_refused(depth):
         module(depth=depth)
 
 
-def test_the_sizes_are_the_papers_by_default():
+def test_sizes_default_to_the_paper():
     node = load_config(ROOT / "configs/RegionSpot-BB.yaml").MODEL.REGIONSPOT.INTEGRATION
     assert (node.DEPTH, node.NUM_HEADS, node.FFN_DIM, node.DROPOUT) == (3, 8, 2048, 0.1)

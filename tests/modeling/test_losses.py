@@ -23,7 +23,7 @@ def batch():
     return logits, [torch.randint(5, (len(x),), generator=generator) for x in logits]
 
 
-def test_equals_the_plain_implementation(batch):
+def test_equals_plain_implementation(batch):
     expected = sum(plain_focal_loss(x, y, 0.25, 2.0) for x, y in zip(*batch)) / 3
     assert region_focal_loss(*batch).item() == pytest.approx(expected, rel=1e-5)
 

@@ -65,7 +65,7 @@ def test_pickled_masks_do_not_hold_the_model(localizer, logits):
     assert torch.equal(again.to_bitmasks(None, *SIZE).tensor, masks.to_bitmasks(None, *SIZE).tensor)
 
 
-def test_memory_of_masks_is_that_of_what_is_asked_for(localizer, logits, monkeypatch):
+def test_memory_follows_the_requested_masks(localizer, logits, monkeypatch):
     size, number = (1000, 1500), 24  # 36 MB as bool masks, 144 MB as floats
     monkeypatch.setattr(masks_module, "MAX_PIXELS", 2 * size[0] * size[1])
     masks = RegionMasks(logits[torch.arange(number) % 5], torch.arange(number), localizer.mask_upsampler(size))
@@ -76,7 +76,7 @@ def test_memory_of_masks_is_that_of_what_is_asked_for(localizer, logits, monkeyp
     assert extra_memory(lambda: localizer.mask_prompts(given, size)) < 50e6
 
 
-def test_masks_of_a_box_are_one_rle():
+def test_detections_of_a_box_share_one_rle():
     model = tiny_model("MODEL.MASK_ON", True)
     inputs = {**as_inputs(0), "height": 96, "width": 128}
     bitmasks = model([inputs])[0]["instances"]
@@ -91,7 +91,7 @@ def test_masks_of_a_box_are_one_rle():
     assert number == len(inputs["instances"]) < len(detections)
 
 
-def test_lazy_masks_pass_through_postprocessing():
+def test_lazy_masks():
     """As in ``GeneralizedRCNN``: its ``inference(..., do_postprocess=False)`` keeps them lazy."""
     model = tiny_model("MODEL.MASK_ON", True).recognizer
     inputs = as_inputs(0)

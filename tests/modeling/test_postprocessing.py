@@ -35,7 +35,7 @@ def test_score_rules():
         DetectionRule(score_rule="sum")
 
 
-def test_labels_per_box_threshold_and_number():
+def test_labels_per_box_threshold_and_top_k():
     assert set(select(labels_per_box=1)) == {(0, 0), (1, 0), (2, 2)}
     assert set(select(score_thresh=0.3)) == {(0, 0), (1, 0), (1, 1)}
     assert list(select(top_k=2)) == [(1, 0), (1, 1)] and len(select(top_k=-1)) == 9
@@ -43,7 +43,7 @@ def test_labels_per_box_threshold_and_number():
         DetectionRule(labels_per_box=0)
 
 
-def test_suppression_is_class_wise_and_comes_before_the_cut():
+def test_suppression_is_class_wise_before_top_k():
     assert set(select(nms_thresh=0.5, labels_per_box=1)) == {(1, 0), (2, 2)}  # boxes 0 and 1 overlap by 0.82
     assert set(select(nms_thresh=0.9, labels_per_box=1)) == {(0, 0), (1, 0), (2, 2)}
     assert list(select(nms_thresh=0.5, top_k=3)) == [(1, 0), (1, 1), (2, 2)]
@@ -52,7 +52,7 @@ def test_suppression_is_class_wise_and_comes_before_the_cut():
 HALF = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 5]])  # IoU 0.5, to the bit
 
 
-def test_thresholds_keep_what_reaches_them():
+def test_scores_at_the_threshold_are_kept():
     """What scores, overlaps or is as probable as a threshold says exactly is on the side that the docs say."""
     scores = torch.tensor([[0.5, 0.25], [0.125, 0.0]])
     found = DetectionRule(score_thresh=0.25).select(HALF, scores, (50, 50))
@@ -63,7 +63,7 @@ def test_thresholds_keep_what_reaches_them():
     assert rule.is_unknown(torch.tensor([[0.5, 0.5], [0.25, 0.375]])).tolist() == [False, True]  # "less probable"
 
 
-def test_boxes_of_just_the_threshold_overlap_stay():
+def test_overlap_at_the_threshold_is_kept():
     scores = torch.tensor([[0.9], [0.8]])
     assert len(DetectionRule(nms_thresh=0.5).select(HALF, scores, (50, 50))) == 2  # "more IoU than this"
     assert len(DetectionRule(nms_thresh=0.499).select(HALF, scores, (50, 50))) == 1
@@ -80,9 +80,9 @@ def test_boxes_of_just_the_threshold_overlap_stay():
     assert len(merge_detections(one, other, 0.5, -1)) == 2 and len(merge_detections(one, other, 0.499, -1)) == 1
 
 
-def test_the_names_behind_the_vocabulary_are_the_background():
+def test_background_names_come_last():
     probabilities = torch.eye(4)  # each region is of one name; the last two are the background's
-    assert DetectionRule(background=2).is_unknown(probabilities).tolist() == [False, False, True, True]
+    assert DetectionRule().is_unknown(probabilities, 2).tolist() == [False, False, True, True]
     assert not DetectionRule().is_unknown(probabilities).any()
 
 
@@ -117,7 +117,7 @@ def test_background_names_make_regions_unknown():
     )
 
 
-def instances(number, seed):
+def random_detections(number, seed):
     """Return detections of which many overlap and some tie."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(number, 2, generator=generator) * 30
@@ -128,9 +128,39 @@ def instances(number, seed):
     return found
 
 
+def make_detections(boxes, scores, classes):
+    fields = {"pred_boxes": Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))}
+    return Instances(
+        (50, 50),
+        **fields,
+        scores=torch.tensor(scores),
+        pred_classes=torch.tensor(classes),
+        region_indices=torch.arange(len(scores)),
+    )
+
+
+def test_merging_by_score():
+    ours = make_detections([[0, 0, 10, 10], [0, 0, 10, 10], [30, 30, 40, 40]], [0.5, 0.4, 0.3], [5, 6, 7])
+    theirs = make_detections([[1, 0, 10, 10], [30, 30, 40, 41]], [0.45, 0.9], [0, 1])
+    merged = merge_detections(ours, theirs, 0.5, -1)
+    # the first object is ours (0.5 beats 0.45), and both of our names for it stay; the other is theirs
+    assert merged.pred_classes.tolist() == [1, 5, 6]
+    assert merge_detections(ours, theirs, 1.0, -1).pred_classes.tolist() == [1, 5, 0, 6, 7]
+    assert merge_detections(ours, theirs, 1.0, 2).pred_classes.tolist() == [1, 5]
+    assert merge_detections(make_detections([], [], []), theirs, 0.5, -1).pred_classes.tolist() == [1, 0]
+    tied = make_detections([[0, 0, 10, 10]], [0.45], [9])
+    assert merge_detections(tied, theirs[:1], 0.5, -1).pred_classes.tolist() == [0]  # theirs
+
+
+def test_suppressed_detections_suppress_nothing():
+    ours = make_detections([[0, 0, 20, 10], [8, 0, 28, 10]], [0.5, 0.7], [5, 6])
+    theirs = make_detections([[4, 0, 24, 10]], [0.6], [0])
+    assert merge_detections(ours, theirs, 0.5, -1).pred_classes.tolist() == [6, 5]
+
+
 @pytest.mark.parametrize(("number", "others"), [(60, 60), (1, 80), (0, 3), (0, 0)])
 def test_merging_is_greedy_between_sources(number, others):
-    ours, theirs = instances(number, 1), instances(others, 0)
+    ours, theirs = random_detections(number, 1), random_detections(others, 0)
     kept = []
     every = [(x, i, False) for i, x in enumerate(theirs.scores.tolist())]
     every += [(x, i, True) for i, x in enumerate(ours.scores.tolist())]
@@ -154,7 +184,7 @@ class CountScalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_merging_does_not_read_numbers_one_by_one():
+def test_merging_reads_few_scalars():
     with CountScalars() as count:
-        merge_detections(instances(60, 1), instances(60, 0), 0.3, 10)
+        merge_detections(random_detections(60, 1), random_detections(60, 0), 0.3, 10)
     assert count.number < 5

@@ -1,4 +1,4 @@
-"""The recognizer: settings reach the computation, and boxes are in the frame and the size that they should be."""
+"""The recognizer: loss, boxes in the right frame and size, invalid inputs."""
 
 import pytest
 import torch
@@ -22,21 +22,22 @@ def test_focal_alpha_and_gamma_reach_the_loss(alpha, gamma):
     classes = [torch.tensor([2, 0, 3]), torch.tensor([1])]
     with torch.no_grad():
         logits = recognizer.classify(tokens, feature_map)
-        losses = recognizer.losses(tokens, feature_map, classes)
+        loss = recognizer.loss([], [], classes, tokens=tokens, feature_map=feature_map)
     expected = sum(plain_focal_loss(x, y, alpha, gamma) for x, y in zip(logits, classes)) / 2
-    assert losses["loss_cls"].item() == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_focal_loss_is_the_papers_by_default():
+def test_focal_loss_defaults_of_the_paper():
     node = tiny_config().MODEL.REGIONSPOT.LOSS
     assert (node.FOCAL_ALPHA, node.FOCAL_GAMMA) == (0.25, 2.0)
 
 
 @pytest.mark.parametrize(("output", "factors"), [(None, (1, 1)), ((96, 256), (4, 2))], ids=["own size", "other size"])
-def test_predicted_boxes_are_cut_to_the_image(output, factors):
+def test_predicted_boxes_are_clipped(output, factors):
     given = Boxes(BEYOND.clone())
     sizes = output and [output]
-    [(detections, regions)] = tiny_model().recognizer.recognize([as_inputs(0)["image"]], [given], output_sizes=sizes)
+    [result] = tiny_model().recognizer.recognize([as_inputs(0)["image"]], [given], output_sizes=sizes)
+    detections, regions = result.detections, result.regions
     expected = INSIDE * torch.tensor(factors).repeat(2)
     assert torch.equal(regions.pred_boxes.tensor, expected)
     assert len(detections) == len(BEYOND) * len(NAMES)
@@ -44,14 +45,14 @@ def test_predicted_boxes_are_cut_to_the_image(output, factors):
     assert torch.equal(given.tensor, BEYOND)  # the caller's boxes stay as they are
 
 
-def test_boxes_are_cut_before_they_are_prompts():
+def test_prompt_boxes_are_clipped():
     recognizer, images = tiny_model().recognizer, [as_inputs(0)["image"]]
     [cut], [whole] = (recognizer.position_tokens(images, [Boxes(boxes)]) for boxes in (INSIDE, BEYOND))
     torch.testing.assert_close(whole, cut)
 
 
 @pytest.mark.parametrize("size", [(130, 90), (41, 100)])
-def test_prompts_reach_sam_where_its_own_predictor_puts_them(size):
+def test_prompt_coordinates_equal_sams(size):
     """The longest side becomes SAM's, the other one whole pixels: x and y have factors of their own."""
     recognizer, image = tiny_model().recognizer, as_inputs(0, size)["image"]
     boxes = torch.tensor([[3.0, 5.0, 30.5, 20.0], [20.0, 1.0, 88.0, 40.0]])
@@ -64,10 +65,31 @@ def test_prompts_reach_sam_where_its_own_predictor_puts_them(size):
     torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-6, rtol=0)
 
 
-def test_only_the_classes_asked_for_become_detections():
+def test_classes_restrict_detections():
     recognizer, boxes = tiny_model().recognizer, [Boxes(INSIDE)]
     images, asked = [as_inputs(0)["image"]], torch.tensor([False, True, False, True])
     [every], [some] = recognizer(images, boxes), recognizer(images, boxes, classes=asked)
     kept = every[asked[every.pred_classes]]
     assert 0 < len(kept) < len(every)
     assert torch.equal(some.pred_classes, kept.pred_classes) and torch.equal(some.scores, kept.scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": [torch.tensor([[0.0, 0, 9, 9]])]}, "expected detectron2's Boxes, got Tensor"),
+        ({"boxes": [Boxes([[0, 0, 9, 9]])] * 2}, "for each of 1 images, got 2"),
+        ({"boxes": [Boxes([[90, 90, 99, 99]])]}, "boxes of image 0.*outside the image"),
+        ({"images": [torch.zeros(48, 64, 3)]}, r"expected shape \(3, H, W\)"),
+        ({"proposal_scores": [torch.ones(2)]}, r"expected shape \(1,\), got \(2,\)"),
+        ({"proposal_scores": [torch.tensor([7.0])]}, r"numbers in \[0, 1\]"),
+        ({"proposal_scores": [torch.tensor([float("nan")])]}, r"numbers in \[0, 1\]"),
+        ({"masks": "yes"}, "masks: expected one of"),
+    ],
+)
+def test_invalid_regions_are_refused(changes, message):
+    right = {"images": [as_inputs(0)["image"]], "boxes": [Boxes([[0, 0, 9, 9]])], "proposal_scores": [torch.ones(1)]}
+    recognizer = tiny_model().recognizer
+    assert not recognizer(**right)[0].scores.requires_grad
+    with pytest.raises(ValueError, match=message):
+        recognizer(**{**right, **changes})

@@ -14,13 +14,14 @@ from regionspot.modeling import RegionRecognizer, freeze_host
 
 from ..helpers import ROOT, TINY, as_inputs, released_state, tiny_config, tiny_model
 
+NO_HEAD = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads")
 GUIDE = re.findall(r"```python\n(.*?)```", (ROOT / "projects" / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     """A user's directory: a detector of theirs, its weights, and a RegionSpot checkpoint."""
-    host = load_config(ROOT / "tests" / "tiny_rcnn.yaml", ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"])
+    host = load_config(ROOT / "tests" / "tiny_rcnn.yaml", [*NO_HEAD])
     (tmp_path / "your_detector.yaml").write_text(host.dump())
     DetectionCheckpointer(build_model(host), str(tmp_path)).save("your_detector")
     torch.save({"model": released_state(tiny_model())}, tmp_path / "regionspot_bb.pth")
@@ -87,7 +88,7 @@ def test_a_recognizer_beside_another_detector(directory):
     scope = {"recognizer": recognizer, "images": [inputs["image"]], "boxes": [target.gt_boxes]}
     scope["classes"] = [target.gt_classes.clamp(max=2)]
     exec(GUIDE[2], scope)
-    assert scope["losses"]["loss_cls"].requires_grad
+    assert scope["loss"].requires_grad
 
 
 def test_pretrained_recognizer_has_all_weights(directory):

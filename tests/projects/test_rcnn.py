@@ -173,7 +173,7 @@ def test_what_is_not_of_this_trainer_is_refused(directory):
     ):
         with pytest.raises(ValueError, match=message):
             module.Trainer(load_config(CONFIG, overrides(directory, "no", *more)))
-    with pytest.raises(ValueError, match="expected RegionSpot or CropBaseline, got 'GeneralizedRCNN'"):
+    with pytest.raises(ValueError, match="expected RegionSpot or CropBaseline, got 'RegionSpotRCNN'"):
         RegionSpotTrainer(load_config(CONFIG, overrides(directory, "no")))
     cfg = load_config(CONFIG, overrides(directory, "no", "MODEL.REGIONSPOT.VOCABULARY", "a, b, c"))
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")

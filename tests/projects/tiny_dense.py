@@ -21,7 +21,7 @@ DENSE = [
 ]
 RCNN = [
     *["model.detector.proposal_generator.head.in_channels=64", "model.weights=''"],
-    *[f"model.detector.roi_heads.recognizer.cfg.config_file={TINY}", "model.detector.roi_heads.top_k_proposals=20"],
+    *[f"model.detector.roi_heads.recognizer.cfg.config_file={TINY}", "model.detector.roi_heads.boxes.top_k=20"],
 ]
 
 

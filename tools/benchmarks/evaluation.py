@@ -65,11 +65,10 @@ import torch
 import numpy as np
 from pycocotools import mask as mask_api
 from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.localizers.localizer import Localizer
-from regionspot.modeling.localizers.sam import SAM_SIZES, build_sam
+from regionspot.modeling.localizers.sam import SAM_SIZES, SamLocalizer, build_sam
 with torch.device("meta"):
     sam = build_sam(SAM_SIZES["vit_b"])
-localizer = Localizer(sam=sam)
+localizer = SamLocalizer(sam=sam)
 boxes, detections, size = int(sys.argv[1]), int(sys.argv[2]), (480, 640)
 torch.manual_seed(0)
 masks = torch.nn.functional.interpolate(torch.randn(boxes, 1, 8, 8), (256, 256), mode="bicubic")[:, 0]

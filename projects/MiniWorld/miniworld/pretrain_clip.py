@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from miniworld.captions import CONTEXT, WORDS, CaptionedImages, halve, to_input
 from miniworld.categories import CATEGORIES, NAMES
 from miniworld.generator import draw_captioned
-from regionspot.modeling.vision_language.clip import ClipSize, build_clip
-from regionspot.modeling.vision_language.text_encoder import TextEncoder, encode_tokens
+from regionspot.modeling.vision_language.clip import ClipSize, build_clip, encode_tokens
+from regionspot.modeling.vision_language.text_encoder import TextEncoder
 
 CLIP_SIZE = ClipSize(
     image_size=96,

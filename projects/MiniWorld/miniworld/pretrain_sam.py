@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from miniworld.generator import SIZE, draw_scene
-from regionspot.modeling.localizers.localizer import Localizer
-from regionspot.modeling.localizers.sam import SamSize, build_sam
+from regionspot.modeling.localizers.sam import SamLocalizer, SamSize, build_sam
 from regionspot.structures import Prompts
 
 SAM_SIZE = SamSize(
@@ -162,7 +161,7 @@ def report_sam(sam: Sam, num_scenes: int = 60, seed: int = 1) -> dict[str, float
     training, gradients = sam.training, [p.requires_grad for p in sam.parameters()]
     ious: dict[str, list] = {"box_iou": [], "point_iou": []}
     for multimask, key in ((False, "box_iou"), (True, "point_iou")):
-        localizer = Localizer(sam=sam, multimask=multimask)
+        localizer = SamLocalizer(sam=sam, multimask=multimask)
         for index in range(num_scenes):
             scene = draw_scene("masks", index, seed)
             target = torch.from_numpy(scene.masks).to(sam.device)

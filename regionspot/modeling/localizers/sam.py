@@ -1,11 +1,21 @@
-"""SAM at every size: the one place where its sizes are chosen."""
+"""SAM as localizer, at every size (paper, section 3.1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from detectron2.config import CfgNode
+import torch
+from detectron2.config import CfgNode, configurable
+from PIL import Image
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+
+from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput, check_stages
+from regionspot.modeling.masks import MaskUpsampler
+from regionspot.structures import Prompts
 
 
 @dataclass(frozen=True)
@@ -93,3 +103,181 @@ def build_sam(size: SamSize) -> Sam:
         iou_head_hidden_dim=256,
     )
     return Sam(build_image_encoder(size), prompt_encoder, mask_decoder)
+
+
+class SamLocalizer(Localizer):
+    """Frozen SAM: image embedding, then prompts in chunks."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        sam: Sam,
+        token_stage: str = "transformer",
+        prompt_chunk: int = 64,
+        multimask: bool = False,
+        encoder_batch_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            sam: the model, any size.
+            token_stage: where the token is taken from: "prompt_encoder" (mean of the prompt's sparse embeddings, so
+                that boxes and points give the same length), "transformer" (the mask token behind the two-way
+                transformer) or "mlp" (that token behind its hypernetwork MLP).
+            prompt_chunk: number of prompts decoded at once.
+            multimask: choose among SAM's several masks by predicted IoU instead of taking the single-mask output.
+            encoder_batch_size: number of images encoded at once.
+        """
+        super().__init__()
+        check_stages([token_stage], "MODEL.REGIONSPOT.TOKEN_STAGE")
+        for key, value in (("PROMPT_CHUNK", prompt_chunk), ("ENCODER_BATCH_SIZE", encoder_batch_size)):
+            if value < 1:
+                raise ValueError(f"MODEL.REGIONSPOT.SAM.{key}: expected at least 1, got {value}")
+        self.sam = sam
+        self.token_stage = token_stage
+        self.prompt_chunk = prompt_chunk
+        self.multimask = multimask
+        self.encoder_batch_size = encoder_batch_size
+        self.freeze()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.REGIONSPOT
+        return {
+            "sam": build_sam(get_sam_size(cfg)),
+            "token_stage": node.TOKEN_STAGE,
+            "prompt_chunk": node.SAM.PROMPT_CHUNK,
+            "multimask": node.SAM.MULTIMASK,
+            "encoder_batch_size": node.SAM.ENCODER_BATCH_SIZE,
+        }
+
+    @property
+    def token_dim(self) -> int:
+        return self.stage_dim(self.token_stage)
+
+    def stage_dim(self, stage: str) -> int:
+        dim = self.sam.mask_decoder.transformer_dim
+        return dim // 8 if stage == "mlp" else dim
+
+    @property
+    def image_size(self) -> int:
+        """Side of SAM's square input, pixels."""
+        return self.sam.image_encoder.img_size
+
+    def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = ResizeLongestSide.get_preprocess_shape(*image_size, self.image_size)
+        return max(height, 1), max(width, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor:
+        size = self.encoder_batch_size
+        return torch.cat([self._encode(images[i : i + size]) for i in range(0, len(images), size)])
+
+    def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
+        device = self.sam.pixel_mean.device
+        inputs = [self.sam.preprocess(self._resize(image).to(device, non_blocking=True).float()) for image in images]
+        return self.sam.image_encoder(torch.stack(inputs)).float()
+
+    def _resize(self, image: torch.Tensor) -> torch.Tensor:
+        size = self.input_size((image.shape[-2], image.shape[-1]))
+        if tuple(image.shape[-2:]) == size:
+            return image
+        if image.dtype == torch.uint8 and image.device.type == "cpu":  # bit-exact with SAM's own predictor
+            resized = to_pil_image(image).resize(size[::-1], Image.Resampling.BILINEAR)
+            return pil_to_tensor(resized)
+        return resize(image, list(size), antialias=True)  # within one gray level of the above
+
+    @torch.no_grad()
+    def forward(
+        self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool = False, stages: Sequence[str] = ()
+    ) -> LocalizerOutput:
+        stages = stages or (self.token_stage,)
+        chunks = [
+            self._decode(embedding, prompts[i : i + self.prompt_chunk], with_masks, stages)
+            for i in range(0, len(prompts), self.prompt_chunk)
+        ]
+        if not chunks:
+            side = 4 * embedding.shape[-1]
+            empty = embedding.new_zeros
+            tokens = {stage: empty(0, self.stage_dim(stage)) for stage in stages}
+            return LocalizerOutput(tokens, empty(0), empty(0, side, side) if with_masks else None)
+        masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
+        tokens = {stage: torch.cat([chunk.stage_tokens[stage] for chunk in chunks]) for stage in stages}
+        return LocalizerOutput(tokens, torch.cat([chunk.iou for chunk in chunks]), masks)
+
+    def _decode(
+        self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool, stages: Sequence[str]
+    ) -> LocalizerOutput:
+        decoder = self.sam.mask_decoder
+        points = None if prompts.points is None else (prompts.points, prompts.point_labels)
+        sparse, dense = self.sam.prompt_encoder(
+            points=points, boxes=prompts.boxes, masks=prompts.masks
+        )  # (N, P, C), (N, C, h, w)
+
+        # All prompts share one image: its embedding keeps batch size 1 until the transformer's first layer makes it
+        # differ from prompt to prompt, and the attention of that layer broadcasts.
+        image = embedding + (dense if prompts.masks is not None else dense[:1])
+        outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([outputs.expand(len(prompts), -1, -1), sparse], dim=1)
+        hidden, image = decoder.transformer(image, self.sam.prompt_encoder.get_dense_pe(), tokens)
+
+        # hidden: the IoU token, M mask tokens (the single-mask output's first), then the prompt's
+        ious = decoder.iou_prediction_head(hidden[:, 0])  # (N, M)
+        rows = torch.arange(len(prompts), device=hidden.device)
+        best = 1 + ious[:, 1:].argmax(dim=1) if self.multimask else torch.zeros_like(rows)
+        mask_tokens = hidden[rows, 1 + best]  # (N, C)
+        kernels = self._kernels(mask_tokens, best) if with_masks or "mlp" in stages else None  # (N, C / 8)
+        return LocalizerOutput(
+            stage_tokens={
+                stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
+            },
+            iou=ious[rows, best].float(),
+            masks=self._masks(image, embedding.shape[-2:], kernels).float() if with_masks else None,
+        )
+
+    def _kernels(self, mask_tokens: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """Put each mask token through the hypernetwork MLP of its own output."""
+        mlps = self.sam.mask_decoder.output_hypernetworks_mlps
+        if not self.multimask:
+            return mlps[0](mask_tokens)
+        kernels = torch.stack([mlp(mask_tokens) for mlp in mlps], dim=1)  # (N, M, C / 8)
+        return kernels[torch.arange(len(best), device=best.device), best]
+
+    @staticmethod
+    def _stage_tokens(
+        stage: str, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor | None
+    ) -> torch.Tensor:
+        if stage == "transformer":
+            return mask_tokens
+        if stage == "mlp":
+            assert kernels is not None
+            return kernels
+        if sparse.shape[1] == 0:
+            raise ValueError("TOKEN_STAGE prompt_encoder: a mask alone has no sparse embedding; give its box, too")
+        weights = torch.ones(sparse.shape[:2], device=sparse.device)
+        if prompts.point_labels is not None:  # padding does not count
+            num_points = prompts.point_labels.shape[1]
+            weights[:, :num_points] = (prompts.point_labels >= 0).float()
+            if prompts.boxes is None:  # SAM itself then pads by one point
+                weights[:, num_points:] = 0
+        return (sparse * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def _masks(self, image: torch.Tensor, grid: torch.Size, kernels: torch.Tensor | None) -> torch.Tensor:
+        assert kernels is not None
+        image = image.transpose(1, 2).unflatten(2, grid)  # (N, C, h, w)
+        upscaled = self.sam.mask_decoder.output_upscaling(image)  # (N, C / 8, 4h, 4w)
+        return torch.einsum("nc,nchw->nhw", kernels, upscaled)
+
+    def mask_upsampler(self, image_size: tuple[int, int]) -> MaskUpsampler:
+        return MaskUpsampler(self.image_size, self.input_size(image_size), self.sam.mask_threshold)
+
+    def mask_prompts(self, masks: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        height, width = self.input_size(image_size)
+        side = self.sam.prompt_encoder.mask_input_size
+        prompts = [torch.zeros(0, 1, *side, device=self.sam.pixel_mean.device)]
+        for part in masks.split(self.mask_upsampler(image_size).chunk_size(image_size)) if len(masks) else ():
+            inputs = part[:, None].to(prompts[0].device, torch.float32)
+            inputs = F.interpolate(inputs, (height, width), mode="bilinear", antialias=True)
+            inputs = F.pad(inputs, (0, self.image_size - width, 0, self.image_size - height))
+            prompts.append(20 * F.interpolate(inputs, side, mode="bilinear", antialias=True) - 10)
+        return torch.cat(prompts)

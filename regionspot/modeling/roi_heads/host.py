@@ -1,17 +1,16 @@
-"""The detector around a head: its own ROI heads, and keeping it as it is."""
+"""The ROI heads that a detector had before it got RegionSpot's, and the boxes that they choose."""
 
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, ROIHeads, StandardROIHeads, build_roi_heads
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads, build_roi_heads
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.structures import check_image_format, read_proposals, to_rgb
 
 HOSTS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads")
 
@@ -33,12 +32,100 @@ def build_host_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Modu
     return build_roi_heads(cfg, input_shape)
 
 
+class HostImages(nn.Module):
+    """Restores the images that a host was given from those that it normalized and padded."""
+
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
+
+    def __init__(self, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...], input_format: str = "BGR") -> None:
+        """
+        Args:
+            pixel_mean, pixel_std: the host's normalization.
+            input_format: channel order of the host's images, "RGB" or "BGR".
+        """
+        super().__init__()
+        self.input_format = check_image_format(input_format)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: ImageList) -> list[torch.Tensor]:
+        """Return the (3, H, W) uint8 RGB images, on the CPU: there SAM's resizing is exact to the bit."""
+        originals = []
+        for normalized, (height, width) in zip(images.tensor, images.image_sizes):
+            pixels = normalized[:, :height, :width].float() * self.pixel_std + self.pixel_mean
+            originals.append(to_rgb(pixels.round().clamp(0, 255).to("cpu", torch.uint8), self.input_format))
+        return originals
+
+
+@dataclass(frozen=True)
+class BoxSelection:
+    """Which of a host's boxes are recognized.
+
+    Attributes:
+        source: "proposals" of the host's RPN, or "refined": moved by the host's own box regression.
+        score: "objectness" of the proposals, or "foreground", by the host's own classification (with "refined" only).
+        nms_thresh: class-agnostic suppression before anything is recognized; 1 for none.
+        top_k: number of boxes to keep of an image, best first; -1 for all.
+    """
+
+    source: str = "proposals"
+    score: str = "objectness"
+    nms_thresh: float = 1.0
+    top_k: int = -1
+
+    def __post_init__(self) -> None:
+        if self.source not in ("proposals", "refined"):
+            raise ValueError(f"MODEL.REGIONSPOT.HEAD.BOXES: expected proposals or refined, got {self.source!r}")
+        if self.score not in ("objectness", "foreground") or (self.score == "foreground" and not self.is_refined):
+            raise ValueError(
+                "MODEL.REGIONSPOT.HEAD.BOX_SCORE: expected objectness, or foreground with BOXES refined; "
+                f"got {self.score!r}"
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "BoxSelection":
+        node = cfg.MODEL.REGIONSPOT.HEAD
+        return cls(node.BOXES, node.BOX_SCORE, node.BOX_NMS_THRESH, cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K)
+
+    @property
+    def is_refined(self) -> bool:
+        return self.source == "refined"
+
+    def select(
+        self, heads: nn.Module | None, features: dict[str, torch.Tensor], proposals: list[Instances]
+    ) -> tuple[list[Boxes], list[torch.Tensor | None]]:
+        """Return the boxes to recognize of B images, and their scores in [0, 1].
+
+        Args:
+            heads: the host's own, one of ``HOSTS``; needed for refined boxes only.
+            features: of the host's backbone.
+            proposals: B ``Instances`` with ``proposal_boxes`` and, optionally, their scores.
+        """
+        if self.is_refined:
+            assert heads is not None
+            proposals = self._refine(heads, features, proposals)
+        selected = [read_proposals(x, self.top_k, self.nms_thresh) for x in proposals]
+        return [boxes for boxes, _ in selected], [scores for _, scores in selected]
+
+    def _refine(
+        self, heads: nn.Module, features: dict[str, torch.Tensor], proposals: list[Instances]
+    ) -> list[Instances]:
+        results = []
+        for original, (boxes, foreground) in zip(proposals, refine_boxes(heads, features, proposals)):
+            refined = Instances(original.image_size, proposal_boxes=boxes)
+            if self.score == "foreground":
+                refined.scores = foreground
+            elif (objectness := read_proposals(original)[1]) is not None:
+                refined.scores = objectness
+            results.append(refined[boxes.nonempty()])
+        return results
+
+
 def refine_boxes(
     heads: nn.Module, features: dict[str, torch.Tensor], proposals: list[Instances]
 ) -> list[tuple[Boxes, torch.Tensor]]:
-    """Move proposals by the host's own box regression, each once, whatever its class.
-
-    Where the regression is that of a class, it is that of the proposal's most probable one.
+    """Move each proposal once, by the host's own box regression; a class-specific one is that of the best class.
 
     Args:
         heads: one of ``HOSTS``.
@@ -46,77 +133,48 @@ def refine_boxes(
         proposals: B ``Instances`` with ``proposal_boxes``.
 
     Returns:
-        For each image its N_i boxes, cut to the image, and (N_i,) float: how probable it is that they hold an object.
+        For each image its N_i boxes, clipped to the image, and (N_i,) float: the probability that they hold an object.
     """
-    if isinstance(heads, CascadeROIHeads):
-        predictor, predictions, last = _run_cascade(heads, [features[f] for f in heads.box_in_features], proposals)
-    else:
-        boxes = [x.proposal_boxes for x in proposals]
-        if isinstance(heads, Res5ROIHeads):
-            pooled = heads.res5(heads.pooler([features[f] for f in heads.in_features], boxes)).mean(dim=[2, 3])
-        else:
-            assert isinstance(heads, StandardROIHeads)
-            pooled = heads.box_head(heads.box_pooler([features[f] for f in heads.box_in_features], boxes))
-        predictor, predictions, last = heads.box_predictor, heads.box_predictor(pooled), proposals
+    predictor, predictions, proposals = _predict(heads, features, proposals)
     results = []
-    for deltas, probabilities, given in zip(
-        predictor.predict_boxes(predictions, last), predictor.predict_probs(predictions, last), proposals
+    for class_boxes, probabilities, image_proposals in zip(
+        predictor.predict_boxes(predictions, proposals), predictor.predict_probs(predictions, proposals), proposals
     ):
-        foreground = probabilities[:, :-1]  # (N, K); the last is the background
-        each = deltas.view(len(deltas), deltas.shape[1] // 4, 4)  # (N, 1 or K, 4)
+        foreground = probabilities[:, :-1]  # (N, K); the last column is the background
+        class_boxes = class_boxes.view(len(class_boxes), class_boxes.shape[1] // 4, 4)  # (N, 1 or K, 4)
         largest, best = foreground.max(dim=1)
-        refined = Boxes(each[torch.arange(len(each)), best if each.shape[1] > 1 else torch.zeros_like(best)])
-        refined.clip(given.image_size)
-        objects = largest if predictor.use_sigmoid_ce else foreground.sum(dim=1)  # classes exclude each other or not
-        results.append((refined, objects))
+        best = best if class_boxes.shape[1] > 1 else torch.zeros_like(best)
+        refined = Boxes(class_boxes[torch.arange(len(class_boxes)), best])
+        refined.clip(image_proposals.image_size)
+        # by sigmoid classes do not exclude each other, and their sum is no probability
+        results.append((refined, largest if predictor.use_sigmoid_ce else foreground.sum(dim=1)))
     return results
 
 
-def _run_cascade(heads: CascadeROIHeads, features: list[torch.Tensor], proposals: list[Instances]) -> tuple:
-    sizes = [x.image_size for x in proposals]
-    for stage in range(heads.num_cascade_stages):
-        predictions = heads._run_stage(features, proposals, stage)
-        predictor = heads.box_predictor[stage]
-        if stage + 1 < heads.num_cascade_stages:
-            proposals = heads._create_proposals_from_boxes(predictor.predict_boxes(predictions, proposals), sizes)
-    return predictor, predictions, proposals
+def _predict(
+    heads: Any, features: dict[str, torch.Tensor], proposals: list[Instances]
+) -> tuple[Any, tuple, list[Instances]]:
+    """Return the (last) predictor, its output, and the proposals that it was run on."""
+    boxes = [x.proposal_boxes for x in proposals]
+    if isinstance(heads, Res5ROIHeads):
+        pooled = heads.res5(heads.pooler([features[f] for f in heads.in_features], boxes)).mean(dim=[2, 3])
+        return heads.box_predictor, heads.box_predictor(pooled), proposals
+    maps = [features[f] for f in heads.box_in_features]
+    if isinstance(heads, CascadeROIHeads):
+        return _run_cascade(heads, maps, proposals)
+    assert isinstance(heads, StandardROIHeads)
+    return heads.box_predictor, heads.box_predictor(heads.box_head(heads.box_pooler(maps, boxes))), proposals
 
 
-def freeze_host(model: nn.Module) -> None:
-    """Let nothing of a detector that holds a ``RegionRecognizer`` learn but the recognizer's attention module.
-
-    What stands beside the part that holds the recognizer takes no gradient and works as at inference (no running
-    means, no dropout, no losses of its own), whatever ``model.train()`` says.
-
-    Args:
-        model: any module whose children are the parts of a detector. A ``RegionSpotROIHeads`` does this by itself
-            for the ``GeneralizedRCNN`` that it is put into.
-    """
-    if _freeze_children not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_freeze_children)
-    _freeze_children(model)
-
-
-def _freeze_children(model: nn.Module, _: Any = None) -> None:
-    for child in model.children():
-        if not any(isinstance(module, RegionRecognizer) for module in child.modules()):
-            child.requires_grad_(False).eval()
-
-
-@cache
-def freeze_rcnns_around_heads() -> None:
-    """From now on let a ``GeneralizedRCNN`` that gets a head with ``frozen`` set be frozen, by ``freeze_host``.
-
-    A head is built before its model and never learns of it; so PyTorch is asked to tell when modules become parts of
-    others. What the model gets after the head (as ``PanopticFPN`` does) is frozen, too. Installed once a process.
-    """
-    nn.modules.module.register_module_module_registration_hook(_freeze_around)
-
-
-def _freeze_around(parent: nn.Module, _: str, child: nn.Module | None) -> None:
-    if not isinstance(parent, GeneralizedRCNN):
-        return
-    if getattr(child, "frozen", False) and isinstance(child, ROIHeads):
-        freeze_host(parent)
-    elif child is not None and _freeze_children in parent._forward_pre_hooks.values():
-        child.requires_grad_(False).eval()
+def _run_cascade(
+    heads: Any, maps: list[torch.Tensor], proposals: list[Instances]
+) -> tuple[Any, tuple, list[Instances]]:
+    stages = list(zip(heads.box_head, heads.box_predictor))
+    for head, predictor in stages[:-1]:  # each stage starts from the boxes of the one before
+        predictions = predictor(head(heads.box_pooler(maps, [x.proposal_boxes for x in proposals])))
+        moved = [Boxes(x.detach()) for x in predictor.predict_boxes(predictions, proposals)]
+        for boxes, old in zip(moved, proposals):
+            boxes.clip(old.image_size)
+        proposals = [Instances(old.image_size, proposal_boxes=boxes) for boxes, old in zip(moved, proposals)]
+    head, predictor = stages[-1]
+    return predictor, predictor(head(heads.box_pooler(maps, [x.proposal_boxes for x in proposals]))), proposals

@@ -1,19 +1,48 @@
-"""Which of the names to recognize a host detector knows under a name of its own."""
+"""The names that a host detector knows, matched with the names to recognize."""
 
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 
 from regionspot.utils.files import read_json
+from regionspot.vocabulary import load_vocabulary
 
 logger = logging.getLogger(__name__)
 
 ALIASES = "MODEL.REGIONSPOT.HEAD.HOST_ALIASES"
+
+
+@dataclass(frozen=True)
+class HostVocabulary:
+    """The classes of a host, of which detections are the host's own.
+
+    Attributes:
+        names: of the classes, in the host's order.
+        aliases: from names of the host to names to recognize, or to None, see ``match_names``.
+        merge_nms_thresh: of ``merge_detections``, which merges the host's detections with RegionSpot's.
+    """
+
+    names: Sequence[str]
+    aliases: Mapping[str, str | None] = field(default_factory=dict)
+    merge_nms_thresh: float = 1.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "HostVocabulary":
+        node = cfg.MODEL.REGIONSPOT.HEAD
+        names = load_vocabulary(node.HOST_VOCABULARY)
+        aliases = read_aliases(node.HOST_ALIASES, names) if node.HOST_ALIASES else {}
+        return cls(names, aliases, node.MERGE_NMS_THRESH)
+
+    def match(self, vocabulary: Sequence[str]) -> tuple[int, ...]:
+        """Return the index in ``vocabulary`` of each of the host's classes, -1 for none."""
+        return match_names(self.names, vocabulary, self.aliases)
 
 
 def read_aliases(path: str | Path, host_names: Sequence[str]) -> dict[str, str | None]:
@@ -34,11 +63,11 @@ def read_aliases(path: str | Path, host_names: Sequence[str]) -> dict[str, str |
 def match_names(
     host_names: Sequence[str], names: Sequence[str], aliases: Mapping[str, str | None] | None = None
 ) -> tuple[int, ...]:
-    """Return which of ``names`` each class of a host is, -1 for none; the log says so, once for the same names.
+    """Return the index in ``names`` of each class of a host, -1 for none; the matches are logged, once.
 
-    A host's name that an alias has is that name, or none. Else it is, in this order, the name that is spelled alike;
-    the only one that is but for case, underscores, hyphens, spaces and brackets; the only name of an LVIS category of
-    which it is a synonym; the only one that is alike but for a final s. What fits several names is none of them.
+    An alias of the host's name decides. Otherwise the match is, in this order, the same spelling; the only name that
+    differs in nothing but case, underscores, hyphens, spaces and brackets; the only name of an LVIS category of which
+    the host's name is a synonym; the only name that differs in nothing but a final s. An ambiguous name matches none.
 
     Args:
         host_names: of the host's classes, in its order.
@@ -52,7 +81,7 @@ def match_names(
 def _match(
     host_names: tuple[str, ...], names: tuple[str, ...], aliases: tuple[tuple[str, str | None], ...]
 ) -> tuple[int, ...]:
-    given = dict(aliases)
+    alias_of = dict(aliases)
     first = {name: i for i, name in reversed(list(enumerate(names)))}
     plain, singular = _index(names, _plain), _index(names, _singular)
     matches, ways = [], defaultdict(list)
@@ -63,19 +92,19 @@ def _match(
             "LVIS's synonyms": {i for known in _lvis_synonyms()[_plain(host_name)] for i in plain[known]},
             "plural": singular[_singular(host_name)],
         }
-        if host_name in given:
-            alias = given[host_name]
+        if host_name in alias_of:
+            alias = alias_of[host_name]
             candidates = {"alias": {first[alias]} if alias in first else set()}
-        way, found = next(((way, found) for way, found in candidates.items() if found), ("", set()))
-        matches.append(min(found) if len(found) == 1 else -1)
-        pair = f"{host_name} -> {' or '.join(names[i] for i in sorted(found))}"
-        ways[way if len(found) == 1 else "none"].append(host_name if way in ("", "spelling") else pair)
+        way, indices = next(((way, indices) for way, indices in candidates.items() if indices), ("", set()))
+        matches.append(min(indices) if len(indices) == 1 else -1)
+        pair = f"{host_name} -> {' or '.join(names[i] for i in sorted(indices))}"
+        ways[way if len(indices) == 1 else "none"].append(host_name if way in ("", "spelling") else pair)
     _report(ways)
     return tuple(matches)
 
 
 def _report(ways: Mapping[str, list[str]]) -> None:
-    """Say in the log how each of the host's names was matched."""
+    """Log how each of the host's names was matched."""
     known = {way: pairs for way, pairs in ways.items() if way != "none"}
     total, matched = (sum(map(len, x.values())) for x in (ways, known))
     by_way = [
@@ -84,7 +113,7 @@ def _report(ways: Mapping[str, list[str]]) -> None:
     ]
     logger.info("the host knows %d of its %d names here: %s", matched, total, "; ".join(by_way) or "none")
     if others := ways.get("none"):
-        logger.warning("names of the host that are none, or several, of those to recognize: %s", ", ".join(others))
+        logger.warning("names of the host that match none, or several, of those to recognize: %s", ", ".join(others))
 
 
 def _index(names: Sequence[str], normalize: Callable[[str], str]) -> defaultdict[str, set[int]]:
@@ -95,7 +124,7 @@ def _index(names: Sequence[str], normalize: Callable[[str], str]) -> defaultdict
 
 
 def _plain(name: str) -> str:
-    """Return a name without case, brackets and what is in them, and all but letters and digits."""
+    """Return a name in lower case, without brackets and their content, and without all but letters and digits."""
     return re.sub(r"[\W_]+", "", re.sub(r"\(.*?\)", "", name.lower())) or name
 
 

@@ -1,4 +1,4 @@
-"""The vision-language model: a frozen CLIP that gives the semantic feature map (paper, section 3.2)."""
+"""The vision-language model: a frozen CLIP, whose image side gives the semantic feature map (paper, section 3.2)."""
 
 import inspect
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from regionspot.modeling.frozen import FrozenModule
 # CLIP's own, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-VOCAB_SIZE = 49408  # of the tokenizer that comes with clip
+VOCAB_SIZE = 49408  # of the tokenizer that comes with CLIP
 CLIP_FEATURES = ("none", "feature_map", "feature_map+class_token")
 
 
@@ -65,7 +65,8 @@ def build_clip(size: ClipSize) -> CLIP:
         "vocab_size": VOCAB_SIZE, "transformer_width": size.text_width, "transformer_heads": size.text_width // 64,
         "transformer_layers": size.text_layers,
     }  # fmt: skip
-    assert set(arguments) <= set(inspect.signature(CLIP).parameters), "this clip package is not OpenAI's"
+    if not set(arguments) <= set(inspect.signature(CLIP).parameters):  # "clip" on PyPI is another package
+        raise ImportError("the package clip is not OpenAI's: install it from https://github.com/openai/CLIP")
     clip_model = CLIP(**arguments)
     scale = clip_model.logit_scale
     del clip_model.logit_scale
@@ -74,15 +75,59 @@ def build_clip(size: ClipSize) -> CLIP:
 
 
 def encode_patches(visual: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
-    """Return the vision transformer's output before ``ln_post``, (B, 1 + grid^2, width), the class token first."""
+    """Return the vision transformer's output before ``ln_post``, without CLIP's output projection.
+
+    Args:
+        visual: CLIP's vision transformer.
+        images: (B, 3, S, S) float, preprocessed.
+
+    Returns:
+        (B, 1 + grid^2, width), the class token first.
+    """
     x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (B, grid^2, width)
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
     x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
     return visual.transformer(x.transpose(0, 1)).transpose(0, 1)
 
 
+def text_weights(clip_model: CLIP) -> dict[str, torch.Tensor]:
+    """Return the parameters of CLIP that text embeddings depend on."""
+    return {
+        key: value
+        for key, value in clip_model.named_parameters()
+        if not key.startswith("visual.") and key != "logit_scale"
+    }
+
+
+def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """Encode prompts, their context trimmed to the longest of them.
+
+    The text transformer is causal, so the feature of the end-of-text token does not depend on the padding behind it.
+
+    Args:
+        clip_model: CLIP.
+        tokens: (N, L) int64 with L from 1 to the context length.
+
+    Returns:
+        (N, text_dim) float, not normalized.
+    """
+    length = tokens.shape[1]
+    mask = clip_model.build_attention_mask()[:length, :length].to(tokens.device, clip_model.dtype)
+    x = clip_model.token_embedding(tokens).type(clip_model.dtype) + clip_model.positional_embedding[:length].type(
+        clip_model.dtype
+    )
+    x = x.transpose(0, 1)  # (L, N, width)
+    for block in clip_model.transformer.resblocks:
+        y = block.ln_1(x)
+        x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        x = x + block.mlp(block.ln_2(x))
+    # end-of-text has the highest id of all tokens
+    ends = x.transpose(0, 1)[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]
+    return clip_model.ln_final(ends) @ clip_model.text_projection
+
+
 class VisionLanguageModel(FrozenModule):
-    """Frozen CLIP: image -> semantic feature map. The text side is used by ``TextEncoder``."""
+    """Frozen CLIP: image -> semantic feature map. ``TextEncoder`` uses its text side."""
 
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
@@ -92,7 +137,7 @@ class VisionLanguageModel(FrozenModule):
         """
         Args:
             clip_model: the model, any size, with a vision transformer.
-            features: what the feature map holds: "none", "feature_map" or "feature_map+class_token".
+            features: content of the feature map: "none", "feature_map" or "feature_map+class_token".
         """
         super().__init__()
         if features not in CLIP_FEATURES:
@@ -127,9 +172,9 @@ class VisionLanguageModel(FrozenModule):
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:
         """Resize a whole (3, H, W) RGB image in [0, 255] to CLIP's square, without cropping, and normalize it.
 
-        Bilinear without antialias and without keeping the aspect ratio: so were the released models trained.
+        Bilinear, without antialias and without keeping the aspect ratio: the released models were trained that way.
         """
-        image = image.to(self.pixel_mean.device, non_blocking=True).float()[None] / 255  # travels as bytes
+        image = image.to(self.pixel_mean.device, non_blocking=True).float()[None] / 255  # it moves as bytes
         image = F.interpolate(image, (self.image_size, self.image_size), mode="bilinear", align_corners=False)[0]
         return (image - self.pixel_mean) / self.pixel_std
 

@@ -1,4 +1,4 @@
-"""Text embeddings of a vocabulary by the frozen CLIP, encoded together and cached on disk (paper, section 3.3)."""
+"""Text embeddings of a vocabulary by the frozen CLIP, encoded in batches and cached on disk (paper, section 3.3)."""
 
 import hashlib
 import json
@@ -19,55 +19,21 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from regionspot.checkpoint.formats import fingerprint
+from regionspot.modeling.vision_language.clip import encode_tokens, text_weights
 from regionspot.utils.files import atomic_path, cache_dir
 from regionspot.vocabulary import clean_name, get_phrases, get_templates
 
 logger = logging.getLogger(__name__)
 
-KEPT = 4  # vocabularies whose embeddings stay in memory
-LOCK_TIMEOUTS = (30, 1770)  # seconds that another process may take to encode before that is said, and then given up
-_LOCK = threading.RLock()  # of what encoders remember; one of their own would keep models from being copied
-
-
-def text_weights(clip_model: CLIP) -> dict[str, torch.Tensor]:
-    """Return CLIP's weights that text embeddings depend on: the parameters themselves, not copies of them."""
-    return {
-        key: value
-        for key, value in clip_model.named_parameters()
-        if not key.startswith("visual.") and key != "logit_scale"
-    }
-
-
-def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """Encode prompts with the context cut to their tokens.
-
-    The text transformer is causal, so the feature at the end-of-text token does not depend on what follows it.
-
-    Args:
-        clip_model: CLIP.
-        tokens: (N, L) int64 with L from 1 to the context length.
-
-    Returns:
-        (N, text_dim) float, not normalized.
-    """
-    length = tokens.shape[1]
-    mask = clip_model.build_attention_mask()[:length, :length].to(tokens.device, clip_model.dtype)
-    x = clip_model.token_embedding(tokens).type(clip_model.dtype) + clip_model.positional_embedding[:length].type(
-        clip_model.dtype
-    )
-    x = x.transpose(0, 1)  # (L, N, width)
-    for block in clip_model.transformer.resblocks:
-        y = block.ln_1(x)
-        x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        x = x + block.mlp(block.ln_2(x))
-    ends = x.transpose(0, 1)[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]
-    return clip_model.ln_final(ends) @ clip_model.text_projection
+NUM_IN_MEMORY = 4  # vocabularies whose embeddings stay in memory
+LOCK_TIMEOUTS = (30, 1770)  # seconds to wait for another process before the first warning, and before giving up
+_LOCK = threading.RLock()  # of all encoders: one of their own would keep models from being copied
 
 
 class TextEncoder:
-    """Turns class names into text embeddings: prompts of all names, averaged, normalized, cached.
+    """Turns class names into text embeddings: the mean over the prompts of a name, normalized and cached.
 
-    It borrows CLIP from the vision-language model and owns no weights.
+    It uses the CLIP of the vision-language model and owns no weights.
     """
 
     def __init__(
@@ -85,13 +51,13 @@ class TextEncoder:
         self.name_style = name_style
         if batch_size < 1:
             raise ValueError(f"MODEL.REGIONSPOT.CLIP.TEXT_BATCH_SIZE: expected at least 1, got {batch_size}")
-        clean_name("", name_style)  # refuses an unknown style now, not when names come
+        clean_name("", name_style)  # refuses an unknown style now, not with the first names
         self.batch_size = batch_size
-        self._weights: list[tuple[torch.Tensor, int, torch.dtype]] = []  # as they were when they were hashed
+        self._checksum: list[float] = []  # of CLIP's weights when they were hashed last
         self._fingerprint = ""
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._in_memory: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    @torch.inference_mode(False)  # what is encoded is kept, and may be trained with later
+    @torch.inference_mode(False)  # cached embeddings may be trained with later, which inference tensors may not
     @torch.no_grad()
     def __call__(self, names: Sequence[str]) -> torch.Tensor:
         """Return the text embeddings of class names, cached in memory and on disk; any thread may call.
@@ -107,20 +73,20 @@ class TextEncoder:
         """
         cleaned = [tuple(clean_name(phrase, self.name_style) for phrase in phrases) for phrases in get_phrases(names)]
         key = self._key(cleaned)
-        embeddings = self._kept.get(key)
+        embeddings = self._in_memory.get(key)
         if embeddings is None:
             path = cache_dir() / "text" / f"{key}.safetensors"
             embeddings = self._read(path, len(cleaned))
             if embeddings is None:
                 embeddings = self._encode_once(cleaned, path)
             with _LOCK:
-                self._kept[key] = embeddings
-                while len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
+                self._in_memory[key] = embeddings
+                while len(self._in_memory) > NUM_IN_MEMORY:
+                    self._in_memory.popitem(last=False)
         return embeddings.to(self.clip_model.text_projection.device)
 
     def _encode_once(self, cleaned: list[tuple[str, ...]], path: Path) -> torch.Tensor:
-        """Encode into the cache: of several processes one does, the others wait and read."""
+        """Encode into the cache: one of several processes does, the others wait and read."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _acquire(FileLock(f"{path}.lock")):
@@ -148,17 +114,15 @@ class TextEncoder:
     def _key(self, cleaned: list[tuple[str, ...]]) -> str:
         with _LOCK:
             weights = text_weights(self.clip_model)
-            current = [(value, value._version, value.dtype) for value in weights.values()]
-            same = len(current) == len(self._weights) and all(
-                new[0] is old[0] and new[1:] == old[1:] for new, old in zip(current, self._weights)
-            )
-            if not same:  # hashing takes its time; once for the same weights is enough
-                self._weights, self._fingerprint = current, fingerprint(weights)
+            # hashing all bytes takes a second; sums tell at once whether a weight or its dtype has changed since
+            sums = torch.stack([value.sum(dtype=torch.float64) for value in weights.values()])
+            if (checksum := sums.tolist()) != self._checksum:
+                self._checksum, self._fingerprint = checksum, fingerprint(weights)
             content = [self._fingerprint, self.templates, cleaned, str(self.clip_model.dtype)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def _read(self, path: Path, number: int) -> torch.Tensor | None:
-        """Return what the cache has, None where that is nothing or damaged."""
+    def _read(self, path: Path, num_classes: int) -> torch.Tensor | None:
+        """Return the cached embeddings, None where there are none or they are damaged."""
         if not path.is_file():
             return None
         try:
@@ -167,20 +131,20 @@ class TextEncoder:
         except (SafetensorError, OSError) as error:
             problem = str(error)
         else:
-            shape = (number, self.clip_model.text_projection.shape[1])
+            shape = (num_classes, self.clip_model.text_projection.shape[1])
             problem = _find_damage(embeddings, shape, metadata.get("sha256", ""))
             if not problem:
                 return embeddings
         logger.warning("cached text embeddings %s are damaged (%s); encoding again", path, problem)
         return None
 
-    @torch.inference_mode(False)  # what is encoded is kept, and may be trained with later
+    @torch.inference_mode(False)
     @torch.no_grad()
     def encode(self, cleaned: list[str]) -> torch.Tensor:
-        """Encode cleaned names without the cache: the prompts of all of them together, sorted by length.
+        """Encode K cleaned names without the cache, (K, text_dim): their K * T prompts in batches of similar length.
 
-        Each prompt's feature enters the mean of its name as it is, only the mean is normalized: so were the
-        released models trained.
+        The features of a name's prompts are not normalized before they are averaged, only their mean is: the released
+        models were trained that way.
         """
         tokens, lengths = self._tokenize(cleaned)
         device = self.clip_model.text_projection.device
@@ -207,7 +171,7 @@ class TextEncoder:
                     "Give a shorter name"
                 ) from error
         stacked = torch.cat(tokens)
-        return stacked, stacked.argmax(dim=1) + 1  # end-of-text has the highest number
+        return stacked, stacked.argmax(dim=1) + 1  # end-of-text has the highest id
 
 
 def _digest(embeddings: torch.Tensor) -> str:
@@ -215,17 +179,17 @@ def _digest(embeddings: torch.Tensor) -> str:
 
 
 def _find_damage(embeddings: torch.Tensor, shape: tuple[int, int], sha256: str) -> str:
-    """Say what is wrong with embeddings from a file, "" for nothing."""
+    """Return what is wrong with embeddings from a file, "" for nothing."""
     if embeddings.shape != shape or embeddings.dtype != torch.float32:
         return f"expected {shape} float32, got {tuple(embeddings.shape)} {embeddings.dtype}"
-    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # which NaN is not
+    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN fails this, too
         return "not of length 1"
-    return "" if _digest(embeddings) == sha256 else "another SHA-256 than when it was written"
+    return "" if _digest(embeddings) == sha256 else "not the SHA-256 that was written with it"
 
 
 @contextmanager
 def _acquire(lock: FileLock) -> Iterator[None]:
-    """Hold ``lock``; say so when another process keeps it, and go on without it when that takes too long."""
+    """Hold ``lock``; warn when another process keeps it, and proceed without it when that takes too long."""
     for seconds in LOCK_TIMEOUTS:
         try:
             lock.acquire(timeout=seconds)

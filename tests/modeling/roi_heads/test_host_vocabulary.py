@@ -45,7 +45,7 @@ def test_shipped_aliases_fit_coco_and_lvis():
     assert found["laptop"] == "laptop_computer" and set(aliases.values()) <= set(LVIS)
 
 
-def test_the_nearest_spelling_wins_and_several_are_none():
+def test_nearest_spelling_wins():
     assert matched(["cup"], ["Cup", "cup", "mug"]) == {"cup": "cup"}
     assert matched(["bow"], ["bow_(weapon)", "bow_(decorative_ribbons)"]) == {}
     assert matched(["Traffic Light"], ["traffic_light"]) == {"Traffic Light": "traffic_light"}

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from regionspot.modeling.localizers.localizer import Localizer
+from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.structures import Prompts
 
 from ...helpers import as_inputs, tiny_config, tiny_model
@@ -26,7 +26,7 @@ LABELS = torch.tensor([[1, 0], [1, 1]])
 
 def localizer(*overrides):
     torch.manual_seed(0)
-    return Localizer(tiny_config(*overrides))
+    return SamLocalizer(tiny_config(*overrides))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_equals_sam(image, prompts, multimask):
     torch.testing.assert_close(output.masks, masks[rows, best], atol=1e-5, rtol=0)
 
 
-def test_multimask_chooses_among_the_last_three_by_iou(image):
+def test_multimask_chooses_by_iou(image):
     """Token and mask are of the same output, the best of the three; the single-mask output is no candidate."""
     model = localizer("MODEL.REGIONSPOT.SAM.MULTIMASK", True)
     sam, hidden = model.sam, []
@@ -90,7 +90,7 @@ def test_multimask_chooses_among_the_last_three_by_iou(image):
 
 @pytest.mark.parametrize(("stage", "dim"), [("prompt_encoder", 32), ("transformer", 32), ("mlp", 4)])
 @pytest.mark.parametrize("chunk", [1, 2, 64])
-def test_stages_have_their_lengths_and_chunks_do_not_matter(image, stage, dim, chunk):
+def test_stage_lengths_and_chunks(image, stage, dim, chunk):
     model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage, "MODEL.REGIONSPOT.SAM.PROMPT_CHUNK", chunk)
     embedding = model.encode_images([image])
     tokens = model(embedding, Prompts(boxes=BOXES)).tokens
@@ -99,7 +99,7 @@ def test_stages_have_their_lengths_and_chunks_do_not_matter(image, stage, dim, c
     torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=0)
 
 
-def test_the_tokens_are_those_of_the_named_stage(image):
+def test_tokens_of_each_stage(image):
     tokens = {}
     for stage in ("prompt_encoder", "transformer", "mlp"):
         model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage)
@@ -113,7 +113,7 @@ def test_the_tokens_are_those_of_the_named_stage(image):
 
 @pytest.mark.parametrize("boxes", [None, BOXES[:2]], ids=["points", "points and boxes"])
 @pytest.mark.parametrize("labels", [[[1, 0], [1, 1]], [[0, 0], [1, 0]], [[1, -1], [0, -1]]])
-def test_the_prompt_encoder_token_is_the_mean_of_what_was_given(image, boxes, labels):
+def test_prompt_encoder_token_is_the_mean(image, boxes, labels):
     """Foreground and background points and corners alike; no padding, neither the user's nor SAM's own."""
     model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", "prompt_encoder")
     labels = torch.tensor(labels)
@@ -130,7 +130,7 @@ def test_the_prompt_encoder_token_is_the_mean_of_what_was_given(image, boxes, la
     torch.testing.assert_close(tokens, torch.stack(expected), atol=1e-5, rtol=0)
 
 
-def test_padding_points_are_no_part_of_the_prompt_encoder_token(image):
+def test_prompt_encoder_token_ignores_padding(image):
     model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", "prompt_encoder")
     embedding = model.encode_images([image])
     one = model(embedding, Prompts(points=POINTS[:, :1], point_labels=LABELS[:, :1])).tokens
@@ -139,7 +139,7 @@ def test_padding_points_are_no_part_of_the_prompt_encoder_token(image):
 
 
 @pytest.mark.parametrize("size", [(130, 90), (300, 200), (20, 30)])
-def test_images_reach_sam_as_its_own_predictor_sends_them(size):
+def test_resizing_equals_sams_predictor(size):
     """Images in uint8 to the bit, by PIL; images in float as PIL does, which averages over what it takes together."""
     model, transform = localizer(), ResizeLongestSide(64)
     given = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -150,7 +150,7 @@ def test_images_reach_sam_as_its_own_predictor_sends_them(size):
     torch.testing.assert_close(model._resize(given.float()), torch.from_numpy(np.stack(channels)), atol=1e-2, rtol=0)
 
 
-def test_no_mask_is_computed_unless_asked_for(image, monkeypatch):
+def test_masks_only_on_request(image, monkeypatch):
     model = localizer()
     embedding = model.encode_images([image])
     monkeypatch.setattr(
@@ -159,7 +159,7 @@ def test_no_mask_is_computed_unless_asked_for(image, monkeypatch):
     assert model(embedding, Prompts(boxes=BOXES)).masks is None
 
 
-def test_the_image_embedding_is_not_copied_for_each_prompt(image, monkeypatch):
+def test_image_embedding_is_not_copied(image, monkeypatch):
     model = localizer()
     embedding = model.encode_images([image])
     transformer = model.sam.mask_decoder.transformer
@@ -173,7 +173,7 @@ def test_the_image_embedding_is_not_copied_for_each_prompt(image, monkeypatch):
     assert batches == [(1, 1, 5)]
 
 
-def test_no_prompts_give_empty_output(image):
+def test_no_prompts(image):
     model = localizer()
     output = model(model.encode_images([image]), Prompts(boxes=torch.zeros(0, 4)), with_masks=True)
     assert output.tokens.shape == (0, 32) and output.iou.shape == (0,) and output.masks.shape == (0, 32, 32)
@@ -210,7 +210,7 @@ def test_images_are_encoded_in_chunks(monkeypatch):
         localizer("MODEL.REGIONSPOT.SAM.ENCODER_BATCH_SIZE", 0)
 
 
-def test_float_images_are_resized_as_uint8_ones():
+def test_float_images_are_resized_like_uint8():
     """With antialias: without it a fine pattern that is made smaller turns into another one."""
     model = localizer()
     image = (torch.arange(3 * 200 * 256).reshape(3, 200, 256) * 2654435761 % 256).to(torch.uint8)  # noise

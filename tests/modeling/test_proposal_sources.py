@@ -1,0 +1,40 @@
+"""Proposals that are computed at inference; tests/engine/test_evaluate.py has them in whole evaluations."""
+
+import pytest
+import torch
+from torch import nn
+
+from regionspot.modeling.proposal_sources import SamAutomaticProposals, build_proposal_source, to_proposals
+
+from ..helpers import as_inputs, tiny_config, tiny_model
+
+
+def test_proposals_are_clipped_and_have_area():
+    boxes = torch.tensor([[-4.0, 2, 10, 60], [70, 5, 90, 9], [3, 3, 3, 8], [1, 1, 5, 5]])
+    proposals = to_proposals(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), (48, 64))
+    assert proposals.proposal_boxes.tensor.tolist() == [[0, 2, 10, 48], [1, 1, 5, 5]]
+    assert proposals.scores.tolist() == pytest.approx([0.9, 0.6]) and proposals.image_size == (48, 64)
+
+
+def test_sam_automatic_boxes_and_scores():
+    localizer, image = tiny_model(names=None).recognizer.localizer, as_inputs(0)["image"]
+    settings = {"points_per_side": 2, "pred_iou_thresh": -10.0, "stability_score_thresh": -1.0}
+    source = SamAutomaticProposals(localizer, **settings)
+    [proposals] = source([image.float()])
+    masks = source.generator.generate(image.permute(1, 2, 0).numpy())
+    assert len(proposals) == len(masks) > 0 and proposals.image_size == (48, 64)
+    for box, score, mask in zip(proposals.proposal_boxes.tensor, proposals.scores, masks):
+        x, y, width, height = mask["bbox"]  # ends at the last pixel inside
+        assert box.tolist() == [x, y, min(x + width + 1, 64), min(y + height + 1, 48)]
+        assert float(score) == pytest.approx(min(max(mask["predicted_iou"], 0), 1), abs=1e-5)
+
+
+def test_sources_are_chosen_by_config():
+    node = "MODEL.REGIONSPOT.PROPOSALS.SOURCE"
+    localizer = tiny_model(names=None).recognizer.localizer
+    assert all(build_proposal_source(tiny_config(node, name), localizer) is None for name in ("auto", "gt", "file"))
+    assert isinstance(build_proposal_source(tiny_config(node, "sam_automatic"), localizer), SamAutomaticProposals)
+    with pytest.raises(ValueError, match="expected one of auto, gt, file, sam_automatic, detector; got 'grid'"):
+        build_proposal_source(tiny_config(node, "grid"), localizer)
+    with pytest.raises(ValueError, match="expected SAM as localizer, got Linear"):
+        build_proposal_source(tiny_config(node, "sam_automatic"), nn.Linear(1, 1))
