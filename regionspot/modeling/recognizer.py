@@ -18,8 +18,9 @@ from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.masks import RegionMasks, check_mask_format
 from regionspot.modeling.postprocessing import DetectionRule, Recognition
-from regionspot.modeling.vision_language.clip import VisionLanguageModel
+from regionspot.modeling.vision_language.clip import ClipVisionLanguageModel
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
+from regionspot.modeling.vision_language.vision_language_model import VisionLanguageModel
 from regionspot.structures import Prompts, check_regions
 from regionspot.vocabulary import VocabularySource, load_vocabulary
 
@@ -88,7 +89,7 @@ class RegionRecognizer(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.REGIONSPOT
-        localizer, vision_language = SamLocalizer(cfg), VisionLanguageModel(cfg)
+        localizer, vision_language = SamLocalizer(cfg), ClipVisionLanguageModel(cfg)
         return {
             "localizer": localizer,
             "vision_language": vision_language,

@@ -46,7 +46,7 @@ class Localizer(FrozenModule, ABC):
     """What ``RegionRecognizer`` needs of a frozen model that is prompted with regions.
 
     Attributes:
-        sam: the model itself, of whatever family: so the released checkpoints' keys call it.
+        sam: the model itself, of any family; the name is that of the released checkpoints' keys.
     """
 
     sam: Any

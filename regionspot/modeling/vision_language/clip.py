@@ -1,4 +1,4 @@
-"""The vision-language model: a frozen CLIP, whose image side gives the semantic feature map (paper, section 3.2)."""
+"""CLIP as vision-language model, at every size: its feature map and its prompts (paper, sections 3.2 and 3.3)."""
 
 import inspect
 from dataclasses import asdict, dataclass
@@ -8,13 +8,12 @@ from clip.model import CLIP, VisionTransformer
 from detectron2.config import CfgNode, configurable
 from torch.nn import functional as F
 
-from regionspot.modeling.frozen import FrozenModule
+from regionspot.modeling.vision_language.vision_language_model import FEATURES, VisionLanguageModel
 
 # CLIP's own, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 VOCAB_SIZE = 49408  # of the tokenizer that comes with CLIP
-CLIP_FEATURES = ("none", "feature_map", "feature_map+class_token")
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,9 @@ def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     return clip_model.ln_final(ends) @ clip_model.text_projection
 
 
-class VisionLanguageModel(FrozenModule):
+class ClipVisionLanguageModel(VisionLanguageModel):
     """Frozen CLIP: image -> semantic feature map. ``TextEncoder`` uses its text side."""
 
-    pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
 
     @configurable
@@ -140,10 +138,8 @@ class VisionLanguageModel(FrozenModule):
             features: content of the feature map: "none", "feature_map" or "feature_map+class_token".
         """
         super().__init__()
-        if features not in CLIP_FEATURES:
-            raise ValueError(
-                f"MODEL.REGIONSPOT.CLIP.FEATURES: expected one of {', '.join(CLIP_FEATURES)}; got {features!r}"
-            )
+        if features not in FEATURES:
+            raise ValueError(f"MODEL.REGIONSPOT.CLIP.FEATURES: expected one of {', '.join(FEATURES)}; got {features!r}")
         self.clip_model = clip_model
         self.features = features
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -156,12 +152,10 @@ class VisionLanguageModel(FrozenModule):
 
     @property
     def width(self) -> int:
-        """Channels of the feature map."""
         return self.clip_model.visual.conv1.out_channels
 
     @property
     def text_dim(self) -> int:
-        """Length of a text embedding."""
         return self.clip_model.text_projection.shape[1]
 
     @property
@@ -170,24 +164,13 @@ class VisionLanguageModel(FrozenModule):
         return self.clip_model.visual.input_resolution
 
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        """Resize a whole (3, H, W) RGB image in [0, 255] to CLIP's square, without cropping, and normalize it.
-
-        Bilinear, without antialias and without keeping the aspect ratio: the released models were trained that way.
-        """
+        # bilinear without antialias, aspect ratio not kept: the released models were trained that way
         image = image.to(self.pixel_mean.device, non_blocking=True).float()[None] / 255  # it moves as bytes
         image = F.interpolate(image, (self.image_size, self.image_size), mode="bilinear", align_corners=False)[0]
         return (image - self.pixel_mean) / self.pixel_std
 
     @torch.no_grad()
     def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor | None:
-        """Return the semantic feature map V of images.
-
-        Args:
-            images: (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
-
-        Returns:
-            (B, L, width) float32, L = 1 + grid^2 with the class token first, grid^2 without it; None for "none".
-        """
         if self.features == "none":
             return None
         inputs = torch.stack([self.preprocess(image) for image in images])
