@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a detector whose boxes RegionSpot names, or evaluate it with --eval-only, by a lazy config.
+"""Train a detector whose boxes RegionSpot names, or evaluate it with --eval-only, from a lazy config.
 
 Examples:
     train_net.py --config-file configs/retinanet_R_50_FPN.py --num-gpus 8 [--resume]
@@ -24,15 +24,17 @@ from regionspot import RegionRecognizer
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import check_registered
-from regionspot.engine import launch, set_up_run
+from regionspot.engine import Trainer, TrainingPlan, launch, set_up_run
+from regionspot.engine.evaluate import load_host
 from regionspot.engine.optimizer import clip_before_steps
+from regionspot.engine.train_loop import autocast_precision
 from regionspot.utils.command_line import run_command
 from regionspot.utils.run_lock import run_lock
 from regionspot.vocabulary import dataset_names
 
 
 def names_of(recognizer: RegionRecognizer, loader: DictConfig) -> list[str]:
-    """Return the class names of a loader's first data set, or of the configured vocabulary, where there is one."""
+    """Return the class names of a loader's first data set, or of the configured vocabulary if there is one."""
     if "default" in recognizer.classifier.vocabularies:
         return recognizer.classifier.get_names("default")
     names = loader.dataset.names
@@ -40,7 +42,7 @@ def names_of(recognizer: RegionRecognizer, loader: DictConfig) -> list[str]:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """Return the metrics of the config's evaluator; in all processes but the first {}."""
+    """Return the metrics of the config's evaluator, {} in all processes but the first."""
     recognizer = find_recognizer(model)
     with recognizer.using_vocabulary(names_of(recognizer, cfg.dataloader.test)):
         loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
@@ -50,33 +52,42 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     return results
 
 
-def train(cfg: DictConfig, model: nn.Module, resume: bool) -> nn.Module:
-    """Train ``model``, which is evaluated at the end, and return it."""
-    recognizer = find_recognizer(model)
-    recognizer.set_vocabulary(names_of(recognizer, cfg.dataloader.train), "training")
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    clip_before_steps(optimizer, model, cfg.train.clip_gradients)
-    device_ids = [comm.get_local_rank()] if torch.device(cfg.train.device).type == "cuda" else None
-    parallel = engine.create_ddp_model(model, **cfg.train.ddp, device_ids=device_ids)
-    step = engine.AMPTrainer if cfg.train.amp.enabled else engine.SimpleTrainer
-    trainer = step(parallel, instantiate(cfg.dataloader.train), optimizer)
-    checkpointer = SafeDetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
-    every = [engine.hooks.IterationTimer(), engine.hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
-    every.append(engine.hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)))
-    if comm.is_main_process():
-        writers = engine.default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        every.append(engine.hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
-        every.append(engine.hooks.PeriodicWriter(writers, cfg.train.log_period))
-    trainer.register_hooks(every)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    trainer.train(start, cfg.train.max_iter)
-    return model
+class DenseTrainer(Trainer):
+    """RegionSpot's trainer for what a lazy config names."""
+
+    def __init__(self, cfg: DictConfig, model: nn.Module) -> None:
+        """Prepare to train ``model``; weights are loaded by ``resume_or_load``."""
+        self.cfg = cfg
+        recognizer = find_recognizer(model)
+        recognizer.set_vocabulary(names_of(recognizer, cfg.dataloader.train), "training")
+        cfg.optimizer.params.model = model
+        optimizer = instantiate(cfg.optimizer)
+        clip_before_steps(optimizer, model, cfg.train.clip_gradients)
+        plan = TrainingPlan(
+            output_dir=cfg.train.output_dir,
+            max_iter=cfg.train.max_iter,
+            seed=max(cfg.train.seed, 0),
+            weights=cfg.train.init_checkpoint,
+            accumulate=cfg.train.accumulate,
+            precision=autocast_precision(cfg.train.amp.enabled, cfg.train.amp.dtype, cfg.train.device),
+            average_decay=cfg.train.ema.decay if cfg.train.ema.enabled else None,
+            checkpoint_period=cfg.train.checkpointer.period,
+            checkpoints_kept=cfg.train.checkpointer.max_to_keep,
+            eval_period=cfg.train.eval_period,
+            log_period=cfg.train.log_period,
+        )
+        loader, multiplier = instantiate(cfg.dataloader.train), instantiate(cfg.lr_multiplier)
+        super().__init__(model, loader, optimizer, multiplier, plan, **cfg.train.ddp)
+
+    def build_checkpointer(self, model: nn.Module, **checkpointables: Any) -> SafeDetectionCheckpointer:
+        return SafeDetectionCheckpointer(model, self.cfg.train.output_dir, **checkpointables)
+
+    def evaluate(self) -> dict[str, Any]:
+        return evaluate(self.cfg, self.model)
 
 
 def load(args: argparse.Namespace) -> DictConfig:
-    """Return the config of the command line; it is Python, which a YAML file must not run unseen."""
+    """Return the config of the command line: Python code, which nobody should run by naming a YAML file."""
     if not args.config_file.endswith(".py") or not Path(args.config_file).is_file():
         raise FileNotFoundError(f"--config-file {args.config_file!r}: expected a lazy config, a .py file")
     return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
@@ -90,18 +101,20 @@ def main(args: argparse.Namespace) -> Any:
 
 
 def train_or_evaluate(cfg: DictConfig, args: argparse.Namespace) -> Any:
-    """Do what the command line says."""
+    """Return the metrics, or the model that was trained."""
     for part in ("test",) if args.eval_only else ("train", "test"):
         names = cfg.dataloader[part].dataset.names
         check_registered(names if isinstance(names, ListConfig) else [names], f"dataloader.{part}.dataset.names")
-    with torch.random.fork_rng(devices=[]):  # what has no weights is random, and the same in all processes
+    with torch.random.fork_rng(devices=[]):  # parts without weights are random, and the same in all processes
         torch.manual_seed(max(cfg.train.seed, 0))
         model = instantiate(cfg.model).to(cfg.train.device)
-    if not args.eval_only:
-        return train(cfg, model, args.resume)
-    checkpointer = SafeDetectionCheckpointer(model, cfg.train.output_dir)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    return evaluate(cfg, model)
+    if args.eval_only:
+        load_host(model, cfg.train.init_checkpoint, cfg.train.output_dir, args.resume)
+        return evaluate(cfg, model)
+    trainer = DenseTrainer(cfg, model)
+    trainer.resume_or_load(args.resume)
+    trainer.train()
+    return model
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

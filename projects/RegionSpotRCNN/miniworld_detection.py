@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tabulate import tabulate
@@ -92,7 +93,7 @@ def build(config: str, args: argparse.Namespace, host: Path, head: Path) -> tupl
     overrides = ["MODEL.WEIGHTS", str(host), "MODEL.REGIONSPOT.HEAD.WEIGHTS", str(head)]
     overrides += ["DATASETS.TEST", f"('{data}',)", *args.opts]
     cfg = experiment.miniworld_config(CONFIGS / f"{config}.yaml", args.output / config, args.seed, overrides)
-    model = Trainer.build_model(cfg)
+    model = build_model(cfg)
     SafeDetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return cfg, model.eval()
 

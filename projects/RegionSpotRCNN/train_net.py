@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector whose head is RegionSpot's, by Detectron2's own trainer and evaluators.
+"""Train or evaluate a detector whose head is RegionSpot's.
 
 Examples:
     projects/RegionSpotRCNN/train_net.py --config-file projects/RegionSpotRCNN/configs/faster_rcnn_R_50_FPN.yaml \
@@ -10,98 +10,89 @@ Examples:
 
 import argparse
 import contextlib
-import weakref
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    SimpleTrainer,
-    create_ddp_model,
-    default_argument_parser,
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.engine import DefaultTrainer, default_argument_parser
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
 )
-from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 
-from regionspot import RegionSpotROIHeads
+from regionspot import RegionSpotROIHeads, engine
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.checkpoint.loading import find_recognizer
 from regionspot.config import load_config
-from regionspot.data.build import check_registered, dataset_vocabulary
-from regionspot.engine import launch, set_up_run
-from regionspot.engine.optimizer import build_optimizer
+from regionspot.data.build import build_mapped_loader, check_registered, dataset_vocabulary
+from regionspot.data.samplers import build_training_stream
+from regionspot.engine import TrainingPlan, launch, set_up_run
+from regionspot.engine.evaluate import load_host
+from regionspot.engine.optimizer import build_lr_scheduler, build_optimizer
 from regionspot.engine.run_setup import log_size
-from regionspot.engine.train_loop import autocast_precision
 from regionspot.evaluation import DetectionLVISEvaluator
 from regionspot.utils.command_line import run_command
 from regionspot.utils.run_lock import run_lock
 
 
-class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with LVIS's and COCO's evaluators, AdamW, and several processes on CPUs, too."""
+class Trainer(engine.Trainer):
+    """RegionSpot's trainer for any ``GeneralizedRCNN``, with LVIS's and COCO's evaluators."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        """Build what ``DefaultTrainer`` builds, which wraps a model for several processes with a GPU each only."""
-        TrainerBase.__init__(self)
-        check_solver(cfg)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        model = build_model(cfg)  # `self.build_model` would log all of its modules
+        """Build what ``cfg`` names; weights are loaded by ``resume_or_load``."""
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        plan, model = TrainingPlan.from_config(cfg), build_model(cfg)
         log_size(model)
-        optimizer = self.build_optimizer(cfg, model)
-        device_ids = [comm.get_local_rank()] if torch.device(cfg.MODEL.DEVICE).type == "cuda" else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
-        data_loader, precision = self.build_train_loader(cfg), autocast_precision(cfg)
-        if precision is None:
-            self._trainer = SimpleTrainer(model, data_loader, optimizer)
-        else:
-            self._trainer = AMPTrainer(model, data_loader, optimizer, precision=precision)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = SafeDetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
-        self.register_hooks(self.build_hooks())
+        optimizer = build_optimizer(cfg, model)
+        super().__init__(model, build_train_loader(cfg), optimizer, build_lr_scheduler(cfg, optimizer), plan)
+
+    def build_checkpointer(self, model: nn.Module, **checkpointables: Any) -> SafeDetectionCheckpointer:
+        return SafeDetectionCheckpointer(model, self.cfg.OUTPUT_DIR, **checkpointables)
+
+    def evaluate(self) -> dict[str, Any]:
+        return self.test(self.cfg, self.model)
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        is_lvis = MetadataCatalog.get(dataset_name).get("evaluator_type") == "lvis"
-        directory = output_folder or f"{cfg.OUTPUT_DIR}/inference"
-        return (DetectionLVISEvaluator if is_lvis else COCOEvaluator)(dataset_name, output_dir=directory)
-
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
+    def test(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate on each of ``DATASETS.TEST``, RegionSpot's head against that data set's own vocabulary."""
-        results = OrderedDict()
-        for index, name in enumerate(cfg.DATASETS.TEST):
-            single = cfg.clone()
-            single.defrost()
-            single.DATASETS.TEST = (name,)
-            own = [evaluators[index]] if evaluators else None
+        results: dict[str, Any] = {}
+        for name in cfg.DATASETS.TEST:
             with contextlib.ExitStack() as stack:
                 if any(isinstance(module, RegionSpotROIHeads) for module in model.modules()):
                     stack.enter_context(find_recognizer(model).using_vocabulary(dataset_vocabulary(cfg, name)))
-                results[name] = super().test(single, model, own)
+                loader = build_detection_test_loader(cfg, name)
+                results[name] = inference_on_dataset(model, loader, build_evaluator(cfg, name))
+            if comm.is_main_process():
+                print_csv_format(results[name])
         return next(iter(results.values())) if len(results) == 1 else results
 
 
-def check_solver(cfg: CfgNode) -> None:
-    """Refuse what ``tools/train_net.py`` has and Detectron2's trainer has not."""
-    if cfg.SOLVER.ACCUMULATE != 1 or cfg.SOLVER.EMA.ENABLED:
-        raise ValueError(
-            "SOLVER.ACCUMULATE and SOLVER.EMA are of tools/train_net.py: expected 1 and False, got "
-            f"{cfg.SOLVER.ACCUMULATE} and {cfg.SOLVER.EMA.ENABLED}"
-        )
-    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
-        raise ValueError("SOLVER.AMP.ENABLED: Detectron2's trainer has mixed precision on CUDA only; set it to False")
+def build_train_loader(cfg: CfgNode) -> DataLoader:
+    """Return Detectron2's training images, in batches that resume exactly."""
+    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    return build_mapped_loader(
+        records,
+        DatasetMapper(cfg, True),
+        cfg.SOLVER.IMS_PER_BATCH,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        accumulate=cfg.SOLVER.ACCUMULATE,
+        stream=build_training_stream(cfg, [records], 0),
+    )
+
+
+def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
+    is_lvis = MetadataCatalog.get(name).get("evaluator_type") == "lvis"
+    return (DetectionLVISEvaluator if is_lvis else COCOEvaluator)(name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -116,18 +107,19 @@ def main(args: argparse.Namespace) -> Any:
 
 
 def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    """Do what the command line says."""
+    """Return the metrics."""
     if args.eval_only:
-        torch.manual_seed(max(cfg.SEED, 0))  # what has no weights is random, and the same in all processes
+        torch.manual_seed(max(cfg.SEED, 0))  # parts without weights are random, and the same in all processes
         model = build_model(cfg)
-        SafeDetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        load_host(model, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, args.resume)
         results = Trainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(args.resume)
+        results = trainer.train()
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,14 +3,14 @@
 import difflib
 import logging
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog, build_detection_test_loader
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Subset
 
@@ -18,9 +18,9 @@ from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.datasets import category_ids, register_from_spec
 from regionspot.data.image_check import check_images
 from regionspot.data.proposals import ProposalFile
-from regionspot.data.samplers import TrainingStream, build_training_stream
-from regionspot.data.training_set import TrainingSet, image_ids, open_training_images
-from regionspot.utils.signals import STOPPING
+from regionspot.data.samplers import AspectRatioBatches, TrainingStream, build_training_stream
+from regionspot.data.training_set import TrainingSet, image_ids, image_sizes, open_training_images
+from regionspot.utils.command_line import STOPPING
 from regionspot.vocabulary import dataset_names, load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -29,34 +29,27 @@ logger = logging.getLogger(__name__)
 def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
     """Return the training loader over ``DATASETS.TRAIN``: lists of mapped images, without end.
 
-    A batch holds this process's part of ``SOLVER.IMS_PER_BATCH``, split by ``SOLVER.ACCUMULATE``. Its
-    ``batch_sampler.sampler`` is the ``TrainingStream``, whose ``start`` and ``seed`` may be set before iteration.
+    A batch holds this process's part of ``SOLVER.IMS_PER_BATCH``, split by ``SOLVER.ACCUMULATE``. ``start`` and
+    ``seed`` of its ``training_stream`` may be set before iteration.
 
     Raises:
-        ValueError: settings that do not go together; KeyError, FileNotFoundError: unknown data sets, missing files.
+        ValueError: settings that contradict each other.
+        KeyError, FileNotFoundError: unknown data sets, missing files.
     """
     names, stores = cfg.DATASETS.TRAIN, cfg.DATASETS.TOKEN_STORES_TRAIN
     if not names:
         raise ValueError("DATASETS.TRAIN is empty: expected the name of a registered data set")
     check_registered(names, "DATASETS.TRAIN")
-    if stores and len(stores) != len(names):
-        raise ValueError(
-            f"DATASETS.TOKEN_STORES_TRAIN: expected one store for each of {len(names)} data sets, or none; "
-            f"got {len(stores)}"
-        )
+    _check_one_each("DATASETS.TOKEN_STORES_TRAIN", stores, "store", f"{len(names)} data sets", len(names))
     if any(not path for path in stores):
         raise ValueError("DATASETS.TOKEN_STORES_TRAIN: expected a directory for each data set, got an empty name")
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         raise ValueError(
-            "DATALOADER.ASPECT_RATIO_GROUPING: images are brought to squares, so it gains nothing and keeps a resumed "
-            "run from going on exactly; set it to False"
+            "DATALOADER.ASPECT_RATIO_GROUPING: images are resized to squares, so it gains nothing and would keep a "
+            "run from resuming exactly; set it to False"
         )
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
-    if proposals and len(proposals) != len(names):
-        raise ValueError(
-            f"DATASETS.PROPOSAL_FILES_TRAIN: expected one file for each of {len(names)} data sets, or none; "
-            f"got {len(proposals)}"
-        )
+    _check_one_each("DATASETS.PROPOSAL_FILES_TRAIN", proposals, "file", f"{len(names)} data sets", len(names))
     files = zip(names, stores or [""] * len(names), proposals or [""] * len(names))
     images, mappers = zip(*(open_training_images(cfg, *parts) for parts in files))
     if len({mapper.token_store.has_feature_maps for mapper in mappers if mapper.token_store}) > 1:
@@ -64,15 +57,55 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
             "DATASETS.TOKEN_STORES_TRAIN: some stores hold feature maps and some do not; extract all with "
             "--feature-maps, or all without"
         )
-    stream = build_training_stream(cfg, images, seed)
+    dataset = TrainingSet(images, mappers, seed, cfg.DATALOADER.SKIP_UNREADABLE)
+    size = local_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE)
+    batches = BatchSampler(build_training_stream(cfg, images, seed), size, drop_last=True)
+    return _resumable_loader(dataset, batches, cfg.DATALOADER.NUM_WORKERS, _is_on_gpu(cfg))
+
+
+def build_mapped_loader(
+    dataset: Any,
+    mapper: Callable[[dict[str, Any]], dict[str, Any]],
+    total_batch_size: int,
+    *,
+    num_workers: int = 0,
+    aspect_ratio_grouping: bool = True,
+    accumulate: int = 1,
+    stream: TrainingStream | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return what Detectron2's ``build_detection_train_loader`` does for other detectors, but resumable exactly.
+
+    Args:
+        dataset: Detectron2's standard records, in a list or a data set.
+        mapper: from a record to the detector's input; it may draw from Python's and NumPy's global generators.
+        total_batch_size: images of a step of all processes.
+        num_workers: processes that map records, per training process.
+        aspect_ratio_grouping: batches of images that are all wide or all tall, which wastes little on padding.
+        accumulate: batches per step.
+        stream: the order of the images; by default each comes once in an epoch.
+        pin_memory: as of ``DataLoader``.
+    """
+    stream = stream or TrainingStream(len(dataset), 0)
+    size = local_batch_size(total_batch_size, accumulate)
+    batches = BatchSampler(stream, size, drop_last=True)
+    if aspect_ratio_grouping:
+        heights, widths = image_sizes(dataset).T
+        batches = AspectRatioBatches(stream, size, widths > heights)
+    records = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
+    images = TrainingSet([records], [mapper], stream.seed)
+    return _resumable_loader(images, batches, num_workers, pin_memory)
+
+
+def _resumable_loader(dataset: TrainingSet, batches: BatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
-        TrainingSet(images, mappers, seed, cfg.DATALOADER.SKIP_UNREADABLE),
-        batch_sampler=BatchSampler(stream, local_batch_size(cfg), drop_last=True),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
         collate_fn=list,
         generator=torch.Generator(),  # else making an iterator would draw from the global one
-        persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
-        pin_memory=_is_on_gpu(cfg),
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
 
@@ -81,9 +114,14 @@ def _is_on_gpu(cfg: CfgNode) -> bool:
     return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 
+def _check_one_each(key: str, values: Sequence[str], what: str, sets: str, num_sets: int) -> None:
+    if values and len(values) != num_sets:
+        raise ValueError(f"{key}: expected one {what} for each of {sets}, or none; got {len(values)}")
+
+
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    for number in STOPPING:  # of a whole process group; the training process ends the workers when it has saved
+    for number in STOPPING:  # may reach the whole process group; the training process ends its workers after it saved
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -94,9 +132,9 @@ def training_stream(loader: DataLoader) -> TrainingStream:
     return loader.batch_sampler.sampler
 
 
-def local_batch_size(cfg: CfgNode) -> int:
-    """Return the images of one forward pass of one process."""
-    total, world, accumulate = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.SOLVER.ACCUMULATE
+def local_batch_size(total: int, accumulate: int) -> int:
+    """Return the number of images in one forward pass of one process, of ``total`` in a step."""
+    world = comm.get_world_size()
     if accumulate < 1 or total < 1 or total % (world * accumulate):
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH {total} must be a multiple of the {world} processes times SOLVER.ACCUMULATE "
@@ -108,12 +146,12 @@ def local_batch_size(cfg: CfgNode) -> int:
 def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = ()) -> Any:
     """Return Detectron2's test loader over ``dataset_name``, without the images whose ids are in ``skip``.
 
-    Annotated boxes stay with the images; with a proposal file (see ``proposal_source``) its boxes are beside them,
-    and what the file has for the data set is logged.
+    Annotated boxes stay with the images; those of a proposal file (see ``proposal_source``) are beside them, and the
+    log says how the file fits the data set.
 
     Raises:
-        ValueError: not as many files as data sets, or a file that does not fit; KeyError, FileNotFoundError: unknown
-            data sets, missing files.
+        ValueError: not as many files as data sets, or a file that does not fit.
+        KeyError, FileNotFoundError: unknown data sets, missing files.
     """
     check_registered([dataset_name], "DATASETS.TEST")
     if cfg.TEST.BATCH_SIZE < 1:
@@ -123,14 +161,14 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = (
     proposals = open_proposals(path, records) if source == "file" else None
     mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
     rows = np.array([row for row, image_id in enumerate(image_ids(records).tolist()) if image_id not in skip], int)
-    if not len(rows):  # Detectron2's sampler wants an image at the least
+    if not len(rows):  # Detectron2's sampler needs at least one image
         return []
     check_images(records, rows, dataset_name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
     if skip:
         records = Subset(records, rows.tolist())
     workers = cfg.DATALOADER.NUM_WORKERS
     loader = build_detection_test_loader(records, mapper=mapper, batch_size=cfg.TEST.BATCH_SIZE, num_workers=workers)
-    loader.pin_memory = _is_on_gpu(cfg)  # of which Detectron2's function knows nothing
+    loader.pin_memory = _is_on_gpu(cfg)  # Detectron2's function does not take it
     return loader
 
 
@@ -139,13 +177,11 @@ def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
 
     Raises:
         ValueError: a file is asked for and none is given, or files and test sets differ in number.
+        FileNotFoundError: the file is missing.
     """
     source, files = cfg.MODEL.REGIONSPOT.PROPOSALS.SOURCE, cfg.DATASETS.PROPOSAL_FILES_TEST
-    if files and len(files) != len(cfg.DATASETS.TEST):
-        raise ValueError(
-            f"DATASETS.PROPOSAL_FILES_TEST: expected one file for each of {len(cfg.DATASETS.TEST)} test sets, or none; "
-            f"got {len(files)}"
-        )
+    num_sets = len(cfg.DATASETS.TEST)
+    _check_one_each("DATASETS.PROPOSAL_FILES_TEST", files, "file", f"{num_sets} test sets", num_sets)
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS: Detectron2 would run what a pickle asks for; expected False, which reads "
@@ -153,7 +189,7 @@ def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
         )
     path = dict(zip(cfg.DATASETS.TEST, files)).get(dataset_name, "")
     if source == "file" and not path:
-        raise ValueError("MODEL.REGIONSPOT.PROPOSALS.SOURCE file: give DATASETS.PROPOSAL_FILES_TEST, one a test set")
+        raise ValueError("MODEL.REGIONSPOT.PROPOSALS.SOURCE file: give DATASETS.PROPOSAL_FILES_TEST, one per test set")
     if path and source in ("file", "auto") and not Path(path).is_file():
         raise FileNotFoundError(f"DATASETS.PROPOSAL_FILES_TEST: {path}: no such file")
     if source == "auto":
@@ -162,22 +198,15 @@ def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
 
 
 def open_proposals(path: str, records: Any) -> ProposalFile:
-    """Open a proposal file and log what it has for a data set."""
+    """Open a proposal file and log how it fits a data set."""
     proposals, ids = ProposalFile(path), image_ids(records)
-    if hasattr(records, "heights"):
-        sizes = np.stack([records.heights, records.widths], axis=1)
-    else:
-        sizes = np.array([(record["height"], record["width"]) for record in records]).reshape(-1, 2)
-    summary = proposals.summarize(ids, sizes)
+    summary = proposals.summarize(ids, image_sizes(records))
     logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
     return proposals
 
 
 def check_registered(names: Sequence[str], key: str) -> None:
-    """Refuse names that are not registered and data sets whose annotation file is missing.
-
-    A name of the form "my.json:my_images" is a data set by itself and is registered here.
-    """
+    """Refuse unknown names and data sets whose annotation file is missing; register names like "my.json:my_images"."""
     for name in names:
         if name not in DatasetCatalog and not register_from_spec(name):
             close = difflib.get_close_matches(name, list(DatasetCatalog), 5, 0.3)
@@ -193,21 +222,21 @@ def check_registered(names: Sequence[str], key: str) -> None:
 def dataset_vocabulary(cfg: CfgNode, name: str) -> list[str]:
     """Return the class names that regions of a data set are scored against.
 
-    They are the data set's own, or those of ``MODEL.REGIONSPOT.VOCABULARY``, which then stand for them one by one.
+    They are the data set's own, or those of ``MODEL.REGIONSPOT.VOCABULARY``, which replace them one by one.
 
     Raises:
-        ValueError: no class names, others than in the annotations, or the configured vocabulary is of another length.
+        ValueError: no class names, other names than in the annotations, or a configured vocabulary of another length.
     """
     own = dataset_names(name)
     if not own:
         raise ValueError(f"data set {name!r} has no class names: set thing_classes in its metadata")
-    category_ids(name)  # are the names those of the annotations?
+    category_ids(name)  # raises if the names are not those of the annotations
     if not cfg.MODEL.REGIONSPOT.VOCABULARY:
         return own
-    given = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)
-    if len(given) != len(own):
+    names = load_vocabulary(cfg.MODEL.REGIONSPOT.VOCABULARY)
+    if len(names) != len(own):
         raise ValueError(
-            f"MODEL.REGIONSPOT.VOCABULARY has {len(given)} names, but {name} has {len(own)} classes; "
-            "give one name a class, or none"
+            f"MODEL.REGIONSPOT.VOCABULARY has {len(names)} names, but {name} has {len(own)} classes; "
+            "give one name per class, or none"
         )
-    return given
+    return names

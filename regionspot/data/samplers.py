@@ -1,5 +1,6 @@
-"""Which image comes when in training: Detectron2's samplers, made to go on at any position."""
+"""The order of training images: Detectron2's samplers, made to start at any position."""
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,19 +10,19 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 class TrainingStream(Sampler):
-    """An endless stream of (position, index), a function of the seed alone, from any position on.
+    """An endless stream of (position, index) that follows from the seed alone and may start at any position.
 
-    ``position`` counts the samples of all processes together, so that what is random about a sample can be drawn
-    from it. Processes take turns: together they see what one process would see.
+    ``position`` counts the samples of all processes together and seeds what is random about a sample. Processes take
+    turns: together they see what one process would see.
 
     Attributes:
-        start: samples of this process that were used before; to be set before iteration.
+        start: number of samples that this process has used before; to be set before iteration.
         seed: of the order.
     """
 
@@ -30,7 +31,7 @@ class TrainingStream(Sampler):
         Args:
             size: number of images.
             seed: the same in all processes.
-            repeat_factors: (size,) float, how often each comes in an epoch; once by default.
+            repeat_factors: (size,) float, how often each occurs in an epoch; once by default.
         """
         self.size, self.seed, self.repeat_factors = size, seed, repeat_factors
         self.start = 0
@@ -44,8 +45,37 @@ class TrainingStream(Sampler):
         return itertools.islice(zip(positions, sampler), self.start, None)
 
 
+class AspectRatioBatches(BatchSampler):
+    """Batches of a ``TrainingStream`` whose images are all wide or all tall, resumable like the stream itself."""
+
+    def __init__(self, stream: TrainingStream, batch_size: int, is_wide: np.ndarray) -> None:
+        """
+        Args:
+            stream: of the images.
+            batch_size: images of a batch.
+            is_wide: (size,) bool, one per image.
+        """
+        super().__init__(stream, batch_size, drop_last=True)
+        self.stream, self.is_wide = stream, is_wide
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:  # type: ignore[override]
+        # which images wait for a full batch depends on all that came before: draw that again, without the images
+        stream = copy.copy(self.stream)
+        stream.start = 0
+        return itertools.islice(self._batches(stream), self.stream.start // self.batch_size, None)
+
+    def _batches(self, stream: TrainingStream) -> Iterator[list[tuple[int, int]]]:
+        waiting: tuple[list, list] = [], []
+        for sample in stream:
+            group = waiting[int(self.is_wide[sample[1]])]
+            group.append(sample)
+            if len(group) == self.batch_size:
+                yield group.copy()
+                group.clear()
+
+
 class _RepeatSampler(RepeatFactorTrainingSampler):
-    """Detectron2's, with an epoch of millions of images drawn in no time."""
+    """Detectron2's, vectorized: an epoch of millions of images is drawn at once."""
 
     def _get_epoch_indices(self, generator: torch.Generator) -> torch.Tensor:
         draws = torch.rand(len(self._frac_part), generator=generator)
@@ -53,48 +83,48 @@ class _RepeatSampler(RepeatFactorTrainingSampler):
         return torch.repeat_interleave(torch.arange(len(repeats)), repeats.long())
 
 
-def category_repeat_factors(labels: np.ndarray, images: np.ndarray, number: int, cfg: CfgNode) -> np.ndarray:
-    """Return each image's repeat factor by its rarest class, as Detectron2's repeat-factor sampling has it.
+def category_repeat_factors(labels: np.ndarray, images: np.ndarray, num_images: int, cfg: CfgNode) -> np.ndarray:
+    """Return each image's repeat factor by its rarest class, as in Detectron2's repeat-factor sampling.
 
     Args:
         labels: (M,) classes of the regions.
-        images: (M,) in which image each is.
-        number: of images.
+        images: (M,) index of the image of each.
+        num_images: in all.
         cfg: with ``DATALOADER.REPEAT_THRESHOLD`` and ``REPEAT_SQRT``.
 
     Returns:
-        (number,) float64, 1 or more.
+        (num_images,) float64, 1 or more.
     """
-    pairs = np.unique(np.stack([images, labels]), axis=1)  # classes of each image, once
-    frequency = np.bincount(pairs[1]) / number
+    pairs = np.unique(np.stack([images, labels]), axis=1)  # (2, P): each class of each image, once
+    frequency = np.bincount(pairs[1]) / num_images
     with np.errstate(divide="ignore"):
         factor = cfg.DATALOADER.REPEAT_THRESHOLD / frequency
     factor = np.maximum(np.sqrt(factor) if cfg.DATALOADER.REPEAT_SQRT else factor, 1)
-    result = np.ones(number)
+    result = np.ones(num_images)
     np.maximum.at(result, pairs[0], factor[pairs[1]])
     return result
 
 
 def _region_labels(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes of a data set's regions, and in which of its images each is."""
+    """Return the classes (M,) of a data set's regions, and the index (M,) of the image of each."""
     indices = getattr(dataset, "indices", None)
     records = dataset if indices is None else dataset.dataset
     if hasattr(records, "offsets"):  # arrays: no record is made
-        of = np.repeat(np.arange(len(records)), np.diff(records.offsets))
-        rank = np.full(len(records), -1)
+        images = np.repeat(np.arange(len(records)), np.diff(records.offsets))
+        rank = np.full(len(records), -1)  # index in the subset, -1 outside
         rank[np.arange(len(records)) if indices is None else indices] = np.arange(len(dataset))
-        kept = rank[of] >= 0
-        return records.labels[kept].astype(np.int64), rank[of][kept]
-    numbers = [[a["category_id"] for a in dataset[index]["annotations"]] for index in range(len(dataset))]
-    labels = np.array([label for image in numbers for label in image], np.int64)
-    return labels, np.repeat(np.arange(len(dataset)), [len(image) for image in numbers])
+        kept = rank[images] >= 0
+        return records.labels[kept].astype(np.int64), rank[images][kept]
+    classes = [[a["category_id"] for a in dataset[index]["annotations"]] for index in range(len(dataset))]
+    labels = np.array([label for image in classes for label in image], np.int64)
+    return labels, np.repeat(np.arange(len(dataset)), [len(image) for image in classes])
 
 
 def build_training_stream(cfg: CfgNode, datasets: Sequence[Any], seed: int) -> TrainingStream:
-    """Return the stream over several data sets, one behind the other.
+    """Return the stream over several data sets, one after the other.
 
     ``DATALOADER.SAMPLER_TRAIN`` "RepeatFactorTrainingSampler" repeats images with rare classes
-    (``DATALOADER.REPEAT_THRESHOLD``, within each data set), ``DATASETS.TRAIN_RATIO`` gives the data sets' shares.
+    (``DATALOADER.REPEAT_THRESHOLD``, within each data set), ``DATASETS.TRAIN_RATIO`` sets the data sets' shares.
 
     Raises:
         ValueError: another sampler, or shares that do not fit the data sets.
@@ -118,7 +148,7 @@ def build_training_stream(cfg: CfgNode, datasets: Sequence[Any], seed: int) -> T
 
 
 def balance(factors: list[np.ndarray], ratio: Sequence[float]) -> np.ndarray:
-    """Scale repeat factors so that the data sets' sums are in a ratio and the least scaled data set stays as it is."""
+    """Scale repeat factors so that the data sets' sums are in this ratio and no factor becomes smaller."""
     if not ratio:
         return np.concatenate(factors)
     scales = np.array([share / factor.sum() for share, factor in zip(ratio, factors)])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class TrainingSet(Dataset):
     def __init__(
         self,
         datasets: Sequence[Any],
-        mappers: Sequence[RegionSpotDatasetMapper],
+        mappers: Sequence[Callable[[dict[str, Any]], dict[str, Any]]],
         seed: int,
         skip_unreadable: bool = False,
     ) -> None:
@@ -122,6 +122,13 @@ def image_ids(records: Any) -> np.ndarray:
     """Return the (I,) image ids of a data set's records, without making the records where they are in arrays."""
     ids = getattr(records, "image_ids", None)
     return np.array([record["image_id"] for record in records]) if ids is None else ids
+
+
+def image_sizes(records: Any) -> np.ndarray:
+    """Return the (I, 2) heights and widths of a data set's images."""
+    if hasattr(records, "heights"):
+        return np.stack([records.heights, records.widths], axis=1)
+    return np.array([(record["height"], record["width"]) for record in records]).reshape(-1, 2)
 
 
 def _left_out(records: Any, numbers: np.ndarray) -> str:

@@ -13,6 +13,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.checkpoint.formats import fingerprint
 from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import build_test_loader, proposal_source
@@ -20,7 +21,7 @@ from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.engine.extract import check_image_ids
 from regionspot.evaluation import Protocol, RegionEvaluator
 from regionspot.evaluation.protocol import ANNOTATED, METRICS, short_hash
-from regionspot.modeling import RegionSpot
+from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.proposal_sources import detector_config
 from regionspot.utils.files import sha256_of_file
 from regionspot.utils.run_lock import run_lock
@@ -45,6 +46,22 @@ def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str 
     """
     with run_lock(output_dir):
         return _evaluate_alone(cfg, model, name, output_dir)
+
+
+def load_host(model: nn.Module, weights: str, output_dir: str, resume: bool = False) -> None:
+    """Load the weights of a detector that embeds RegionSpot to evaluate it, averaged ones where the file has them.
+
+    Args:
+        model: the detector.
+        weights: a checkpoint of it, "" for none.
+        output_dir: of a run.
+        resume: prefer the last checkpoint of that run.
+    """
+    recognizers = [module for module in model.modules() if isinstance(module, RegionRecognizer)]
+    average = {"ema": recognizers[0].knowledge_integration} if recognizers else {}
+    checkpointer = SafeDetectionCheckpointer(model, output_dir, **average)
+    is_resumed = resume and checkpointer.has_checkpoint()
+    checkpointer.load(checkpointer.get_checkpoint_file() if is_resumed else weights, checkpointables=list(average))
 
 
 def _evaluate_alone(cfg: CfgNode, model: nn.Module, name: str, output_dir: str | Path) -> dict[str, Any]:

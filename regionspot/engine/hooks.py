@@ -1,4 +1,4 @@
-"""What happens around training steps, beside Detectron2's own hooks."""
+"""The moving average of weights, and hooks beside Detectron2's own."""
 
 import copy
 import logging
@@ -22,17 +22,17 @@ from regionspot.utils.memory import peak_memory
 logger = logging.getLogger(__name__)
 
 
-class WeightAverage(HookBase):
-    """Exponential moving average of a module's weights; a checkpointable of its own.
+class WeightAverage:
+    """Exponential moving average of a module's weights.
 
     Attributes:
-        average: a copy of the module with the averaged weights.
+        average: a copy of the module with the averaged weights; a checkpoint holds its state dict.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         """
         Args:
-            module: whose weights learn.
+            module: with the weights that learn.
             decay: share of the average that a step keeps, in [0, 1).
         """
         if not 0 <= decay < 1:
@@ -42,16 +42,17 @@ class WeightAverage(HookBase):
         self._update = get_ema_multi_avg_fn(decay)
         self.was_loaded = False
 
-    def before_train(self) -> None:
-        if not self.was_loaded:  # weights were loaded after this was made
+    def start(self) -> None:
+        """Begin with the module's weights, which were loaded since, unless a checkpoint held an average."""
+        if not self.was_loaded:
             self.average.load_state_dict(self.module.state_dict())
 
-    def after_step(self) -> None:
+    def update(self) -> None:
         self._update(list(self.average.parameters()), [p.detach() for p in self.module.parameters()], 0)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the module have the averaged weights inside the block."""
+        """Give the module the averaged weights inside the block."""
         own = {key: value.clone() for key, value in self.module.state_dict().items()}
         self.module.load_state_dict(self.average.state_dict())
         try:
@@ -59,30 +60,23 @@ class WeightAverage(HookBase):
         finally:
             self.module.load_state_dict(own)
 
-
-class AverageState:
-    """What a checkpoint holds of a ``WeightAverage``: the averaged module's state dict."""
-
-    def __init__(self, hook: WeightAverage) -> None:
-        self.hook = hook
-
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.hook.average.state_dict()
+        return self.average.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.hook.average.load_state_dict(state)
-        self.hook.was_loaded = True
+        self.average.load_state_dict(state)
+        self.was_loaded = True
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, which also remembers the best metric when training is resumed, and never saves the *last* one."""
+    """Detectron2's, which also keeps the best metric when training resumes, and never marks its file as the *last*."""
 
     def __init__(self, eval_period: int, checkpointer: RegionSpotCheckpointer, val_metric: str) -> None:
         """
         Args:
             eval_period: iterations between evaluations.
             checkpointer: saves ``model_best.pth``.
-            val_metric: such as "bbox/AP"; more is better.
+            val_metric: such as "bbox/AP"; higher is better.
         """
         super().__init__(eval_period, SimpleNamespace(save=partial(checkpointer.save, is_last=False)), val_metric)
 
@@ -94,13 +88,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 class UnreadableImages(HookBase):
-    """Writes down the images that training could not read and took others for, and counts them at the end."""
+    """Lists the images that training could not read and replaced by others, and counts them at the end."""
 
     def __init__(self, reasons: set[str], path: Path) -> None:
         """
         Args:
-            reasons: one for each image, which grows while training goes on.
-            path: of the list, one line an image; all processes, and a run that goes on, add to it.
+            reasons: one per image; the training loop adds to them.
+            path: of the list, one line per image; all processes, and resumed runs, add to it.
         """
         self.reasons, self.path, self._written = reasons, path, set[str]()
 
@@ -126,7 +120,7 @@ class UnreadableImages(HookBase):
 
 
 class Throughput(HookBase):
-    """Logs images per second and the share of the time that is spent waiting for data."""
+    """Logs images per second and the share of time spent waiting for data."""
 
     def __init__(self, period: int = 20) -> None:
         self.period = period
@@ -142,13 +136,13 @@ class Throughput(HookBase):
 
 
 class FirstSteps(HookBase):
-    """Logs after a run's first steps what it takes: memory, and time to the end without evaluations."""
+    """Logs after a run's first steps what it takes: memory, and the time left without evaluations."""
 
     def __init__(self, device: torch.device, steps: int = 5) -> None:
         """
         Args:
-            device: whose memory is meant.
-            steps: how many; the first, which also starts workers and chooses kernels, is not timed.
+            device: whose memory to log.
+            steps: how many to measure; the first, which also starts workers and chooses kernels, is not timed.
         """
         self.device, self.steps = device, steps
 

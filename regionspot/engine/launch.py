@@ -3,8 +3,8 @@
 import argparse
 import multiprocessing
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,33 +12,31 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import distributed
 
-from regionspot.utils.command_line import run_process
-from regionspot.utils.signals import Interrupted, forwarded_to_children
+from regionspot.utils.command_line import Interrupted, install_handlers, restore_handlers, run_process
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, device: str) -> None:
     """Run ``main(args)`` in as many processes as were asked for, on GPUs or on CPUs.
 
-    Under ``torchrun`` the processes are there already: each joins the group that the environment describes. Else
+    Under ``torchrun`` the processes exist already: each joins the group that the environment describes. Otherwise
     they are started as Detectron2's arguments (``--num-gpus``, ``--num-machines``, ...) say.
 
     Args:
-        main: what a process does.
+        main: the work of a process.
         args: of the command line.
-        device: of the loaded config, such as its ``MODEL.DEVICE``: with "cpu" no process sees a GPU, and they are
-            joined by gloo instead of NCCL.
+        device: of the config: with "cpu" no process sees a GPU, and gloo joins them instead of NCCL.
 
     Raises:
         ValueError: more processes than GPUs.
     """
     on_gpu = torch.device(device).type == "cuda"
     if not on_gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # wherever Detectron2 sees a GPU it joins processes by NCCL
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Detectron2 takes NCCL whenever it sees a GPU
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         check_gpus(args.num_gpus, device)
         machines = (args.num_machines, args.machine_rank)
-        several = args.num_gpus * args.num_machines > 1  # else it runs in this process, which handles signals itself
-        with forwarded_to_children() if several else nullcontext():
+        several = args.num_gpus * args.num_machines > 1  # one runs in this process, which handles signals itself
+        with _signals_forwarded() if several else nullcontext():
             detectron2_launch(_run, args.num_gpus, *machines, dist_url=args.dist_url, args=(main, args))
         return
     check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]), device)
@@ -51,20 +49,48 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
     fork_workers()
-    try:  # one process of several tells the first what went wrong; one alone raises it
+    try:
         result = run_process(main, args) if comm.get_world_size() > 1 else main(args)
-    except Interrupted:  # all processes agreed on it
+    except Interrupted:  # in all processes at once
         if distributed.is_initialized():
             distributed.destroy_process_group()
         raise
-    if distributed.is_initialized():  # a process that leaves with the group's threads at work may be aborted
+    if distributed.is_initialized():  # a process that exits while the group's threads are busy may be aborted
         comm.synchronize()
         distributed.destroy_process_group()
     return result
 
 
+@contextmanager
+def _signals_forwarded() -> Iterator[None]:
+    """Forward signals to the processes that are started, and joined, inside the block.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    received: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    previous = install_handlers(forward)
+    try:
+        yield
+    except Exception as error:
+        if received:  # that the signal ended the processes is no error of its own
+            raise Interrupted(number=received[0]) from error
+        raise
+    finally:
+        restore_handlers(previous)
+    if received:
+        raise Interrupted(number=received[0])
+
+
 def check_gpus(processes: int, device: str) -> None:
-    """Refuse more ``processes`` on this machine than it has GPUs, where ``device`` is one."""
+    """Refuse more ``processes`` than this machine has GPUs, if ``device`` is one."""
     if torch.device(device).type == "cuda" and processes > torch.cuda.device_count():
         raise ValueError(
             f"{processes} processes on {device}: this machine has {torch.cuda.device_count()} GPUs; start as many, or "
@@ -73,6 +99,6 @@ def check_gpus(processes: int, device: str) -> None:
 
 
 def fork_workers() -> None:
-    """Let loader workers be forked, to share the annotations; in a spawned process Python would spawn them."""
+    """Fork loader workers, so that they share the annotations; a spawned process would spawn them."""
     if "fork" in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("fork", force=True)

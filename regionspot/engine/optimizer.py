@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 import torch
+from detectron2 import solver
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
@@ -23,7 +23,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     clipping = cfg.SOLVER.CLIP_GRADIENTS
     full_model = clipping.ENABLED and clipping.CLIP_TYPE == "full_model"
     if cfg.SOLVER.OPTIMIZER == "SGD" and not full_model:
-        return build_detectron2_optimizer(cfg, model)
+        return solver.build_optimizer(cfg, model)
     if cfg.SOLVER.OPTIMIZER != "AdamW":
         raise ValueError(
             f"SOLVER.OPTIMIZER: expected AdamW, or SGD without full_model clipping; got {cfg.SOLVER.OPTIMIZER!r}"
@@ -58,35 +58,35 @@ def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value:
     optimizer.register_step_pre_hook(clip_gradients)
 
 
-def fit_schedule(cfg: CfgNode) -> CfgNode:
-    """Return ``cfg`` with warm-up and steps that lie inside the training.
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+    """Build Detectron2's learning-rate scheduler, with warm-up and steps that lie inside the training.
 
-    A warm-up longer than ``SOLVER.MAX_ITER`` would never reach the learning rate, and steps behind it would never
-    lower it: such a warm-up becomes a tenth of the training, and such steps are scaled, the last to 14/15 of it, where
-    the paper's is. A warning gives the numbers.
+    A warm-up longer than ``SOLVER.MAX_ITER`` would never reach the learning rate, and steps past it would never lower
+    it: such a warm-up becomes a tenth of the training, and such steps are scaled so that the last is at 14/15 of it, as
+    in the paper. A warning gives the numbers.
     """
     cfg = cfg.clone()
     cfg.defrost()
-    solver, end = cfg.SOLVER, cfg.SOLVER.MAX_ITER
-    if solver.WARMUP_ITERS > end > 0:
+    node, end = cfg.SOLVER, cfg.SOLVER.MAX_ITER
+    if node.WARMUP_ITERS > end > 0:
         scaled = max(end // 10, 1)
-        logger.warning("SOLVER.WARMUP_ITERS %d is longer than MAX_ITER %d: %d", solver.WARMUP_ITERS, end, scaled)
-        solver.WARMUP_ITERS = scaled
-    if solver.LR_SCHEDULER_NAME != "WarmupCosineLR" and solver.STEPS and max(solver.STEPS) >= end:
-        scaled_steps = {int(step * end * 14 / 15 / max(solver.STEPS)) for step in solver.STEPS}
+        logger.warning("SOLVER.WARMUP_ITERS %d is longer than MAX_ITER %d: %d", node.WARMUP_ITERS, end, scaled)
+        node.WARMUP_ITERS = scaled
+    if node.LR_SCHEDULER_NAME != "WarmupCosineLR" and node.STEPS and max(node.STEPS) >= end:
+        scaled_steps = {int(step * end * 14 / 15 / max(node.STEPS)) for step in node.STEPS}
         steps = tuple(sorted(scaled_steps - {0}))
-        logger.warning("SOLVER.STEPS %s do not lie before MAX_ITER %d: %s", tuple(solver.STEPS), end, steps)
-        solver.STEPS = steps
-    return cfg
+        logger.warning("SOLVER.STEPS %s do not lie before MAX_ITER %d: %s", tuple(node.STEPS), end, steps)
+        node.STEPS = steps
+    return solver.build_lr_scheduler(cfg, optimizer)
 
 
 def warn_of_jump(optimizer: torch.optim.Optimizer, scheduler: Any, iteration: int) -> None:
-    """Warn if the rate of a run that goes on is another than its checkpoint's, as after a change of ``MAX_ITER``."""
+    """Warn if a resumed run has another learning rate than its checkpoint, as after a change of ``MAX_ITER``."""
     before, after = optimizer.param_groups[0]["lr"], scheduler.get_lr()[0]
     if not math.isclose(before, after, rel_tol=1e-3):
         logger.warning(
             "the learning rate jumps from %.3g to %.3g at iteration %d: SOLVER.MAX_ITER, STEPS or BASE_LR are not "
-            "those of the checkpoint",
+            "the checkpoint's",
             before,
             after,
             iteration,

@@ -1,4 +1,4 @@
-"""Training that is told to stop (SIGTERM of a preempted machine, Ctrl-C) saves a checkpoint first."""
+"""Training that is asked to stop (SIGTERM on a preempted machine, Ctrl-C) saves a checkpoint first."""
 
 import logging
 import os
@@ -14,29 +14,29 @@ from detectron2.utils import comm
 from torch import distributed
 
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
-from regionspot.utils.signals import Interrupted, install_handlers, restore_handlers
+from regionspot.utils.command_line import Interrupted, install_handlers, restore_handlers
 
 logger = logging.getLogger(__name__)
 
-# A launcher and a terminal may each send the signal: those that come together are one.
-_TOGETHER = 2.0  # seconds
+# Seconds within which signals count as one: a launcher and a terminal may both send it.
+_TOGETHER = 2.0
 
 
 class StopOnSignal(HookBase):
     """Ends training after the step in which a signal came, in all processes at once; a second signal ends it at once.
 
-    The run that goes on ends with the same weights, to the bit. A signal that comes in an evaluation ends that at
-    once, as it may take hours; the run that goes on begins with it.
+    The resumed run ends with the same weights, bit for bit. A signal ends an evaluation at once, as that may take
+    hours; the resumed run begins with it.
 
     Attributes:
-        evaluation_due: the checkpoint was written before the evaluation that belongs to its iteration.
+        evaluation_due: the checkpoint precedes the evaluation of its iteration.
     """
 
     def __init__(self, checkpointer: RegionSpotCheckpointer, device: torch.device) -> None:
         """
         Args:
             checkpointer: saves what training resumes from.
-            device: on which processes can agree.
+            device: of the tensor by which processes agree.
         """
         self.checkpointer, self.device = checkpointer, device
         self.evaluation_due = False
@@ -57,7 +57,7 @@ class StopOnSignal(HookBase):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Stop where a signal has come, and inside the block as soon as one comes."""
+        """Stop if a signal came before, and inside the block as soon as one comes."""
         self.evaluation_due = True
         if self._agree():
             self._stop()
@@ -80,7 +80,7 @@ class StopOnSignal(HookBase):
         now = time.monotonic()
         if self._received is None:
             self._received = number, now
-            # not by the logger, which the signal may have interrupted
+            # not through the logger, which the signal may have interrupted
             os.write(2, f"{signal.Signals(number).name}: stopping; a second signal stops without saving\n".encode())
             if self._raises:
                 raise Interrupted
@@ -99,10 +99,10 @@ class StopOnSignal(HookBase):
     def _stop(self) -> None:
         restore_handlers(self._previous)
         iteration, end = self.trainer.iter, self.trainer.max_iter
-        name = "model_final"  # which is there when the last evaluation begins
+        name = "model_final"  # saved before the last evaluation
         if iteration + 1 < end:
             name = f"model_{iteration:07d}"
             self.checkpointer.save(name, iteration=iteration)
         text = f"stopped after iteration {min(iteration + 1, end)} of {end}: {name}.pth is kept"
-        logger.info("%s; the same command with --resume goes on", text)
+        logger.info("%s; the same command with --resume continues", text)
         raise Interrupted(text, self._received[0] if self._received else signal.SIGTERM)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from regionspot.data.build import training_stream
+from regionspot.data.training_set import TrainingSet
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,11 @@ class TrainLoop(SimpleTrainer):
         self.skipped = self.skipped_in_row = 0  # steps, whose gradients had overflowed in float16
 
     def resume_from(self, iteration: int) -> None:
-        """Draw the data from where they are when ``iteration`` begins; to be called before the first step."""
+        """Start the data where ``iteration`` finds them; to be called before the first step."""
+        if not isinstance(getattr(self.data_loader, "dataset", None), TrainingSet):
+            if iteration:
+                logger.warning("the data start over: this loader cannot be resumed where it was")
+            return
         stream, sampler = training_stream(self.data_loader), self.data_loader.batch_sampler
         stream.seed = self.data_loader.dataset.seed = self.seed
         stream.start = iteration * self.accumulate * sampler.batch_size
@@ -162,17 +166,16 @@ def seed_step(seed: int, iteration: int) -> None:
     random.seed(int(state[2]))
 
 
-def autocast_precision(cfg: CfgNode) -> torch.dtype | None:
-    """Return the precision that ``SOLVER.AMP`` asks for, None for float32.
+def autocast_precision(is_enabled: bool, name: str, device: str) -> torch.dtype | None:
+    """Return the precision that ``SOLVER.AMP`` (``ENABLED``, ``DTYPE``) asks for, None for float32.
 
     Raises:
         ValueError: one that does not exist, or float16 without CUDA.
     """
-    name = cfg.SOLVER.AMP.DTYPE
     if name not in PRECISIONS:
         raise ValueError(f"SOLVER.AMP.DTYPE: expected {' or '.join(PRECISIONS)}, got {name!r}")
-    if not cfg.SOLVER.AMP.ENABLED:
+    if not is_enabled:
         return None
-    if name == "fp16" and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+    if name == "fp16" and torch.device(device).type != "cuda":
         raise ValueError("SOLVER.AMP.DTYPE fp16 needs CUDA; on a CPU set bf16, or SOLVER.AMP.ENABLED False")
     return PRECISIONS[name]

@@ -1,125 +1,198 @@
-"""Detectron2's trainer for RegionSpot."""
+"""The trainer that RegionSpot and the detectors that embed it share."""
 
 import contextlib
 import logging
-import os
 import weakref
-from collections import OrderedDict
+from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine import HookBase, create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch import nn
 
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
-from regionspot.checkpoint.loading import find_recognizer
-from regionspot.data.build import (
-    build_test_loader,
-    build_train_loader,
-    check_registered,
-    dataset_vocabulary,
-    proposal_source,
-)
-from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
-from regionspot.data.image_check import check_images
-from regionspot.engine.evaluate import choose_metric, evaluate_dataset
-from regionspot.engine.extract import describe_clip, describe_sam
-from regionspot.engine.hooks import (
-    AverageState,
-    BestCheckpointer,
-    FirstSteps,
-    Throughput,
-    UnreadableImages,
-    WeightAverage,
-)
-from regionspot.engine.optimizer import build_optimizer, fit_schedule, warn_of_jump
-from regionspot.engine.run_setup import log_size
+from regionspot.engine.hooks import BestCheckpointer, FirstSteps, Throughput, UnreadableImages, WeightAverage
+from regionspot.engine.optimizer import warn_of_jump
 from regionspot.engine.stop import StopOnSignal
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
-from regionspot.modeling import RegionSpot
-from regionspot.utils.files import directory_name
+from regionspot.modeling import RegionRecognizer
 from regionspot.utils.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
 
-class RegionSpotTrainer(DefaultTrainer):
-    """``DefaultTrainer`` with RegionSpot's loaders, optimizer, checkpoints and vocabularies, on GPUs or CPUs."""
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The settings of a run, beside its model, data, optimizer and schedule.
 
-    def __init__(self, cfg: CfgNode) -> None:
-        """Build everything that ``cfg`` names; weights are loaded by ``resume_or_load``."""
-        TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-        check_architecture(cfg)
-        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # before what is wrong with the test sets
-        check_tests(cfg)
-        precision = autocast_precision(cfg)
-        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        data_loader = build_train_loader(cfg, seed)
-        self.vocabularies = {name: dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN}
-        model = self.build_model(cfg)
-        self.recognizer = find_recognizer(model)
-        optimizer = self.build_optimizer(cfg, model)
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None)
-        self._trainer = TrainLoop(model, data_loader, optimizer, seed, cfg.SOLVER.ACCUMULATE, precision)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.average: WeightAverage | None = None
+    Attributes:
+        output_dir: for checkpoints and logs; one run at a time.
+        max_iter: iterations of the whole training.
+        seed: of data and dropout, the same in all processes.
+        weights: checkpoint to start from, "" for none.
+        accumulate: batches of the loader per step.
+        precision: of autocast, None for float32.
+        average_decay: share of the moving average that a step keeps, None for no average.
+        checkpoint_period: iterations between checkpoints.
+        checkpoints_kept: the last ones that stay beside ``model_final`` and ``model_best``; 0 for all.
+        eval_period: iterations between evaluations; 0 evaluates at the end.
+        best_metric: by which ``model_best`` is chosen, "" for none.
+        log_period: iterations between lines of the log.
+    """
+
+    output_dir: str
+    max_iter: int
+    seed: int
+    weights: str = ""
+    accumulate: int = 1
+    precision: torch.dtype | None = None
+    average_decay: float | None = None
+    checkpoint_period: int = 5000
+    checkpoints_kept: int = 0
+    eval_period: int = 0
+    best_metric: str = ""
+    log_period: int = 20
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "TrainingPlan":
+        return cls(
+            output_dir=cfg.OUTPUT_DIR,
+            max_iter=cfg.SOLVER.MAX_ITER,
+            seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+            weights=cfg.MODEL.WEIGHTS,
+            accumulate=cfg.SOLVER.ACCUMULATE,
+            precision=autocast_precision(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE),
+            average_decay=cfg.SOLVER.EMA.DECAY if cfg.SOLVER.EMA.ENABLED else None,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            checkpoints_kept=cfg.SOLVER.CHECKPOINTS_KEPT,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            best_metric=best_metric(cfg) if cfg.DATASETS.TEST else "",
+        )
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """Return ``TEST.BEST_METRIC`` as the log names it: by default the first test set's, where there are several."""
+    names, metric = cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC
+    if not metric or len(names) < 2 or metric.startswith((*(f"{name}/" for name in names), "odinw_average/")):
+        return metric
+    return f"{names[0]}/{metric}"
+
+
+class Trainer(TrainerBase):
+    """Trains a model on GPUs or CPUs, in one process or several, and resumes exactly where it was stopped.
+
+    Subclasses build the parts, hand them to ``__init__``, and say how to save (``build_checkpointer``) and how to
+    evaluate (``evaluate``). What random numbers a step draws follows from the seed and the iteration alone.
+
+    Attributes:
+        loop: makes the steps.
+        average: of the attention module's weights, None without ``TrainingPlan.average_decay``.
+        checkpointer: as ``build_checkpointer`` made it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        plan: TrainingPlan,
+        **ddp_options: Any,
+    ) -> None:
+        """
+        Args:
+            model: gives a dict of losses for a batch in training mode.
+            data_loader: batches without end; one over a ``TrainingStream`` can be resumed exactly.
+            optimizer: over the parameters that learn.
+            scheduler: of the learning rate, PyTorch's or fvcore's ``ParamScheduler``.
+            plan: the settings.
+            ddp_options: of ``DistributedDataParallel``.
+        """
+        super().__init__()
+        device = next(model.parameters()).device
+        device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
+        options = {"broadcast_buffers": False, "device_ids": device_ids, **ddp_options}
+        self.model, self.plan = create_ddp_model(model, **options), plan
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.loop = TrainLoop(self.model, data_loader, optimizer, plan.seed, plan.accumulate, plan.precision)
+        self.start_iter, self.max_iter = 0, plan.max_iter
         checkpointables: dict[str, Any] = {"trainer": weakref.proxy(self)}
-        if cfg.SOLVER.EMA.ENABLED:
-            self.average = WeightAverage(self.recognizer.knowledge_integration, cfg.SOLVER.EMA.DECAY)
-            checkpointables["ema"] = AverageState(self.average)
-        self.checkpointer = RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR, **checkpointables)
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
-        self.stop = StopOnSignal(self.checkpointer, torch.device(cfg.MODEL.DEVICE))
+        self.average: WeightAverage | None = None
+        if plan.average_decay is not None:
+            checkpointables["ema"] = self.average = WeightAverage(_only_learning_module(model), plan.average_decay)
+        self.checkpointer = self.build_checkpointer(model, **checkpointables)
+        self.stop = StopOnSignal(self.checkpointer, device)
         self.register_hooks(self.build_hooks())
 
-    def train(self) -> Any:
-        """Train, and evaluate as the config says.
+    @abstractmethod
+    def build_checkpointer(self, model: nn.Module, **checkpointables: Any) -> DetectionCheckpointer:
+        """Return what saves and loads ``model`` in ``plan.output_dir``."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """Return the metrics of the model as it is now."""
+
+    def build_hooks(self) -> list[HookBase]:
+        """Return the hooks; evaluation precedes the checkpoint, so that the best metric so far is saved with it."""
+        plan, checkpointer = self.plan, self.checkpointer
+        result: list[HookBase] = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(self.optimizer, self.scheduler),
+            UnreadableImages(self.loop.unreadable, Path(plan.output_dir) / "unreadable_images.txt"),
+            hooks.EvalHook(plan.eval_period, self._evaluate),
+        ]
+        if comm.is_main_process():
+            if plan.eval_period > 0 and plan.best_metric:
+                result.append(BestCheckpointer(plan.eval_period, checkpointer, plan.best_metric))
+            kept = plan.checkpoints_kept if plan.checkpoints_kept > 0 else None
+            result += [
+                hooks.PeriodicCheckpointer(checkpointer, plan.checkpoint_period, max_to_keep=kept),
+                Throughput(plan.log_period),
+                FirstSteps(self.loop.device),
+                hooks.PeriodicWriter(default_writers(plan.output_dir, self.max_iter), plan.log_period),
+            ]
+        return [*result, self.stop]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint in the output directory, if ``resume`` and there is one, else ``plan.weights``."""
+        self.checkpointer.resume_or_load(self.plan.weights, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
+
+    def train(self) -> dict[str, Any]:  # type: ignore[override]
+        """Train, and return the metrics of the last evaluation.
 
         Raises:
-            ValueError: another run is at work in ``OUTPUT_DIR``, or a token store is of other models.
+            ValueError: another run is at work in the output directory.
+            Interrupted: a signal stopped the training, after a checkpoint.
         """
-        with run_lock(self.cfg.OUTPUT_DIR):
-            if comm.is_main_process():  # what a run that was killed while it wrote has left
-                for leftover in Path(self.cfg.OUTPUT_DIR).glob(".*.pth.*.tmp"):
+        self.last_results: dict[str, Any] = {}
+        with run_lock(self.plan.output_dir):
+            if comm.is_main_process():  # left by a run that was killed while it wrote
+                for leftover in Path(self.plan.output_dir).glob(".*.pth.*.tmp"):
                     leftover.unlink()
-            return self._train()
+            self.loop.resume_from(self.start_iter)
+            if 0 < self.start_iter < self.max_iter and isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
+                warn_of_jump(self.optimizer, self.scheduler, self.start_iter)
+            super().train(self.start_iter, self.max_iter)
+        return self.last_results
 
-    def _train(self) -> Any:
-        self._check_token_stores()
-        for name, names in self.vocabularies.items():
-            self.recognizer.set_vocabulary(names, name)
-        self._trainer.resume_from(self.start_iter)
-        if 0 < self.start_iter < self.max_iter:
-            warn_of_jump(self._trainer.optimizer, self.scheduler, self.start_iter)
-        return super().train()
-
-    def _check_token_stores(self) -> None:
-        """Refuse stores of another SAM or CLIP than the model's, now that its weights are there."""
-        stores = [mapper.token_store for mapper in self._trainer.data_loader.dataset.mappers if mapper.token_store]
-        if not stores:
-            return
-        sources = self.recognizer.weight_sources
-        expected = {"sam": describe_sam(self.recognizer, sources["sam"])}
-        if stores[0].has_feature_maps and self.cfg.MODEL.REGIONSPOT.CLIP.FEATURES != "none":  # as all of them
-            expected["clip"] = describe_clip(self.recognizer, sources["clip_model"])
-        for store in stores:
-            store.check_origin(expected)
+    def run_step(self) -> None:
+        self.loop.iter = self.iter
+        self.loop.run_step()
+        if self.average:
+            self.average.update()
 
     def before_train(self) -> None:
         super().before_train()
-        if self.stop.evaluation_due and self.iter < self.max_iter:  # of the iteration before
+        if self.average:
+            self.average.start()
+        if self.stop.evaluation_due and self.iter < self.max_iter:  # the previous iteration's, which was interrupted
             self.iter -= 1
             self.storage.iter = self.iter
             for hook in self._hooks:
@@ -135,105 +208,27 @@ class RegionSpotTrainer(DefaultTrainer):
             if self.iter >= self.max_iter or not isinstance(hook, (hooks.EvalHook, BestCheckpointer)):
                 hook.after_train()
 
-    def build_hooks(self) -> list[HookBase | None]:
-        """Return the hooks: evaluation comes before the checkpoint, so that one that is resumed knows the best."""
-        cfg = self.cfg
+    def _evaluate(self) -> dict[str, Any]:
+        with self.stop.evaluation(), self.average.applied() if self.average else contextlib.nullcontext():
+            self.last_results = self.evaluate()
+        return self.last_results
 
-        def evaluate() -> dict[str, Any]:
-            with self.stop.evaluation(), self.average.applied() if self.average else contextlib.nullcontext():
-                self._last_eval_results = self.test(cfg, self.model)
-            return self._last_eval_results
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "_trainer": self.loop.state_dict()}  # as Detectron2's DefaultTrainer has it
 
-        result: list[HookBase | None] = [hooks.IterationTimer(), hooks.LRScheduler(), self.average]
-        result.append(UnreadableImages(self._trainer.unreadable, Path(cfg.OUTPUT_DIR) / "unreadable_images.txt"))
-        result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))
-        if comm.is_main_process():
-            if cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC and cfg.DATASETS.TEST:
-                result.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best_metric(cfg)))
-            kept = cfg.SOLVER.CHECKPOINTS_KEPT if cfg.SOLVER.CHECKPOINTS_KEPT > 0 else None
-            result.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=kept))
-            result += [Throughput(), FirstSteps(self._trainer.device)]
-            result.append(hooks.PeriodicWriter(self.build_writers(), period=20))
-        return [*result, self.stop]
-
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = build_model(cfg)
-        log_size(model)
-        return model
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-        return super().build_lr_scheduler(fit_schedule(cfg), optimizer)
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_train_loader(cfg)
-
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        return build_test_loader(cfg, dataset_name)
-
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
-        """Evaluate on each of ``DATASETS.TEST`` against that data set's own vocabulary.
-
-        Args:
-            cfg: the config.
-            model: the model.
-            evaluators: one for each test set, in place of ours, such as Detectron2's own.
-
-        Returns:
-            Metrics; under the data sets' names where there are several, and then with "average" of the ODinW sets.
-        """
-        check_architecture(cfg)
-        check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
-        results: dict[str, Any] = OrderedDict()
-        for index, name in enumerate(cfg.DATASETS.TEST):
-            with find_recognizer(model).using_vocabulary(dataset_vocabulary(cfg, name)):
-                if evaluators:
-                    results[name] = inference_on_dataset(model, build_test_loader(cfg, name), evaluators[index])
-                    continue
-                directory = os.path.join(cfg.OUTPUT_DIR, "inference", directory_name(name))
-                results[name] = evaluate_dataset(cfg, model, name, directory)
-        if len(results) == 1:
-            return next(iter(results.values()))
-        odinw = [result for name, result in results.items() if name.startswith("odinw_") and result]
-        if odinw:  # sets without annotations do not count
-            tasks = [task for task in ("bbox", "segm") if all(task in result for result in odinw)]
-            average = {task: float(np.nanmean([result[task]["AP"] for result in odinw])) for task in tasks}
-            results["odinw_average"] = {task: {"AP": value} for task, value in average.items()}
-        return results
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.loop.load_state_dict(state_dict["_trainer"])
 
 
-def check_architecture(cfg: CfgNode) -> None:
-    """Refuse models that are not RegionSpot's own, whose regions this trainer and its evaluation know."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    if not issubclass(META_ARCH_REGISTRY.get(name), RegionSpot):
+def _only_learning_module(model: nn.Module) -> nn.Module:
+    """Return the attention module, which must be all that learns: checkpoints keep the average of nothing else."""
+    module = next((x.knowledge_integration for x in model.modules() if isinstance(x, RegionRecognizer)), None)
+    attention = set(module.parameters()) if module else set()
+    others = [name for name, x in model.named_parameters() if x.requires_grad and x not in attention]
+    if module is None or others:
         raise ValueError(
-            f"MODEL.META_ARCHITECTURE: expected RegionSpot or CropBaseline, got {name!r}; a detector with RegionSpot's "
-            "head is trained and evaluated by projects/RegionSpotRCNN/train_net.py"
+            f"SOLVER.EMA averages RegionSpot's attention module, but {', '.join(others[:2])} and others learn; set "
+            "SOLVER.EMA.ENABLED False, or freeze the host (MODEL.REGIONSPOT.HEAD.FREEZE_HOST)"
         )
-
-
-def check_tests(cfg: CfgNode) -> None:
-    """Refuse test sets, their files and vocabularies that an evaluation, hours later, would stumble over."""
-    check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
-    for name in cfg.DATASETS.TEST:
-        proposal_source(cfg, name)
-        dataset_vocabulary(cfg, name)
-        choose_metric(cfg, name)
-        records, mapper = DatasetCatalog.get(name), RegionSpotDatasetMapper(cfg, False)
-        check_images(records, np.arange(len(records)), name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
-
-
-def best_metric(cfg: CfgNode) -> str:
-    """Return the name of ``TEST.BEST_METRIC`` in the log; of several test sets the first's, if it names none."""
-    names, metric = cfg.DATASETS.TEST, cfg.TEST.BEST_METRIC
-    if len(names) < 2 or metric.startswith((*(f"{name}/" for name in names), "odinw_average/")):
-        return metric
-    return f"{names[0]}/{metric}"
+    return module

@@ -1,4 +1,4 @@
-"""How every command ends: what a user did wrong in one line, an interruption in one line, a bug with its traceback."""
+"""How every command ends: a user's mistake or an interruption in one line, a bug with its traceback."""
 
 import logging
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,27 +15,49 @@ from typing import Any, NoReturn
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from regionspot.utils.signals import Interrupted
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to stop. Its text, if any, says what was kept."""
+
+    def __init__(self, text: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(*([text] if text else []))
+        self.number = number
 
 
 class ProcessError(Exception):
-    """What a user did wrong, found in one of several processes."""
+    """A user's mistake, found in one of several processes."""
+
+
+def install_handlers(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Handle ``STOPPING`` by ``handler``; return the handlers before, {} in a thread, which cannot have any."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in STOPPING}
+
+
+def restore_handlers(previous: dict[int, Any]) -> None:
+    """Undo ``install_handlers``."""
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    previous.clear()
 
 
 def printable(text: object) -> str:
-    """Return ``text`` in one line, with its control characters, which may steer a terminal, written out."""
+    """Return ``text`` in one line, with control characters, which could steer a terminal, escaped."""
     line = " ".join(str(text).split("\n"))
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
 
 
 def user_error(error: BaseException | None) -> str | None:
-    """Return what to tell a user of an error that he can mend, None if it is a bug.
+    """Return what to tell a user about an error that is theirs to fix, None if it is a bug.
 
-    His are ``ValueError``, ``OSError``, a loss that is not a number, a ``KeyError`` that says a sentence (one from a
-    dict names a key), and too little memory.
+    Theirs are ``ValueError``, ``OSError``, a loss that is not a number, a ``KeyError`` with a sentence (one from a dict
+    has just a key), and too little memory.
     """
     words = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if words.startswith("Caught ") and "Original Traceback" in words:  # by a worker of a loader
+    if words.startswith("Caught ") and "Original Traceback" in words:  # a loader's worker wraps its errors
         words = words.strip().rpartition("\n")[2].partition(": ")[2]
     text = printable(words)
     if isinstance(error, ProcessRaisedException):
@@ -45,25 +68,25 @@ def user_error(error: BaseException | None) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"too little memory: {text or 'for what was asked'}"
     is_sentence = isinstance(error, KeyError) and " " in text
-    is_users = is_sentence or isinstance(error, (ValueError, OSError, FloatingPointError, ProcessError))
-    return (text or type(error).__name__) if is_users else None
+    is_mistake = is_sentence or isinstance(error, (ValueError, OSError, FloatingPointError, ProcessError))
+    return (text or type(error).__name__) if is_mistake else None
 
 
-def _say(error: BaseException | None) -> str | None:
+def _one_line(error: BaseException | None) -> str | None:
     return None if "REGIONSPOT_TRACEBACK" in os.environ else user_error(error)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Tell whether a record is no traceback of an error that is said in one line later; Detectron2 logs any."""
-    return not record.exc_info or _say(record.exc_info[1]) is None
+def _is_bug_or_message(record: logging.LogRecord) -> bool:
+    """Drop the tracebacks that Detectron2 logs of errors which this module reports in one line."""
+    return not record.exc_info or _one_line(record.exc_info[1]) is None
 
 
 def run_process(main: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``main`` in one of several processes; what a user did wrong reaches the first one as its one line."""
+    """Call ``main`` in one of several processes; a user's mistake reaches the first one as one line."""
     try:
         return main(*arguments)
     except Exception as error:
-        if (line := _say(error)) is None:
+        if (line := _one_line(error)) is None:
             raise
         raise ProcessError(line) from None
 
@@ -76,8 +99,8 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
     Args:
         main: the command.
         arguments: of ``main``.
-        kept: what an interruption leaves, such as "finished shards are kept", unless it says so itself.
-        options: that the command needs besides to go on, such as "--resume".
+        kept: what remains after an interruption, such as "finished shards are kept", unless that says so itself.
+        options: those the command also needs to resume, such as "--resume".
     """
     number: int = signal.SIGINT
 
@@ -87,13 +110,13 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # not where a shell has it ignored, as in the background
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # shells ignore it for background jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_news)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_bug_or_message)
     try:
         result = main(*arguments)
     except KeyboardInterrupt as interrupt:
-        for child in multiprocessing.active_children():  # which a signal to this process alone has not reached
+        for child in multiprocessing.active_children():  # a signal to this process alone has not reached them
             child.terminate()
         # before the first option, as KEY VALUE may end the line, and after `regionspot train`
         words = next((i for i, word in enumerate(sys.argv) if word.startswith("-")), len(sys.argv))
@@ -103,7 +126,7 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
         text = f"{left}; to go on" if left else "nothing was kept; to start again"
         _end(f"interrupted: {text}: {shlex.join(again)}", 128 + number)
     except Exception as error:
-        if (line := _say(error)) is None:
+        if (line := _one_line(error)) is None:
             traceback.print_exc()
             sys.exit(1)
         _end(f"error: {line}", 1)
@@ -113,7 +136,7 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
 
 
 def _end(line: str, code: int) -> NoReturn:
-    with suppress(OSError):  # a pipe that is closed
+    with suppress(OSError):  # a closed pipe
         sys.stdout.flush()
     sys.stderr.write(f"{printable(line)}\n")
     sys.exit(code)

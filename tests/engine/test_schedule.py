@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regionspot.engine import RegionSpotTrainer
+from regionspot.engine.optimizer import build_lr_scheduler
 from regionspot.engine.train_loop import seed_step
 
 from ..helpers import tiny_config
@@ -15,7 +16,7 @@ from .test_trainer import config, scenes, train  # noqa: F401
 def rates(*overrides):
     cfg = tiny_config("SOLVER.BASE_LR", 1.0, *overrides)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler, found = RegionSpotTrainer.build_lr_scheduler(cfg, optimizer), []
+    scheduler, found = build_lr_scheduler(cfg, optimizer), []
     for _ in range(cfg.SOLVER.MAX_ITER):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()

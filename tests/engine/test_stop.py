@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from regionspot.engine import RegionSpotTrainer, launch
-from regionspot.utils.signals import Interrupted
+from regionspot.utils.command_line import Interrupted
 
 from .test_trainer import EXACT, assert_same, config, saved, scenes, train  # noqa: F401
 

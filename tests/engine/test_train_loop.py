@@ -46,8 +46,8 @@ def build(cfg, precision=torch.float16):
     torch.manual_seed(0)
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=False)
-    trainer._trainer.precision = precision
-    trainer._trainer.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=precision == torch.float16)
+    trainer.loop.precision = precision
+    trainer.loop.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=precision == torch.float16)
     return trainer
 
 
@@ -59,7 +59,7 @@ def spoil_losses(trainer, iterations, value):
 
 def steps_taken(trainer):
     """Return how often the optimizer has moved the weights."""
-    return int(next(iter(trainer._trainer.optimizer.state.values()))["step"])
+    return int(next(iter(trainer.loop.optimizer.state.values()))["step"])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e36], ids=["inf", "nan", "overflow"])
@@ -69,8 +69,8 @@ def test_float16_overflow_skips_the_step(cfg, tmp_path, caplog, value):
     spoil_losses(trainer, {1}, value)
     with caplog.at_level("INFO"):
         trainer.train()
-    assert steps_taken(trainer) == 3 and trainer._trainer.skipped == 1
-    assert trainer._trainer.scaler.get_scale() == 128
+    assert steps_taken(trainer) == 3 and trainer.loop.skipped == 1
+    assert trainer.loop.scaler.get_scale() == 128
     assert "iteration 1: float16 overflowed; the step is skipped (1 in all)" in caplog.text
     assert all(p.isfinite().all() for p in trainer.recognizer.knowledge_integration.parameters())
     assert json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])["skipped_steps"] == 1
@@ -116,10 +116,10 @@ def train_process(args):
     try:
         trainer.train()
         weights = trainer.recognizer.knowledge_integration.state_dict().values()
-        ending = [trainer._trainer.skipped, steps_taken(trainer), sum(w.sum().item() for w in weights)]
+        ending = [trainer.loop.skipped, steps_taken(trainer), sum(w.sum().item() for w in weights)]
     except FloatingPointError as error:
         ending = str(error)
-    (args.directory / str(comm.get_rank())).write_text(json.dumps([ending, trainer._trainer._ids]))
+    (args.directory / str(comm.get_rank())).write_text(json.dumps([ending, trainer.loop._ids]))
 
 
 @pytest.mark.parametrize("precision", [torch.float16, None])

@@ -13,7 +13,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
-from regionspot.data import register_json_dataset
+from regionspot.data import build_test_loader, register_json_dataset
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.trainer import best_metric
@@ -105,7 +105,7 @@ def test_a_random_seed_is_kept_when_training_goes_on(scenes, tmp_path):
     overrides = ("SEED", -1, "SOLVER.CHECKPOINT_PERIOD", 5)
     first = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 5)
     second = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 10, resume=True)
-    assert first._trainer.seed == second._trainer.seed and second.start_iter == 5
+    assert first.loop.seed == second.loop.seed and second.start_iter == 5
 
 
 def test_a_checkpoint_that_is_cut_while_it_is_written_never_becomes_the_last(scenes, tmp_path, monkeypatch):
@@ -244,7 +244,7 @@ def accuracy(trainer, name):
     """Return how many regions of a data set are given their own class of its own vocabulary."""
     recognizer, right, number = trainer.recognizer, 0, 0
     with recognizer.using_vocabulary(list(MetadataCatalog.get(name).thing_classes)):
-        for batch in trainer.build_test_loader(trainer.cfg, name):
+        for batch in build_test_loader(trainer.cfg, name):
             for inputs in batch:
                 instances = inputs["instances"]
                 features = recognizer.encode_images([inputs["image"]])

@@ -1,9 +1,7 @@
 """projects/RegionSpotRCNN as a user runs it, and Detectron2's own trainer with the head."""
 
-import importlib.util
 import json
 import re
-import sys
 from itertools import chain
 
 import pytest
@@ -14,17 +12,22 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from regionspot import RegionSpotPredictor
+from regionspot.checkpoint.loading import find_recognizer
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer
+from regionspot.engine.evaluate import load_host
 from regionspot.evaluation import DetectionLVISEvaluator
 
+from ..engine.test_trainer import assert_same
 from ..evaluation.reference import lvis_on_current_numpy
 from ..helpers import (
+    NAMES,
     ROOT,
     as_inputs,
     flat,
     frozen_overrides,
+    load_program,
     tiny_config,
     tiny_model,
     write_dataset,
@@ -34,6 +37,7 @@ from ..processes import run_program
 
 PROJECT = ROOT / "projects" / "RegionSpotRCNN"
 CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
+train_net = load_program(PROJECT / "train_net.py")
 
 
 @pytest.fixture(scope="module")
@@ -158,27 +162,51 @@ def test_detectron2s_own_trainer_and_evaluator(directory):
     assert changed and all("knowledge_integration" in key for key in changed)
 
 
-def test_what_is_not_of_this_trainer_is_refused(directory):
-    sys.path.insert(0, str(PROJECT))
-    try:
-        spec = importlib.util.spec_from_file_location("rcnn_train_net", PROJECT / "train_net.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(PROJECT))
-    for more, message in (
-        (("SOLVER.ACCUMULATE", 4), "SOLVER.ACCUMULATE and SOLVER.EMA"),
-        (("SOLVER.EMA.ENABLED", True), "SOLVER.ACCUMULATE and SOLVER.EMA"),
-        (("SOLVER.AMP.ENABLED", True), "on CUDA only"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            module.Trainer(load_config(CONFIG, overrides(directory, "no", *more)))
+def test_resume_matches_uninterrupted_run(directory):
+    """With accumulation, an average and mixed precision on a CPU; images come in batches of one orientation."""
+    options = ("SOLVER.ACCUMULATE", 2, "SOLVER.EMA.ENABLED", True, "SOLVER.AMP.ENABLED", True, "SEED", 3)
+    options = (
+        *options,
+        "SOLVER.MAX_ITER",
+        3,
+        "SOLVER.CHECKPOINT_PERIOD",
+        2,
+        "DATASETS.TEST",
+        "()",
+        "MODEL.REGIONSPOT.VOCABULARY",
+        ",".join(NAMES),
+    )
+
+    def train():
+        trainer = train_net.Trainer(load_config(CONFIG, overrides(directory, "run", *options)))
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        assert trainer.start_iter == len(saved) * 2
+        return torch.load(directory / "run" / "model_final.pth", weights_only=True)
+
+    saved = []
+    saved.append(train())
+    (directory / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    saved.append(train())
+    whole, resumed = saved
+    assert whole["ema"] and whole["iteration"] == 2
+    assert_same(resumed, whole)
+    model = build_model(load_config(CONFIG, overrides(directory, "run")))
+    load_host(model, str(directory / "run" / "model_final.pth"), "")
+    average = find_recognizer(model).knowledge_integration.state_dict()
+    assert all(torch.equal(value, whole["ema"][key]) for key, value in average.items())
+
+
+def test_unsupported_configs_are_refused(directory):
+    with pytest.raises(ValueError, match="SOLVER.EMA averages RegionSpot's attention module, but backbone"):
+        more = ("SOLVER.EMA.ENABLED", True, "MODEL.REGIONSPOT.HEAD.FREEZE_HOST", False)
+        train_net.Trainer(load_config(CONFIG, overrides(directory, "no", *more)))
     with pytest.raises(ValueError, match="expected RegionSpot or CropBaseline, got 'RegionSpotRCNN'"):
         RegionSpotTrainer(load_config(CONFIG, overrides(directory, "no")))
     cfg = load_config(CONFIG, overrides(directory, "no", "MODEL.REGIONSPOT.VOCABULARY", "a, b, c"))
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     with pytest.raises(ValueError, match="3 names, but .* has 4 classes"):
-        module.Trainer.test(cfg, module.Trainer.build_model(cfg))
+        train_net.Trainer.test(cfg, build_model(cfg))
 
 
 def test_classes_that_a_data_set_has_not_are_refused(directory):

@@ -14,8 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from miniworld import __main__ as miniworld
-from regionspot.utils.command_line import printable, run_command, run_process, user_error
-from regionspot.utils.signals import Interrupted
+from regionspot.utils.command_line import Interrupted, printable, run_command, run_process, user_error
 from regionspot_cli import commands
 from regionspot_cli.__main__ import main as regionspot_main
 from tools.benchmarks import __main__ as benchmarks

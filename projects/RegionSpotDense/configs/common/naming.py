@@ -25,6 +25,11 @@ def recipe(zoo_config: str) -> tuple[DictConfig, ...]:
     zoo.train.init_checkpoint = ""  # of RegionSpot, or of a run of train_net.py; the detector's is detector_weights
     zoo.train.device = "cuda" if torch.cuda.is_available() else "cpu"
     zoo.train.seed, zoo.train.clip_gradients = 0, 1.0  # norm of the gradient over all that learns
+    zoo.train.accumulate = 1  # batches per step
+    zoo.train.amp.dtype = "bf16"  # or "fp16", on CUDA only
+    zoo.train.ema = {"enabled": False, "decay": 0.9998}  # of the attention module, when nothing else learns
+    zoo.dataloader.train._target_ = "regionspot.data.build.build_mapped_loader"  # resumes exactly
+    zoo.dataloader.train.accumulate = "${train.accumulate}"
     return optimizer, zoo.dataloader, zoo.lr_multiplier, zoo.train
 
 
