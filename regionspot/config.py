@@ -15,8 +15,8 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     """Add RegionSpot's keys, with the defaults of the paper's BB variant, to ``cfg``.
 
     Args:
-        cfg: a Detectron2 config, changed in place. All keys are under ``MODEL.REGIONSPOT`` but
-            those of training, which are beside Detectron2's of their kind.
+        cfg: a Detectron2 config, changed in place. The model's keys are in ``MODEL.REGIONSPOT``, those of data and
+            training beside Detectron2's.
     """
     cfg.MODEL.REGIONSPOT = CfgNode()
     node = cfg.MODEL.REGIONSPOT
@@ -59,16 +59,16 @@ def _add_inference_config(node: CfgNode) -> None:
     node.SCORE_RULE = "product"
     # Best classes of a region that may become detections; -1 for all.
     node.LABELS_PER_BOX = -1
-    # Detections scoring below this are dropped; TEST.DETECTIONS_PER_IMAGE bounds their number.
+    # Detections that score below this are dropped; TEST.DETECTIONS_PER_IMAGE limits their number.
     node.SCORE_THRESH_TEST = 0.0
     # Class-wise non-maximum suppression above this IoU; 1 for none.
     node.NMS_THRESH_TEST = 1.0
-    # A region whose best class is less probable than THRESHOLD (`regionspot calibrate` finds one), or that is
-    # likest one of the BACKGROUND names ("sky", "wall", ...), is "unknown" instead of something wrong.
+    # A region is "unknown" if its best class is less probable than THRESHOLD (`regionspot calibrate` finds one), or if
+    # one of the BACKGROUND names ("sky", "wall", ...) is more probable than all classes.
     node.UNKNOWN = CfgNode()
     node.UNKNOWN.THRESHOLD = 0.0
     node.UNKNOWN.BACKGROUND = ()
-    # CLIP on crops (MODEL.META_ARCHITECTURE CropBaseline): mask crops instead of box crops; crops encoded at once.
+    # CLIP on crops (MODEL.META_ARCHITECTURE CropBaseline): mask crops instead of box crops; crops per batch.
     node.CROP = CfgNode()
     node.CROP.MASKED = False
     node.CROP.BATCH_SIZE = 64
@@ -76,13 +76,13 @@ def _add_inference_config(node: CfgNode) -> None:
 
 def _add_proposal_config(node: CfgNode) -> None:
     node.PROPOSALS = CfgNode()
-    # Where boxes come from at inference: "gt" (the annotated ones), "file" (DATASETS.PROPOSAL_FILES_TEST),
-    # "sam_automatic" (SAM's own masks by a grid of points), "detector", or "auto": a file if there is one, else gt.
+    # Source of the boxes at inference: "gt" (the annotated ones), "file" (DATASETS.PROPOSAL_FILES_TEST),
+    # "sam_automatic" (SAM's masks for a grid of points), "detector", or "auto": a file if there is one, else gt.
     node.PROPOSALS.SOURCE = "auto"
-    # DATASETS.PROPOSAL_FILES_TRAIN, one file a training set, gives boxes to learn from beside the annotated ones: those
-    # of at least this IoU with an annotated box are regions of its class.
+    # DATASETS.PROPOSAL_FILES_TRAIN, one file per training set, adds boxes to the annotated ones in training: those with
+    # at least this IoU with an annotated box are regions of its class.
     node.PROPOSALS.IOU_THRESH_TRAIN = 0.5
-    # Best boxes kept of an image, of any source but gt; -1 for all.
+    # Best boxes kept per image, from any source but gt; -1 for all.
     node.PROPOSALS.TOP_K = -1
 
     # Arguments of segment_anything's SamAutomaticMaskGenerator.
@@ -92,8 +92,8 @@ def _add_proposal_config(node: CfgNode) -> None:
     node.PROPOSALS.SAM_AUTOMATIC.STABILITY_SCORE_THRESH = 0.95
     node.PROPOSALS.SAM_AUTOMATIC.BOX_NMS_THRESH = 0.7
 
-    # A config of any Detectron2 detector (a path, or a name in its model zoo), its weights ("" for those of the
-    # config), what to take of it, "boxes" or "rpn", and overrides of its config ("KEY", value, ...).
+    # Config of any Detectron2 detector (a path, or a name in the model zoo), its weights ("" for the config's), which of
+    # its outputs to take, "boxes" or "rpn", and overrides of its config ("KEY", value, ...).
     node.PROPOSALS.DETECTOR = CfgNode()
     node.PROPOSALS.DETECTOR.CONFIG_FILE = ""
     node.PROPOSALS.DETECTOR.WEIGHTS = ""
@@ -102,79 +102,78 @@ def _add_proposal_config(node: CfgNode) -> None:
 
 
 def _add_head_config(node: CfgNode) -> None:
-    # RegionSpot as the head of another detector (MODEL.ROI_HEADS.NAME RegionSpotROIHeads). As of any such head
-    # thresholds are MODEL.ROI_HEADS.{SCORE,NMS}_THRESH_TEST, masks come with MODEL.MASK_ON, and MODEL.WEIGHTS is the
-    # host's file; PROPOSALS.TOP_K bounds the boxes of an image, SAM.PROMPT_CHUNK how many are decoded at once. With
-    # VOCABULARY "" the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
+    # RegionSpot as the head of another detector, its host (MODEL.ROI_HEADS.NAME RegionSpotROIHeads). As for any head,
+    # thresholds are MODEL.ROI_HEADS.{SCORE,NMS}_THRESH_TEST, MODEL.MASK_ON adds masks, and MODEL.WEIGHTS is the host's
+    # file; PROPOSALS.TOP_K limits the boxes per image, SAM.PROMPT_CHUNK how many are decoded at once. With VOCABULARY ""
+    # the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
     node.HEAD = CfgNode()
     # The config that this one stands on, a path or a name in Detectron2's model zoo, and with it the zoo's weights (a
     # GeneralizedRCNN becomes a RegionSpotRCNN); read by ``load_config`` alone. "" where the host's config is merged in
     # by other means.
     node.HEAD.HOST_CONFIG = ""
-    # A RegionSpot checkpoint, released or one's own, read when the model is built; "" leaves the attention random.
+    # A RegionSpot checkpoint, released or your own, read when the model is built; "" leaves the attention random.
     node.HEAD.WEIGHTS = ""
     # True: nothing but the knowledge integration learns; training wants MODEL.META_ARCHITECTURE RegionSpotRCNN, which
     # freezes the rest. False: the host learns, too, by its own losses.
     node.HEAD.FREEZE_HOST = True
-    # Boxes to recognize: "proposals" as the host's RPN gives them, or "refined" by the host's own box regression.
+    # Boxes to recognize: the "proposals" of the host's RPN, or these "refined" by the host's box regression.
     node.HEAD.BOXES = "proposals"
-    # Their scores: "objectness" of the RPN, or "foreground" of the host's box head (with "refined" only).
+    # Their scores: "objectness" from the RPN, or "foreground" from the host's box head (only with "refined").
     node.HEAD.BOX_SCORE = "objectness"
-    # Of two boxes with more IoU than this only the better is recognized, whatever it shows; 1 for none.
+    # Class-agnostic non-maximum suppression of the boxes above this IoU; 1 for none.
     node.HEAD.BOX_NMS_THRESH = 1.0
-    # The host's own ROI heads, for "refined" and HOST_VOCABULARY: StandardROIHeads, CascadeROIHeads, Res5ROIHeads. With
-    # HOST_CONFIG it is what that says; "" is StandardROIHeads.
+    # The host's own ROI heads, for "refined" and HOST_VOCABULARY: StandardROIHeads, CascadeROIHeads, Res5ROIHeads.
+    # HOST_CONFIG sets it; "" is StandardROIHeads.
     node.HEAD.HOST = ""
-    # The classes that the host knows, in its order, in any form that VOCABULARY takes. Of these names detections are
-    # the host's, of all others RegionSpot's; "" takes RegionSpot's for all. Names that are spelled in another way are
-    # matched by plain normalization and LVIS's synonyms; the log says which are.
+    # The host's classes, in its order, in any format of VOCABULARY: their detections are the host's, all others are
+    # RegionSpot's; with "" all are. Names that are spelled differently are matched by normalization and LVIS's synonyms;
+    # the log lists the matches.
     node.HEAD.HOST_VOCABULARY = ""
-    # A JSON object from names of the host to the names that they are, or to null for none: of those it has nothing is
-    # matched in another way. "" for none. configs/aliases/coco_lvis.json is one.
+    # A JSON object from names of the host to the names they correspond to, or to null for none; it overrides all other
+    # matches. "" for none. configs/aliases/coco_lvis.json is an example.
     node.HEAD.HOST_ALIASES = ""
-    # Where detections of host and RegionSpot have more IoU than this only those of the better score stay; 1 keeps both,
-    # as class-wise suppression does.
+    # Where detections of host and RegionSpot have more IoU than this, only the better score stays; 1 keeps both, as
+    # class-wise suppression does.
     node.HEAD.MERGE_NMS_THRESH = 1.0
 
 
 def _add_training_config(cfg: CfgNode) -> None:
-    # Token stores of the training sets (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM
-    # in the loop.
+    # Token stores (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM in training.
     cfg.DATASETS.TOKEN_STORES_TRAIN = ()
-    # Shares of the training sets, such as (1.0, 1.0, 1.0) for equally many images of each; () goes by their sizes.
+    # Shares of the training sets, such as (1.0, 1.0, 1.0) for equally many images of each; () for their sizes.
     cfg.DATASETS.TRAIN_RATIO = ()
 
-    # True: leave out images that cannot be read. Training takes the next image in their place, evaluation counts them
-    # as images without detections; both list them at the end. False: the first one is an error.
+    # True: leave out images that cannot be read. Training replaces them by the next image, evaluation counts them as
+    # images without detections; both list them at the end. False: the first one is an error.
     cfg.DATALOADER.SKIP_UNREADABLE = False
 
     # With stored tokens only CLIP sees the image: a JPEG may then be decoded at a half, a quarter or an eighth of its
-    # size, as long as the shorter side keeps this many pixels (CLIP's input size, say). 0 decodes the whole image.
+    # size, as long as the shorter side keeps this many pixels (for example CLIP's input size). 0 decodes it fully.
     cfg.INPUT.REDUCED_JPEG = 0
-    # Images of more than 8 bits a channel (depth, thermal, 12-bit cameras) are scaled to 8: (lowest, highest) value
-    # become 0 and 255, such as (0, 65535); () takes each image's own lowest and highest.
+    # Images with more than 8 bits per channel (depth, thermal, 12-bit cameras) are scaled to 8: the (lowest, highest)
+    # value, such as (0, 65535), becomes 0 and 255; () takes each image's own.
     cfg.INPUT.DEEP_RANGE = ()
 
     # "AdamW" (the paper's) or "SGD" (Detectron2's).
     cfg.SOLVER.OPTIMIZER = "AdamW"
-    # A step's IMS_PER_BATCH images are worked off in this many parts, for less memory.
+    # The IMS_PER_BATCH images of a step are processed in this many batches, to save memory.
     cfg.SOLVER.ACCUMULATE = 1
-    # Mixed precision (SOLVER.AMP.ENABLED): "bf16", for GPUs from Ampere on and CPUs, or "fp16", for older GPUs. A step
-    # whose gradients overflow in fp16 is skipped; 100 in a row end the run.
+    # Mixed precision (SOLVER.AMP.ENABLED): "bf16" (CPUs, and GPUs since Ampere) or "fp16" (older GPUs). A step whose
+    # gradients overflow in fp16 is skipped; 100 in a row end the run.
     cfg.SOLVER.AMP.DTYPE = "bf16"
-    # The last checkpoints that are kept beside model_final and model_best; 0 keeps all.
+    # Number of last checkpoints kept beside model_final and model_best; 0 keeps all.
     cfg.SOLVER.CHECKPOINTS_KEPT = 5
-    # Exponential moving average of the trained weights; evaluation, the best checkpoint and inference use it.
+    # Exponential moving average of the attention module; evaluation, the best checkpoint and inference use it.
     cfg.SOLVER.EMA = CfgNode()
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
-    # Images of one step of evaluation and extraction; SAM.ENCODER_BATCH_SIZE bounds what SAM takes of them at once.
+    # Images per batch in evaluation and extraction; SAM.ENCODER_BATCH_SIZE limits how many SAM encodes at once.
     cfg.TEST.BATCH_SIZE = 1
-    # "fixed" evaluates LVIS by fixed AP (10,000 detections a class over the data set) in place of the standard AP; it
-    # wants many detections of an image: raise TEST.DETECTIONS_PER_IMAGE, or set it to -1.
+    # "fixed" evaluates LVIS by fixed AP (10,000 detections per class over the data set) instead of the standard AP. It
+    # needs many detections per image: raise TEST.DETECTIONS_PER_IMAGE, or set it to -1.
     cfg.TEST.PROTOCOL = ""
-    # The metric by which model_best.pth is kept while training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with
-    # several test sets, "lvis_v1_val/bbox/AP" (by default the first set's); "" keeps none.
+    # The metric that selects model_best.pth in training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with several test
+    # sets, "lvis_v1_val/bbox/AP" (by default the first set's); "" saves none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
 
 
@@ -182,13 +181,13 @@ def _add_sam_config(node: CfgNode) -> None:
     node.SAM = CfgNode()
     # "vit_b", "vit_l", "vit_h", or "custom" with the sizes below.
     node.SAM.NAME = "vit_b"
-    # A known name ("vit_b", "vit_l", "vit_h": fetched once), a path, a URL, or "" for random weights.
+    # A known name ("vit_b", "vit_l", "vit_h": downloaded once), a path, a URL, or "" for random weights.
     node.SAM.WEIGHTS = "vit_b"
-    # Prompts decoded at once; bounds the memory (about 30 MB per prompt at full size).
+    # Prompts decoded at once; limits the memory (about 30 MB per prompt at full size).
     node.SAM.PROMPT_CHUNK = 64
-    # Images encoded at once; bounds the memory (2.4 GB per image at full size in float32), whatever the batch.
+    # Images encoded at once; limits the memory (2.4 GB per image at full size in float32) for any batch size.
     node.SAM.ENCODER_BATCH_SIZE = 1
-    # True: decode SAM's several masks and take token and mask of the one with the best predicted IoU.
+    # True: decode SAM's multiple masks, and take token and mask of the one with the best predicted IoU.
     node.SAM.MULTIMASK = False
 
     node.SAM.CUSTOM = CfgNode()
@@ -210,14 +209,14 @@ def _add_clip_config(node: CfgNode) -> None:
     node.CLIP = CfgNode()
     # "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", or "custom" with the sizes below.
     node.CLIP.NAME = "ViT-B/16"
-    # A known name (as above: fetched once), a path, a URL, or "" for random weights.
+    # A known name (as above: downloaded once), a path, a URL, or "" for random weights.
     node.CLIP.WEIGHTS = "ViT-B/16"
     # What the regions attend to: "none", "feature_map" or "feature_map+class_token".
     node.CLIP.FEATURES = "feature_map+class_token"
     # Prompt templates around a class name: "all" (81, averaged), "one" ("a photo of a {}.") or "none" (the bare name).
     node.CLIP.TEMPLATES = "all"
-    # "dataset": names as they are, but for "-other", "-merged", "-stuff" (the published numbers depend on it).
-    # "readable": underscores become spaces and brackets are dropped, too.
+    # "dataset": names as they are, without "-other", "-merged", "-stuff" (the published numbers depend on it).
+    # "readable": also without underscores and brackets.
     node.CLIP.NAME_STYLE = "dataset"
     # Prompts encoded at once.
     node.CLIP.TEXT_BATCH_SIZE = 256
@@ -225,7 +224,7 @@ def _add_clip_config(node: CfgNode) -> None:
     node.CLIP.CUSTOM = CfgNode()
     node.CLIP.CUSTOM.IMAGE_SIZE = 224
     node.CLIP.CUSTOM.PATCH_SIZE = 16
-    # CLIP gives every 64 channels a head, so both widths are multiples of 64.
+    # CLIP has one head per 64 channels, so both widths are multiples of 64.
     node.CLIP.CUSTOM.WIDTH = 768
     node.CLIP.CUSTOM.LAYERS = 12
     node.CLIP.CUSTOM.TEXT_WIDTH = 512
@@ -235,9 +234,9 @@ def _add_clip_config(node: CfgNode) -> None:
 
 
 def load_config(config_file: str | Path, overrides: list[str] | None = None) -> CfgNode:
-    """Return Detectron2's defaults with RegionSpot's keys, a YAML file and then ``KEY VALUE`` overrides merged in.
+    """Return Detectron2's defaults with RegionSpot's keys, merged with a YAML file and then ``KEY VALUE`` overrides.
 
-    On a machine without CUDA ``MODEL.DEVICE`` becomes "cpu" unless the overrides say otherwise.
+    Without CUDA ``MODEL.DEVICE`` becomes "cpu", unless the overrides say otherwise.
 
     Raises:
         FileNotFoundError: no such YAML file.
@@ -250,7 +249,7 @@ def load_config(config_file: str | Path, overrides: list[str] | None = None) -> 
             if cfg.MODEL.META_ARCHITECTURE == "RegionSpot":
                 raise ValueError(
                     f"{HOST_CONFIG} {host} is under a config of RegionSpot alone, which replaces the host; for another "
-                    "variant than BB put one of configs/variants into it"
+                    "variant than BB merge one of configs/variants into it"
                 )
     except (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"config {str(config_file)!r} with overrides {overrides or []}: {reason_of(error)}") from error
@@ -282,7 +281,7 @@ def _defaults() -> CfgNode:
 
 
 def _host_defaults(host: str) -> CfgNode:
-    """Return the defaults with a detector's config over them, for a config to stand on."""
+    """Return the defaults merged with a detector's config."""
     cfg = _defaults()
     path, weights = find_host_config(host, HOST_CONFIG)
     merge_yaml(cfg, path)
@@ -294,14 +293,14 @@ def _host_defaults(host: str) -> CfgNode:
 
 
 def find_host_config(name: str, key: str) -> tuple[str, str]:
-    """Return path and weights of a detector's config: a file, whose weights it names, or one of the model zoo.
+    """Return path and weights of a detector's config; the weights are "" for a file, which names its own.
 
     Args:
-        name: a path, or a name such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
-        key: of the config, which has the name, for messages.
+        name: a path, or a name in the model zoo such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+        key: the config key with this name, for messages.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: there is neither.
     """
     if Path(name).is_file():
         return name, ""

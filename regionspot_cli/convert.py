@@ -5,7 +5,6 @@ from argparse import Namespace
 from typing import NoReturn
 
 from regionspot.checkpoint.checkpointer import load_model
-from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.proposals import ProposalFile, select_proposals, write_proposals
@@ -38,7 +37,7 @@ def import_tokens(args: Namespace) -> str:
     origin = describe_store(recognizer, recognizer.weight_sources, args.dataset, extraction)
     origin["imported_from"] = str(args.tokens)
     dim = recognizer.localizer.token_dim
-    counts = convert_tokens(load_checkpoint_file, args.tokens, args.dataset, stage, dim, args.output, origin)
+    counts = convert_tokens(args.tokens, args.dataset, stage, dim, args.output, origin)
     return f"{args.output}: images " + ", ".join(f"{outcome} {count}" for outcome, count in counts.items())
 
 

@@ -23,7 +23,7 @@ class UnreadableImageError(ValueError):
 
 
 class RegionSpotDatasetMapper:
-    """Detectron2's mapper for regions: it keeps the annotated boxes at test time, too, where they are the proposals."""
+    """Detectron2's mapper for regions. It keeps the annotated boxes at test time, too, as the default proposals."""
 
     @configurable
     def __init__(
@@ -43,22 +43,23 @@ class RegionSpotDatasetMapper:
         Args:
             augmentations: applied to image and boxes alike.
             image_format: "RGB" or "BGR".
-            token_store: stored features of the annotated boxes; images are then flipped from left to right only, and
-                only if the store covers that.
+            token_store: stored features of the annotated boxes; augmentation is then the horizontal flip at most, and
+                only if the store has it.
             proposal_file: boxes to recognize in place of the annotated ones; in training, boxes to learn from beside
                 them.
             vocabulary: key of the vocabulary that the regions are scored against, "" for the one in use.
-            reduced_size: let a JPEG be decoded at a smaller size whose shorter side is at least this; 0 does not. For
-                stored tokens only: SAM needs the whole image.
+            reduced_size: decode a JPEG at a smaller size, with at least this many pixels on the shorter side; 0 decodes
+                the whole. For stored tokens only: SAM needs the whole image.
             match_iou: in training, a proposal of at least this IoU with an annotated box is a region of its class.
-            deep_range: values that become 0 and 255 in an image of more than 8 bits a channel, see ``decode_image``.
-            blank_unreadable: of an image that cannot be read give a black one without boxes, and ``unreadable``, why.
+            deep_range: values that become 0 and 255 in images with more than 8 bits per channel, see ``decode_image``.
+            blank_unreadable: replace an image that cannot be read by a black one without boxes, and add ``unreadable``,
+                the reason.
 
         Raises:
             ValueError: augmentations, or proposals, that the stored tokens do not cover.
         """
         if token_store is not None and proposal_file is not None:
-            raise ValueError("stored tokens are of annotated boxes: leave out them, or PROPOSAL_FILES_TRAIN")
+            raise ValueError("stored tokens are of annotated boxes: leave out either them or PROPOSAL_FILES_TRAIN")
         if token_store is not None:
             _check_coverage(augmentations, token_store)
         elif reduced_size:
@@ -86,7 +87,7 @@ class RegionSpotDatasetMapper:
         if is_train and cfg.INPUT.CROP.ENABLED:
             augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
         return {
-            # a shortest edge of 0 leaves the image as it is, and is no augmentation
+            # a shortest edge of 0 does not resize: stored tokens allow it
             "augmentations": [a for a in augmentations if not _is_identity(a)],
             "image_format": cfg.INPUT.FORMAT,
             "token_store": token_store,
@@ -99,16 +100,16 @@ class RegionSpotDatasetMapper:
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Read the image and bring its boxes into the image's frame.
+        """Read an image, augment it, and map its boxes to the augmented image.
 
         Args:
             record: Detectron2's standard record.
 
         Returns:
-            The record with ``image`` ((3, H, W) uint8) and ``instances`` (``gt_boxes``, XYXY in the pixels of
-            ``image``, and ``gt_classes``), and without ``annotations``. Crowds and boxes without area are left out.
-            With a proposal file also ``proposals``; with a token store ``tokens`` and, where the store has feature
-            maps, ``feature_map`` in place of ``image``; with a key also ``vocabulary``.
+            The record without ``annotations`` and with ``image`` ((3, H, W) uint8) and ``instances`` (``gt_boxes``,
+            XYXY in the pixels of ``image``, and ``gt_classes``); crowds and boxes without area are left out. A
+            proposal file adds ``proposals``, a token store adds ``tokens`` and, if it has feature maps, ``feature_map``
+            in place of ``image``; a vocabulary's key is added as ``vocabulary``.
 
         Raises:
             UnreadableImageError: the image is missing, damaged, or of another size than the record says.
@@ -121,50 +122,66 @@ class RegionSpotDatasetMapper:
             return self._blank(record, str(error))
 
     def _map(self, record: dict[str, Any]) -> dict[str, Any]:
+        # 1. The annotated boxes, (n, 4) XYXY in the original image.
         boxes, classes = read_annotations(record)
         record.pop("annotations", None)
-        with_image = self.token_store is None or not self.token_store.has_feature_maps
-        inputs = T.AugInput(self.read_image(record) if with_image else _placeholder(record))
+
+        # 2. The image. Stored feature maps replace it; augmentations are then drawn for its size alone.
+        needs_image = self.token_store is None or not self.token_store.has_feature_maps
+        inputs = T.AugInput(self.read_image(record) if needs_image else _placeholder(record))
         transforms = self.augmentations(inputs)
-        size = inputs.image.shape[:2]
-        if with_image:
+        size = inputs.image.shape[:2]  # of the model's input
+        if needs_image:
             record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+
+        # 3. Stored features, found by the boxes that they were extracted for: clipped, not yet augmented.
+        tokens = {}
         if self.token_store is not None:
-            flips = sum(isinstance(t, T.HFlipTransform) for t in transforms.transforms)
-            kept = _to_instances(boxes, classes, (record["height"], record["width"]))
-            record.update(self.token_store.get(record["image_id"], kept.gt_boxes.tensor, bool(flips % 2)))
-            boxes, classes = kept.gt_boxes.tensor.numpy().astype(float), kept.gt_classes.numpy()
-            if with_image:  # which may have been decoded at a smaller size
+            regions = _to_instances(boxes, classes, (record["height"], record["width"]))
+            boxes, classes = regions.gt_boxes.tensor.numpy().astype(float), regions.gt_classes.numpy()
+            flips = sum(isinstance(transform, T.HFlipTransform) for transform in transforms.transforms)
+            record.update(self.token_store.get(record["image_id"], regions.gt_boxes.tensor, flips % 2 == 1))
+            tokens = {"tokens": record["tokens"]}
+            if needs_image:  # a JPEG may have been decoded at a smaller size
                 boxes *= np.tile([size[1] / record["width"], size[0] / record["height"]], 2)
-        # a box that is less than a rounding error wide may have no area when it is flipped: then its token goes, too
-        tokens = {"tokens": record["tokens"]} if self.token_store is not None else {}
-        record["instances"] = _to_instances(transforms.apply_box(boxes), classes, size, **tokens)
+
+        # 4. Boxes in the model's input. One thinner than a rounding error may lose its area when it is flipped: its
+        #    token goes with it.
+        instances = _to_instances(transforms.apply_box(boxes), classes, size, **tokens)
         if tokens:
-            record["tokens"] = record["instances"].tokens
-            record["instances"].remove("tokens")
+            record["tokens"] = instances.tokens
+            instances.remove("tokens")
+        record["instances"] = instances
+
+        # 5. Proposals: boxes to recognize at test time, more boxes to learn from in training.
         if self.proposal_file is not None:
-            proposals = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))
-            proposals._image_size = tuple(size)
-            proposals.proposal_boxes = Boxes(transforms.apply_box(proposals.proposal_boxes.tensor.numpy()))
-            proposals = proposals[proposals.proposal_boxes.nonempty()]
+            proposals = self._read_proposals(record, transforms, size)
             if self.match_iou:
-                record["instances"] = _add_matched(record["instances"], proposals.proposal_boxes, self.match_iou)
+                record["instances"] = _add_matched(instances, proposals.proposal_boxes, self.match_iou)
             else:
                 record["proposals"] = proposals
+
+        # 6. The names that the classes belong to, where data sets with different ones are mixed.
         if self.vocabulary:
             record["vocabulary"] = self.vocabulary
         return record
 
+    def _read_proposals(self, record: dict[str, Any], transforms: T.TransformList, size: tuple[int, int]) -> Instances:
+        original = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))  # type: ignore[union-attr]
+        boxes = Boxes(transforms.apply_box(original.proposal_boxes.tensor.numpy()))
+        proposals = Instances(tuple(size), **{**original.get_fields(), "proposal_boxes": boxes})
+        return proposals[boxes.nonempty()]
+
     def _blank(self, record: dict[str, Any], reason: str) -> dict[str, Any]:
-        record = {key: value for key, value in record.items() if key != "annotations"}
-        size, none = _BLANK_SIZE, torch.zeros(0)
-        record.update(image=torch.zeros(3, *size, dtype=torch.uint8), unreadable=reason)
-        record["instances"] = Instances(size, gt_boxes=Boxes(none.reshape(0, 4)), gt_classes=none.long())
+        no_boxes, none = Boxes(torch.zeros(0, 4)), torch.zeros(0)
+        blank = {key: value for key, value in record.items() if key != "annotations"}
+        blank.update(image=torch.zeros(3, *_BLANK_SIZE, dtype=torch.uint8), unreadable=reason)
+        blank["instances"] = Instances(_BLANK_SIZE, gt_boxes=no_boxes, gt_classes=none.long())
         if self.proposal_file is not None:
-            record["proposals"] = Instances(size, proposal_boxes=Boxes(none.reshape(0, 4)), objectness_logits=none)
+            blank["proposals"] = Instances(_BLANK_SIZE, proposal_boxes=no_boxes, objectness_logits=none)
         if self.vocabulary:
-            record["vocabulary"] = self.vocabulary
-        return record
+            blank["vocabulary"] = self.vocabulary
+        return blank
 
     def read_image(self, record: dict[str, Any]) -> np.ndarray:
         """Return the (H, W, 3) uint8 image of a record; ``UnreadableImageError`` if it cannot be read."""
@@ -195,20 +212,20 @@ def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> N
 
 
 def _placeholder(record: dict[str, Any]) -> np.ndarray:
-    """Return an image of the right size that takes no memory, for augmentations to be drawn by."""
+    """Return an image of the right size that takes no memory, for augmentations to draw from."""
     return np.broadcast_to(np.uint8(0), (record["height"], record["width"], 3))
 
 
 def annotated_regions(record: dict[str, Any]) -> Instances:
-    """Return the regions of a record that are learned from: ``gt_boxes`` in the picture's frame, ``gt_classes``."""
+    """Return the regions of a record to learn from: ``gt_boxes`` (original pixels) and ``gt_classes``."""
     return _to_instances(*read_annotations(record), (record["height"], record["width"]))
 
 
 def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes (n, 4) float64 XYXY and classes (n,) of a record, crowds left out."""
+    """Return boxes (n, 4) float64 XYXY and classes (n,) of a record, without crowds."""
     kept = [annotation for annotation in record.get("annotations", []) if not annotation.get("iscrowd", 0)]
     classes = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
-    # float32 first, as Detectron2 and JsonDataset have it: the same file gives the same bits, whoever reads it
+    # float32 first, as in Detectron2 and JsonDataset: the same file gives the same bits, whoever reads it
     boxes = np.array([annotation["bbox"] for annotation in kept], dtype=np.float32).astype(float).reshape(-1, 4)
     modes = np.array([annotation["bbox_mode"] for annotation in kept])
     for mode in set(modes.tolist()):
@@ -217,14 +234,14 @@ def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int], **fields: torch.Tensor) -> Instances:
-    """Return boxes, cut to an image of (height, width), with classes and fields; those without area are left out."""
+    """Return boxes, clipped to an image of (height, width), with classes and fields, without those of no area."""
     instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes), **fields)
     instances.gt_boxes.clip(size)
     return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
 
 
 def _add_matched(instances: Instances, proposals: Boxes, match_iou: float) -> Instances:
-    """Return annotated regions and, behind them, the proposals that match one, with its class."""
+    """Return annotated regions followed by the proposals that match one, with its class."""
     if not len(instances) or not len(proposals):
         return instances
     best, index = pairwise_iou(instances.gt_boxes, proposals).max(dim=0)
@@ -234,6 +251,6 @@ def _add_matched(instances: Instances, proposals: Boxes, match_iou: float) -> In
 
 def has_area(boxes: np.ndarray, size: tuple[int, int]) -> list[bool]:
     """Tell which (n, 4) XYXY boxes have area inside an image of (height, width)."""
-    cut = Boxes(torch.as_tensor(boxes))
-    cut.clip(size)
-    return cut.nonempty(threshold=1e-5).tolist()
+    clipped = Boxes(torch.as_tensor(boxes))
+    clipped.clip(size)
+    return clipped.nonempty(threshold=1e-5).tolist()

@@ -1,4 +1,4 @@
-"""Whether the images of a data set are there: every path, and a few files, before hours of work begin."""
+"""Whether the images of a data set are there, checked before hours of work begin."""
 
 import logging
 import os
@@ -31,15 +31,15 @@ def check_images(
     skip_unreadable: bool = False,
     remedy: str = SKIP_KEY,
 ) -> None:
-    """Look for all images and read a sample.
+    """Look up all images and decode a sample.
 
     Args:
         records: of a data set.
-        rows: (n,) which of them are to be used.
+        rows: (n,) those that will be used.
         name: of the data set.
-        mapper: reads the sample; None reads none.
-        skip_unreadable: warn instead, unless nothing is left.
-        remedy: how to go on without such images, for messages.
+        mapper: decodes the sample; None decodes none.
+        skip_unreadable: warn instead of raising, unless nothing is left.
+        remedy: how to continue without such images, for messages.
 
     Raises:
         FileNotFoundError: images are missing.
@@ -47,66 +47,67 @@ def check_images(
     """
     paths = [path_of_image(records, row) for row in rows.tolist()]
     missing = find_missing(paths)
-    has_sample = mapper is not None and len(missing) < len(paths)
-    sample = _spread(len(paths), _SAMPLE).tolist() if has_sample else []
-    absent, reasons = set(missing), []
-    for index in sample:
-        if mapper is not None and paths[index] not in absent:
-            try:
-                mapper.read_image(records[int(rows[index])])
-            except UnreadableImageError as error:
-                reasons.append(str(error))
-    for bad, of, problem in ((missing, len(paths), "missing"), (reasons, len(sample), "unreadable, of a sample")):
-        if not bad:
-            continue
-        some = "; ".join(bad[:_LISTED]) + ("; ..." if len(bad) > _LISTED else "")
-        message = f"data set {name!r}: {len(bad)} of {of} images are {problem}: {some}"
-        if skip_unreadable and len(bad) < of:
+    absent, sample, reasons = set(missing), [], []
+    if mapper is not None and len(missing) < len(paths):
+        sample = _spread(len(paths), _SAMPLE).tolist()
+        for index in sample:
+            if paths[index] not in absent:
+                try:
+                    mapper.read_image(records[int(rows[index])])
+                except UnreadableImageError as error:
+                    reasons.append(str(error))
+    problems = (
+        (FileNotFoundError, "missing", missing, len(paths)),
+        (ValueError, "unreadable, of a sample", reasons, len(sample)),
+    )
+    for kind, problem, bad, total in problems:
+        if bad:
+            message = f"data set {name!r}: {len(bad)} of {total} images are {problem}: {_first(bad)}"
+            if not skip_unreadable or len(bad) == total:
+                raise kind(f"{message}. tools/check_dataset.py lists all that cannot be used; {remedy}")
             logger.warning("%s; they are left out", message)
-            continue
-        kind = FileNotFoundError if bad is missing else ValueError
-        raise kind(f"{message}. tools/check_dataset.py lists all that cannot be used; {remedy}")
 
 
 def check_unchanged(store: TokenStore, records: Any, rows: np.ndarray, ids: np.ndarray) -> None:
-    """Refuse a store whose images were edited after it was made, as far as it says what they were.
+    """Refuse a store whose images were edited after it was made, as far as it recorded them.
 
-    Of very many images a sample is looked at. Images that are gone are none of this function's business.
+    Of very many images a sample is checked. Images that are gone are left to ``check_images``.
 
     Args:
         store: of the tokens.
         records: of the data set.
-        rows: (n,) which of them are in the store.
+        rows: (n,) those that are in the store.
         ids: (I,) image ids of all records.
 
     Raises:
         ValueError: names some of the images.
     """
     rows = rows[_spread(len(rows), _COMPARED)]
-    described = store.image_files(ids[rows])
     changed: list[tuple[str, list[int]]] = []
     touched: list[tuple[str, list[int]]] = []
-    for row, was in zip(rows.tolist(), described.tolist()):
+    for row, recorded in zip(rows.tolist(), store.image_files(ids[rows]).tolist()):
         path = path_of_image(records, row)
-        if was[0] and (state := _stat(path)) is not None and [state.st_size, state.st_mtime_ns] != was[:2]:
-            (touched if state.st_size == was[0] else changed).append((path, was))
-    looked_at = [touched[i] for i in _spread(len(touched), _READ)]
-    changed += [(path, was) for path, was in looked_at if not is_same_file(path, was)]
-    if len(looked_at) < len(touched):
-        logger.info(
-            "%s: %d images are of another time; %d of them were read", store.directory, len(touched), len(looked_at)
-        )
+        if recorded[0] and (state := _stat(path)) and [state.st_size, state.st_mtime_ns] != recorded[:2]:
+            (touched if state.st_size == recorded[0] else changed).append((path, recorded))
+    read = [touched[i] for i in _spread(len(touched), _READ)]
+    changed += [(path, recorded) for path, recorded in read if not is_same_file(path, recorded)]
+    if len(read) < len(touched):
+        logger.info("%s: %d images are of another time; %d of them were read", store.directory, len(touched), len(read))
     if changed:
-        some = "; ".join(path for path, _ in changed[:_LISTED]) + ("; ..." if len(changed) > _LISTED else "")
         raise ValueError(
             f"token store {store.directory}: of {len(rows)} images that were checked {len(changed)} have changed since "
-            f"their tokens were extracted: {some}; run tools/extract_tokens.py again, which makes their shards anew"
+            f"their tokens were extracted: {_first([path for path, _ in changed])}; run tools/extract_tokens.py again, "
+            "which writes their shards again"
         )
 
 
-def _spread(number: int, most: int) -> np.ndarray:
-    """Return indices from 0 to ``number``, evenly spread if there are more than ``most``."""
-    return np.arange(number) if number <= most else np.linspace(0, number - 1, most).astype(int)
+def _first(items: list[str]) -> str:
+    return "; ".join(items[:_LISTED]) + ("; ..." if len(items) > _LISTED else "")
+
+
+def _spread(size: int, most: int) -> np.ndarray:
+    """Return the indices below ``size``, at most so many of them, evenly spread."""
+    return np.arange(size) if size <= most else np.linspace(0, size - 1, most).astype(int)
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -117,12 +118,12 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def path_of_image(records: Any, row: int) -> str:
-    """Return where a record's image lies, without making the record where its parts are in arrays."""
+    """Return the path of a record's image, without making the record if its parts are in arrays."""
     return records.file_name(row) if hasattr(records, "file_name") else records[row]["file_name"]
 
 
 def find_missing(paths: Sequence[str]) -> list[str]:
-    """Return the paths that are no files; a directory is listed once, which network disks answer far sooner."""
+    """Return the paths that are no files; a large directory is listed once, which is faster on network disks."""
     by_directory: dict[Path, list[Path]] = defaultdict(list)
     for path in map(Path, paths):
         by_directory[path.parent].append(path)

@@ -1,4 +1,4 @@
-"""The images that training draws from, and what their annotations are known by."""
+"""The images that training draws from, and the fingerprint of their annotations."""
 
 import hashlib
 import json
@@ -23,14 +23,14 @@ from regionspot.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
-_MOST_SKIPPED = 100  # images in a row; more are no accident
+_MOST_SKIPPED = 100  # unreadable images in a row; more are no accident
 
 
 class TrainingSet(Dataset):
-    """Mapped images of several data sets, one behind the other.
+    """Mapped images of several data sets, one after the other.
 
-    What is random about a sample follows from the seed and its position in the stream: it does not depend on the
-    number of workers and processes, nor on where training was resumed.
+    Seed and position in the stream determine what is random about a sample: neither the number of workers and
+    processes nor the iteration at which training was resumed matter.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TrainingSet(Dataset):
             datasets: their records.
             mappers: one for each.
             seed: of what is random about a sample.
-            skip_unreadable: take the next image for one that cannot be read; the sample has ``unreadable``, why.
+            skip_unreadable: replace an image that cannot be read by the next; ``unreadable`` of the sample says why.
         """
         self.datasets, self.mappers, self.seed, self.skip_unreadable = datasets, mappers, seed, skip_unreadable
         self.starts = np.cumsum([0] + [len(dataset) for dataset in datasets])
@@ -78,7 +78,7 @@ class TrainingSet(Dataset):
 def open_training_images(
     cfg: CfgNode, name: str, store_path: str = "", proposals: str = ""
 ) -> tuple[Any, RegionSpotDatasetMapper]:
-    """Return the images of a data set that there is something to learn from, and their mapper.
+    """Return the images of a data set that have regions to learn from, and their mapper.
 
     Args:
         cfg: the config.
@@ -87,7 +87,7 @@ def open_training_images(
         proposals: a file of boxes to learn from beside the annotated ones, "" for none.
 
     Raises:
-        ValueError: nothing to learn from, class names that are not the annotations', or a store of other annotations.
+        ValueError: no regions, class names other than the annotations', or a store of other annotations.
     """
     store = TokenStore(store_path, cfg.MODEL.REGIONSPOT.TOKEN_STAGE) if store_path else None
     file = ProposalFile(proposals) if proposals else None
@@ -96,32 +96,37 @@ def open_training_images(
         store.check_origin({"annotations": describe_annotations(name)})
         if comm.is_main_process():
             store.verify()
-    category_ids(name)  # labels are worth learning only if they are the file's
+    category_ids(name)  # raises if the labels are not the file's
     records = DatasetCatalog.get(name)
-    numbers = _region_numbers(records)
-    kept = numbers > 0
-    if store is not None and not all(key in records[0] for key in ("height", "width")):
-        raise ValueError(f"data set {name!r}: its records need height and width, for stored tokens")
+    num_regions = _count_regions(records)
+    kept = num_regions > 0
     if store is not None:
+        if not all(key in records[0] for key in ("height", "width")):
+            raise ValueError(f"data set {name!r}: its records need height and width, for stored tokens")
         without = kept & ~np.isin(image_ids(records), store.image_ids)
         if without.any():
             logger.warning("%s: %d images have no tokens in %s: left out", name, without.sum(), store_path)
         kept &= ~without
     if not kept.any():
         raise ValueError(f"data set {name!r}: no image has a box to learn from; is it the right annotation file?")
-    if store is None or not store.has_feature_maps:  # else no image is read
-        check_images(records, np.flatnonzero(kept), name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
+    rows = np.flatnonzero(kept)
+    if store is None or not store.has_feature_maps:  # otherwise no image is read
+        check_images(records, rows, name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
     if store is not None and comm.is_main_process():
-        check_unchanged(store, records, np.flatnonzero(kept), image_ids(records))
-    logger.info("%s: %d images with %d regions; %s", name, kept.sum(), numbers[kept].sum(), _left_out(records, numbers))
+        check_unchanged(store, records, rows, image_ids(records))
+    left_out = f"left out: {(num_regions == 0).sum()} images without regions"
+    if hasattr(records, "num_crowd"):
+        left_out += f", {records.num_crowd} crowd regions, {records.num_degenerate} boxes without area in the image"
+    logger.info("%s: %d images with %d regions; %s", name, kept.sum(), num_regions[kept].sum(), left_out)
     images = records if isinstance(records, Dataset) else DatasetFromList(records, copy=True)
-    return Subset(images, np.flatnonzero(kept)), mapper  # type: ignore[arg-type]
+    return Subset(images, rows), mapper  # type: ignore[arg-type]
 
 
 def image_ids(records: Any) -> np.ndarray:
-    """Return the (I,) image ids of a data set's records, without making the records where they are in arrays."""
-    ids = getattr(records, "image_ids", None)
-    return np.array([record["image_id"] for record in records]) if ids is None else ids
+    """Return the (I,) image ids of a data set's records, without making the records if they are in arrays."""
+    if hasattr(records, "image_ids"):
+        return records.image_ids
+    return np.array([record["image_id"] for record in records])
 
 
 def image_sizes(records: Any) -> np.ndarray:
@@ -131,22 +136,15 @@ def image_sizes(records: Any) -> np.ndarray:
     return np.array([(record["height"], record["width"]) for record in records]).reshape(-1, 2)
 
 
-def _left_out(records: Any, numbers: np.ndarray) -> str:
-    crowds, degenerate = getattr(records, "num_crowd", None), getattr(records, "num_degenerate", None)
-    text = f"left out: {(numbers == 0).sum()} images without regions"
-    return text if crowds is None else f"{text}, {crowds} crowd regions, {degenerate} boxes without area in the image"
-
-
-def _region_numbers(records: Any) -> np.ndarray:
-    """Return the number of regions of each image that are no crowds and, where that is known, have area."""
-    numbers = getattr(records, "num_regions", None)
-    if numbers is not None:
-        return np.asarray(numbers)
+def _count_regions(records: Any) -> np.ndarray:
+    """Return how many regions each image has that are no crowds and, where that is known, have area."""
+    if hasattr(records, "num_regions"):
+        return np.asarray(records.num_regions)
     return np.array([sum(not a.get("iscrowd", 0) for a in record.get("annotations", ())) for record in records])
 
 
 def describe_annotations(name: str) -> dict[str, str]:
-    """Return the file of a data set's annotations and its SHA-256, or that of its records if it has no file."""
+    """Return name and SHA-256 of a data set's annotation file, or of its records if it has no file."""
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file:
         return {"source": Path(json_file).name, "fingerprint": sha256_of_file(json_file)}

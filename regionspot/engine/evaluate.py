@@ -1,4 +1,4 @@
-"""Evaluation of a model on a data set, by a protocol that is stated."""
+"""Evaluation of a model on a data set, with a protocol that says what its numbers mean."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str | Path) -> dict[str, Any]:
-    """Evaluate ``model`` on a data set against the vocabulary in use; a run that was cut goes on.
+    """Evaluate ``model`` on a data set against the vocabulary in use; an interrupted evaluation is resumed.
 
     Args:
         cfg: the config.
@@ -39,7 +39,7 @@ def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str 
         output_dir: for predictions and metrics.
 
     Returns:
-        Metrics in percent, by task; {} but in the main process.
+        Metrics in percent, by task; {} in all processes but the main one.
 
     Raises:
         ValueError: another run evaluates in this directory.
@@ -118,7 +118,7 @@ def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
 
 
 def _hash_config(cfg: CfgNode) -> str:
-    """Return a hash of what the config says of model and input, wherever the model runs."""
+    """Return a hash of the config's model and input, the same on all devices."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = ""
@@ -126,14 +126,14 @@ def _hash_config(cfg: CfgNode) -> str:
 
 
 def choose_metric(cfg: CfgNode, name: str) -> str:
-    """Return how a data set is judged: by ``TEST.PROTOCOL``, or as its metadata say.
+    """Return the metric of a data set: ``TEST.PROTOCOL``, or what its metadata say.
 
     Raises:
         ValueError: another protocol, one of LVIS for a set of another kind, or metadata that name no evaluator.
     """
     metadata, asked = MetadataCatalog.get(name), cfg.TEST.PROTOCOL
     if not metadata.get("evaluator_type") and metadata.get("json_file"):
-        DatasetCatalog.get(name)  # the file says it
+        DatasetCatalog.get(name)  # reading the file sets it
     kind = metadata.get("evaluator_type") or ("" if metadata.get("json_file") else "coco")
     if asked not in ("", *METRICS):
         raise ValueError(f"TEST.PROTOCOL: expected {', '.join(METRICS)} or nothing, got {asked!r}")
@@ -143,7 +143,7 @@ def choose_metric(cfg: CfgNode, name: str) -> str:
         raise ValueError(f"TEST.PROTOCOL {asked}: data set {name!r} is no LVIS data set; leave it empty, or set coco")
     if asked == "fixed" and cfg.TEST.DETECTIONS_PER_IMAGE >= 0:
         logger.warning(
-            "TEST.PROTOCOL fixed with %d detections an image: fixed AP has no such limit; set "
+            "TEST.PROTOCOL fixed with %d detections per image: fixed AP has no such limit; set "
             "TEST.DETECTIONS_PER_IMAGE -1 (or more of them)",
             cfg.TEST.DETECTIONS_PER_IMAGE,
         )

@@ -1,4 +1,4 @@
-"""Extraction of frozen features into token stores: by any number of processes, and going on where it was stopped."""
+"""Extraction of frozen features into token stores, by any number of processes; it resumes where it was stopped."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -33,13 +33,13 @@ class Extraction:
 
     Attributes:
         stages: of SAM, whose tokens to store.
-        flip: also of the picture flipped from left to right.
-        feature_maps: also CLIP's feature maps (300 kB an image at BB's size).
-        shard_images: images of the data set a shard.
-        batch_size: images of one step; the localizer's ``encoder_batch_size`` of them are encoded at once.
-        workers: processes that read pictures.
-        skip_damaged: leave out pictures that cannot be read, with a warning, instead of an error at the end.
-        machine: this machine's number and how many there are, where they share no disk: (0, 1) does all shards.
+        flip: also of the horizontally flipped image.
+        feature_maps: also CLIP's feature maps (300 kB per image at BB's size).
+        shard_images: images of the data set per shard.
+        batch_size: images per step; the localizer's ``encoder_batch_size`` of them are encoded at once.
+        workers: processes that read images.
+        skip_damaged: leave out images that cannot be read, with a warning, instead of an error at the end.
+        machine: rank of this machine and number of machines, if they share no disk: (0, 1) does all shards.
     """
 
     stages: Sequence[str] = ("transformer",)
@@ -61,7 +61,7 @@ class Extraction:
 
 
 def describe_sam(recognizer: RegionRecognizer, source: str) -> dict[str, Any]:
-    """Return what tokens depend on: SAM's weights, where they came from, and which of its masks is taken."""
+    """Return what tokens depend on: SAM's weights, their source, and which of its masks is taken."""
     weights = fingerprint(recognizer.localizer.sam.state_dict())
     return {"source": source, "fingerprint": weights, "multimask": recognizer.localizer.multimask}
 
@@ -79,7 +79,7 @@ def describe_clip(recognizer: RegionRecognizer, source: str) -> dict[str, Any]:
 def describe_store(
     recognizer: RegionRecognizer, sources: dict[str, str], dataset_name: str, extraction: Extraction
 ) -> dict[str, Any]:
-    """Return the origin that a store's manifest begins with; ``sources`` name the files of "sam" and "clip_model"."""
+    """Return what a store's manifest begins with; ``sources`` are the files of "sam" and "clip_model"."""
     with_maps = extraction.feature_maps and recognizer.vision_language.features != "none"
     return {
         "dataset": dataset_name,
@@ -103,26 +103,26 @@ def extract_tokens(
 ) -> bool:
     """Extract features of all annotated regions of a data set; images without any are left out.
 
-    Several processes may do so into one directory at once: each takes the shards that nobody else is at. Shards that
-    are finished are kept. What a shard holds does not depend on who wrote it, nor on what was there before.
+    Several processes may extract into one directory at once: each takes shards that no other is working on. Finished
+    shards are kept. The content of a shard depends neither on who wrote it nor on what was there before.
 
     Args:
         recognizer: with its frozen weights loaded.
-        sources: names of the files that "sam" and "clip_model" came from.
+        sources: files of "sam" and "clip_model".
         dataset_name: a registered data set.
-        directory: of the store.
+        directory: the store.
         extraction: what to extract.
-        show_progress: a progress bar over all images.
+        show_progress: show a progress bar over all images.
 
     Returns:
         Whether the store is complete; if not, others are still at work on it.
 
     Raises:
-        ValueError: image ids that are no integers or not unique; or pictures that cannot be read, which is said when
-            all other shards are done.
+        ValueError: image ids that are no integers or not unique; or images that cannot be read, after all other shards
+            are done.
     """
-    records = _Mapped(DatasetCatalog.get(dataset_name), extraction.skip_damaged)
-    check_image_ids(image_ids(records.records), dataset_name)
+    records = _OriginalImages(DatasetCatalog.get(dataset_name), extraction.skip_damaged)
+    check_image_ids(records.ids, dataset_name)
     shards = [
         range(start, min(start + extraction.shard_images, len(records)))
         for start in range(0, len(records), extraction.shard_images)
@@ -133,50 +133,69 @@ def extract_tokens(
     writer.discard(_outdated_shards(writer, records, shards))
     if writer.is_complete():
         return True
-    done, failures = writer.finished_images(), {}
+    done = writer.finished_images()
     with tqdm(
         total=len(records), initial=done, desc=f"tokens of {dataset_name}", unit="image", disable=not show_progress
     ) as bar:
-        worked = True
-        while worked:  # again while a shard was open: who was at it may have been killed
-            worked = False
-            for number, rows in enumerate(shards):
-                ours = number % extraction.machine[1] == extraction.machine[0]
-                if not ours or number in failures or writer.is_finished(number):
-                    continue
-                with _claim(writer.locks / f"{number}.lock") as claimed:
-                    if claimed and not writer.is_finished(number):
-                        try:
-                            content, left_out = _extract_shard(recognizer, Subset(records, rows), extraction, bar)
-                        except ValueError as error:
-                            failures[number] = str(error).strip().splitlines()[-1]
-                            continue
-                        writer.write(number, content, len(rows), left_out)
-                        worked = True
-                if not writer.is_complete():
-                    bar.n = writer.finished_images()
-                    bar.refresh()
+        failures = _write_shards(recognizer, writer, records, shards, extraction, bar)
     if failures:
         raise ValueError(
             f"{len(failures)} of {len(shards)} shards of {dataset_name} are not done: {'; '.join(failures.values())}. "
-            "Mend the pictures and run again, or leave them out with --skip-damaged"
+            "Fix the images and run again, or leave them out with --skip-damaged"
         )
     return writer.finish()
 
 
-def _outdated_shards(writer: StoreWriter, records: "_Mapped", shards: Sequence[range]) -> list[int]:
-    """Return finished shards whose images have changed since, or which lack images that can be read by now."""
+def _write_shards(
+    recognizer: RegionRecognizer,
+    writer: StoreWriter,
+    records: "_OriginalImages",
+    shards: Sequence[range],
+    extraction: Extraction,
+    bar: tqdm,
+) -> dict[int, str]:
+    """Write the shards of this machine that nobody else works on; return the errors of those that failed."""
+    rank, num_machines = extraction.machine
+    failures: dict[int, str] = {}
+    made_progress = True
+    while made_progress:  # another round: a process that had claimed a shard may have been killed meanwhile
+        made_progress = False
+        for shard in range(rank, len(shards), num_machines):
+            if shard in failures or writer.is_finished(shard):
+                continue
+            with _claim(writer.locks / f"{shard}.lock") as is_claimed:
+                if is_claimed and not writer.is_finished(shard):
+                    try:
+                        subset = Subset(records, shards[shard])
+                        content, left_out = _extract_shard(recognizer, subset, extraction, bar)
+                    except ValueError as error:
+                        failures[shard] = str(error).strip().splitlines()[-1]
+                        continue
+                    writer.write(shard, content, len(shards[shard]), left_out)
+                    made_progress = True
+            if not writer.is_complete():
+                bar.n = writer.finished_images()  # those of other processes, too
+                bar.refresh()
+    return failures
+
+
+def _outdated_shards(writer: StoreWriter, records: "_OriginalImages", shards: Sequence[range]) -> list[int]:
+    """Return the finished shards whose images have changed since, or that lack images that can be read now."""
     outdated = []
-    for number, rows in enumerate(shards):
-        if not writer.is_finished(number):
+    for shard, rows in enumerate(shards):
+        if not writer.is_finished(shard):
             continue
-        files, left_out = writer.image_files(number), set(writer.left_out(number))
+        files, left_out = writer.image_files(shard), writer.left_out(shard)
         index_of = {int(image_id): row for row, image_id in zip(rows, records.ids[rows.start : rows.stop])}
-        again = left_out and (not records.skip_damaged or any(records.is_whole(index_of[i]) for i in left_out))
-        if again or not all(is_same_file(records.path(index_of[i]), file) for i, file in files.items()):
-            outdated.append(number)
+        lacks_images = left_out and (
+            not records.skip_damaged or any(records.is_readable(index_of[image_id]) for image_id in left_out)
+        )
+        if lacks_images or not all(
+            is_same_file(path_of_image(records.records, index_of[image_id]), file) for image_id, file in files.items()
+        ):
+            outdated.append(shard)
     if outdated:
-        logger.warning("%d of %d shards are made again: their images have changed", len(outdated), len(shards))
+        logger.warning("%d of %d shards are written again: their images have changed", len(outdated), len(shards))
     return outdated
 
 
@@ -191,7 +210,7 @@ def check_image_ids(ids: np.ndarray, dataset_name: str) -> None:
 
 @contextmanager
 def _claim(path: Path) -> Iterator[bool]:
-    """Yield whether this process has the lock; it is gone with the process, however that ends."""
+    """Yield whether this process has the lock, which ends with the process, however that ends."""
     path.parent.mkdir(exist_ok=True)
     lock = FileLock(path)
     try:
@@ -205,8 +224,8 @@ def _claim(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-class _Mapped(Dataset):
-    """A data set's records as the mapper gives them, in the pictures' own frames."""
+class _OriginalImages(Dataset):
+    """A data set's images and regions, without augmentation, in original pixels."""
 
     def __init__(self, records: Any, skip_damaged: bool) -> None:
         self.records, self.skip_damaged, self.ids = records, skip_damaged, image_ids(records)
@@ -214,10 +233,6 @@ class _Mapped(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def path(self, index: int) -> str:
-        """Return where an image lies."""
-        return path_of_image(self.records, index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
@@ -229,8 +244,7 @@ class _Mapped(Dataset):
             logger.warning("left out: %s", error)
             return {"image_id": self.records[index]["image_id"], "unreadable": str(error)}
 
-    def is_whole(self, index: int) -> bool:
-        """Tell whether an image can be read."""
+    def is_readable(self, index: int) -> bool:
         try:
             self.mapper.read_image(self.records[index])
         except UnreadableImageError:
@@ -264,11 +278,11 @@ def _extract_shard(
             for inputs in kept
         ]
         for flipped in (False, True) if extraction.flip else (False,):
-            pictures = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in kept]
+            pixels = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in kept]
             boxes = [entry["boxes"] for entry in entries]
             if flipped:
-                boxes = [_flip(b, picture.shape[2]) for b, picture in zip(boxes, pictures)]
-            for entry, features in zip(entries, _features(recognizer, pictures, boxes, extraction)):
+                boxes = [_flip(image_boxes, image.shape[2]) for image_boxes, image in zip(boxes, pixels)]
+            for entry, features in zip(entries, _features(recognizer, pixels, boxes, extraction)):
                 entry.update({f"flipped_{key}" if flipped else key: value for key, value in features.items()})
         images += entries
         bar.update(len(batch))
@@ -277,21 +291,22 @@ def _extract_shard(
 
 @torch.no_grad()
 def _features(
-    recognizer: RegionRecognizer, pictures: list[torch.Tensor], boxes: list[torch.Tensor], extraction: Extraction
+    recognizer: RegionRecognizer, images: list[torch.Tensor], boxes: list[torch.Tensor], extraction: Extraction
 ) -> list[dict[str, torch.Tensor]]:
-    if not pictures:
+    """Return for each image its tokens by stage and, if asked for, its feature map, under the shard's keys."""
+    if not images:
         return []
-    embeddings = recognizer.localizer.encode_images(pictures)
-    sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+    embeddings = recognizer.localizer.encode_images(images)
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
     prompts = [Prompts(boxes=image_boxes) for image_boxes in boxes]
     located = recognizer.locate(ImageFeatures(embeddings, None, sizes), prompts, stages=extraction.stages)
     features = [{f"tokens.{stage}": tokens for stage, tokens in output.stage_tokens.items()} for output in located]
-    maps = recognizer.vision_language.encode_images(pictures) if extraction.feature_maps else None
+    maps = recognizer.vision_language.encode_images(images) if extraction.feature_maps else None
     if maps is not None:
-        features = [{**image, "feature_maps": feature_map} for image, feature_map in zip(features, maps)]
+        features = [{**tokens, "feature_maps": feature_map} for tokens, feature_map in zip(features, maps)]
     return features
 
 
 def _flip(boxes: torch.Tensor, width: int) -> torch.Tensor:
-    """Mirror (n, 4) XYXY boxes of a picture of ``width`` pixels."""
+    """Flip (n, 4) XYXY boxes horizontally in an image of ``width`` pixels."""
     return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)

@@ -17,8 +17,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the parameters that learn.
 
     ``SOLVER.OPTIMIZER`` "AdamW" is the paper's, "SGD" Detectron2's. With ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``
-    "full_model" the gradient's norm over all parameters is bounded by ``CLIP_VALUE``; the other types are
-    Detectron2's.
+    "full_model" the gradient's norm over all parameters is bounded by ``CLIP_VALUE``; other types are Detectron2's.
     """
     clipping = cfg.SOLVER.CLIP_GRADIENTS
     full_model = clipping.ENABLED and clipping.CLIP_TYPE == "full_model"
@@ -46,11 +45,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value: float) -> None:
     """Bound the norm of the gradient over all parameters that learn by ``value`` before each step.
 
-    A step whose norm is no number raises a FloatingPointError.
+    Raises:
+        FloatingPointError: in a step whose norm is not a number.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def clip_gradients(*_: object) -> None:  # a hook, so that a gradient scaler has unscaled before
+    def clip_gradients(*_: object) -> None:  # as a hook it comes after a gradient scaler has unscaled
         norm = nn.utils.clip_grad_norm_(parameters, value)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")

@@ -1,4 +1,4 @@
-"""How a run begins: its directory, its loggers, its seed, and a few lines that say what it is."""
+"""The beginning of a run: directory, loggers, seed, and a few lines about it."""
 
 import argparse
 import logging
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"  # as Detectron2 writes files
+_FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"  # of Detectron2's log files
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
-_CONTROL = re.compile(rf"(?!{_COLOR.pattern})[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs, new lines and colors
+_CONTROL = re.compile(rf"(?!{_COLOR.pattern})[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tabs, newlines and colors
 
 
 class PrintableFormatter(logging.Formatter):
-    """Writes control characters out, as they may steer a terminal; colors pass to terminals alone."""
+    """Escapes control characters, which could steer a terminal; only terminals get colors."""
 
     def __init__(self, formatter: logging.Formatter, with_colors: bool) -> None:
         """
         Args:
             formatter: of the lines; Detectron2 and fvcore put colors into their messages.
-            with_colors: leave these in.
+            with_colors: keep them.
         """
         super().__init__()
         self.formatter, self.with_colors = formatter, with_colors
@@ -49,10 +49,10 @@ class PrintableFormatter(logging.Formatter):
 
 
 def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
-    """Do what Detectron2's ``default_setup`` does, with a log that a person can read.
+    """Set up a run as Detectron2's ``default_setup`` does, with a log that a person can read.
 
-    What that logs in hundreds of colored lines lies beside ``log.txt``: ``config.yaml`` (the whole config) and
-    ``environment.txt``.
+    The hundreds of lines that ``default_setup`` would log go to files beside ``log.txt``: ``config.yaml`` (the whole
+    config) and ``environment.txt``.
 
     Args:
         cfg: Detectron2's config, or a lazy config with ``train.output_dir``, ``train.seed`` and so on.
@@ -78,33 +78,23 @@ def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
                 temporary.write_text(cfg.dump(), encoding="utf-8")
         with atomic_path(output / "environment.txt") as temporary:
             temporary.write_text(f"{collect_env_info()}\n", encoding="utf-8")
-    _introduce(output)
+    versions = {"regionspot": sys.modules["regionspot"].__version__, "detectron2": detectron2.__version__}
+    versions |= {"torch": torch.__version__, "Python": platform.python_version()}
+    logger.info(", ".join(f"{name} {version}" for name, version in versions.items()))
+    logger.info("process %d of %d: %s", rank + 1, comm.get_world_size(), shlex.join(sys.argv))
+    logger.info("whole config: %s, environment: %s", output / "config.yaml", output / "environment.txt")
     seed_all_rng(None if seed < 0 else seed + rank)
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.train.get("cudnn_benchmark", False) if is_lazy else cfg.CUDNN_BENCHMARK
 
 
-def _introduce(output: Path) -> None:
-    versions = {"regionspot": sys.modules["regionspot"].__version__, "detectron2": detectron2.__version__}
-    versions |= {"torch": torch.__version__, "Python": platform.python_version()}
-    logger.info(", ".join(f"{name} {version}" for name, version in versions.items()))
-    logger.info("process %d of %d: %s", comm.get_rank() + 1, comm.get_world_size(), shlex.join(sys.argv))
-    logger.info("whole config: %s, environment: %s", output / "config.yaml", output / "environment.txt")
-
-
 def log_size(model: nn.Module) -> None:
-    """Log how many parameters a model has and which of them learn, in place of its modules in hundreds of lines."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(size for size, is_trained in sizes if is_trained)
-    every, device = sum(size for size, _ in sizes), next(model.parameters()).device
-    logger.info(
-        "%s on %s: %.2f million parameters learn, of %.2f: %s",
-        type(model).__name__,
-        device,
-        trained / 1e6,
-        every / 1e6,
-        ", ".join(learning_modules(model)) or "none",
-    )
+    """Log how many parameters a model has, and which of them learn."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    name, device = type(model).__name__, next(model.parameters()).device
+    parts = ", ".join(learning_modules(model)) or "none"
+    logger.info("%s on %s: %.2f million parameters learn, of %.2f: %s", name, device, trained / 1e6, total / 1e6, parts)
 
 
 def learning_modules(model: nn.Module, name: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""One training step: mixed precision, parts of a batch, and a stop when the loss is not a number."""
+"""One training step: mixed precision, gradient accumulation, and what happens when a loss is not a number."""
 
 import contextlib
 import logging
@@ -27,8 +27,8 @@ MAX_SKIPPED_STEPS = 100  # in a row: each halves the loss scale, and no scale is
 class TrainLoop(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` with mixed precision on CUDA and CPU, gradient accumulation and exact resuming.
 
-    What is random in a step (dropout) follows from seed, process and iteration alone, and what is random in the data
-    from seed and position (``TrainingStream``): a resumed run goes on as if it had never stopped.
+    Random numbers in a step (dropout) follow from seed, process and iteration alone, those in the data from seed and
+    position (``TrainingStream``): a resumed run continues as if it had never stopped.
     """
 
     def __init__(
@@ -42,20 +42,20 @@ class TrainLoop(SimpleTrainer):
     ) -> None:
         """
         Args:
-            model: gives a dict of losses for a batch.
-            data_loader: of ``build_train_loader``.
-            optimizer: over what learns.
+            model: returns a dict of losses for a batch.
+            data_loader: of ``build_train_loader`` or ``build_mapped_loader``; others cannot be resumed exactly.
+            optimizer: over the parameters that learn.
             seed: the same in all processes.
-            accumulate: batches of the loader a step.
+            accumulate: batches per step.
             precision: of autocast, None for float32.
         """
         super().__init__(model, data_loader, optimizer)
         self.seed, self.accumulate, self.precision = seed, accumulate, precision
         self.device = next(model.parameters()).device
-        self.unreadable: set[str] = set()  # why images were replaced by others (DATALOADER.SKIP_UNREADABLE)
-        # float16 alone under- and overflows; elsewhere the scaler does nothing
+        self.unreadable: set[str] = set()  # one reason per image that was replaced (DATALOADER.SKIP_UNREADABLE)
+        # only float16 under- and overflows; with other precisions the scaler does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.skipped = self.skipped_in_row = 0  # steps, whose gradients had overflowed in float16
+        self.skipped = self.skipped_in_row = 0  # steps whose gradients overflowed in float16
 
     def resume_from(self, iteration: int) -> None:
         """Start the data where ``iteration`` finds them; to be called before the first step."""
@@ -74,14 +74,14 @@ class TrainLoop(SimpleTrainer):
         self.optimizer.zero_grad()
         total: dict[str, torch.Tensor] = {}
         self._ids: list[str] = []
-        for part in range(self.accumulate):
-            waiting = time.perf_counter()
+        for index in range(self.accumulate):
+            before = time.perf_counter()
             batch = next(self._data_loader_iter)
-            data_time += time.perf_counter() - waiting
+            data_time += time.perf_counter() - before
             images += len(batch)
             self.unreadable.update(reason for inputs in batch for reason in inputs.get("unreadable", ()))
             self._ids += [str(inputs.get("image_id", inputs.get("file_name"))) for inputs in batch]
-            for name, loss in self._backward(batch, is_last=part == self.accumulate - 1).items():
+            for name, loss in self._backward(batch, is_last=index == self.accumulate - 1).items():
                 total[name] = total.get(name, 0) + loss
         self.after_backward()
         self._step(total, data_time)
@@ -91,37 +91,37 @@ class TrainLoop(SimpleTrainer):
         storage.put_scalar("data_share", data_time / seconds)
 
     def _backward(self, batch: list[dict[str, Any]], is_last: bool) -> dict[str, torch.Tensor]:
-        """Add the gradients of a part of the batch; return its share of the losses."""
+        """Accumulate the gradients of one batch of the step; return its share of the losses."""
         with contextlib.ExitStack() as stack:
             if isinstance(self.model, DistributedDataParallel) and not is_last:
                 stack.enter_context(self.model.no_sync())
             with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
                 losses = {name: loss / self.accumulate for name, loss in self.model(batch).items()}
-            self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+            self.scaler.scale(sum(losses.values())).backward()
         return {name: value.detach() for name, value in losses.items()}
 
     def _step(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
-        """Update the weights. All processes decide alike: they share gradients, and whether every loss is finite.
+        """Update the weights. All processes decide alike: they share gradients, and whether all losses are finite.
 
-        In float16 a loss or gradient that is not finite says that the loss scale is too large: the step is skipped
+        In float16 a loss or gradient that is not finite means that the loss scale is too large: the step is skipped
         and the scale lowered. In other precisions the run ends.
         """
-        finite = torch.isfinite(torch.stack(list(losses.values()))).all()
-        everywhere = finite.float()
+        is_finite = torch.isfinite(torch.stack([loss.float() for loss in losses.values()])).all()
+        all_finite = is_finite.float()
         if comm.get_world_size() > 1:
-            distributed.all_reduce(everywhere, distributed.ReduceOp.MIN)
+            distributed.all_reduce(all_finite, distributed.ReduceOp.MIN)
         scale = self.scaler.get_scale()
-        if everywhere.item():
+        if all_finite.item():
             self._write_metrics(losses, data_time)
             try:
-                self.scaler.step(self.optimizer)  # after unscaling, and not at all where a gradient is not finite
+                self.scaler.step(self.optimizer)  # unscales, and skips the step if a gradient is not finite
             except FloatingPointError as error:
                 raise self._not_a_number(str(error)) from error
             self.scaler.update()
         elif self.scaler.is_enabled():
             self.scaler.update(scale * self.scaler.get_backoff_factor())
         else:
-            raise self._not_a_number(str({name: x.item() for name, x in losses.items()}), is_here=not finite)
+            raise self._not_a_number(str({name: x.item() for name, x in losses.items()}), is_here=not is_finite)
         if self.scaler.is_enabled():
             self._count_skipped(is_skipped=self.scaler.get_scale() < scale)
 
@@ -140,11 +140,11 @@ class TrainLoop(SimpleTrainer):
             )
 
     def _not_a_number(self, what: str, is_here: bool = True) -> FloatingPointError:
-        """Return the error that every process raises: what is wrong, and the images of those where it ``is_here``."""
-        found = [own for own in comm.all_gather((what, self._ids) if is_here else None) if own is not None]
-        images = ", ".join(image for _, ids in found for image in ids)
+        """Return the error that all processes raise: the problem, and the images of those processes that have it."""
+        reports = [report for report in comm.all_gather((what, self._ids) if is_here else None) if report is not None]
+        images = ", ".join(image for _, ids in reports for image in ids)
         return FloatingPointError(
-            f"not a number in iteration {self.iter}: {'; '.join(dict(found))}; images of the batch: {images}. "
+            f"not a number in iteration {self.iter}: {'; '.join(dict(reports))}; images of the batch: {images}. "
             "Look at these images' boxes and stored tokens, or lower SOLVER.BASE_LR"
         )
 

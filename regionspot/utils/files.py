@@ -1,4 +1,4 @@
-"""Files that are never half-written, and where the cache lies."""
+"""Files that are never half-written, their fingerprints, and the cache directory."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ def cache_dir() -> Path:
 
 
 def expand_user(path: str | Path) -> Path:
-    """Return ``path`` with a leading ~ replaced; unlike ``Path.expanduser`` it leaves the ~ of no user as it is."""
+    """Return ``path`` with a leading ~ replaced; unlike ``Path.expanduser`` it keeps the ~ of an unknown user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` to write to; it takes the place of ``path`` when the block succeeds.
+    """Yield a temporary path beside ``path`` to write to; it replaces ``path`` when the block succeeds.
 
-    With ``sync`` it does so after it has reached the disk, and so survives a loss of power.
+    With ``sync`` the file has reached the disk by then, and survives a loss of power.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def read_json(path: str | Path, what: str) -> Any:
 
     Args:
         path: the file.
-        what: it holds, which begins the messages.
+        what: a word for the content, which begins the messages.
 
     Raises:
         FileNotFoundError: no such file.
@@ -60,12 +60,12 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def directory_name(dataset_name: str) -> str:
-    """Return what a data set's directory is called; its name may be "path/to/my.json:my_images"."""
+    """Return a directory name for a data set, whose own name may be "path/to/my.json:my_images"."""
     return re.sub(r"[^\w.-]+", "_", dataset_name)
 
 
 def short_directory_name(dataset_name: str) -> str:
-    """Return a name for people: of "path/to/my.json:data/photos" "my-photos", which another data set may have, too."""
+    """Return a short name, "my-photos" for "path/to/my.json:data/photos"; it need not be unique."""
     json_file, separator, images = dataset_name.rpartition(".json:")
     return directory_name(f"{Path(json_file).name}-{Path(images).name}" if separator else dataset_name)
 
@@ -77,7 +77,7 @@ def describe_file(path: str | Path) -> list[int]:
 
 
 def is_same_file(path: str | Path, described: list[int]) -> bool:
-    """Tell whether ``describe_file`` was of these bytes; they are read only where the time of modification differs."""
+    """Tell whether ``describe_file`` saw these bytes; they are read only if the time of modification differs."""
     try:
         state = Path(path).stat()
     except FileNotFoundError:

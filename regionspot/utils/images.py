@@ -1,4 +1,4 @@
-"""Reading images: the one place where files and PIL images become pixels."""
+"""Reading images: the only place where files and PIL images become pixels."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
-# What is decoded; all others, such as EPS (which would start Ghostscript), are refused unread.
+# All others, such as EPS (which would start Ghostscript), are refused unread.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _EXIF_ORIENTATION = 0x0112
@@ -29,8 +29,7 @@ def to_rgb_array(image: str | Path | Image.Image | np.ndarray, deep_range: Seque
     """Return any image as (H, W, 3) uint8 RGB, upright.
 
     Args:
-        image: a path, a PIL image (both are turned by their EXIF tag), or an array, which is (H, W, 3) uint8 RGB
-            already.
+        image: a path, a PIL image (both are rotated by their EXIF tag), or an array, (H, W, 3) uint8 RGB already.
         deep_range: see ``decode_image``.
 
     Raises:
@@ -54,15 +53,15 @@ def to_rgb_array(image: str | Path | Image.Image | np.ndarray, deep_range: Seque
 def decode_image(
     path: str | Path, image_format: str, reduced_size: int = 0, deep_range: Sequence[float] = ()
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Read an image as Detectron2 does, turned upright by its EXIF tag.
+    """Read an image as Detectron2 does, rotated upright by its EXIF tag.
 
     Args:
         path: the file.
         image_format: "RGB" or "BGR".
-        reduced_size: let a JPEG be decoded at a half, a quarter or an eighth of its size, as long as its shorter side
-            keeps at least so many pixels; 0 decodes it whole.
-        deep_range: lowest and highest value of an image of more than 8 bits a channel, which become 0 and 255; () for
-            each image's own.
+        reduced_size: decode a JPEG at a half, a quarter or an eighth of its size, as long as its shorter side keeps at
+            least so many pixels; 0 decodes it at full size.
+        deep_range: lowest and highest value of an image with more than 8 bits per channel, which become 0 and 255; ()
+            for each image's own.
 
     Returns:
         (H, W, 3) uint8, and the (height, width) of the whole image.
@@ -80,7 +79,7 @@ def decode_image(
 
 
 def read_image_size(path: str | Path) -> tuple[int, int]:
-    """Return the (height, width) of an upright image; only its header is read. Raises as ``decode_image``."""
+    """Return the (height, width) of an upright image, from its header. Raises as ``decode_image``."""
     with _opened(path) as image:
         return _upright_size(image)
 
@@ -102,7 +101,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def _one_error(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises of damaged bytes (struct.error, TypeError, SyntaxError, ...) into a ValueError."""
+    """Turn whatever a decoder raises for damaged bytes (struct.error, SyntaxError, ...) into a ValueError."""
     try:
         yield
     except Image.UnidentifiedImageError as error:
@@ -122,7 +121,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    return (width, height) if _orientation(image) >= 5 else (height, width)  # 5 to 8 lie on their side
+    return (width, height) if _orientation(image) >= 5 else (height, width)  # 5 to 8 are on their side
 
 
 def _to_array(image: Image.Image, image_format: str, deep_range: tuple[float, ...]) -> np.ndarray:
@@ -135,11 +134,11 @@ def _to_array(image: Image.Image, image_format: str, deep_range: tuple[float, ..
 
 
 def _to_8_bits(image: Image.Image, deep_range: tuple[float, ...]) -> Image.Image:
-    """Scale a gray image of 16 or 32 bits to 8; infinite values are cut, NaN becomes 0."""
+    """Scale a gray image of 16 or 32 bits to 8; infinite values are clipped, NaN becomes 0."""
     values = np.asarray(image, dtype=np.float64)
     finite = values[np.isfinite(values)]
     low, high = deep_range or ((finite.min(), finite.max()) if finite.size else (0.0, 1.0))
-    message = "an image has more than 8 bits a channel (mode %s): scaled from %s, %g to %g, to 0 to 255; see %s"
+    message = "an image has more than 8 bits per channel (mode %s): scaled from %s, %g to %g, to 0 to 255; see %s"
     origin = "INPUT.DEEP_RANGE" if deep_range else "its own range"
     log_first_n(logging.INFO, message % (image.mode, origin, low, high, "INPUT.DEEP_RANGE"), name=__name__)
     scaled = (values - low) * (255 / ((high - low) or 1.0))

@@ -1,4 +1,4 @@
-"""One run at a time in a directory."""
+"""One run at a time per directory."""
 
 import os
 import socket
@@ -12,12 +12,12 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def run_lock(directory: str | Path) -> Iterator[None]:
-    """Keep a directory for this run inside the block: its main process holds a lock of the operating system.
+    """Reserve a directory for this run inside the block: the main process holds a lock of the operating system.
 
     The lock ends with the process, however that ends. The run that holds it may take it again.
 
     Raises:
-        ValueError: another run holds it; in all processes of this one.
+        ValueError: in all processes, if another run holds it.
     """
     directory = Path(directory)
     lock = FileLock(directory / ".run.lock", is_singleton=True)
@@ -33,7 +33,7 @@ def run_lock(directory: str | Path) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, directory: Path) -> str:
-    """Take the lock and write down who holds it, or return why this cannot be."""
+    """Take the lock and record who holds it, or return why that is impossible."""
     directory.mkdir(parents=True, exist_ok=True)
     holder = directory / ".run.txt"
     try:

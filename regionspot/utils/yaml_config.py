@@ -1,4 +1,4 @@
-"""YAML configs: what is none is refused in words before Detectron2 reads it, and nothing is fetched or run."""
+"""YAML configs, checked before Detectron2 reads them: nothing is fetched, and no code runs."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def merge_yaml(cfg: CfgNode, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no such file, or no such ``_BASE_``.
-        ValueError: no YAML, no mapping, keys that ``cfg`` lacks, or values of another type.
+        ValueError: not YAML, not a mapping, keys that ``cfg`` lacks, or values of another type.
     """
     check_yaml(Path(path))
     try:
@@ -29,26 +29,23 @@ def merge_yaml(cfg: CfgNode, path: str | Path) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error of merging in a line; that of another type names the types, not whole sections."""
+    """Return a merge error in one line; a type mismatch names the types, not whole sections."""
     text = str(error.args[0] if error.args else error)
-    found = re.fullmatch(r"Type mismatch \((.+) vs\. (.+?)\) with values .* for config key: (.+)", text, re.DOTALL)
-    return f"{found[3]}: expected {found[1]}, got {found[2]}" if found else text
+    mismatch = re.fullmatch(r"Type mismatch \((.+) vs\. (.+?)\) with values .* for config key: (.+)", text, re.DOTALL)
+    return f"{mismatch[3]}: expected {mismatch[1]}, got {mismatch[2]}" if mismatch else text
 
 
 def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
-    """Refuse a file that is no config: empty, a list, endless, or on a ``_BASE_`` that is no file or stands on it.
+    """Refuse a file that is no config: empty, a list, endless, or with a ``_BASE_`` that is missing or circular.
 
     Args:
         path: the file.
-        above: the files that stand on it.
-
-    Raises:
-        FileNotFoundError, ValueError: see above.
+        above: the files whose ``_BASE_`` it is.
     """
     what = f"config {str(path)!r}"
     if not path.is_file():
-        standing = f" (_BASE_ of {above[-1]})" if above else "; the shipped ones are in configs/"
-        raise FileNotFoundError(f"{what}: no such file{standing}")
+        hint = f" (_BASE_ of {above[-1]})" if above else "; the shipped ones are in configs/"
+        raise FileNotFoundError(f"{what}: no such file{hint}")
     if path.resolve() in above:
         raise ValueError(f"{what}: its _BASE_ leads back to it")
     content = _read_yaml(path, what)
@@ -65,27 +62,27 @@ def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
 def _read_yaml(path: Path, what: str) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        check_size(content, path.stat().st_size)  # anchors may make it endless
+        check_size(content, path.stat().st_size)  # anchors could make it endless
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged file leads the parser to
+    except Exception as error:  # a damaged file may raise anything in the parser
         raise ValueError(f"{what}: not readable as YAML ({' '.join(str(error).split())})") from error
     return content
 
 
 def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
-    """Refuse what Detectron2 lets pass: no value where there was one, and sequences of other things.
+    """Refuse what Detectron2 accepts: no value where the default has one, and sequences with items of another type.
 
     Raises:
         ValueError: names the key.
     """
     for key, value in cfg.items():
-        wanted = defaults.get(key)
+        default = defaults.get(key)
         if isinstance(value, CfgNode):
-            check_values(value, wanted if isinstance(wanted, CfgNode) else CfgNode(), f"{prefix}{key}.")
-        elif value is None and wanted is not None:
-            raise ValueError(f"{prefix}{key}: expected {type(wanted)}, got nothing")
-        elif isinstance(value, (list, tuple)) and (kind := _kind_of_items(f"{prefix}{key}", wanted)):
+            check_values(value, default if isinstance(default, CfgNode) else CfgNode(), f"{prefix}{key}.")
+        elif value is None and default is not None:
+            raise ValueError(f"{prefix}{key}: expected {type(default)}, got nothing")
+        elif isinstance(value, (list, tuple)) and (kind := _item_type(f"{prefix}{key}", default)):
             wrong = [item for item in value if not isinstance(item, kind)]
             if wrong:
                 raise ValueError(
@@ -93,11 +90,11 @@ def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
                 )
 
 
-def _kind_of_items(key: str, default: Any) -> Any:
-    """Return what the items of a sequence must be, as those of the default are, None where it does not tell."""
+def _item_type(key: str, default: Any) -> Any:
+    """Return the type that the items of a sequence must have, as in the default; None if that is empty or mixed."""
     if key == "DATASETS.TRAIN_RATIO":
         return (int, float)
     if key.startswith("DATASETS."):
         return str
-    kinds: list[Any] = [str, (int, float)]
-    return next((kind for kind in kinds if default and all(isinstance(item, kind) for item in default)), None)
+    candidates: list[Any] = [str, (int, float)]
+    return next((kind for kind in candidates if default and all(isinstance(item, kind) for item in default)), None)

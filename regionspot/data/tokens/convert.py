@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
+from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.data.dataset_mapper import annotated_regions, has_area, read_annotations
 from regionspot.data.datasets import category_ids
 from regionspot.data.tokens.writer import StoreWriter, pack_images
@@ -20,7 +20,6 @@ OUTCOMES = ("imported", "without regions", "without a file", "damaged", "of othe
 
 
 def convert_tokens(
-    read_file: Callable[[Path], dict[str, Any]],
     token_directory: str | Path,
     dataset_name: str,
     stage: str,
@@ -34,7 +33,6 @@ def convert_tokens(
     no boxes: they are those of the data set's annotations, which must be of the same classes in the same order.
 
     Args:
-        read_file: reads such a file without running code from it: ``regionspot.checkpoint``'s ``load_checkpoint_file``.
         token_directory: with the authors' files.
         dataset_name: the registered data set that they are of.
         stage: of SAM, that the tokens were taken from.
@@ -59,7 +57,7 @@ def convert_tokens(
             images, rows = [], range(shard * size, min((shard + 1) * size, len(records)))
             for index in rows:
                 path = Path(token_directory) / f"{records[index]['image_id']}.pth"
-                outcome, entry = _convert(records[index], path, read_file, raw_ids, dim)
+                outcome, entry = _convert(records[index], path, raw_ids, dim)
                 counts[outcome] += 1
                 if entry is not None:
                     images.append({f"tokens.{stage}" if key == "tokens" else key: x for key, x in entry.items()})
@@ -74,9 +72,7 @@ def convert_tokens(
     return counts
 
 
-def _convert(
-    record: dict[str, Any], path: Path, read_file: Callable[[Path], dict[str, Any]], raw_ids: np.ndarray, dim: int
-) -> tuple[str, dict[str, Any] | None]:
+def _convert(record: dict[str, Any], path: Path, raw_ids: np.ndarray, dim: int) -> tuple[str, dict[str, Any] | None]:
     """Return what became of an image, and its entry in the store if it was imported."""
     instances = annotated_regions(record)
     if not len(instances):
@@ -84,7 +80,7 @@ def _convert(
     if not path.is_file():
         return "without a file", None
     try:
-        content = read_file(path)
+        content = load_checkpoint_file(path)
         tokens, classes = content["mask_tokens"], [int(c) for c in content["classes"]]
         tokens = tokens.reshape(len(classes), dim)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.datasets import JsonDataset
 from regionspot.data.tokens import TokenStore
@@ -47,7 +46,7 @@ def convert(tmp_path):
     extraction = Extraction(shard_images=4)
     origin = describe_store(tiny_model().recognizer, SOURCES, NAME, extraction)
     directories = tmp_path / "tokens", tmp_path / "store"
-    return convert_tokens(load_checkpoint_file, directories[0], NAME, "transformer", 32, directories[1], origin)
+    return convert_tokens(directories[0], NAME, "transformer", 32, directories[1], origin)
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (32,)])
