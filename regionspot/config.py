@@ -92,8 +92,8 @@ def _add_proposal_config(node: CfgNode) -> None:
     node.PROPOSALS.SAM_AUTOMATIC.STABILITY_SCORE_THRESH = 0.95
     node.PROPOSALS.SAM_AUTOMATIC.BOX_NMS_THRESH = 0.7
 
-    # Config of any Detectron2 detector (a path, or a name in the model zoo), its weights ("" for the config's), which of
-    # its outputs to take, "boxes" or "rpn", and overrides of its config ("KEY", value, ...).
+    # Config of any Detectron2 detector (a path, or a name in the model zoo), its weights ("" for the config's), the
+    # output to take, "boxes" or "rpn", and overrides of its config ("KEY", value, ...).
     node.PROPOSALS.DETECTOR = CfgNode()
     node.PROPOSALS.DETECTOR.CONFIG_FILE = ""
     node.PROPOSALS.DETECTOR.WEIGHTS = ""
@@ -104,8 +104,8 @@ def _add_proposal_config(node: CfgNode) -> None:
 def _add_head_config(node: CfgNode) -> None:
     # RegionSpot as the head of another detector, its host (MODEL.ROI_HEADS.NAME RegionSpotROIHeads). As for any head,
     # thresholds are MODEL.ROI_HEADS.{SCORE,NMS}_THRESH_TEST, MODEL.MASK_ON adds masks, and MODEL.WEIGHTS is the host's
-    # file; PROPOSALS.TOP_K limits the boxes per image, SAM.PROMPT_CHUNK how many are decoded at once. With VOCABULARY ""
-    # the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
+    # file; PROPOSALS.TOP_K limits the boxes per image, SAM.PROMPT_CHUNK how many are decoded at once. With VOCABULARY
+    # "" the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
     node.HEAD = CfgNode()
     # The config that this one stands on, a path or a name in Detectron2's model zoo, and with it the zoo's weights (a
     # GeneralizedRCNN becomes a RegionSpotRCNN); read by ``load_config`` alone. "" where the host's config is merged in
@@ -126,8 +126,8 @@ def _add_head_config(node: CfgNode) -> None:
     # HOST_CONFIG sets it; "" is StandardROIHeads.
     node.HEAD.HOST = ""
     # The host's classes, in its order, in any format of VOCABULARY: their detections are the host's, all others are
-    # RegionSpot's; with "" all are. Names that are spelled differently are matched by normalization and LVIS's synonyms;
-    # the log lists the matches.
+    # RegionSpot's; with "" all are. Names that are spelled differently are matched by normalization and LVIS's
+    # synonyms; the log lists the matches.
     node.HEAD.HOST_VOCABULARY = ""
     # A JSON object from names of the host to the names they correspond to, or to null for none; it overrides all other
     # matches. "" for none. configs/aliases/coco_lvis.json is an example.
@@ -172,8 +172,8 @@ def _add_training_config(cfg: CfgNode) -> None:
     # "fixed" evaluates LVIS by fixed AP (10,000 detections per class over the data set) instead of the standard AP. It
     # needs many detections per image: raise TEST.DETECTIONS_PER_IMAGE, or set it to -1.
     cfg.TEST.PROTOCOL = ""
-    # The metric that selects model_best.pth in training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with several test
-    # sets, "lvis_v1_val/bbox/AP" (by default the first set's); "" saves none.
+    # The metric that selects model_best.pth in training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with several
+    # test sets, "lvis_v1_val/bbox/AP" (by default the first set's); "" saves none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
 
 
