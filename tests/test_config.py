@@ -1,4 +1,4 @@
-"""Every shipped config loads and builds; sizes are those of the official models and of the paper."""
+"""Shipped configs load and build; sizes match the official models and the paper."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ HOSTS = [path for path in sorted((ROOT / "projects" / "RegionSpotRCNN").rglob("*
 
 
 @pytest.mark.parametrize("path", HOSTS, ids=lambda path: path.stem)
-def test_config_on_a_host_builds(path):
+def test_host_config_builds(path):
     overrides = ["MODEL.REGIONSPOT.SAM.WEIGHTS", "", "MODEL.REGIONSPOT.CLIP.WEIGHTS", ""]
     if "miniworld" in path.parts:  # whose names come with its annotations
         overrides += ["MODEL.REGIONSPOT.HEAD.HOST_VOCABULARY", ""]
@@ -54,7 +54,7 @@ def test_config_on_a_host_builds(path):
 
 
 @pytest.mark.parametrize("name", ["BL", "BL-336", "LL", "HL", "mini"])
-def test_a_variant_changes_sizes_alone(tmp_path, name):
+def test_variant_changes_only_sizes(tmp_path, name):
     """Put into any config, also a host's, it gives the sizes of RegionSpot-<name>.yaml and nothing else."""
     host = ROOT / "projects" / "RegionSpotRCNN" / "configs" / "faster_rcnn_R_50_FPN.yaml"
     configs = MINIWORLD if name == "mini" else ROOT / "configs"
@@ -66,14 +66,14 @@ def test_a_variant_changes_sizes_alone(tmp_path, name):
         assert mine[part] == whole.MODEL.REGIONSPOT[part]
 
 
-def test_a_config_of_regionspot_alone_is_not_put_over_a_host(tmp_path):
+def test_whole_config_over_host_is_refused(tmp_path):
     host = ROOT / "projects" / "RegionSpotRCNN" / "configs" / "faster_rcnn_R_50_FPN.yaml"
     (tmp_path / "mine.yaml").write_text(f"_BASE_: [{ROOT}/configs/RegionSpot-BL.yaml, {host}]\n")
     with pytest.raises(ValueError, match="configs/variants"):
         load_config(tmp_path / "mine.yaml")
 
 
-def test_a_host_is_named_by_path_name_or_override(tmp_path):
+def test_host_by_path_name_or_override(tmp_path):
     key = "MODEL.REGIONSPOT.HEAD.HOST_CONFIG"
     zoo = load_config("", [key, "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"])
     assert zoo.MODEL.RESNETS.DEPTH == 101 and zoo.MODEL.WEIGHTS.endswith("model_final_f6e8b1.pkl")
@@ -93,7 +93,7 @@ def test_a_host_is_named_by_path_name_or_override(tmp_path):
 @pytest.mark.parametrize(
     ("name", "millions"), [("RegionSpot-BB", 24.2), ("RegionSpot-BL", 38.9), ("RegionSpot-BL-336", 38.9)]
 )
-def test_trained_parameters_are_as_many_as_in_the_paper(name, millions):
+def test_number_of_trained_parameters(name, millions):
     model = build_on_meta(ROOT / f"configs/{name}.yaml")
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     assert all(key.startswith("recognizer.knowledge_integration.") for key in trained)
@@ -110,7 +110,7 @@ def differences(path, base):
     [(ROOT / "configs", "ablations/Base-ablation.yaml"), (MINIWORLD, "RegionSpot-mini.yaml")],
     ids=["paper", "miniworld"],
 )
-def test_ablations_differ_in_one_thing(configs, base):
+def test_ablations_change_one_key(configs, base):
     data = {"DATASETS.TRAIN", "DATASETS.TOKEN_STORES_TRAIN", "DATASETS.TRAIN_RATIO"}
     paths = [path for path in (configs / "ablations").glob("*.yaml") if not path.stem.startswith("Base")]
     assert len(paths) == 11
@@ -124,7 +124,7 @@ def test_ablations_differ_in_one_thing(configs, base):
 
 
 @pytest.mark.parametrize("name", ["BB", "BL", "BL-336"])
-def test_stages_differ_from_the_model_in_the_data_alone(name):
+def test_stages_change_only_data(name):
     for stage in (1, 2):
         path = ROOT / f"configs/RegionSpot-{name}-stage{stage}.yaml"
         cfg, found = load_config(path), differences(path, ROOT / f"configs/RegionSpot-{name}.yaml")
@@ -137,7 +137,7 @@ def test_stages_differ_from_the_model_in_the_data_alone(name):
     assert first.removeprefix("./") + "/model_final.pth" == cfg.MODEL.WEIGHTS
 
 
-def test_a_config_runs_no_code(tmp_path):
+def test_config_runs_no_code(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {tmp_path}/executed']\n")
     with pytest.raises(ValueError, match="bad.yaml"):
@@ -153,7 +153,7 @@ def test_sam_has_the_official_layout(name):
 
 
 @pytest.mark.parametrize("name", CLIP_SIZES)
-def test_clip_has_the_layout_that_its_package_builds_from_a_state_dict(name):
+def test_clip_has_the_official_layout(name):
     with torch.device("meta"):
         state = build_clip(CLIP_SIZES[name]).state_dict()
         official = build_official_clip(dict(state))
@@ -187,13 +187,13 @@ def test_image_encoders_are_backbones(builder, feature, side, channels, stride):
         ("INPUT.FORMAT", "L", "RGB or BGR"),
     ],
 )
-def test_wrong_value_is_refused_with_the_alternatives(key, value, message):
+def test_wrong_value_names_alternatives(key, value, message):
     with pytest.raises(ValueError, match=message):
         model = build_model(tiny_config(key, value))
         model.set_vocabulary(["a"])
 
 
-def test_missing_config_file_and_unknown_key_are_refused():
+def test_missing_file_and_unknown_key_are_refused():
     with pytest.raises(FileNotFoundError, match="configs/"):
         load_config("no.yaml")
     with pytest.raises(ValueError, match="NO_SUCH_KEY"):

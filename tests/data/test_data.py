@@ -1,4 +1,4 @@
-"""Data sets with odd ids, the mapper, and what is said of files that are wrong."""
+"""Data sets with unusual ids, the mapper, and error messages for wrong files."""
 
 import json
 
@@ -27,13 +27,13 @@ def test_any_ids_become_contiguous_classes(tmp_path, register, ids):
         ]
 
 
-def test_nothing_is_read_until_it_is_used(tmp_path, register):
+def test_dataset_is_read_lazily(tmp_path, register):
     name = register("test_lazy", tmp_path / "later.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="later.json"):
         DatasetCatalog.get(name)
 
 
-def test_lvis_images_are_found_by_their_address(tmp_path, register):
+def test_lvis_images_by_coco_url(tmp_path, register):
     address = "http://images.cocodataset.org/val2017/000001.jpg"
     image = {"id": 1, "coco_url": address, "height": 2, "width": 2}
     content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
@@ -60,7 +60,7 @@ def test_wrong_annotations_are_refused(tmp_path, register, content, message):
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_mapper_keeps_boxes_and_drops_crowds_and_boxes_without_area(tmp_path, register, is_train):
+def test_mapper_drops_crowds_and_empty_boxes(tmp_path, register, is_train):
     path = write_dataset(tmp_path, 1)
     content = json.loads(path.read_text())
     kept = [a["bbox"] for a in content["annotations"]]
@@ -87,7 +87,7 @@ def test_boxes_follow_the_image(tmp_path, register):
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_channels_are_in_the_configs_order(tmp_path, register, is_train):
+def test_channel_order_follows_config(tmp_path, register, is_train):
     [record] = DatasetCatalog.get(register("test_order", write_dataset(tmp_path, 1), tmp_path / "images"))
     expected = torch.from_numpy(draw_scene(0)[0]).permute(2, 0, 1)
     rgb, bgr = (RegionSpotDatasetMapper(tiny_config("INPUT.FORMAT", x), is_train)(record) for x in ("RGB", "BGR"))
@@ -127,7 +127,7 @@ def test_loaders_pin_memory_for_gpus(tmp_path, register, device):
         assert loader.pin_memory == (device == "cuda")
 
 
-def test_boxes_of_several_modes_in_one_record_are_each_read_as_said():
+def test_box_modes_mixed_in_one_record():
     modes = [BoxMode.XYWH_ABS, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS]
     boxes = [[10, 20, 5, 6], [10, 20, 15, 26], [1.5, 2.5, 3.5, 4.5], [1.5, 2.5, 5.0, 7.0]]
     annotations = [{"bbox": b, "bbox_mode": m, "category_id": i} for i, (b, m) in enumerate(zip(boxes, modes))]
@@ -136,7 +136,7 @@ def test_boxes_of_several_modes_in_one_record_are_each_read_as_said():
     assert boxes.tolist() == 2 * [[10, 20, 15, 26]] + 2 * [[1.5, 2.5, 5.0, 7.0]] and classes.tolist() == [0, 1, 2, 3]
 
 
-def test_boxes_have_the_bits_of_detectron2s_own_mapper():
+def test_boxes_match_detectron2_exactly():
     generator = np.random.default_rng(0)
     boxes = generator.uniform(0, 300, (200, 4)).round(2).tolist()
     annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0} for box in boxes]

@@ -21,7 +21,7 @@ def config(*overrides):
     return tiny_config(*data, *overrides)
 
 
-def test_missing_paths_are_found_one_by_one_and_by_directory(tmp_path):
+def test_find_missing_by_path_and_directory(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for index in range(150 if name == "a" else 3):
@@ -35,7 +35,7 @@ def test_missing_paths_are_found_one_by_one_and_by_directory(tmp_path):
 
 
 @pytest.mark.parametrize("build", [build_train_loader, lambda cfg: build_test_loader(cfg, "test_images")])
-def test_missing_and_damaged_images_are_an_error_at_start(dataset, tmp_path, build, caplog):
+def test_missing_images_are_an_error_at_start(dataset, tmp_path, build, caplog):
     images = tmp_path / "data" / "images"
     (images / "3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1 of 12 images are unreadable.*3.png.*check_dataset.py.*SKIP_UNREADABLE"):
@@ -53,7 +53,7 @@ def test_missing_and_damaged_images_are_an_error_at_start(dataset, tmp_path, bui
         build(config("DATALOADER.SKIP_UNREADABLE", True))
 
 
-def test_image_of_another_size_is_an_error_at_start(dataset, tmp_path):
+def test_image_size_mismatch_is_an_error_at_start(dataset, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (64, 40)).save(tmp_path / "data" / "images" / "2.png")
@@ -61,7 +61,7 @@ def test_image_of_another_size_is_an_error_at_start(dataset, tmp_path):
         build_train_loader(config())
 
 
-def test_next_image_is_taken_for_an_unreadable_one_whatever_the_workers(dataset, tmp_path):
+def test_unreadable_image_is_replaced_by_next(dataset, tmp_path):
     images = tmp_path / "data" / "images"
     for index in (3, 4, 11):
         (images / f"{index}.png").write_bytes(b"no image")
@@ -85,7 +85,7 @@ def test_next_image_is_taken_for_an_unreadable_one_whatever_the_workers(dataset,
             assert one["image_id"] == two["image_id"] and np.array_equal(one["image"], two["image"])
 
 
-def test_many_unreadable_images_in_a_row_end_the_run(dataset, tmp_path):
+def test_many_unreadable_images_end_the_run(dataset, tmp_path):
     cfg = config("DATALOADER.SKIP_UNREADABLE", True)
     loader = build_train_loader(cfg)
     for path in (tmp_path / "data" / "images").glob("*"):
@@ -94,7 +94,7 @@ def test_many_unreadable_images_in_a_row_end_the_run(dataset, tmp_path):
         next(iter(loader))
 
 
-def test_unreadable_test_image_is_black_and_has_no_boxes(dataset, tmp_path):
+def test_unreadable_test_image_becomes_blank(dataset, tmp_path):
     (tmp_path / "data" / "images" / "0.png").unlink()
     loader = build_test_loader(config("DATALOADER.SKIP_UNREADABLE", True), "test_images")
     [blank], [other] = [inputs for inputs, _ in zip(loader, range(2))]

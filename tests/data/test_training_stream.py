@@ -1,4 +1,4 @@
-"""Which images come when, what is drawn for them, and several data sets in one batch."""
+"""The order of training images, their random numbers, and batches of several data sets."""
 
 import collections
 import itertools
@@ -41,7 +41,7 @@ def take(stream, number):
 
 
 @pytest.mark.parametrize("factors", [None, torch.tensor([1.0, 2.5, 1.0, 0.5, 1.0])])
-def test_stream_is_a_function_of_the_seed_and_goes_on_anywhere(factors):
+def test_stream_resumes_at_any_position(factors):
     whole = take(TrainingStream(5, 3, factors), 60)
     assert [position for position, _ in whole] == list(range(60))
     assert take(TrainingStream(5, 3, factors), 60) == whole != take(TrainingStream(5, 4, factors), 60)
@@ -51,7 +51,7 @@ def test_stream_is_a_function_of_the_seed_and_goes_on_anywhere(factors):
         assert take(stream, 60 - start) == whole[start:]
 
 
-def test_processes_together_see_what_one_sees(monkeypatch):
+def test_processes_share_the_stream(monkeypatch):
     whole = take(TrainingStream(5, 3), 40)
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     halves = []
@@ -62,14 +62,14 @@ def test_processes_together_see_what_one_sees(monkeypatch):
 
 
 @pytest.mark.parametrize(("ratio", "share"), [((), 3 / 12), ((1.0, 1.0), 1 / 2), ((3.0, 1.0), 3 / 4)])
-def test_shares_of_data_sets(datasets, ratio, share):
+def test_dataset_ratio(datasets, ratio, share):
     records = [DatasetCatalog.get(name) for name in datasets]
     stream = build_training_stream(tiny_config("DATASETS.TRAIN_RATIO", ratio), records, 0)
     found = np.mean([index < 3 for _, index in take(stream, 6000)])
     assert found == pytest.approx(share, abs=0.03)
 
 
-def test_images_with_rare_classes_come_more_often():
+def test_rare_classes_are_repeated():
     records = [{"annotations": [{"category_id": 1 if index == 0 else 0}]} for index in range(10)]
     cfg = tiny_config("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 0.9)
     counts = collections.Counter(index for _, index in take(build_training_stream(cfg, [records], 0), 6000))
@@ -77,7 +77,7 @@ def test_images_with_rare_classes_come_more_often():
 
 
 @pytest.mark.parametrize("root", [True, False])
-def test_repeat_factors_are_detectron2s(datasets, root):
+def test_repeat_factors_match_detectron2(datasets, root):
     cfg = tiny_config("DATALOADER.REPEAT_THRESHOLD", 0.9, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
     cfg.DATALOADER.REPEAT_SQRT = root
     records = DatasetCatalog.get(datasets[1])
@@ -90,7 +90,7 @@ def test_repeat_factors_are_detectron2s(datasets, root):
     assert [index for _, index in ours] == theirs
 
 
-def test_repeat_factors_are_scaled_to_the_ratio_and_nothing_is_left_out():
+def test_repeat_factors_are_scaled_to_ratio():
     factors = balance([np.array([1.0, 2.0]), np.ones(6)], (1.0, 1.0))
     np.testing.assert_allclose(factors, [2, 4, 1, 1, 1, 1, 1, 1])
 
@@ -106,12 +106,12 @@ def test_repeat_factors_are_scaled_to_the_ratio_and_nothing_is_left_out():
         (["INPUT.REDUCED_JPEG", 32], "needs stored tokens"),
     ],
 )
-def test_what_does_not_go_together_is_refused_at_start(datasets, overrides, message):
+def test_contradictory_settings_are_refused(datasets, overrides, message):
     with pytest.raises(ValueError, match=message):
         build_train_loader(tiny_config("DATASETS.TRAIN", datasets, *overrides))
 
 
-def test_what_is_random_about_a_sample_follows_from_its_position(datasets):
+def test_sample_depends_on_its_position_alone(datasets):
     overrides = ["DATASETS.TRAIN", datasets, "SOLVER.IMS_PER_BATCH", 4, "INPUT.RANDOM_FLIP", "horizontal"]
     batches = take(build_train_loader(tiny_config(*overrides), seed=5), 12)
     for workers, start in ((0, 20), (2, 0), (2, 20)):
@@ -128,7 +128,7 @@ def test_what_is_random_about_a_sample_follows_from_its_position(datasets):
     assert flips == {True, False}
 
 
-def test_each_image_is_scored_against_its_own_vocabulary(datasets):
+def test_mixed_vocabularies_in_one_batch(datasets):
     batch = next(iter(build_train_loader(tiny_config("DATASETS.TRAIN", datasets, "SOLVER.IMS_PER_BATCH", 12))))
     assert {inputs["vocabulary"] for inputs in batch} == set(datasets)
     model = tiny_model(names=None)
@@ -147,7 +147,7 @@ def test_each_image_is_scored_against_its_own_vocabulary(datasets):
         model(batch)
 
 
-def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeypatch):
+def test_reduced_jpeg_with_stored_tokens(tmp_path, monkeypatch):
     Image.fromarray(draw_scene(0)[0]).save(tmp_path / "a.jpg")
     box, origin = [8.0, 4.0, 40.0, 36.0], {"stages": ["transformer"], "clip": None, "flip": False, "sam": {}}
     entry = {"image_id": 1, "boxes": torch.tensor([box]), "labels": torch.zeros(1)}
@@ -162,7 +162,7 @@ def test_reduced_images_go_with_stored_tokens_and_boxes_follow(tmp_path, monkeyp
     assert mapped["instances"].gt_boxes.tensor.tolist() == [[4, 2, 20, 18]] and mapped["tokens"].sum() == 32
 
 
-def test_a_proposal_of_just_the_threshold_is_learned_from(datasets, tmp_path):
+def test_proposal_at_iou_threshold_matches(datasets, tmp_path):
     """The limit is MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN, and an IoU of just that is a match."""
     record = {**DatasetCatalog.get(NAMES[0])[0]}
     record["annotations"] = [{"bbox": [10, 10, 20, 20], "bbox_mode": 0, "category_id": 2, "iscrowd": 0}]
@@ -178,7 +178,7 @@ def test_a_proposal_of_just_the_threshold_is_learned_from(datasets, tmp_path):
         )
 
 
-def test_proposals_that_match_are_learned_from(datasets, tmp_path):
+def test_matching_proposals_are_learned_from(datasets, tmp_path):
     record = DatasetCatalog.get(NAMES[0])[0]
     image, boxes, _ = draw_scene(0)
     near, far = boxes[1] + 1, [0, 0, 3, 3]

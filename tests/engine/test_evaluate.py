@@ -1,4 +1,4 @@
-"""Evaluation: what it says of itself, that it survives kills, and boxes from every source."""
+"""Evaluation: its protocol, resuming after kills, and boxes from all sources."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def written(tmp_path, name="metrics.json"):
     return (tmp_path / "out" / "inference" / NAME / name).read_text()
 
 
-def test_results_say_what_they_are(dataset, tmp_path):
+def test_results_state_their_protocol(dataset, tmp_path):
     metrics = evaluate(tmp_path)
     assert list(metrics) == ["bbox", "segm", "region"] and list(metrics["bbox"])[-3:] == ["APr", "APc", "APf"]
     found = json.loads(written(tmp_path))
@@ -75,7 +75,7 @@ def test_results_say_what_they_are(dataset, tmp_path):
     assert len(rows) == 5 and rows[0] == "category_id,name,frequency,annotations,AP"
 
 
-def test_several_images_a_step_are_evaluated_as_one_by_one(dataset, tmp_path, monkeypatch):
+def test_batch_size_does_not_change_metrics(dataset, tmp_path, monkeypatch):
     overrides, batches = ("MODEL.REGIONSPOT.VOCABULARY", ",".join(NAMES)), []
     forward = RegionSpot.forward
     monkeypatch.setattr(RegionSpot, "forward", lambda self, batch: batches.append(len(batch)) or forward(self, batch))
@@ -100,7 +100,7 @@ def test_detectron2s_evaluator_agrees(dataset, tmp_path):
             assert ours[task][key] == pytest.approx(theirs[task][key], abs=1e-9)
 
 
-def test_fixed_ap_and_coco_ap_and_what_is_no_protocol(dataset, tmp_path, register):
+def test_protocols_fixed_coco_and_unknown(dataset, tmp_path, register):
     for protocol in ("fixed", "coco"):
         metrics = evaluate(tmp_path, "TEST.PROTOCOL", protocol)
         assert f"protocol: {protocol} on" in written(tmp_path) and ("APr" in metrics["bbox"]) == (protocol == "fixed")
@@ -111,7 +111,7 @@ def test_fixed_ap_and_coco_ap_and_what_is_no_protocol(dataset, tmp_path, registe
         evaluate(tmp_path, "TEST.PROTOCOL", "fixed", "DATASETS.TEST", ("test_coco",))
 
 
-def test_identity_knows_all_that_predictions_depend_on(dataset, tmp_path):
+def test_protocol_depends_on_config_and_weights(dataset, tmp_path):
     model, lines = tiny_model(), set()
     changes = [[], ["MODEL.REGIONSPOT.CROP.MASKED", True], ["INPUT.MIN_SIZE_TEST", 32], ["INPUT.FORMAT", "BGR"]]
     changes += [["MODEL.REGIONSPOT.UNKNOWN.BACKGROUND", (name,)] for name in ("sky", "wall")]
@@ -125,7 +125,7 @@ def test_identity_knows_all_that_predictions_depend_on(dataset, tmp_path):
     assert describe_protocol(config(tmp_path), model, NAME).identity() not in lines
 
 
-def test_lvis_ap_is_of_300_detections_at_the_most(dataset, tmp_path, monkeypatch):
+def test_lvis_ap_is_limited_to_300_detections(dataset, tmp_path, monkeypatch):
     limits = []
     monkeypatch.setattr(
         "regionspot.evaluation.region_evaluator.evaluate_task", lambda *args: limits.append(args[-1]) or 1 / 0
@@ -136,7 +136,7 @@ def test_lvis_ap_is_of_300_detections_at_the_most(dataset, tmp_path, monkeypatch
     assert limits == [20, 300, 300]
 
 
-def test_boxes_are_evaluated_where_masks_are_not_annotated(tmp_path, register, caplog):
+def test_only_boxes_without_annotated_masks(tmp_path, register, caplog):
     path = write_dataset(tmp_path / "data", 4)
     content = json.loads(path.read_text())
     for annotation in content["annotations"]:
@@ -147,7 +147,7 @@ def test_boxes_are_evaluated_where_masks_are_not_annotated(tmp_path, register, c
     assert set(metrics) == {"bbox", "region"} and "masks are not evaluated" in caplog.text
 
 
-def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, tmp_path):
+def test_killed_evaluation_resumes_exactly(dataset, tmp_path):
     evaluate(tmp_path)
     names = ("metrics.json", "lvis_instances_results.json", "per_class_segm.csv")
     expected = [written(tmp_path, name) for name in names]
@@ -174,7 +174,7 @@ def test_evaluation_killed_at_random_moments_equals_an_undisturbed_one(dataset, 
     assert not list(directory.glob("predictions.*"))
 
 
-def test_nothing_is_left_to_do_but_the_metrics(dataset, tmp_path, monkeypatch):
+def test_finished_predictions_are_not_computed_again(dataset, tmp_path, monkeypatch):
     """The run was cut between its last image and the metrics."""
     evaluate(tmp_path)
     expected = written(tmp_path)
@@ -187,7 +187,7 @@ def test_nothing_is_left_to_do_but_the_metrics(dataset, tmp_path, monkeypatch):
     assert written(tmp_path) == expected
 
 
-def test_fewer_images_than_the_data_set_has_are_an_error(dataset, tmp_path, monkeypatch):
+def test_missing_images_are_an_error(dataset, tmp_path, monkeypatch):
     whole = build_test_loader
     monkeypatch.setattr(
         "regionspot.engine.evaluate.build_test_loader", lambda *args, **more: [*whole(*args, **more)][1:]
@@ -225,7 +225,7 @@ def test_second_evaluation_in_a_directory_is_refused(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [3, 7])
-def test_fixed_ap_keeps_what_its_limit_leaves(dataset, tmp_path, monkeypatch, limit):
+def test_fixed_ap_keeps_best_per_class(dataset, tmp_path, monkeypatch, limit):
     """With three scores for all: whom the limit takes is decided by image and order."""
     probabilities = DetectionRule.probabilities
     monkeypatch.setattr(DetectionRule, "probabilities", lambda *args: (probabilities(*args) * 3).round() / 3)
@@ -258,7 +258,7 @@ def boxes_of(model, tmp_path, *overrides):
     return [output["regions"].pred_boxes.tensor for output in outputs]
 
 
-def test_sam_finds_regions_itself(dataset, tmp_path):
+def test_sam_automatic_masks(dataset, tmp_path):
     settings = {"PRED_IOU_THRESH": -10.0, "STABILITY_SCORE_THRESH": -1.0, "POINTS_PER_SIDE": 3}
     overrides = ["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "sam_automatic"]
     overrides += [p for k, v in settings.items() for p in (f"MODEL.REGIONSPOT.PROPOSALS.SAM_AUTOMATIC.{k}", v)]
@@ -328,7 +328,7 @@ def detector(tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["detector.pth", "detector.pkl"])
-def test_boxes_of_a_detector(dataset, detector, tmp_path, weights):
+def test_detector_boxes(dataset, detector, tmp_path, weights):
     path, plain = detector
     node = "MODEL.REGIONSPOT.PROPOSALS"
     overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(path)]
@@ -347,7 +347,7 @@ def test_boxes_of_a_detector(dataset, detector, tmp_path, weights):
     assert all(0 < len(image) <= 20 and image[:, 2].max() > 32 for image in boxes)
 
 
-def test_proposals_of_a_network_that_is_an_rpn_alone(dataset, detector, tmp_path):
+def test_proposals_of_rpn_without_heads(dataset, detector, tmp_path):
     node = "MODEL.REGIONSPOT.PROPOSALS"
     overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(detector[0])]
     overrides += [f"{node}.DETECTOR.OPTS", ("MODEL.META_ARCHITECTURE", "ProposalNetwork")]
@@ -359,7 +359,7 @@ def test_proposals_of_a_network_that_is_an_rpn_alone(dataset, detector, tmp_path
         tiny_model(*overrides, f"{node}.DETECTOR.OUTPUT", "boxes")
 
 
-def test_detectors_that_are_not_there_or_would_run_code(dataset, detector, tmp_path):
+def test_missing_or_malicious_detectors_are_refused(dataset, detector, tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
@@ -378,14 +378,14 @@ def test_detectors_that_are_not_there_or_would_run_code(dataset, detector, tmp_p
         tiny_model(f"{node}.SOURCE", "grid")
 
 
-def test_threshold_that_keeps_a_share_of_regions(dataset, tmp_path, capsys):
+def test_threshold_keeps_share_of_regions(dataset, tmp_path, capsys):
     arguments = ["--config-file", str(TINY), "--dataset", NAME]
     thresholds = [COMMANDS["calibrate"].call(*arguments, "--keep", keep) for keep in (0.9, 0.5)]
     assert thresholds[0] < thresholds[1] and "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["table1", "table6", "released", "odinw", "sam_automatic"])
-def test_tables_list_what_is_missing(table, tmp_path, capsys):
+def test_tables_list_missing_rows(table, tmp_path, capsys):
     COMMANDS["table"].call(table, "--output", tmp_path)
     output = capsys.readouterr().out
     assert output.count("not run, missing:") == len(
@@ -395,7 +395,7 @@ def test_tables_list_what_is_missing(table, tmp_path, capsys):
         assert "- / 56.6" in output and "weights/regionspot_bl.pth" in output and "lvis_v1_val" in output
 
 
-def test_a_row_of_a_table_is_run_once(tmp_path, monkeypatch):
+def test_table_row_is_run_once(tmp_path, monkeypatch):
     calls = []
 
     def run(command, check):
@@ -412,7 +412,7 @@ def test_a_row_of_a_table_is_run_once(tmp_path, monkeypatch):
     assert table_command.average(results, "bbox", "AP") == 15 and table_command.average(results, "bbox", "APm") is None
 
 
-def test_odinw_sets_are_averaged(tmp_path, register):
+def test_odinw_average(tmp_path, register):
     names = ("odinw_One_test", "odinw_Two_test")
     for first, name in enumerate(names):
         register(name, write_dataset(tmp_path / name, 4, first=10 * first), tmp_path / name / "images", "coco")
@@ -422,7 +422,7 @@ def test_odinw_sets_are_averaged(tmp_path, register):
     assert results["odinw_average"]["bbox"]["AP"] == pytest.approx(expected) and len(DatasetCatalog.get(names[0])) == 4
 
 
-def test_a_data_set_of_detectron2s_own_kind_is_evaluated(dataset, tmp_path):
+def test_dataset_registered_with_detectron2(dataset, tmp_path):
     records = [dict(record) for record in DatasetCatalog.get(NAME)]
     for record in records:  # annotations as Detectron2's data sets have them
         for annotation in record["annotations"]:
@@ -439,7 +439,7 @@ def test_a_data_set_of_detectron2s_own_kind_is_evaluated(dataset, tmp_path):
     assert results["bbox"]["AP50"] > 0 and set(results) == {"bbox", "segm", "region"}
 
 
-def test_unreadable_image_has_no_detections_and_is_counted(dataset, tmp_path, caplog):
+def test_unreadable_image_counts_without_detections(dataset, tmp_path, caplog):
     image = tmp_path / "data" / "images" / "1.png"
     whole = image.read_bytes()
     image.write_bytes(b"no image")
@@ -456,7 +456,7 @@ def test_unreadable_image_has_no_detections_and_is_counted(dataset, tmp_path, ca
     assert evaluate(tmp_path, "DATALOADER.SKIP_UNREADABLE", True) != damaged
 
 
-def test_unreadable_image_that_was_repaired_is_evaluated_by_the_run_that_goes_on(dataset, tmp_path, monkeypatch):
+def test_repaired_image_is_evaluated_when_resumed(dataset, tmp_path, monkeypatch):
     evaluate(tmp_path)
     expected = written(tmp_path)
     image = tmp_path / "data" / "images" / "1.png"

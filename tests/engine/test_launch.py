@@ -1,4 +1,4 @@
-"""Starting processes: the loaded config says on what they run, also on machines with GPUs."""
+"""Starting processes on the device of the loaded config, also on machines with GPUs."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def write_backend(args):
     path.write_text(json.dumps([distributed.get_backend(), os.environ["CUDA_VISIBLE_DEVICES"]]))
 
 
-def test_processes_on_cpus_beside_gpus_are_joined_by_gloo(two_gpus, tmp_path, monkeypatch):
+def test_cpu_processes_use_gloo_beside_gpus(two_gpus, tmp_path, monkeypatch):
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", directory=tmp_path)
@@ -48,7 +48,7 @@ def test_processes_on_cpus_beside_gpus_are_joined_by_gloo(two_gpus, tmp_path, mo
         ("projects/RegionSpotDense/train_net.py", "train = dict(device='cpu', output_dir='out')\n"),
     ],
 )
-def test_device_in_config_alone_is_respected(two_gpus, tmp_path, monkeypatch, tool, config):
+def test_device_from_config_file(two_gpus, tmp_path, monkeypatch, tool, config):
     backends = []
 
     def reached(*_):

@@ -1,4 +1,4 @@
-"""The optimizer: every rate and decay of the config reaches the parameters that it is of."""
+"""The optimizer: rates and decays of the config reach their parameters."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CHANGES = ("SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.WEIGHT_DEC
 CHANGES += ("SOLVER.WEIGHT_DECAY_BIAS", 0.125, "SOLVER.BIAS_LR_FACTOR", 2.0)
 
 
-def test_a_step_without_gradient_is_decay_alone():
+def test_step_without_gradient_only_decays():
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
     for parameter in model.parameters():
         nn.init.ones_(parameter)
@@ -24,7 +24,7 @@ def test_a_step_without_gradient_is_decay_alone():
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 1 - decay))
 
 
-def test_the_recipe_is_the_papers_by_default():
+def test_default_recipe_is_the_papers():
     solver = tiny_config().SOLVER
     assert (solver.OPTIMIZER, solver.BASE_LR, solver.WEIGHT_DECAY) == ("AdamW", 2.5e-5, 1e-4)
     assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR, solver.MAX_ITER) == (1000, 0.01, 450000)
@@ -33,7 +33,7 @@ def test_the_recipe_is_the_papers_by_default():
 
 
 @pytest.mark.parametrize(("kind", "value"), [("AdamW", "norm"), ("SGD", "full_model"), ("Adam", "full_model")])
-def test_what_does_not_go_together_is_refused(kind, value):
+def test_unsupported_combinations_are_refused(kind, value):
     cfg = tiny_config("SOLVER.OPTIMIZER", kind, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", value)
     with pytest.raises(ValueError, match="SOLVER"):
         build_optimizer(cfg, nn.Linear(2, 2))

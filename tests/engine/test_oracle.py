@@ -153,7 +153,7 @@ def test_truth_has_ap_100(right, name):
     assert result["region"]["top1"] == 100
 
 
-def test_class_0_is_among_the_annotated_ones(trees):
+def test_class_0_is_annotated(trees):
     for name in TEST:
         content = json.loads(trees.files[name][0].read_text())
         used = {annotation["category_id"] for annotation in content["annotations"]}
@@ -166,7 +166,7 @@ def test_wrong_classes_have_ap_0(wrong, name):
     assert wrong[name]["bbox"]["AP"] < 1e-6 and wrong[name]["region"]["top1"] == 0
 
 
-def test_a_registered_name_and_a_path_are_the_same_data_set(right, by_path):
+def test_registered_name_and_path_are_the_same_dataset(right, by_path):
     for name, path in by_path.items():
         assert json.dumps(right[name]) == json.dumps(right[path])  # NaN is NaN
 
@@ -185,11 +185,11 @@ def results_of(output, name):
 
 
 @pytest.mark.parametrize("name", BY_PATH)
-def test_a_registered_name_and_a_path_give_the_same_results_file(honest, by_path, name):
+def test_registered_name_and_path_same_results_file(honest, by_path, name):
     assert len(honest[name]) > 1000 and honest[name] == honest[by_path[name]]
 
 
-def test_training_sees_the_class_names_of_the_file(run, trees, truth):
+def test_training_uses_class_names_of_the_file(run, trees, truth):
     """Two steps, each with every image of every data set once."""
     oracle, images = Oracle(truth), sum(len(trees.images[name]) for name in TRAIN)
     run(TRAIN, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", images, "DATASETS.TEST", (), oracle=oracle, evaluate=False)
@@ -201,7 +201,7 @@ def test_training_sees_the_class_names_of_the_file(run, trees, truth):
             assert found in known
 
 
-def test_names_registered_at_import_are_evaluated_by_a_process_of_its_own(trees, tmp_path):
+def test_names_registered_at_import_in_new_process(trees, tmp_path):
     """Detectron2 and the project read $DETECTRON2_DATASETS when they are imported."""
     names = ("lvis_v1_val", "coco_2017_val", "objects365_v2_val")
     code = (
@@ -211,7 +211,7 @@ def test_names_registered_at_import_are_evaluated_by_a_process_of_its_own(trees,
         "COMMANDS['train'].call(*sys.argv[2:])"
     )
     listing = trees.save(tmp_path / "trees.json", names)
-    pairs = ["DATASETS.TEST", repr(names), "OUTPUT_DIR", str(tmp_path), "MODEL.MASK_ON", "True"]
+    pairs = ["DATASETS.TEST", repr(names), "OUTPUT_DIR", str(tmp_path)]
     command = [sys.executable, "-c", code, str(listing), "--eval-only", "--config-file", str(TINY), *pairs]
     env = {**os.environ, "DETECTRON2_DATASETS": str(trees.root), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)

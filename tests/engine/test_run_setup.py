@@ -1,4 +1,4 @@
-"""What a run's log lets through to a file and to a terminal."""
+"""Formatting of a run's log for files and terminals."""
 
 import logging
 
@@ -9,7 +9,7 @@ from regionspot.engine.run_setup import PrintableFormatter, learning_modules
 
 
 @pytest.mark.parametrize(("with_colors", "color"), [(True, "\x1b[32mname\x1b[0m"), (False, "name")])
-def test_control_characters_are_written_out(with_colors, color):
+def test_control_characters_are_escaped(with_colors, color):
     formatter = PrintableFormatter(logging.Formatter("%(message)s"), with_colors)
     arguments = ("\x1b[32mname\x1b[0m", "a\x1b[2Jb\x07\x9b\r", "tab\tline\nü")
     record = logging.LogRecord("regionspot", logging.INFO, __file__, 1, "%s %s %s", arguments, None)

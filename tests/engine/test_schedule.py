@@ -1,4 +1,4 @@
-"""The learning rate over short trainings and trainings that go on."""
+"""The learning rate in short and in resumed trainings."""
 
 import logging
 
@@ -24,7 +24,7 @@ def rates(*overrides):
     return found
 
 
-def test_warm_up_and_steps_beyond_the_end_are_scaled_with_a_warning(caplog):
+def test_schedule_beyond_the_end_is_scaled(caplog):
     with caplog.at_level(logging.WARNING, "regionspot"):
         found = rates("SOLVER.MAX_ITER", 60)  # 450k iterations' schedule
     assert "WARMUP_ITERS 1000 is longer than MAX_ITER 60: 6" in caplog.text
@@ -33,7 +33,7 @@ def test_warm_up_and_steps_beyond_the_end_are_scaled_with_a_warning(caplog):
     assert found[46:56] == pytest.approx([0.1] * 10) and found[56:] == pytest.approx([0.01] * 4)
 
 
-def test_schedule_inside_the_training_is_left_alone(caplog):
+def test_schedule_inside_the_training_is_kept(caplog):
     with caplog.at_level(logging.WARNING, "regionspot"):
         found = rates("SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_ITERS", 5, "SOLVER.STEPS", (10, 19))
     assert not caplog.records and found[5:10] == [1.0] * 5 and found[10] == pytest.approx(0.1)
@@ -44,7 +44,7 @@ def test_schedule_of_a_few_iterations(end):
     assert len(rates("SOLVER.MAX_ITER", end)) == end
 
 
-def test_rate_that_jumps_when_training_goes_on_is_said(scenes, tmp_path, caplog):  # noqa: F811
+def test_learning_rate_jump_on_resume_warns(scenes, tmp_path, caplog):  # noqa: F811
     steps = ("SOLVER.WARMUP_ITERS", 1, "SOLVER.CHECKPOINT_PERIOD", 3)
     train(scenes, tmp_path, *steps, "SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (4,))
     with caplog.at_level(logging.WARNING, "regionspot"):
@@ -54,13 +54,13 @@ def test_rate_that_jumps_when_training_goes_on_is_said(scenes, tmp_path, caplog)
     assert "the learning rate jumps from 7e-05 to 0.0007 at iteration 8" in caplog.text
 
 
-def test_what_is_wrong_with_training_sets_is_said_before_test_sets():
+def test_training_sets_are_checked_first():
     cfg = tiny_config("DATASETS.TRAIN", ("nowhere_train",), "DATASETS.TEST", ("nowhere_test",))
     with pytest.raises(KeyError, match="DATASETS.TRAIN: data set 'nowhere_train'"):
         RegionSpotTrainer(cfg)
 
 
-def test_seed_of_a_step_depends_on_seed_iteration_and_rank(monkeypatch):
+def test_step_seed_depends_on_seed_iteration_rank(monkeypatch):
     def draw(seed, iteration, rank):
         monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: rank)
         seed_step(seed, iteration)
@@ -71,7 +71,7 @@ def test_seed_of_a_step_depends_on_seed_iteration_and_rank(monkeypatch):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_gradients_are_those_of_the_whole_batch(scenes, tmp_path, accumulate):  # noqa: F811
+def test_accumulated_gradients_match_whole_batch(scenes, tmp_path, accumulate):  # noqa: F811
     def gradients(parts):
         plain = ("SOLVER.CLIP_GRADIENTS.ENABLED", False, "MODEL.REGIONSPOT.INTEGRATION.DROPOUT", 0.0)
         cfg = config(scenes, tmp_path, *plain, "SOLVER.ACCUMULATE", parts, "SOLVER.MAX_ITER", 1)

@@ -1,4 +1,4 @@
-"""Training that a signal stops: what it saves, and that the run that goes on equals one that was never stopped."""
+"""Training stopped by a signal: what it saves, and that the resumed run equals an uninterrupted one."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def train_until_signal(directory, output, iteration, number=signal.SIGTERM, over
     return str(stopped.value)
 
 
-def test_stopped_training_goes_on_to_the_bit(scenes, tmp_path):  # noqa: F811
+def test_stopped_run_resumes_exactly(scenes, tmp_path):  # noqa: F811
     train(scenes, tmp_path / "whole", *OVERRIDES)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     text = train_until_signal(scenes, tmp_path / "run", 4)
@@ -71,7 +71,7 @@ def test_second_signal_stops_at_once(scenes, tmp_path, monkeypatch):  # noqa: F8
     assert not isinstance(stopped.value, Interrupted) and not list(tmp_path.glob("*.pth"))
 
 
-def test_signal_in_the_last_evaluation_keeps_the_final_model(scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_signal_in_last_evaluation_keeps_final_model(scenes, tmp_path, monkeypatch):  # noqa: F811
     overrides = (*OVERRIDES, "DATASETS.TEST", ("test_trainer",))
     monkeypatch.setattr(RegionSpotTrainer, "test", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="after iteration 12 of 12: model_final.pth is kept"):
@@ -79,7 +79,7 @@ def test_signal_in_the_last_evaluation_keeps_the_final_model(scenes, tmp_path, m
     assert saved(tmp_path)["iteration"] == 11
 
 
-def test_stopped_evaluation_is_the_first_of_the_run_that_goes_on(scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_stopped_evaluation_runs_first_on_resume(scenes, tmp_path, monkeypatch):  # noqa: F811
     overrides = (*OVERRIDES, "DATASETS.TEST", ("test_trainer",), "TEST.EVAL_PERIOD", 4)
     evaluated, stop = [], True
 
@@ -120,7 +120,7 @@ def train_in_process(args):
     trainer.train()
 
 
-def test_two_processes_stop_together_and_go_on_to_the_bit(scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_two_stopped_processes_resume_exactly(scenes, tmp_path, monkeypatch):  # noqa: F811
     torch.set_num_threads(1)
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)

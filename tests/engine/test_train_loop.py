@@ -1,4 +1,4 @@
-"""One training step where numbers are not finite: float16 skips it, other precisions stop in all processes."""
+"""Training steps with numbers that are not finite: float16 skips them, other precisions stop in all processes."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def test_float16_overflow_skips_the_step(cfg, tmp_path, caplog, value):
     assert json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])["skipped_steps"] == 1
 
 
-def test_float16_stops_after_many_overflows_in_a_row(cfg, monkeypatch):
+def test_float16_stops_after_many_overflows(cfg, monkeypatch):
     monkeypatch.setattr(train_loop, "MAX_SKIPPED_STEPS", 3)
     trainer = build(cfg)
     spoil_losses(trainer, {0, 2, 3, 4}, float("nan"))
@@ -85,7 +85,7 @@ def test_float16_stops_after_many_overflows_in_a_row(cfg, monkeypatch):
         trainer.train()
 
 
-def test_float16_learns_what_float32_does(cfg):
+def test_float16_matches_float32(cfg):
     losses = []
     for precision in (torch.float16, None):
         trainer = build(cfg, precision)
@@ -95,7 +95,7 @@ def test_float16_learns_what_float32_does(cfg):
     torch.testing.assert_close(*(torch.tensor(values)[:, 0] for values in losses), rtol=0.02, atol=0)
 
 
-def test_first_steps_say_what_the_run_takes(cfg, caplog):
+def test_first_steps_log_memory_and_time(cfg, caplog):
     cfg.SOLVER.MAX_ITER = 7
     trainer = build(cfg, None)
     with caplog.at_level("INFO", "regionspot.engine.hooks"):
@@ -123,7 +123,7 @@ def train_process(args):
 
 
 @pytest.mark.parametrize("precision", [torch.float16, None])
-def test_processes_agree_on_a_loss_that_is_not_finite(cfg, tmp_path, monkeypatch, precision):
+def test_processes_agree_on_infinite_loss(cfg, tmp_path, monkeypatch, precision):
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
     group = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}

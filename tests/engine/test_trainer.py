@@ -1,4 +1,4 @@
-"""The trainer: resuming, averages, precision, accumulation, what it writes, and when it stops."""
+"""The trainer: resuming, averages, precision, accumulation, files, and errors."""
 
 import json
 import logging
@@ -82,7 +82,7 @@ EXACT += ("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.ACCUMULATE", 2)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_training_killed_at_five_random_moments_ends_with_the_same_weights(scenes, tmp_path, precision):
+def test_killed_run_resumes_exactly(scenes, tmp_path, precision):
     overrides, killed = (*EXACT, "SOLVER.AMP.ENABLED", precision == "bf16"), tmp_path / "killed"
     start = time.perf_counter()
     train(scenes, tmp_path / "undisturbed", *overrides)
@@ -101,14 +101,14 @@ def test_training_killed_at_five_random_moments_ends_with_the_same_weights(scene
     assert_same(saved(killed), saved(tmp_path / "undisturbed"))
 
 
-def test_a_random_seed_is_kept_when_training_goes_on(scenes, tmp_path):
+def test_random_seed_is_kept_on_resume(scenes, tmp_path):
     overrides = ("SEED", -1, "SOLVER.CHECKPOINT_PERIOD", 5)
     first = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 5)
     second = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 10, resume=True)
     assert first.loop.seed == second.loop.seed and second.start_iter == 5
 
 
-def test_a_checkpoint_that_is_cut_while_it_is_written_never_becomes_the_last(scenes, tmp_path, monkeypatch):
+def test_truncated_checkpoint_never_becomes_last(scenes, tmp_path, monkeypatch):
     train(scenes, tmp_path, "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3)
     (tmp_path / "model_final.pth").unlink()
     (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_is_cut_while_it_is_written_never_becomes_the_last(sce
     assert train(scenes, tmp_path, "SOLVER.MAX_ITER", 6, resume=True).start_iter == 3
 
 
-def test_a_batch_in_parts_equals_a_batch(scenes, tmp_path):
+def test_accumulated_batch_matches_batch(scenes, tmp_path):
     overrides = ("SOLVER.MAX_ITER", 8, "MODEL.REGIONSPOT.INTEGRATION.DROPOUT", 0.0)
     for parts in (1, 2):
         train(scenes, tmp_path / str(parts), *overrides, "SOLVER.ACCUMULATE", parts)
@@ -139,7 +139,7 @@ def test_a_batch_in_parts_equals_a_batch(scenes, tmp_path):
         train(scenes, tmp_path, "SOLVER.ACCUMULATE", 3)
 
 
-def test_bfloat16_on_a_cpu_and_what_is_refused(scenes, tmp_path):
+def test_bfloat16_on_cpu_and_unsupported_precisions(scenes, tmp_path):
     losses = {}
     for enabled in (False, True):
         directory = tmp_path / str(enabled)
@@ -155,7 +155,7 @@ def test_bfloat16_on_a_cpu_and_what_is_refused(scenes, tmp_path):
         train(scenes, tmp_path, "SOLVER.AMP.DTYPE", "fp8")
 
 
-def test_moving_average_is_kept_evaluated_and_preferred(scenes, tmp_path):
+def test_moving_average_is_saved_and_preferred(scenes, tmp_path):
     overrides = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
     train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 1)
     states = [saved(tmp_path, f"model_000000{k}.pth") for k in range(3)]
@@ -175,7 +175,7 @@ def test_moving_average_is_kept_evaluated_and_preferred(scenes, tmp_path):
     assert torch.equal(module.projector.weight, weights[2])
 
 
-def test_evaluation_while_training_keeps_the_best(scenes, tmp_path):
+def test_best_checkpoint_is_kept(scenes, tmp_path):
     overrides = ["DATASETS.TEST", ("test_trainer",), "TEST.EVAL_PERIOD", 10, "SOLVER.CHECKPOINT_PERIOD", 10]
     first = train(scenes, tmp_path, *overrides, "SOLVER.MAX_ITER", 20)
     best = saved(tmp_path, "model_best.pth")
@@ -200,11 +200,11 @@ def test_evaluation_while_training_keeps_the_best(scenes, tmp_path):
         (("odinw_a", "odinw_b"), "odinw_average/bbox/AP", "odinw_average/bbox/AP"),
     ],
 )
-def test_the_best_is_chosen_by_the_first_test_set_unless_another_is_named(sets, metric, name):
+def test_best_metric_of_several_test_sets(sets, metric, name):
     assert best_metric(tiny_config("DATASETS.TEST", sets, "TEST.BEST_METRIC", metric)) == name
 
 
-def test_a_loss_that_is_not_a_number_names_the_images(scenes, tmp_path):
+def test_nan_loss_names_the_images(scenes, tmp_path):
     cfg = config(scenes, tmp_path, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 12)
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_a_number_names_the_images(scenes, tmp_path):
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_stores_of_other_frozen_parts_are_refused_before_training(scenes, tmp_path):
+def test_stores_of_other_models_are_refused(scenes, tmp_path):
     for key, message in (("SAM", "another sam: expected no name"), ("CLIP", "another clip: expected no name")):
         with pytest.raises(ValueError, match=message.replace("no name", "weights without a name")):
             train(scenes, tmp_path, f"MODEL.REGIONSPOT.{key}.WEIGHTS", "", "SEED", 99)
@@ -256,7 +256,7 @@ def accuracy(trainer, name):
     return right / number
 
 
-def test_second_stage_over_three_vocabularies_improves_on_all(three, scenes):
+def test_second_stage_improves_all_vocabularies(three, scenes):
     def stage(directory, names, *overrides):
         stores = tuple(str(three / f"{name}_store") for name in names)
         data = ["DATASETS.TRAIN", names, "DATASETS.TOKEN_STORES_TRAIN", stores, "SOLVER.BASE_LR", 1e-3]
@@ -274,7 +274,7 @@ def test_second_stage_over_three_vocabularies_improves_on_all(three, scenes):
         assert after[name] > before[name] + 0.1, (before, after)
 
 
-def test_average_that_is_switched_on_later_starts_from_the_trained_weights(scenes, tmp_path):
+def test_average_enabled_later_starts_from_weights(scenes, tmp_path):
     train(scenes, tmp_path, "SOLVER.MAX_ITER", 5)
     weight = saved(tmp_path)["model"]["model.projector.weight"]
     overrides = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.999)
@@ -282,7 +282,7 @@ def test_average_that_is_switched_on_later_starts_from_the_trained_weights(scene
     torch.testing.assert_close(second.average.average.projector.weight, weight, atol=1e-4, rtol=0)
 
 
-def test_gradient_that_is_not_a_number_names_the_images(scenes, tmp_path):
+def test_nan_gradient_names_the_images(scenes, tmp_path):
     trainer = RegionSpotTrainer(config(scenes, tmp_path, "SOLVER.MAX_ITER", 3))
     trainer.resume_or_load(resume=False)
     weight = trainer.recognizer.knowledge_integration.projector.weight
@@ -301,12 +301,12 @@ def test_gradient_that_is_not_a_number_names_the_images(scenes, tmp_path):
         (["MODEL.REGIONSPOT.VOCABULARY", "a,b"], ValueError, "has 2 names, but test_trainer has 4"),
     ],
 )
-def test_what_is_wrong_with_the_evaluation_is_said_before_training(scenes, tmp_path, overrides, error, message):
+def test_evaluation_settings_are_checked_first(scenes, tmp_path, overrides, error, message):
     with pytest.raises(error, match=message):
         RegionSpotTrainer(config(scenes, tmp_path, "DATASETS.TEST", ("test_trainer",), *overrides))
 
 
-def test_no_evaluation_follows_a_training_that_failed(scenes, tmp_path, monkeypatch):
+def test_failed_training_is_not_evaluated(scenes, tmp_path, monkeypatch):
     cfg = config(scenes, tmp_path, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ("test_trainer",))
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -316,7 +316,7 @@ def test_no_evaluation_follows_a_training_that_failed(scenes, tmp_path, monkeypa
         trainer.train()
 
 
-def test_old_checkpoints_and_leftovers_are_removed(scenes, tmp_path):
+def test_old_checkpoints_are_removed(scenes, tmp_path):
     (tmp_path / ".model_0000001.pth.0123.tmp").write_bytes(b"cut")
     train(scenes, tmp_path, "SOLVER.MAX_ITER", 9, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINTS_KEPT", 2)
     names = sorted(path.name for path in tmp_path.glob("*.pth"))
@@ -324,7 +324,7 @@ def test_old_checkpoints_and_leftovers_are_removed(scenes, tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_unreadable_images_are_replaced_listed_and_counted(scenes, tmp_path, caplog, register):
+def test_unreadable_images_are_replaced_and_listed(scenes, tmp_path, caplog, register):
     annotations = write_dataset(tmp_path / "data", 12)
     register("test_unreadable", annotations, tmp_path / "data" / "images", "lvis")
     data = ("DATASETS.TRAIN", ("test_unreadable",), "DATASETS.TOKEN_STORES_TRAIN", (), "SOLVER.MAX_ITER", 6)

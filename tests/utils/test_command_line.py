@@ -1,4 +1,4 @@
-"""How commands end: one line for what a user did, a traceback for a bug, one line for Ctrl-C; --help at once."""
+"""How commands end: one line for a user's mistake or Ctrl-C, a traceback for a bug; --help at once."""
 
 import importlib.util
 import os
@@ -116,7 +116,7 @@ def test_bug_keeps_traceback(capsys, error, monkeypatch):
     assert "Traceback" in end(capsys, ValueError("a user's"))[1]
 
 
-def test_numbers_returned_are_exit_codes():
+def test_returned_numbers_are_exit_codes():
     for result, code in ((3, 3), (None, 0), ({"AP": 1.0}, 0)):
         with pytest.raises(SystemExit) as ended:
             run_command(lambda value: value, result)
@@ -148,7 +148,7 @@ def test_signals_end_a_command_in_one_line(capsys, number, code):
     assert ended.value.code == code and said.startswith("interrupted: nothing was kept") and said.count("\n") == 1
 
 
-def test_errors_of_loader_workers_are_one_line():
+def test_loader_worker_error_is_one_line():
     with pytest.raises(ValueError, match="Original Traceback") as caught:
         next(iter(DataLoader(Data(ValueError("image x.jpg cannot be read: cut")), num_workers=1)))
     assert user_error(caught.value) == "image x.jpg cannot be read: cut"
@@ -158,7 +158,7 @@ def fail(rank, kind):
     raise {"user": ValueError("x.pth: no such weights"), "bug": TypeError("a bug")}[kind]
 
 
-def test_errors_of_several_processes_are_one_line(capsys):
+def test_multiprocess_error_is_one_line(capsys):
     """Both fail, one line is said; a bug in one keeps its traceback."""
     for kind, said in (("user", "error: x.pth: no such weights"), ("bug", "TypeError: a bug")):
         with pytest.raises(SystemExit) as ended:
@@ -200,7 +200,7 @@ def test_no_command_lists_them_all(capsys, monkeypatch):
         assert ended.value.code == code and "train" in printed.out + printed.err
 
 
-def test_a_command_that_fails_says_one_line(tmp_path, capsys, monkeypatch):
+def test_failing_command_prints_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(tmp_path / "no.yaml")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools" / "train_net.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""One run in a directory."""
+"""One run at a time per directory."""
 
 import multiprocessing
 
@@ -26,21 +26,21 @@ def holder(tmp_path):
     process.join()
 
 
-def test_second_run_is_refused_with_the_name_of_the_first(holder, tmp_path):
+def test_second_run_is_refused(holder, tmp_path):
     with pytest.raises(ValueError, match=f"out: another run is at work there .process {holder.pid} on .*OUTPUT_DIR"):
         _take(tmp_path / "out")
     with run_lock(tmp_path / "other"):
         pass
 
 
-def test_lock_ends_with_a_killed_process(holder, tmp_path):
+def test_lock_ends_with_killed_process(holder, tmp_path):
     holder.kill()
     holder.join()
     with run_lock(tmp_path / "out"):
         pass
 
 
-def test_a_run_may_take_its_lock_again(tmp_path):
+def test_lock_is_reentrant(tmp_path):
     with run_lock(tmp_path), run_lock(tmp_path):
         pass
     context = multiprocessing.get_context("fork")
@@ -58,7 +58,7 @@ def _must_be_refused(directory):
         _take(directory)
 
 
-def test_lock_is_let_go_after_an_error(tmp_path):
+def test_lock_is_released_after_error(tmp_path):
     with pytest.raises(KeyError), run_lock(tmp_path):
         raise KeyError
     process = multiprocessing.get_context("fork").Process(target=_take, args=(tmp_path,))

@@ -1,4 +1,4 @@
-"""YAML that is no config, and command-line pairs that are none: one sentence each, and nothing is fetched."""
+"""Invalid YAML and invalid overrides: one sentence each, and nothing is fetched."""
 
 import urllib.request
 
@@ -53,7 +53,7 @@ DEEP = 600
         ("NO_SUCH_KEY: 1", "NO_SUCH_KEY"),
     ],
 )
-def test_what_is_no_config_is_said_in_a_sentence(tmp_path, monkeypatch, text, message):
+def test_invalid_config_is_one_sentence(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_: pytest.fail("fetched"))
     (tmp_path / "bad.yaml").write_text(text)
@@ -67,18 +67,18 @@ def test_what_is_no_config_is_said_in_a_sentence(tmp_path, monkeypatch, text, me
 @pytest.mark.parametrize(
     "overrides", [["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "None"], ["MODEL", "5"], ["", "1"], ["MODEL.DEVICE", "x"]]
 )
-def test_wrong_overrides_are_said_in_a_sentence(overrides):
+def test_wrong_overrides_are_one_sentence(overrides):
     with pytest.raises(ValueError, match="config .*tiny.yaml"):
         load_config(TINY, overrides)
 
 
 @pytest.mark.parametrize("value", [-1, 0, 5, 2**70])
-def test_sizes_of_a_sam_that_cannot_be_are_refused(value):
+def test_impossible_sam_sizes_are_refused(value):
     with pytest.raises(ValueError, match=r"MODEL.REGIONSPOT.SAM.CUSTOM: expected sizes .*IMAGE_SIZE"):
         get_sam_size(tiny_config("MODEL.REGIONSPOT.SAM.CUSTOM.IMAGE_SIZE", value))
 
 
-def test_base_that_is_missing_names_both_files(tmp_path):
+def test_missing_base_names_both_files(tmp_path):
     (tmp_path / "a.yaml").write_text("_BASE_: b.yaml")
     with pytest.raises(FileNotFoundError, match="b.yaml.*no such file .*_BASE_ of .*a.yaml"):
         load_config(tmp_path / "a.yaml")
