@@ -2,8 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +69,23 @@ def _evaluate_alone(cfg: CfgNode, model: nn.Module, name: str, output_dir: str |
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     evaluator = RegionEvaluator(name, output_dir, protocol, tasks, len(records))
     loader = build_test_loader(cfg, name, skip=evaluator.finished)
-    with _masks_as_rle(model):
-        metrics = inference_on_dataset(model, loader, evaluator)
+    metrics = inference_on_dataset(_with_rle_masks(model), loader, evaluator)
     if comm.is_main_process():
         print_csv_format(metrics)
     return metrics
 
 
-@contextmanager
-def _masks_as_rle(model: nn.Module) -> Iterator[None]:
-    """Let the model give one RLE a region instead of full-size masks."""
+def _with_rle_masks(model: nn.Module) -> RegionSpot:
+    """Return a model of the same parts that has one RLE per region instead of full-size masks."""
     [regionspot] = [module for module in model.modules() if isinstance(module, RegionSpot)]
-    before = regionspot.masks
-    regionspot.masks = "rle" if before else ""
-    try:
-        yield
-    finally:
-        regionspot.masks = before
+    view = type(regionspot)(
+        recognizer=regionspot.recognizer,
+        input_format=regionspot.input_format,
+        masks="rle" if regionspot.masks else "",
+        proposal_source=regionspot.proposal_source,
+        top_k_proposals=regionspot.top_k_proposals,
+    )
+    return view.train(regionspot.training)  # evaluation restores this mode, in the shared parts, too
 
 
 def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
