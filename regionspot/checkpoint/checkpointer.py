@@ -22,7 +22,49 @@ from regionspot.utils.unpickling import array_of, load_arrays
 logger = logging.getLogger(__name__)
 
 
-class RegionSpotCheckpointer(DetectionCheckpointer):
+class SafeDetectionCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which runs no code from files and leaves none half-written.
+
+    It reads ``.pth``, and ``.pkl`` as in the model zoo.
+    """
+
+    def save(self, name: str, is_last: bool = True, **kwargs: Any) -> None:
+        """Save ``name``.pth, with ``kwargs`` beside the weights.
+
+        ``is_last`` marks the checkpoint that training resumes from; without it the training state is left out.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = self.weights_to_save()
+        data.update({key: x.state_dict() for key, x in self.checkpointables.items() if is_last or key == "ema"})
+        data.update(kwargs)
+        path = f"{self.save_dir}/{name}.pth"
+        with atomic_path(path, sync=True) as temporary:
+            torch.save(data, temporary)
+        logger.info("Saved checkpoint to %s", path)
+        if is_last:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def weights_to_save(self) -> dict[str, Any]:
+        """Return what a file holds of the model."""
+        return {"model": self.model.state_dict()}
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with atomic_path(f"{self.save_dir}/last_checkpoint") as temporary:
+            temporary.write_text(last_filename_basename)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            loaded = _read_pickled_weights(filename)
+        else:
+            loaded = load_checkpoint_file(filename)
+            loaded = loaded if "model" in loaded else {"model": loaded}
+        if not isinstance(loaded["model"], dict) or not all(isinstance(key, str) for key in loaded["model"]):
+            raise ValueError(f"{filename}: expected a detector's weights by name, got {type(loaded['model']).__name__}")
+        return loaded
+
+
+class RegionSpotCheckpointer(SafeDetectionCheckpointer):
     """Detectron2's checkpointer for a model that holds a ``RegionRecognizer``.
 
     It saves the trained parts only, in the released key layout, with the fingerprints of the frozen parts and the
@@ -61,36 +103,15 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
         sources = frozen_sources(cfg)
         return cls(model, save_dir, sam_weights=sources["sam"], clip_weights=sources["clip_model"], **checkpointables)
 
-    def save(self, name: str, is_last: bool = True, **kwargs: Any) -> None:
-        """Save ``name``.pth, with ``kwargs`` beside the weights.
-
-        ``is_last`` marks the checkpoint that training resumes from; without it the training state is left out.
-        """
-        if not self.save_dir or not self.save_to_disk:
-            return
-        state = self.recognizer.state_dict()
-        data = {
+    def weights_to_save(self) -> dict[str, Any]:
+        state, sources = self.recognizer.state_dict(), self.recognizer.weight_sources
+        return {
             "model": {to_released_key(key): value for key, value in state.items() if key.startswith(TRAINED)},
             "frozen": {
-                part: {
-                    "fingerprint": fingerprint(select(state, prefix)),
-                    "source": self.recognizer.weight_sources[part],
-                }
+                part: {"fingerprint": fingerprint(select(state, prefix)), "source": sources[part]}
                 for part, prefix in FROZEN.items()
             },
         }
-        data.update({key: x.state_dict() for key, x in self.checkpointables.items() if is_last or key == "ema"})
-        data.update(kwargs)
-        path = f"{self.save_dir}/{name}.pth"
-        with atomic_path(path, sync=True) as temporary:
-            torch.save(data, temporary)
-        logger.info("Saved checkpoint to %s", path)
-        if is_last:
-            self.tag_last_checkpoint(f"{name}.pth")
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_path(f"{self.save_dir}/last_checkpoint") as temporary:
-            temporary.write_text(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load ``path`` (a file or URL; "" for none), and the frozen parts that it does not hold.
@@ -109,20 +130,6 @@ class RegionSpotCheckpointer(DetectionCheckpointer):
             if key in rest:
                 self.checkpointables[key].load_state_dict(rest.pop(key))
         return rest
-
-
-class SafeDetectionCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer for detectors; it reads ``.pth``, and ``.pkl`` as in the model zoo, running no code."""
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pkl"):
-            loaded = _read_pickled_weights(filename)
-        else:
-            loaded = load_checkpoint_file(filename)
-            loaded = loaded if "model" in loaded else {"model": loaded}
-        if not isinstance(loaded["model"], dict) or not all(isinstance(key, str) for key in loaded["model"]):
-            raise ValueError(f"{filename}: expected a detector's weights by name, got {type(loaded['model']).__name__}")
-        return loaded
 
 
 def _read_pickled_weights(filename: str) -> dict[str, Any]:

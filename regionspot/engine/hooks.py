@@ -16,7 +16,7 @@ from detectron2.engine import HookBase, hooks
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.utils.memory import peak_memory
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class WeightAverage:
 class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's, which also keeps the best metric when training resumes, and never marks its file as the *last*."""
 
-    def __init__(self, eval_period: int, checkpointer: RegionSpotCheckpointer, val_metric: str) -> None:
+    def __init__(self, eval_period: int, checkpointer: SafeDetectionCheckpointer, val_metric: str) -> None:
         """
         Args:
             eval_period: iterations between evaluations.

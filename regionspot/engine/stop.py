@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import distributed
 
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.utils.command_line import Interrupted, install_handlers, restore_handlers
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class StopOnSignal(HookBase):
         evaluation_due: the checkpoint precedes the evaluation of its iteration.
     """
 
-    def __init__(self, checkpointer: RegionSpotCheckpointer, device: torch.device) -> None:
+    def __init__(self, checkpointer: SafeDetectionCheckpointer, device: torch.device) -> None:
         """
         Args:
             checkpointer: saves what training resumes from.

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from torch import nn
 
+from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.engine.hooks import BestCheckpointer, FirstSteps, Throughput, UnreadableImages, WeightAverage
 from regionspot.engine.optimizer import warn_of_jump
 from regionspot.engine.stop import StopOnSignal
@@ -130,7 +130,7 @@ class Trainer(TrainerBase):
         self.register_hooks(self.build_hooks())
 
     @abstractmethod
-    def build_checkpointer(self, model: nn.Module, **checkpointables: Any) -> DetectionCheckpointer:
+    def build_checkpointer(self, model: nn.Module, **checkpointables: Any) -> SafeDetectionCheckpointer:
         """Return what saves and loads ``model`` in ``plan.output_dir``."""
 
     @abstractmethod
