@@ -49,6 +49,7 @@ class Trainer(engine.Trainer):
     def __init__(self, cfg: CfgNode) -> None:
         """Build what ``cfg`` names; weights are loaded by ``resume_or_load``."""
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # the head looks up their names when it is built
         plan, model = TrainingPlan.from_config(cfg), build_model(cfg)
         log_size(model)
         optimizer = build_optimizer(cfg, model)
@@ -77,7 +78,6 @@ class Trainer(engine.Trainer):
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:
     """Return Detectron2's training images, in batches that resume exactly."""
-    check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     return build_mapped_loader(
         records,
