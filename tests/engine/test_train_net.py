@@ -1,10 +1,8 @@
-"""tools/train_net.py as a user runs it: the README's walkthrough, torchrun, evaluation, and errors."""
+"""tools/train_net.py as a user runs it: torchrun, evaluation, and errors."""
 
 import json
 import logging
 import multiprocessing
-import re
-import shlex
 import sys
 
 import pytest
@@ -51,35 +49,6 @@ def run_here(directory, *options, overrides=()):
     """Run train_net in this process."""
     arguments = ["--config-file", str(TINY), *options, *frozen_overrides(directory), *map(str, overrides)]
     return COMMANDS["train"].call(*arguments)
-
-
-def walkthrough():
-    """Return the commands of the README's section on one's own data."""
-    section = (ROOT / "README.md").read_text().split("\n## Train on my data\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
-    return [line for line in "".join(blocks).replace("\\\n", " ").splitlines() if line.startswith("tools/")]
-
-
-def test_readme_walkthrough(directory):
-    commands = walkthrough()
-    tools = [shlex.split(command)[0] for command in commands]
-    assert tools == ["tools/extract_tokens.py", *["tools/train_net.py"] * 3]
-    outputs = []
-    for command in commands:
-        tool, *arguments = shlex.split(command)
-        arguments = [str(TINY) if a.startswith("configs/") else a for a in arguments]
-        arguments = ["12" if arguments[i - 1] == "SOLVER.MAX_ITER" else a for i, a in enumerate(arguments)]
-        schedule = [] if "extract" in tool else ["SOLVER.WARMUP_ITERS", 3, "SOLVER.STEPS", "()"]
-        outputs.append(run_program(directory, ROOT / tool, *arguments, *frozen_overrides(directory), *schedule))
-    assert "8 images" in outputs[0]
-    [printed] = re.findall(r"DATASETS:\n.*\n.*\n", outputs[0])
-    (directory / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
-    assert load_config(directory / "printed.yaml").DATASETS.TRAIN == ("my.json:my_images",)
-    assert load_config(directory / "printed.yaml").DATASETS.TOKEN_STORES_TRAIN == ("tokens/my-my_images",)
-    assert torch.load(directory / "output" / "mine" / "model_final.pth", weights_only=True)["iteration"] == 11
-    assert "Starting training from iteration 12" in outputs[2]  # --resume of a run that was done
-    assert "protocol: coco on my_val.json:my_images" in outputs[3] and "images: 8 of 8" in outputs[3]
-    assert json.loads((directory / "output" / "mine" / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] >= 0
 
 
 def test_two_processes_match_one_with_twice_the_batch(directory, tmp_path):

@@ -1,0 +1,138 @@
+"""The commands of the README and the guides work, at tiny sizes: what is in ```sh blocks is run in a user's directory."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from regionspot import model_zoo
+from regionspot.config import load_config
+
+from .helpers import (
+    ROOT,
+    TINY,
+    draw_scene,
+    frozen_overrides,
+    released_state,
+    tiny_model,
+    write_dataset,
+    write_frozen_parts,
+)
+from .processes import run_program
+
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PROGRAMS = {
+    "regionspot": ROOT / "regionspot_cli" / "__main__.py",
+    "python": ROOT / "tools" / "benchmarks" / "__main__.py",
+}
+SHORT = {"SOLVER.MAX_ITER": "12"}  # in place of what a guide says
+
+
+def blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def commands(path):
+    lines = "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A user's files, by the names that the guides use; BB is tiny here."""
+    directory = tmp_path_factory.mktemp("user")
+    model = tiny_model(names=None)
+    write_frozen_parts(model.recognizer, directory)
+    annotations = json.loads(write_dataset(directory / "data").read_text())
+    (directory / "data" / "images").rename(directory / "my_images")
+    (directory / "my.json").write_text(json.dumps(annotations))
+    for category in annotations["categories"]:
+        del category["frequency"]  # COCO's format
+    (directory / "my_val.json").write_text(json.dumps(annotations))
+    results = [{key: a[key] for key in ("image_id", "category_id", "bbox")} for a in annotations["annotations"]]
+    (directory / "results.json").write_text(json.dumps([{**entry, "score": 0.5} for entry in results]))
+    (directory / "boxes.json").write_text((directory / "results.json").read_text())
+    torch.save({"model": released_state(model)}, directory / "regionspot_bb.pth")
+    Image.fromarray(draw_scene(0, (480, 640))[0]).save(directory / "cup.jpg")
+    overrides = [*frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
+    write_config(directory / "configs" / "RegionSpot-BB.yaml", TINY, overrides)
+    mine = f"('{directory}/my_val.json:{directory}/my_images',)"
+    overrides = [*frozen_overrides(directory), "DATASETS.TEST", mine, "INPUT.MIN_SIZE_TEST", "96"]
+    host = directory / "projects" / "RegionSpotRCNN" / "configs" / "mask_rcnn_R_50_FPN.yaml"
+    write_config(host, ROOT / "tests" / "tiny_rcnn.yaml", overrides)
+    return directory
+
+
+def write_config(path: Path, base: Path, overrides: list[str]) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(load_config(base, overrides).dump())
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_guide_starts_with_a_command(path):
+    if path.stem == "api":
+        return
+    first = re.search(r"```(\w*)\n", path.read_text())
+    assert first and first[1] == "sh"
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem)
+def test_commands_work(path, directory):
+    outputs = []
+    for command in commands(path):
+        if command[0] == "make":
+            subprocess.run([*command, "--dry-run", "PYTHON=python"], cwd=ROOT, check=True, capture_output=True)
+            continue
+        program, *arguments = command
+        if program == "python":
+            assert arguments[:2] == ["-m", "tools.benchmarks"]
+            arguments = arguments[2:]
+        arguments = [SHORT.get(arguments[i - 1], argument) for i, argument in enumerate(arguments)]
+        outputs.append(run_program(directory, PROGRAMS.get(program, ROOT / program), *arguments))
+    check = {"train": check_training, "README": check_prediction}.get(path.stem)
+    if check:
+        check(directory, outputs)
+
+
+def check_training(directory, outputs):
+    _, extracted, _, resumed, evaluated = outputs
+    assert "8 images" in extracted
+    [printed] = re.findall(r"DATASETS:\n.*\n.*\n", extracted)
+    (directory / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
+    assert load_config(directory / "printed.yaml").DATASETS.TRAIN == ("my.json:my_images",)
+    assert load_config(directory / "printed.yaml").DATASETS.TOKEN_STORES_TRAIN == ("tokens/my-my_images",)
+    assert torch.load(directory / "output" / "mine" / "model_final.pth", weights_only=True)["iteration"] == 11
+    assert "Starting training from iteration 12" in resumed  # of a run that was done
+    assert "protocol: coco on my_val.json:my_images" in evaluated and "images: 8 of 8" in evaluated
+    assert json.loads((directory / "output" / "mine" / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] >= 0
+
+
+def check_prediction(directory, outputs):
+    regions = json.loads((directory / "output" / "mine" / "cup.json").read_text())["regions"]
+    assert len(regions) == 2 and (directory / "output" / "mine" / "cup.png").is_file()
+
+
+def test_inference_of_the_readme(directory, monkeypatch, capsys):
+    [snippet] = blocks(ROOT / "README.md", "python")
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(model_zoo, "CONFIGS", directory / "configs")
+    scope = {}
+    exec(snippet, scope)
+    assert "(1, 480, 640)" in capsys.readouterr().out
+    assert scope["result"].masks.shape == (1, 480, 640) and scope["result"].vocabulary == ["cup", "saucer", "spoon"]
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 1000
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
