@@ -1,4 +1,4 @@
-"""The commands of the README and the guides work: what is in ```sh blocks is run at tiny sizes in a user's directory."""
+"""The commands of the README and the guides work: what is in ```sh blocks is run, at tiny sizes."""
 
 import json
 import re
