@@ -9,13 +9,14 @@ UV := uv==0.13.8
 # A RegionSpot checkpoint for the photograph, if there is one: make photo WEIGHTS=regionspot_bb.pth
 WEIGHTS ?=
 
-.PHONY: help demo photo test test-fast gpu-check lint format detectron2 lock clean
+.PHONY: help demo photo test test-fast docs gpu-check lint format detectron2 lock clean
 help:
 	@echo "make demo   regions of a real photograph, then training and evaluation in a drawn world (output/demo)"
 	@echo "make photo  the photograph alone"
 	@echo "make test   the tests, on a CPU, with no downloads"
 	@echo "make test-fast  the tests but for the slow files, for work in between"
 	@echo "make gpu-check  on a machine with CUDA: training, extraction, evaluation and the golden numbers on its GPU"
+	@echo "make docs   the guides and the API reference as a site (output/docs)"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   pin the newest versions that setup.py admits in requirements/lock.txt"
 
@@ -36,6 +37,10 @@ test: $(VENV)/.ready
 
 test-fast: $(VENV)/.ready
 	$(PYTEST) -m "not slow"
+
+docs: $(VENV)/.ready
+	$(BIN)/uv run --no-project --with-requirements requirements/docs.txt mkdocs build --strict --quiet
+	@echo "output/docs/index.html"
 
 gpu-check: $(VENV)/.ready
 	$(BIN)/python -m tests.gpu_check
@@ -69,6 +74,7 @@ detectron2:
 
 lock: $(VENV)/.ready
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-package regionspot requirements/lock.in -o requirements/lock.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate requirements/docs.in -o requirements/docs.txt
 
 clean:
 	rm -rf $(VENV) output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
