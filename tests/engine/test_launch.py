@@ -62,6 +62,7 @@ def test_device_from_config_file(two_gpus, tmp_path, monkeypatch, tool, config):
     for name, value in group.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("regionspot.engine.set_up_run", reached)
+    monkeypatch.setattr("regionspot_cli.train.set_up_run", reached)
     monkeypatch.setattr("detectron2.utils.comm._LOCAL_PROCESS_GROUP", None)
     monkeypatch.setattr(sys, "argv", [tool, "--config-file", str(path)])
     monkeypatch.chdir(tmp_path)
