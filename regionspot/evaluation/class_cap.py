@@ -21,16 +21,17 @@ class ClassCap:
             limit: detections of a class that count.
         """
         self.num_classes, self.limit = num_classes, limit
-        self._kept = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-        self._pending: list[tuple[np.ndarray, ...]] = []
-        self._num_pending = 0
+        # Kept detections, then pending ones, in arrays that are allocated once. One small array for each image would
+        # lie between the large ones that come and go, and memory would grow with the number of images.
+        self._columns = _allocate(_PENDING)
+        self._num_kept = self._num_pending = 0
         self._scores = np.full(num_classes, -np.inf)  # of the last detection within the limit
         self._image_ids = np.full(num_classes, np.iinfo(np.int64).max)
 
     @property
     def num_kept(self) -> int:
         """Number of detections within the limits so far, and of those that are not ranked yet."""
-        return len(self._kept[0]) + self._num_pending
+        return self._num_kept + self._num_pending
 
     def admits(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Return (D,) bool: the detection may be among the best of its class.
@@ -45,18 +46,32 @@ class ClassCap:
 
     def add(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> None:
         """Add an image's detections, at least those that are admitted, once for each image."""
-        self._pending.append((classes.astype(np.int32), scores, np.full(len(classes), image_id)))
+        start = self._num_kept + self._num_pending
+        stop = start + len(classes)
+        if stop > len(self._columns[0]):
+            larger = _allocate(max(stop, 3 * len(self._columns[0]) // 2))
+            for column, old in zip(larger, self._columns):
+                column[:start] = old[:start]
+            self._columns = larger
+        for column, values in zip(self._columns, (classes, scores, image_id)):
+            column[start:stop] = values
         self._num_pending += len(classes)
-        if self._num_pending > max(_PENDING, len(self._kept[0]) // 2):
+        if self._num_pending > max(_PENDING, self._num_kept // 2):
             self.rank()
 
     def rank(self) -> None:
         """Bring the thresholds up to date."""
-        classes, scores, image_ids = (np.concatenate(column) for column in zip(self._kept, *self._pending))
-        self._pending, self._num_pending = [], 0
+        classes, scores, image_ids = (column[: self.num_kept] for column in self._columns)
         order = np.lexsort((image_ids, -scores, classes))
         rank = rank_in_run(classes[order])
         last = order[rank == self.limit - 1]  # one of each class that has as many
         self._scores[classes[last]], self._image_ids[classes[last]] = scores[last], image_ids[last]
         order = order[rank < self.limit]
-        self._kept = (classes[order], scores[order], image_ids[order])
+        for column in self._columns:
+            column[: len(order)] = column[order]
+        self._num_kept, self._num_pending = len(order), 0
+
+
+def _allocate(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return columns for the classes, scores and image ids of ``size`` detections."""
+    return np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.int64)

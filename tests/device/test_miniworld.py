@@ -47,11 +47,20 @@ def test_demo(miniworld, tmp_path):
     assert "attention_0" in draw_predictions(model.recognizer, scenes[:1])
 
 
-def test_ablations(tmp_path):
+def test_ablations(tmp_path, monkeypatch):
     jobs = os.cpu_count()  # so that a run takes one thread, as all tests do
     args = Namespace(output=tmp_path, train=4, test=2, jobs=jobs, seeds=1, opts=MINI)
+    functions, evaluate = [], experiment.average_precision
+
+    def record(cfg, model, split):
+        functions.append(model.recognizer.rule.score_function)
+        return evaluate(cfg, model, split)
+
+    monkeypatch.setattr(experiment, "average_precision", record)
     ablations.run_once("RegionSpot-mini", 0, args)
-    assert "full model" in ablations.table(args)
+    assert functions == ["softmax", "sigmoid"]  # with the same weights
+    rows = {line.split("|")[1].strip(): line.split("|")[2:5] for line in ablations.table(args).splitlines()}
+    assert rows["full model"] == rows["sigmoid scores"] and rows["full model"][0].strip()
 
 
 def test_detection_in_miniature(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from miniworld import experiment
+from regionspot.modeling.postprocessing import DetectionRule
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
@@ -34,22 +35,32 @@ ROWS = [
     ("ablations/templates-none", "bare names", "22.1"),
     ("ablations/scores-sigmoid", "sigmoid scores", ""),
 ]
+# Rows that differ from another one at inference alone are evaluated with its weights, so nothing else moves them.
+WEIGHTS_OF = {"ablations/scores-sigmoid": "RegionSpot-mini"}
 COLUMNS = ("base_top1", "novel_top1", "novel_top1_novel_vocabulary", "AP", "APr")
 
 
 def run_once(name: str, seed: int, args: Namespace) -> None:
-    """Train and evaluate a config with a seed, in a process of its own."""
+    """Train a config with a seed, and evaluate it and the rows that share its weights, in a process of its own."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
     # the scenes exist: this registers them
     experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, 1)
     output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
-    cfg = experiment.miniworld_config(experiment.CONFIGS / f"{name}.yaml", output, seed, args.opts)
-    model = experiment.train(cfg, args.output / "features")
-    numbers = experiment.recognize_scenes(model.recognizer, experiment.test_scenes("test", args.test)).accuracies()
-    numbers.update(experiment.average_precision(cfg, model, "test"))
-    with atomic_path(result_path(name, seed, args)) as temporary:
-        temporary.write_text(json.dumps(numbers))
+    configs = {row: experiment.CONFIGS / f"{row}.yaml" for row in sharing_weights(name)}
+    cfgs = {row: experiment.miniworld_config(path, output, seed, args.opts) for row, path in configs.items()}
+    model = experiment.train(cfgs[name], args.output / "features")
+    for row, cfg in cfgs.items():
+        model.recognizer.rule = DetectionRule.from_config(cfg)
+        numbers = experiment.recognize_scenes(model.recognizer, experiment.test_scenes("test", args.test)).accuracies()
+        numbers.update(experiment.average_precision(cfg, model, "test"))
+        with atomic_path(result_path(row, seed, args)) as temporary:
+            temporary.write_text(json.dumps(numbers))
+
+
+def sharing_weights(name: str) -> list[str]:
+    """Return a row that is trained, and those that are evaluated with its weights."""
+    return [name, *(row for row, trained in WEIGHTS_OF.items() if trained == name)]
 
 
 def result_path(name: str, seed: int, args: Namespace) -> Path:
@@ -71,8 +82,12 @@ def table(args: Namespace) -> str:
 
 def main(args: Namespace) -> None:
     experiment.draw_data(args.output / "data", {"train": args.train, "test": args.test}, args.jobs)
-    tasks = [(name, seed) for name, _, _ in ROWS for seed in range(args.seeds)]
-    tasks = [task for task in tasks if not result_path(*task, args).is_file()]
+    tasks = [(name, seed) for name, _, _ in ROWS if name not in WEIGHTS_OF for seed in range(args.seeds)]
+    tasks = [
+        (name, seed)
+        for name, seed in tasks
+        if not all(result_path(row, seed, args).is_file() for row in sharing_weights(name))
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
         runs = [pool.submit(run_once, *task, args) for task in tasks]
