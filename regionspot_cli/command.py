@@ -3,7 +3,7 @@
 import importlib
 import signal
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import REMAINDER, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -40,6 +40,11 @@ class Command:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
         importlib.import_module(self.module).run(args)
         raise AssertionError(f"{self.module}.run returned")
+
+
+def add_overrides(parser: ArgumentParser) -> None:
+    """Add the ``KEY VALUE`` pairs at the end of a command line, which override the config."""
+    parser.add_argument("opts", nargs=REMAINDER, metavar="KEY VALUE", help="config overrides")
 
 
 def run_one_of(commands: Mapping[str, Command], program: str, description: str) -> NoReturn:

@@ -1,11 +1,11 @@
 """All commands with their arguments."""
 
 import os
-from argparse import REMAINDER, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from regionspot_cli.command import Command
+from regionspot_cli.command import Command, add_overrides
 
 FORMATS = ("glip", "coco", "detectron2", "safetensors")
 TABLES = Path(__file__).resolve().parents[1] / "regionspot" / "model_zoo" / "configs" / "tables"
@@ -86,10 +86,6 @@ something are listed with what they lack. A finished row is not run again; an in
 Example:
     regionspot table table1 --output output/tables
 """
-
-
-def add_overrides(parser: ArgumentParser) -> None:
-    parser.add_argument("opts", nargs=REMAINDER, metavar="KEY VALUE", help="config overrides")
 
 
 def add_launch(parser: ArgumentParser) -> None:

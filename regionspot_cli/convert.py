@@ -34,7 +34,7 @@ def import_tokens(args: Namespace) -> str:
     model = load_model(cfg)
     recognizer, stage = model.recognizer, cfg.MODEL.REGIONSPOT.TOKEN_STAGE
     extraction = Extraction(stages=(stage,), shard_images=args.shard_images)
-    origin = describe_store(recognizer, recognizer.weight_sources, args.dataset, extraction)
+    origin = describe_store(recognizer, args.dataset, extraction)
     origin["imported_from"] = str(args.tokens)
     dim = recognizer.localizer.token_dim
     counts = convert_tokens(args.tokens, args.dataset, stage, dim, args.output, origin)

@@ -65,9 +65,7 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
     )
     for name in args.datasets:
         directory = store_directory(args.output, name)
-        extract_tokens(
-            model.recognizer, model.recognizer.weight_sources, name, directory, extraction, show_progress=index == 0
-        )
+        extract_tokens(model.recognizer, name, directory, extraction, show_progress=index == 0)
 
 
 def report(args: Namespace) -> None:

@@ -133,8 +133,7 @@ def check_extraction(setting: Setting) -> str:
         model = load_model(setting.config("extraction", "MODEL.DEVICE", device))
         extraction = Extraction(("prompt_encoder", "transformer", "mlp"), flip=True, feature_maps=True)
         _reset_peak(setting)
-        sources = model.recognizer.weight_sources
-        extract_tokens(model.recognizer, sources, "miniworld_train", directory, extraction, show_progress=False)
+        extract_tokens(model.recognizer, "miniworld_train", directory, extraction, show_progress=False)
         tensors.append([load_file(path) for path in sorted(directory.rglob("*.safetensors"))])
     errors = [
         float((value.float() - there[key].float()).abs().max() / (value.float().std() + 1e-6))

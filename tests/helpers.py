@@ -165,6 +165,20 @@ def write_frozen_parts(recognizer: RegionRecognizer, directory: Path) -> None:
     torch.save(recognizer.vision_language.clip_model.state_dict(), directory / "clip.pth")
 
 
+def write_user_files(directory: Path) -> RegionSpot:
+    """Write a user's my.json, my_val.json, my_images and the frozen weights of a model without names; return it."""
+    model = tiny_model(names=None)
+    write_frozen_parts(model.recognizer, directory)
+    path = write_dataset(directory / "data")
+    (directory / "data" / "images").rename(directory / "my_images")
+    content = json.loads(path.read_text())
+    (directory / "my.json").write_text(path.read_text())
+    for category in content["categories"]:
+        del category["frequency"]  # COCO's format
+    (directory / "my_val.json").write_text(json.dumps(content))
+    return model
+
+
 def frozen_overrides(directory: Path) -> list[str]:
     """Return the config overrides that name what ``write_frozen_parts`` wrote."""
     files = {"SAM": directory / "sam.pth", "CLIP": directory / "clip.pth"}

@@ -13,16 +13,7 @@ from PIL import Image
 from regionspot import model_zoo
 from regionspot.config import load_config
 
-from .helpers import (
-    ROOT,
-    TINY,
-    draw_scene,
-    frozen_overrides,
-    released_state,
-    tiny_model,
-    write_dataset,
-    write_frozen_parts,
-)
+from .helpers import ROOT, TINY, draw_scene, frozen_overrides, released_state, write_user_files
 from .processes import run_program
 
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -46,14 +37,8 @@ def commands(path):
 def directory(tmp_path_factory):
     """A user's files, by the names that the guides use; BB is tiny here."""
     directory = tmp_path_factory.mktemp("user")
-    model = tiny_model(names=None)
-    write_frozen_parts(model.recognizer, directory)
-    annotations = json.loads(write_dataset(directory / "data").read_text())
-    (directory / "data" / "images").rename(directory / "my_images")
-    (directory / "my.json").write_text(json.dumps(annotations))
-    for category in annotations["categories"]:
-        del category["frequency"]  # COCO's format
-    (directory / "my_val.json").write_text(json.dumps(annotations))
+    model = write_user_files(directory)
+    annotations = json.loads((directory / "my_val.json").read_text())
     results = [{key: a[key] for key in ("image_id", "category_id", "bbox")} for a in annotations["annotations"]]
     (directory / "results.json").write_text(json.dumps([{**entry, "score": 0.5} for entry in results]))
     (directory / "boxes.json").write_text((directory / "results.json").read_text())

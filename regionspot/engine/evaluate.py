@@ -2,12 +2,13 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import inference_context, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
@@ -69,23 +70,13 @@ def _evaluate_alone(cfg: CfgNode, model: nn.Module, name: str, output_dir: str |
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     evaluator = RegionEvaluator(name, output_dir, protocol, tasks, len(records))
     loader = build_test_loader(cfg, name, skip=evaluator.finished)
-    metrics = inference_on_dataset(_with_rle_masks(model), loader, evaluator)
+    [regionspot] = [module for module in model.modules() if isinstance(module, RegionSpot)]
+    masks = "rle" if regionspot.masks else ""  # one RLE per region, in place of full-size masks
+    with inference_context(regionspot):
+        metrics = inference_on_dataset(partial(regionspot.inference, masks=masks), loader, evaluator)
     if comm.is_main_process():
         print_csv_format(metrics)
     return metrics
-
-
-def _with_rle_masks(model: nn.Module) -> RegionSpot:
-    """Return a model of the same parts that has one RLE per region instead of full-size masks."""
-    [regionspot] = [module for module in model.modules() if isinstance(module, RegionSpot)]
-    view = type(regionspot)(
-        recognizer=regionspot.recognizer,
-        input_format=regionspot.input_format,
-        masks="rle" if regionspot.masks else "",
-        proposal_source=regionspot.proposal_source,
-        top_k_proposals=regionspot.top_k_proposals,
-    )
-    return view.train(regionspot.training)  # evaluation restores this mode, in the shared parts, too
 
 
 def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:

@@ -20,7 +20,7 @@ from regionspot.data.image_check import check_images, path_of_image
 from regionspot.data.tokens import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.modeling.localizers.localizer import check_stages
-from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
+from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import Prompts
 from regionspot.utils.files import describe_file, is_same_file
 
@@ -60,32 +60,33 @@ class Extraction:
             raise ValueError(f"expected a stage, and a machine rank below the number of machines; got {self}")
 
 
-def describe_sam(recognizer: RegionRecognizer, source: str) -> dict[str, Any]:
+def describe_sam(recognizer: RegionRecognizer) -> dict[str, Any]:
     """Return what tokens depend on: SAM's weights, their source, and which of its masks is taken."""
-    weights = fingerprint(recognizer.localizer.sam.state_dict())
-    return {"source": source, "fingerprint": weights, "multimask": recognizer.localizer.multimask}
+    return {
+        "source": recognizer.weight_sources["sam"],
+        "fingerprint": fingerprint(recognizer.localizer.sam.state_dict()),
+        "multimask": recognizer.localizer.multimask,
+    }
 
 
-def describe_clip(recognizer: RegionRecognizer, source: str) -> dict[str, Any]:
+def describe_clip(recognizer: RegionRecognizer) -> dict[str, Any]:
     """Return what feature maps depend on: CLIP's image encoder, and which of its outputs are taken."""
     vision = recognizer.vision_language
     return {
-        "source": source,
+        "source": recognizer.weight_sources["clip_model"],
         "fingerprint": fingerprint(vision.clip_model.visual.state_dict()),
         "part": vision.features,
     }
 
 
-def describe_store(
-    recognizer: RegionRecognizer, sources: dict[str, str], dataset_name: str, extraction: Extraction
-) -> dict[str, Any]:
-    """Return what a store's manifest begins with; ``sources`` are the files of "sam" and "clip_model"."""
+def describe_store(recognizer: RegionRecognizer, dataset_name: str, extraction: Extraction) -> dict[str, Any]:
+    """Return what a store's manifest begins with."""
     with_maps = extraction.feature_maps and recognizer.vision_language.features != "none"
     return {
         "dataset": dataset_name,
         "annotations": describe_annotations(dataset_name),
-        "sam": describe_sam(recognizer, sources["sam"]),
-        "clip": describe_clip(recognizer, sources["clip_model"]) if with_maps else None,
+        "sam": describe_sam(recognizer),
+        "clip": describe_clip(recognizer) if with_maps else None,
         "stages": sorted(extraction.stages),
         "flip": extraction.flip,
         "image_size": recognizer.localizer.image_size,
@@ -95,7 +96,6 @@ def describe_store(
 
 def extract_tokens(
     recognizer: RegionRecognizer,
-    sources: dict[str, str],
     dataset_name: str,
     directory: str | Path,
     extraction: Extraction,
@@ -107,8 +107,7 @@ def extract_tokens(
     shards are kept. The content of a shard depends neither on who wrote it nor on what was there before.
 
     Args:
-        recognizer: with its frozen weights loaded.
-        sources: files of "sam" and "clip_model".
+        recognizer: with its frozen weights loaded; the manifest names the files that they came from.
         dataset_name: a registered data set.
         directory: the store.
         extraction: what to extract.
@@ -127,7 +126,7 @@ def extract_tokens(
         range(start, min(start + extraction.shard_images, len(records)))
         for start in range(0, len(records), extraction.shard_images)
     ]
-    writer = StoreWriter(directory, describe_store(recognizer, sources, dataset_name, extraction), len(shards))
+    writer = StoreWriter(directory, describe_store(recognizer, dataset_name, extraction), len(shards))
     remedy = "--skip-damaged leaves such images out"
     check_images(records.records, np.arange(len(records)), dataset_name, None, extraction.skip_damaged, remedy)
     writer.discard(_outdated_shards(writer, records, shards))
@@ -296,14 +295,12 @@ def _features(
     """Return for each image its tokens by stage and, if asked for, its feature map, under the shard's keys."""
     if not images:
         return []
-    embeddings = recognizer.localizer.encode_images(images)
-    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    encoded = recognizer.encode_images(images, with_feature_map=extraction.feature_maps)
     prompts = [Prompts(boxes=image_boxes) for image_boxes in boxes]
-    located = recognizer.locate(ImageFeatures(embeddings, None, sizes), prompts, stages=extraction.stages)
+    located = recognizer.locate(encoded, prompts, stages=extraction.stages)
     features = [{f"tokens.{stage}": tokens for stage, tokens in output.stage_tokens.items()} for output in located]
-    maps = recognizer.vision_language.encode_images(images) if extraction.feature_maps else None
-    if maps is not None:
-        features = [{**tokens, "feature_maps": feature_map} for tokens, feature_map in zip(features, maps)]
+    if encoded.feature_map is not None:
+        features = [{**tokens, "feature_maps": image_map} for tokens, image_map in zip(features, encoded.feature_map)]
     return features
 
 

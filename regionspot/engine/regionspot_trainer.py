@@ -76,10 +76,9 @@ class RegionSpotTrainer(Trainer):
         stores = [mapper.token_store for mapper in self.loop.data_loader.dataset.mappers if mapper.token_store]
         if not stores:
             return
-        sources = self.recognizer.weight_sources
-        expected = {"sam": describe_sam(self.recognizer, sources["sam"])}
+        expected = {"sam": describe_sam(self.recognizer)}
         if stores[0].has_feature_maps and self.cfg.MODEL.REGIONSPOT.CLIP.FEATURES != "none":  # then all have them
-            expected["clip"] = describe_clip(self.recognizer, sources["clip_model"])
+            expected["clip"] = describe_clip(self.recognizer)
         for store in stores:
             store.check_origin(expected)
 

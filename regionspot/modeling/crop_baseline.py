@@ -43,9 +43,7 @@ class CropRecognizer(RegionRecognizer):
     ) -> tuple[ImageFeatures, list[LocalizerOutput]]:
         """Run SAM for masks only, and CLIP on crops only."""
         if features is None:
-            sizes = [(image.shape[1], image.shape[2]) for image in images]
-            with_sam = with_masks or self.masked
-            features = ImageFeatures(self.localizer.encode_images(images) if with_sam else None, None, sizes)
+            features = self.encode_images(images, with_masks or self.masked, with_feature_map=False)
         if not with_masks and not self.masked:
             return features, [LocalizerOutput({}, torch.zeros(len(x)), None) for x in boxes]
         return super().locate_boxes(images, boxes, True, features)

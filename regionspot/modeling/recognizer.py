@@ -154,15 +154,19 @@ class RegionRecognizer(nn.Module):
     def _clip_has_changed(self, *_: object) -> None:
         self.classifier.forget_embeddings()
 
-    def encode_images(self, images: list[torch.Tensor]) -> ImageFeatures:
-        """Run both image encoders on (3, H, W) RGB images in [0, 255], of any sizes."""
+    def encode_images(
+        self, images: list[torch.Tensor], with_embeddings: bool = True, with_feature_map: bool = True
+    ) -> ImageFeatures:
+        """Run the image encoders of SAM and CLIP on (3, H, W) RGB images in [0, 255], of any sizes."""
         return ImageFeatures(
-            self.localizer.encode_images(images), self.vision_language.encode_images(images), _sizes(images)
+            self.localizer.encode_images(images) if with_embeddings else None,
+            self.vision_language.encode_images(images) if with_feature_map else None,
+            [(image.shape[-2], image.shape[-1]) for image in images],
         )
 
     def position_tokens(self, images: list[torch.Tensor], boxes: Sequence[Boxes]) -> list[torch.Tensor]:
         """Return the position-aware tokens of boxes, (N_i, token_dim) an image; CLIP is not run."""
-        features = ImageFeatures(self.localizer.encode_images(images), None, _sizes(images))
+        features = self.encode_images(images, with_feature_map=False)
         return [output.tokens for output in self.locate(features, _box_prompts(boxes))]
 
     def locate(
@@ -323,10 +327,6 @@ class RegionRecognizer(nn.Module):
     ) -> list[torch.Tensor]:
         """Return (N_i, K + background) logits of each image's regions; a baseline may compute them in another way."""
         return self.classify([output.tokens for output in located], features.feature_map, with_background=True)
-
-
-def _sizes(images: list[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(image.shape[-2], image.shape[-1]) for image in images]
 
 
 def _box_prompts(boxes: Sequence[Boxes]) -> list[Prompts]:

@@ -35,7 +35,8 @@ def scenes(tmp_path_factory):
 def extract(scenes, output, name, **options):
     model = tiny_model("MODEL.DEVICE", name, names=None)
     sources = {"sam": str(scenes / "sam.pth"), "clip_model": str(scenes / "clip.pth")}
-    extract_tokens(model.recognizer, sources, NAME, output, Extraction(**options), show_progress=False)
+    model.recognizer.weight_sources.update(sources)
+    extract_tokens(model.recognizer, NAME, output, Extraction(**options), show_progress=False)
 
 
 def train(scenes, output, store, *overrides, resume=False):

@@ -77,8 +77,13 @@ def test_results_state_their_protocol(dataset, tmp_path):
 
 def test_batch_size_does_not_change_metrics(dataset, tmp_path, monkeypatch):
     overrides, batches = ("MODEL.REGIONSPOT.VOCABULARY", ",".join(NAMES)), []
-    forward = RegionSpot.forward
-    monkeypatch.setattr(RegionSpot, "forward", lambda self, batch: batches.append(len(batch)) or forward(self, batch))
+    inference = RegionSpot.inference
+
+    def record(model, batch, **options):
+        batches.append(len(batch))
+        return inference(model, batch, **options)
+
+    monkeypatch.setattr(RegionSpot, "inference", record)
     one = evaluate(tmp_path / "1", *overrides)
     assert batches == [1] * 10
     several = evaluate(tmp_path / "4", *overrides, "TEST.BATCH_SIZE", 4)

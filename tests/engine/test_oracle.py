@@ -46,12 +46,15 @@ class Oracle:
         self.truth, self.wrong, self.seen = truth, wrong, []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        forward, loss = RegionSpot.forward, RegionRecognizer.loss
+        forward, inference, loss = RegionSpot.forward, RegionSpot.inference, RegionRecognizer.loss
 
-        def record_and_mask(model, batch):
+        def record(model, batch):
             self.batch = batch
-            outputs = forward(model, batch)
-            return outputs if model.training else [self.mask(*pair) for pair in zip(batch, outputs)]
+            return forward(model, batch)
+
+        def record_and_mask(model, batch, **options):
+            self.batch = batch
+            return [self.mask(*pair) for pair in zip(batch, inference(model, batch, **options))]
 
         def record_loss(recognizer, images, boxes, classes, keys, *stored):
             for image, labels, key in zip(self.batch, classes, keys):
@@ -59,7 +62,8 @@ class Oracle:
                 self.seen.append((key, image["file_name"], [names[label] for label in labels.tolist()]))
             return loss(recognizer, images, boxes, classes, keys, *stored)
 
-        patch.setattr(RegionSpot, "forward", record_and_mask)
+        patch.setattr(RegionSpot, "forward", record)
+        patch.setattr(RegionSpot, "inference", record_and_mask)
         patch.setattr(RegionRecognizer, "loss", record_loss)
         patch.setattr(RegionRecognizer, "region_logits", self.region_logits_method())
         patch.setattr(TextEncoder, "encode", lambda encoder, names: torch.ones(len(names), 32) / 32**0.5)

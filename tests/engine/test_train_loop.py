@@ -28,7 +28,8 @@ def scenes(tmp_path_factory):
     sources = {"sam": str(directory / "sam.pth"), "clip_model": str(directory / "clip.pth")}
     torch.save(model.recognizer.localizer.sam.state_dict(), sources["sam"])
     torch.save(model.recognizer.vision_language.clip_model.state_dict(), sources["clip_model"])
-    extract_tokens(model.recognizer, sources, NAME, store, Extraction(feature_maps=True), show_progress=False)
+    model.recognizer.weight_sources.update(sources)
+    extract_tokens(model.recognizer, NAME, store, Extraction(feature_maps=True), show_progress=False)
     weights = ["MODEL.REGIONSPOT.SAM.WEIGHTS", sources["sam"], "MODEL.REGIONSPOT.CLIP.WEIGHTS", sources["clip_model"]]
     yield [*weights, "DATASETS.TRAIN", (NAME,), "DATASETS.TOKEN_STORES_TRAIN", (str(store),), "DATASETS.TEST", ()]
     DatasetCatalog.remove(NAME)

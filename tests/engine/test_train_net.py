@@ -14,16 +14,7 @@ from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.run_lock import run_lock
 from regionspot_cli.commands import COMMANDS
 
-from ..helpers import (
-    ROOT,
-    TINY,
-    frozen_overrides,
-    run,
-    tiny_config,
-    tiny_model,
-    write_dataset,
-    write_frozen_parts,
-)
+from ..helpers import ROOT, TINY, frozen_overrides, run, tiny_config, write_user_files
 from ..processes import run_program
 
 
@@ -31,17 +22,13 @@ from ..processes import run_program
 def directory(tmp_path_factory):
     """A user's files: my.json, my_val.json, my_images; the frozen weights, the same for all processes, beside it."""
     directory = tmp_path_factory.mktemp("user")
-    write_frozen_parts(tiny_model(names=None).recognizer, directory)
-    path = write_dataset(directory / "data")
-    (directory / "data" / "images").rename(directory / "my_images")
+    write_user_files(directory)
+    path = directory / "my_val.json"
     content = json.loads(path.read_text())
-    (directory / "my.json").write_text(path.read_text())
-    for category in content["categories"]:
-        del category["frequency"]  # COCO's form
-    for annotation in content["annotations"]:  # and no more than is needed
+    for annotation in content["annotations"]:  # no more than is needed
         for key in ("id", "area", "iscrowd"):
             del annotation[key]
-    (directory / "my_val.json").write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
     return directory
 
 

@@ -33,7 +33,8 @@ def scenes(tmp_path_factory):
     sources = {"sam": str(directory / "sam.pth"), "clip_model": str(directory / "clip.pth")}
     write_frozen_parts(recognizer, directory)
     extraction = Extraction(flip=True, feature_maps=True)
-    extract_tokens(recognizer, sources, name, directory / "store", extraction, show_progress=False)
+    recognizer.weight_sources.update(sources)
+    extract_tokens(recognizer, name, directory / "store", extraction, show_progress=False)
     yield directory
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
@@ -231,12 +232,12 @@ VOCABULARIES = {
 def three(tmp_path, scenes, register):
     """Three data sets with scenes, names and ids of their own, and their stores."""
     recognizer = tiny_model(names=None).recognizer
-    sources = {"sam": str(scenes / "sam.pth"), "clip_model": str(scenes / "clip.pth")}
+    recognizer.weight_sources.update(sam=str(scenes / "sam.pth"), clip_model=str(scenes / "clip.pth"))
     for number, (name, (ids, names)) in enumerate(VOCABULARIES.items()):
         path = write_dataset(tmp_path / name, 16, ids, names, first=100 * number)
         register(name, path, tmp_path / name / "images", "lvis")
         extraction = Extraction(feature_maps=True)
-        extract_tokens(recognizer, sources, name, tmp_path / f"{name}_store", extraction, show_progress=False)
+        extract_tokens(recognizer, name, tmp_path / f"{name}_store", extraction, show_progress=False)
     return tmp_path
 
 

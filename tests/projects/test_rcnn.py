@@ -29,9 +29,7 @@ from ..helpers import (
     frozen_overrides,
     load_program,
     tiny_config,
-    tiny_model,
-    write_dataset,
-    write_frozen_parts,
+    write_user_files,
 )
 from ..processes import run_program
 
@@ -44,9 +42,7 @@ train_net = load_program(PROJECT / "train_net.py")
 def directory(tmp_path_factory):
     """A user's directory: my.json, my_images, and the frozen weights, the same for all processes."""
     directory = tmp_path_factory.mktemp("user")
-    write_frozen_parts(tiny_model(names=None).recognizer, directory)
-    write_dataset(directory / "data").rename(directory / "my.json")
-    (directory / "data" / "images").rename(directory / "my_images")
+    write_user_files(directory)
     return directory
 
 

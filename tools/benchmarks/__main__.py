@@ -1,10 +1,10 @@
 """What each part costs, beside the plain way: ``python -m tools.benchmarks BENCHMARK`` in the checkout."""
 
-from argparse import REMAINDER, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import NoReturn
 
-from regionspot_cli.command import Command, run_one_of
+from regionspot_cli.command import Command, add_overrides, run_one_of
 
 MODEL = """time every part on one image
 
@@ -38,7 +38,7 @@ STARTUP = "time `import regionspot`, and what of it is RegionSpot's own, and `re
 
 def add_config(parser: ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("opts", nargs=REMAINDER, metavar="KEY VALUE", help="config overrides")
+    add_overrides(parser)
 
 
 def parse_model(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

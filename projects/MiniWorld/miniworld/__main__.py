@@ -1,12 +1,12 @@
 """``miniworld COMMAND``, or ``python -m miniworld COMMAND``; only the standard library is imported here."""
 
 import os
-from argparse import REMAINDER, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from regionspot_cli.command import Command, run_one_of
+from regionspot_cli.command import Command, add_overrides, run_one_of
 
 CPUS = os.cpu_count() or 1
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -48,7 +48,7 @@ def parse_demo(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--test", type=int, default=200, help="number of test scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--workers", type=int, default=CPUS, help="drawing processes")
-    parser.add_argument("opts", nargs=REMAINDER, metavar="KEY VALUE", help="config overrides")
+    add_overrides(parser)
     return parser.parse_args(arguments)
 
 
@@ -58,7 +58,7 @@ def parse_ablations(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     parser.add_argument("--train", type=int, default=3200, help="number of training scenes")
     parser.add_argument("--test", type=int, default=200, help="number of test scenes")
     parser.add_argument("--jobs", type=int, default=CPUS, help="runs at the same time")
-    parser.add_argument("opts", nargs=REMAINDER, metavar="KEY VALUE", help="config overrides")
+    add_overrides(parser)
     return parser.parse_args(arguments)
 
 

@@ -72,7 +72,7 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model).load("")
     extraction = Extraction((cfg.MODEL.REGIONSPOT.TOKEN_STAGE,), feature_maps=True, batch_size=16)
-    while not extract_tokens(model.recognizer, model.recognizer.weight_sources, "miniworld_train", path, extraction):
+    while not extract_tokens(model.recognizer, "miniworld_train", path, extraction):
         time.sleep(2)  # another run is writing the last shards
     cfg = cfg.clone()
     cfg.defrost()

@@ -16,7 +16,6 @@ from regionspot.engine.extract import Extraction, describe_store
 from ...helpers import NAMES, tiny_config, tiny_model, write_dataset
 
 NAME = "test_convert"
-SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def write_files(directory, content, keep=lambda annotation: True, shape=(1, 32))
 
 def convert(tmp_path):
     extraction = Extraction(shard_images=4)
-    origin = describe_store(tiny_model().recognizer, SOURCES, NAME, extraction)
+    origin = describe_store(tiny_model().recognizer, NAME, extraction)
     directories = tmp_path / "tokens", tmp_path / "store"
     return convert_tokens(directories[0], NAME, "transformer", 32, directories[1], origin)
 

@@ -17,7 +17,7 @@ from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.utils.files import sha256_of_file, short_directory_name
 
 from ...helpers import tiny_model, write_dataset
-from .test_store import SOURCES, config, content, dataset, extract  # noqa: F401
+from .test_store import config, content, dataset, extract  # noqa: F401
 
 
 def test_store_directory_names():
@@ -194,7 +194,7 @@ def test_store_of_another_dataset_is_refused(store, tmp_path, register):
     register("test_stores_2", other, other.parent / "images")
     before = content(store)
     with pytest.raises(ValueError, match="of another dataset: expected test_stores_2, got test_stores"):
-        extract_tokens(tiny_model().recognizer, SOURCES, "test_stores_2", store, Extraction(shard_images=2), False)
+        extract_tokens(tiny_model().recognizer, "test_stores_2", store, Extraction(shard_images=2), False)
     assert content(store) == before
 
 

@@ -24,7 +24,6 @@ from regionspot.structures import Prompts
 from ...helpers import tiny_config, tiny_model, write_dataset
 
 NAME = "test_stores"
-SOURCES = {"sam": "sam.pth", "clip_model": "clip.pth"}
 
 
 @pytest.fixture
@@ -38,8 +37,9 @@ def config(*overrides):
 
 def extract(directory, *overrides, **extraction):
     model = tiny_model(*overrides)
+    model.recognizer.weight_sources.update(sam="sam.pth", clip_model="clip.pth")
     options = {"shard_images": 2, "batch_size": 2, **extraction}
-    assert extract_tokens(model.recognizer, SOURCES, NAME, directory, Extraction(**options), show_progress=False)
+    assert extract_tokens(model.recognizer, NAME, directory, Extraction(**options), show_progress=False)
     return model
 
 
@@ -215,10 +215,12 @@ def test_store_of_other_origin_is_refused(dataset, tmp_path):
         RegionSpotDatasetMapper(config(), True, token_store=store)({**record, "image_id": 99})
     with pytest.raises(ValueError, match="other boxes"):
         RegionSpotDatasetMapper(config(), True, token_store=store)({**record, "annotations": record["annotations"][1:]})
-    store.check_origin({"sam": describe_sam(model.recognizer, "copy.pth"), "annotations": describe_annotations(NAME)})
+    model.recognizer.weight_sources["sam"] = "copy.pth"
+    store.check_origin({"sam": describe_sam(model.recognizer), "annotations": describe_annotations(NAME)})
+    model.recognizer.weight_sources["sam"] = "other.pth"
     torch.nn.init.zeros_(model.recognizer.localizer.sam.mask_decoder.iou_token.weight)
     with pytest.raises(ValueError, match=r"another sam: expected other.pth \(\w+.*got sam.pth"):
-        store.check_origin({"sam": describe_sam(model.recognizer, "other.pth")})
+        store.check_origin({"sam": describe_sam(model.recognizer)})
     path = tmp_path / "data" / "annotations.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(ValueError, match=r"another annotations: expected annotations.json \(\w+"):
@@ -324,15 +326,15 @@ def test_processes_share_the_shards(dataset, tmp_path):
 
 def _extract_shared(directory):
     model = tiny_model()
-    extract_tokens(model.recognizer, SOURCES, NAME, directory, Extraction(shard_images=1, batch_size=2), False)
+    model.recognizer.weight_sources.update(sam="sam.pth", clip_model="clip.pth")
+    extract_tokens(model.recognizer, NAME, directory, Extraction(shard_images=1, batch_size=2), False)
 
 
 def test_machines_without_common_disk(dataset, tmp_path):
-    extract(tmp_path / "one")
-    model = tiny_model()
+    model = extract(tmp_path / "one")
     for rank in (0, 1):
         extraction = Extraction(shard_images=2, batch_size=2, machine=(rank, 2))
-        done = extract_tokens(model.recognizer, SOURCES, NAME, tmp_path / "two", extraction, False)
+        done = extract_tokens(model.recognizer, NAME, tmp_path / "two", extraction, False)
         assert done == (rank == 1)
     assert content(tmp_path / "two") == content(tmp_path / "one")
     with pytest.raises(ValueError, match="rank below the number"):
