@@ -17,12 +17,9 @@ from pycocotools import mask as mask_api
 
 from miniworld.annotate import categories as miniworld_categories
 from miniworld.annotate import write_scene
+from regionspot_cli.prepare import PREPARE
 
-from .helpers import ROOT, draw_scene, load_program
-
-prepare_lvis_minival = load_program(ROOT / "datasets" / "prepare_lvis_minival.py")
-prepare_odinw = load_program(ROOT / "datasets" / "prepare_odinw.py")
-prepare_openimages = load_program(ROOT / "datasets" / "prepare_openimages.py")
+from .helpers import draw_scene
 
 ANNOTATIONS = "annotations_without_background.json"
 VOC_NAMES = [
@@ -204,7 +201,7 @@ def write_coco_and_lvis(trees):
         entries = [{**c, "image_count": 1, "instance_count": 1} for c in LVIS_CATEGORIES]
         options = {"masks": True, "lvis": True, "file_name": None}
         trees.add(f"lvis_v1_{split}", lvis / f"lvis_v1_{split}.json", coco, paths, entries, **options)
-    prepare_lvis_minival.main(["--root", str(trees.root)])
+    PREPARE["lvis_minival"].call("--root", str(trees.root))
     trees.files["lvis_v1_minival"] = (lvis / "lvis_v1_minival.json", coco)
     trees.images["lvis_v1_minival"] = trees.images["lvis_v1_val"]
 
@@ -264,7 +261,7 @@ def write_openimages(trees):
         trees.images[f"openimages_v6_{split}"] = {
             index: directory / image_directory / f"{name}.jpg" for index, name in enumerate(names, 1)
         }
-    prepare_openimages.main(["--root", str(trees.root), "--workers", "1"])
+    PREPARE["openimages"].call("--root", str(trees.root), "--workers", "1")
 
 
 def write_odinw(trees):
@@ -291,7 +288,7 @@ def write_odinw(trees):
                 (directory / "_annotations.coco.json").write_text(json.dumps(content))
     for listing in (trees.files, trees.images):
         listing["odinw_PascalVOC_test"] = listing["odinw_PascalVOC_val"]
-    prepare_odinw.main(["--root", str(trees.root)])
+    PREPARE["odinw"].call("--root", str(trees.root))
 
 
 def write_miniworld(trees):

@@ -11,12 +11,8 @@ from PIL import Image
 
 from regionspot.data.datasets import JsonDataset
 from regionspot.data.datasets.builtin import odinw_paths
-
-from ..helpers import ROOT, load_program
-
-prepare_lvis_minival = load_program(ROOT / "datasets" / "prepare_lvis_minival.py")
-prepare_odinw = load_program(ROOT / "datasets" / "prepare_odinw.py")
-prepare_openimages = load_program(ROOT / "datasets" / "prepare_openimages.py")
+from regionspot_cli import prepare_openimages
+from regionspot_cli.prepare import PREPARE
 
 SIZES = {"00ff": (40, 30), "0a00": (64, 48), "beef": (33, 21)}
 CLASSES = '/m/0b,Tortoise\n/m/0a,Container\n/m/09,"Bow, and arrow"\n'
@@ -31,7 +27,7 @@ ROWS = [
 
 @pytest.fixture
 def openimages(tmp_path):
-    """A root with the validation split of OpenImages in its official form."""
+    """A root with the validation split of OpenImages in its official format."""
     directory = tmp_path / "openimages"
     (directory / "validation").mkdir(parents=True)
     (directory / "class-descriptions-boxable.csv").write_text(CLASSES)
@@ -43,13 +39,13 @@ def openimages(tmp_path):
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
-    """Let processes be forked: the programs are no modules that others can import."""
+    """Let processes be forked, which takes less time than importing pandas again."""
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
 
 
 def convert(root, *arguments):
-    prepare_openimages.main(["--root", str(root), "--splits", "val", "--workers", "1", *arguments])
+    PREPARE["openimages"].call("--root", str(root), "--splits", "val", "--workers", "1", *arguments)
     return json.loads((root / "openimages" / "openimages_v6_val.json").read_text())
 
 
@@ -117,11 +113,11 @@ def test_sizes_are_saved_while_reading(openimages, monkeypatch):
     directory, cache = openimages / "openimages" / "validation", openimages / "cache.npz"
     written = []
     monkeypatch.setattr(prepare_openimages, "write_sizes", lambda _, __, sizes: written.append((sizes > 0).sum() // 2))
-    prepare_openimages.read_sizes(directory, np.array(sorted(SIZES)), cache, every=-1)
+    prepare_openimages.read_sizes(directory, np.array(sorted(SIZES)), cache, interval=-1)
     assert written == [1, 2, 3, 3]
 
 
-def test_missing_and_damaged_images_named_or_skipped(openimages, capsys):
+def test_missing_and_damaged_images_are_skipped_on_request(openimages, capsys):
     directory = openimages / "openimages" / "validation"
     (directory / "00ff.jpg").unlink()
     (directory / "beef.jpg").write_bytes(b"no image")
@@ -161,7 +157,7 @@ def test_csvs_of_another_format_are_refused(openimages, file, old, new, message)
 def test_benchmark_converts_official_csvs(tmp_path):
     (tmp_path / "openimages").mkdir()
     prepare_openimages.generate(tmp_path / "openimages", 1000)
-    prepare_openimages.main(["--root", str(tmp_path), "--splits", "train"])
+    PREPARE["openimages"].call("--root", str(tmp_path), "--splits", "train")
     dataset = JsonDataset(tmp_path / "openimages" / "openimages_v6_train.json", tmp_path)
     assert (len(dataset), len(dataset.boxes), len(dataset.class_names)) == (119, 1000, 601)
 
@@ -192,7 +188,7 @@ def write_lvis(root, directories):
 
 def test_minival_is_val_in_val2017(tmp_path, capsys):
     content = write_lvis(tmp_path, ["val2017", "train2017", "val2017"])
-    prepare_lvis_minival.main(["--root", str(tmp_path)])
+    PREPARE["lvis_minival"].call("--root", str(tmp_path))
     output = capsys.readouterr().out
     assert "warning: expected 4,809 images of LVIS v1, got 2" in output and "2 images, 4 boxes, 2 classes" in output
     found = json.loads((tmp_path / "lvis" / "lvis_v1_minival.json").read_text())
@@ -206,10 +202,10 @@ def test_minival_is_val_in_val2017(tmp_path, capsys):
 
 def test_minival_of_another_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="lvis_v1_val.json: no such file"):
-        prepare_lvis_minival.main(["--root", str(tmp_path)])
+        PREPARE["lvis_minival"].call("--root", str(tmp_path))
     write_lvis(tmp_path, ["train2017"])
     with pytest.raises(ValueError, match="none of its 1 images has a coco_url in val2017"):
-        prepare_lvis_minival.main(["--root", str(tmp_path)])
+        PREPARE["lvis_minival"].call("--root", str(tmp_path))
     assert [path.name for path in (tmp_path / "lvis").iterdir()] == ["lvis_v1_val.json"]
 
 
@@ -238,7 +234,7 @@ def test_odinw_from_roboflow_files(tmp_path, capsys):
     roboflow(pothole[1], "_annotations.coco.json", used=0)
     roboflow(pistols[1], pistols[0].name)
     (pistols[1] / "1.jpg").unlink()
-    prepare_odinw.main(["--root", str(tmp_path)])
+    PREPARE["odinw"].call("--root", str(tmp_path))
     output = capsys.readouterr().out
     made = json.loads(aquarium[0].read_text())
     assert made == {**content, "categories": content["categories"][1:]}
@@ -247,7 +243,7 @@ def test_odinw_from_roboflow_files(tmp_path, capsys):
     assert "odinw_pistols_train: 2 images, 1 boxes, 3 classes; 1 images are missing, such as" in output
     assert output.count("annotations_without_background.json") == 39 - 3 and "odinw_Raccoon_val: " in output
     before = aquarium[0].stat().st_mtime_ns
-    prepare_odinw.main(["--root", str(tmp_path)])
+    PREPARE["odinw"].call("--root", str(tmp_path))
     assert aquarium[0].stat().st_mtime_ns == before and not left_over(tmp_path)
     assert "odinw_Aquarium_test" in DatasetCatalog
 
@@ -259,15 +255,15 @@ def test_invalid_odinw_is_reported_and_not_written(tmp_path, capsys):
     roboflow(other_directory, "_annotations.coco.json")
     (other_directory / "_annotations.coco.json").write_text("{")
     with pytest.raises(SystemExit):
-        prepare_odinw.main(["--root", str(tmp_path)])
+        PREPARE["odinw"].call("--root", str(tmp_path))
     output = capsys.readouterr().out
     assert "odinw_Raccoon_val: annotations" in output and "category id 9" in output
     assert "odinw_pothole_val: annotations" in output and "expected Roboflow's COCO JSON" in output
     assert not json_file.exists() and not other.exists() and not left_over(tmp_path)
 
 
-@pytest.mark.parametrize("script", [prepare_lvis_minival, prepare_odinw, prepare_openimages])
-def test_help(script, capsys):
+@pytest.mark.parametrize("command", PREPARE.values(), ids=PREPARE)
+def test_help(command, capsys):
     with pytest.raises(SystemExit):
-        script.main(["--help"])
+        command.call("--help")
     assert "--root" in capsys.readouterr().out

@@ -17,22 +17,21 @@ from miniworld import __main__ as miniworld
 from regionspot.utils.command_line import Interrupted, printable, run_command, run_process, user_error
 from regionspot_cli import commands
 from regionspot_cli.__main__ import main as regionspot_main
+from regionspot_cli.prepare import PREPARE
 from tools.benchmarks import __main__ as benchmarks
 
 from ..helpers import ROOT
 
-TABLES = (commands.COMMANDS, miniworld.COMMANDS, benchmarks.COMMANDS)
+TABLES = (commands.COMMANDS, PREPARE, miniworld.COMMANDS, benchmarks.COMMANDS)
 COMMANDS = [(name, command) for table in TABLES for name, command in table.items()]
 SCRIPTS = sorted(path for path in (ROOT / "tools").glob("[a-z]*.py") if path.resolve().name != "moved.py")
-PROGRAMS = [
-    *(path for path in sorted((ROOT / "datasets").glob("prepare_*.py")) if "miniworld" not in path.stem),
-    *(path for path in sorted((ROOT / "projects").glob("*/*.py")) if os.access(path, os.X_OK)),
-]
+SCRIPTS += sorted((ROOT / "datasets").glob("prepare_*.py"))
+PROGRAMS = [path for path in sorted((ROOT / "projects").glob("*/*.py")) if os.access(path, os.X_OK)]
 HELP_OF_ALL = f"""
 import contextlib, io, runpy, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        assert name.split(".")[0] not in ("torch", "detectron2", "regionspot", "clip", "numpy"), name
+        assert name.split(".")[0] not in ("torch", "detectron2", "regionspot", "clip", "numpy", "pandas"), name
 sys.meta_path.insert(0, Refuse())
 def ask(*words, run):
     sys.argv, output = [*words, "--help"], io.StringIO()
@@ -177,7 +176,7 @@ def test_help_needs_no_slow_import():
     command = [sys.executable, "-c", HELP_OF_ALL]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert len(COMMANDS) >= 19 and len(SCRIPTS) >= 6
+    assert len(COMMANDS) >= 22 and len(SCRIPTS) >= 10
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS, ids=[name for name, _ in COMMANDS])
