@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from regionspot.data.coco_io.json_file import Box, Entry, Id, JsonFile
+from regionspot.data.coco_io.json_file import Box, Entry, Id, JsonFile, bbox_array
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 class Category(msgspec.Struct, gc=False):
-    """What is read of an entry of ``categories``."""
+    """The keys of an entry of ``categories`` that are read."""
 
     id: Id
     name: str
@@ -26,7 +26,8 @@ class Category(msgspec.Struct, gc=False):
 
     @property
     def class_name(self) -> str:
-        """The first of LVIS's synonyms, as in Detectron2's metadata (it differs from the name once); else the name."""
+        """The first of LVIS's synonyms, as in Detectron2's metadata; else the name."""
+        # LVIS v1 has one category whose name is not its first synonym.
         return self.synonyms[0] if self.synonyms else self.name
 
 
@@ -40,7 +41,8 @@ class _Image(msgspec.Struct, gc=False):
     not_exhaustive_category_ids: list[Id] | msgspec.UnsetType = msgspec.UNSET
 
     def local_name(self) -> str:
-        """LVIS's images name no files: they are COCO's, and their address ends in split and file."""
+        """Return the file name relative to the directory of images, "" if there is none."""
+        # LVIS's entries have no file_name: its images are COCO's, whose URLs end in "val2017/000000000139.jpg".
         return self.file_name or "/".join((self.coco_url or "").split("/")[-2:])
 
 
@@ -63,13 +65,14 @@ class _Sections(msgspec.Struct):
     categories: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
 
 
+# Sections that a type lacks are skipped by the decoder, at no cost in memory.
 class _CategorySection(msgspec.Struct):
     categories: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
 class CategoryLists:
-    """A list of category ids for each image, such as ``neg_category_ids``."""
+    """A list of category ids for each image, such as ``neg_category_ids``, as P pairs."""
 
     images: np.ndarray  # (P,) int64, rows of the images
     category_ids: np.ndarray  # (P,) int64, which may be unknown
@@ -83,7 +86,7 @@ class Images:
     ids: np.ndarray  # (I,) int64
     heights: np.ndarray  # (I,) int32, pixels
     widths: np.ndarray  # (I,) int32, pixels
-    names: np.ndarray  # uint8: all file names in UTF-8, one after the other; some may be empty
+    names: np.ndarray  # uint8: all file names in UTF-8, concatenated; some may be empty
     name_ends: np.ndarray  # (I + 1,) int64
     negatives: CategoryLists  # verified to be absent
     not_exhaustive: CategoryLists  # not every object is annotated
@@ -103,9 +106,10 @@ class Annotations:
 
 
 class AnnotationFile(JsonFile):
-    """A file of annotations; each entry stays on the disk until it is decoded.
+    """A file of annotations, whose entries stay on the disk until they are decoded.
 
-    Category ids may be any integers; ``iscrowd`` may be missing.
+    Category ids may be any integers, and ``iscrowd`` may be missing. Reading a section raises a ``ValueError`` that
+    names the entry if it lacks a key, or has a value of a wrong type or an id that is unknown or occurs twice.
 
     Attributes:
         sections: the undecoded entries of "images", "annotations" and "categories".
@@ -115,11 +119,11 @@ class AnnotationFile(JsonFile):
         """
         Args:
             path: the file.
-            only_categories: skip the other sections, which takes no memory.
+            only_categories: skip the other sections.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not JSON, or ``images``, ``annotations`` or ``categories`` is missing or no list.
+            ValueError: not JSON, or ``images``, ``annotations`` or ``categories`` is missing or not a list.
         """
         super().__init__(path, "annotations")
         sections_type = _CategorySection if only_categories else _Sections
@@ -130,20 +134,12 @@ class AnnotationFile(JsonFile):
             raise ValueError(f"{self.name}: expected COCO or LVIS JSON, but {', '.join(missing)} is missing")
 
     def section(self, name: str, entry_type: type[Entry]) -> Iterator[tuple[int, list[Entry]]]:
-        """Yield (index of the first, entries) for each chunk of a section.
-
-        Raises:
-            ValueError: an entry lacks a key or has a value of a wrong type.
-        """
+        """Yield (index of the first, entries) for each chunk of a section."""
         return self.chunks_of(self.sections[name], entry_type, name + "[{}]")
 
     @cached_property
     def categories(self) -> list[Category]:
-        """The categories in the order of their ids.
-
-        Raises:
-            ValueError: an entry lacks a key or has a value of a wrong type, or an id occurs twice.
-        """
+        """The categories in the order of their ids."""
         entries = [entry for _, chunk in self.section("categories", Category) for entry in chunk]
         entries.sort(key=lambda entry: entry.id)
         self._refuse_duplicates("categories", np.array([entry.id for entry in entries], np.int64))
@@ -151,14 +147,11 @@ class AnnotationFile(JsonFile):
 
     @cached_property
     def images(self) -> Images:
-        """The images.
-
-        Raises:
-            ValueError: an entry lacks a key or has a value of a wrong type, or an id occurs twice.
-        """
+        """The images in the file's order."""
         num_images = len(self.sections["images"])
         ids = np.empty(num_images, np.int64)
         sizes = np.empty((2, num_images), np.int32)
+        # Names are bytes in one block: millions of Python strings would take ten times the memory.
         names, name_ends = bytearray(), np.zeros(num_images + 1, np.int64)
         lists: dict[str, list[list[int] | msgspec.UnsetType]] = {"neg": [], "not_exhaustive": []}
         for start, entries in self.section("images", _Image):
@@ -181,25 +174,18 @@ class AnnotationFile(JsonFile):
         return self.images.negatives.complete and all(c.frequency is not None for c in self.categories)
 
     def annotations(self, for_evaluation: bool = False) -> Annotations:
-        """Read the annotations.
-
-        Args:
-            for_evaluation: with all columns, boxes in float64, and unique ids.
-
-        Raises:
-            ValueError: an entry lacks a key or has a value of a wrong type, an unknown id, or a box that is not four
-                finite numbers. It names the entry.
-        """
-        total = len(self.sections["annotations"])
-        extra = total if for_evaluation else 0
+        """Read the annotations; for evaluation with all columns, boxes in float64, and a check that ids are unique."""
+        num_annotations = len(self.sections["annotations"])
+        num_evaluated = num_annotations if for_evaluation else 0
         columns = Annotations(
-            images=np.empty(total, np.int32),
-            labels=np.empty(total, np.int32),
-            boxes=np.empty((total, 4), np.float64 if for_evaluation else np.float32),
-            crowd=np.empty(total, bool),
-            areas=np.empty(extra),
-            ignore=np.empty(extra, bool),
-            has_id_zero=np.empty(extra, bool),
+            images=np.empty(num_annotations, np.int32),
+            labels=np.empty(num_annotations, np.int32),
+            # lvis and pycocotools compute IoUs in float64; float32 halves what training holds in memory
+            boxes=np.empty((num_annotations, 4), np.float64 if for_evaluation else np.float32),
+            crowd=np.empty(num_annotations, bool),
+            areas=np.empty(num_evaluated),
+            ignore=np.empty(num_evaluated, bool),
+            has_id_zero=np.empty(num_evaluated, bool),
         )
         category_ids = np.array([category.id for category in self.categories], np.int64)
         order = np.argsort(self.images.ids, kind="stable")
@@ -215,6 +201,7 @@ class AnnotationFile(JsonFile):
                 box_areas = (boxes[:, 2] * boxes[:, 3]).tolist()  # where the file has no area
                 columns.areas[rows] = [x if e.area is None else e.area for e, x in zip(entries, box_areas)]
                 columns.ignore[rows] = [bool(entry.ignore) for entry in entries]
+                # pycocotools takes a match with annotation 0 for no match: its numbers depend on this id
                 columns.has_id_zero[rows] = [entry.id == 0 for entry in entries]
                 ids += [entry.id for entry in entries if entry.id is not None]
         if len(set(ids)) < len(ids):
@@ -229,12 +216,11 @@ class AnnotationFile(JsonFile):
             raise ValueError(
                 f"{self.name}: annotations[{missing[0]}] has no bbox; expected [x, y, width, height] in pixels"
             )
-        values = np.fromiter(chain.from_iterable(entry.bbox for entry in entries), np.float64, 4 * len(entries))
         with np.errstate(over="ignore"):  # to infinity, which is refused
-            boxes = values.reshape(-1, 4).astype(dtype)
-        finite = np.isfinite(boxes).all(axis=1)
-        if not finite.all():
-            index = int(finite.argmin())
+            boxes = bbox_array(entries).astype(dtype)
+        is_finite = np.isfinite(boxes).all(axis=1)
+        if not is_finite.all():
+            index = int(is_finite.argmin())
             raise ValueError(
                 f"{self.name}: annotations[{start + index}].bbox: expected four finite numbers, "
                 f"got {list(entries[index].bbox)}"
@@ -242,7 +228,7 @@ class AnnotationFile(JsonFile):
         return boxes
 
     def _positions(self, start: int, entries: list, kind: str, known_ids: np.ndarray) -> np.ndarray:
-        """Return where the entries' ids of ``kind`` ("image", "category") are in the sorted ``known_ids``."""
+        """Return the positions of the entries' ``kind`` ids ("image", "category") in the ascending ``known_ids``."""
         ids = np.fromiter((getattr(entry, f"{kind}_id") for entry in entries), np.int64, len(entries))
         positions, unknown = look_up(known_ids, ids)
         if unknown.any():
@@ -263,8 +249,9 @@ class AnnotationFile(JsonFile):
 
 
 def look_up(known_ids: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each id is in the ascending ``known_ids``, and (N,) bool: it is not there."""
+    """Return the positions (N,) of ids in the ascending ``known_ids``, and (N,) bool: the id is unknown."""
     positions = np.searchsorted(known_ids, ids)
+    # An id above all known ones has the position len(known_ids), where the appended 0 keeps indexing valid.
     return positions, (np.append(known_ids, 0)[positions] != ids) | (positions == len(known_ids))
 
 

@@ -2,20 +2,24 @@
 
 import mmap
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
 import msgspec
+import numpy as np
 
-CHUNK_BYTES = 1 << 23  # of a list that are Python objects at a time
-CHUNK_ENTRIES = 1 << 14  # the same, of entries whose bytes are known
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Entries are Python objects for one chunk at a time: they take about ten times the memory of their bytes.
+CHUNK_BYTES = 1 << 23
+CHUNK_ENTRIES = 1 << 14
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it; JSON does not allow it
 
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Box = tuple[float, float, float, float]
 Entry = TypeVar("Entry")
 
+# A guess: the same characters may be inside a string, which decoding the chunk shows.
 _BETWEEN_ENTRIES = re.compile(rb"\}\s*(,)\s*(?=\{)")
 
 
@@ -28,7 +32,7 @@ class JsonFile:
 
     Attributes:
         path: the file.
-        name: what it is and its path, the beginning of every message.
+        name: its kind and path, the beginning of all messages.
         buffer: its bytes without a byte order mark.
     """
 
@@ -36,9 +40,9 @@ class JsonFile:
         """
         Args:
             path: the file.
-            kind: what it is ("annotations", "predictions"), for messages.
-            hint: end of messages about entries that are not as expected.
-            writable: the buffer is a private copy of the pages that are written to.
+            kind: "annotations", "predictions" or "proposals", for messages.
+            hint: end of messages about invalid entries.
+            writable: writes go to private copies of the pages, never to the file.
 
         Raises:
             FileNotFoundError: no such file.
@@ -51,7 +55,7 @@ class JsonFile:
         with self.path.open("rb") as file:
             try:
                 self._map = mmap.mmap(file.fileno(), 0, access=access)
-            except ValueError as error:
+            except ValueError as error:  # an empty file cannot be mapped
                 raise InvalidJsonError(f"{self.name}: not valid JSON (the file is empty)") from error
         has_mark = self._map[:3] == BYTE_ORDER_MARK
         self.buffer = memoryview(self._map)[len(BYTE_ORDER_MARK) * has_mark :]
@@ -60,10 +64,10 @@ class JsonFile:
         """Decode the file, or ``content``, which is a part of it.
 
         Args:
-            entry_type: what is decoded, as ``msgspec`` takes it, or a decoder of it.
+            entry_type: a type that ``msgspec`` decodes, or a decoder of one.
             content: bytes; by default the whole file.
-            place: of ``content`` in the file, for messages; of each of its entries where it is a list: "image {}".
-            first: index of the first entry of ``content`` in the file.
+            place: where ``content`` is in the file, for messages; "image {}" for a list, with the index of an entry.
+            first: index in the file of the first entry of ``content``.
 
         Raises:
             InvalidJsonError: not JSON, or nested too deep.
@@ -84,31 +88,17 @@ class JsonFile:
     def chunks_of(
         self, raws: list[msgspec.Raw], entry_type: type[Entry], place: str, first: int = 0
     ) -> Iterator[tuple[int, list[Entry]]]:
-        """Yield (index of the first, entries) for each chunk of a list whose entries' bytes are known.
-
-        Args:
-            raws: the list.
-            entry_type: what each entry is decoded as; unknown keys are ignored.
-            place: see ``decode``.
-            first: where to start.
-
-        Raises: as ``decode``.
-        """
+        """Yield (index of the first, entries) for each chunk of ``raws`` from ``first`` on; raises as ``decode``."""
         decoder = msgspec.json.Decoder(list[entry_type])  # type: ignore[valid-type]
         for start in range(first, len(raws), CHUNK_ENTRIES):
             content = b"[%b]" % b",".join(raws[start : start + CHUNK_ENTRIES])
             yield start, self.decode(decoder, content, place, start)
 
     def chunks(self, entry_type: type[Entry]) -> Iterator[tuple[int, list[Entry]]]:
-        """Yield (index of the first, entries) for each chunk of a file that is a list of objects.
+        """Yield (index of the first, entries) for each chunk of a file that is a list of objects; raises as ``decode``.
 
         A chunk ends where an entry seems to end. If it decodes as a list, an entry did end there; if not (the place is
         inside an entry, or the file is damaged), the decoder splits the rest of the list, which takes more memory.
-
-        Args:
-            entry_type: what each entry is decoded as; unknown keys are ignored.
-
-        Raises: as ``decode``.
         """
         decoder = msgspec.json.Decoder(list[entry_type])  # type: ignore[valid-type]
         head = re.match(rb"\s*\[", self.buffer)
@@ -128,18 +118,19 @@ class JsonFile:
         yield from self.chunks_of(self.decode(list[msgspec.Raw]), entry_type, "entry {}", num_entries)
 
     def _release_pages(self) -> None:
-        """Let the system drop the pages that were read; it reads them again if they are asked for."""
+        # Else a file of gigabytes that was read once would count as this process's memory.
         if hasattr(mmap, "MADV_DONTNEED") and self.buffer.readonly:  # a private copy would lose its changes
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def _end_of_chunk(self, start: int) -> int:
-        """Return where the last comma between entries is in the chunk from ``start`` on; 0 for nowhere.
+        """Return the position of the last comma between entries in the chunk from ``start`` on, or 0 for none.
 
-        It is the end of the buffer if no more than a chunk is left.
+        If no more than a chunk is left, this is the end of the buffer.
         """
         if len(self.buffer) - start <= CHUNK_BYTES:
             return len(self.buffer)
         chunk = bytes(self.buffer[start : start + CHUNK_BYTES])
+        # The end of the chunk first: it nearly always has a comma, and is scanned in no time.
         for width in (1 << 16, CHUNK_BYTES):
             ends = [match.start(1) for match in _BETWEEN_ENTRIES.finditer(chunk, max(0, len(chunk) - width))]
             if ends:
@@ -147,7 +138,7 @@ class JsonFile:
         return 0
 
     def _excerpt(self, error: Exception) -> str:
-        """Return what is at the place where the file is no JSON; "" if ``msgspec`` does not say where that is."""
+        """Return the text around the error; "" if ``msgspec`` does not report where it is."""
         if "truncated" in str(error):
             return "; was the run that wrote it cut short?"
         if not (match := re.search(r"byte (\d+)", str(error))):
@@ -159,6 +150,7 @@ class JsonFile:
 
 def describe_error(error: msgspec.ValidationError, place: str = "", first: int = 0) -> str:
     """Return the message of ``msgspec`` with the place in the file first: "annotations[70000].bbox: expected ..."."""
+    # "Expected `int`, got `str` - at `$[3].id`", where $ is what was decoded
     message, _, path = str(error).partition(" - at ")
     path = path.strip("`").removeprefix("$")
     if "{}" in place and (match := re.match(r"\[(\d+)\]", path)):
@@ -166,6 +158,12 @@ def describe_error(error: msgspec.ValidationError, place: str = "", first: int =
     elif place:
         path = place + path.replace(".", ": ", 1)
     return f"{path.removeprefix('.') or 'the file'}: {message[0].lower()}{message[1:]}"
+
+
+def bbox_array(entries: Sequence[Any]) -> np.ndarray:
+    """Return the ``bbox`` of all entries as (n, 4) float64."""
+    values = chain.from_iterable(entry.bbox for entry in entries)
+    return np.fromiter(values, np.float64, 4 * len(entries)).reshape(-1, 4)
 
 
 def write_list(file: BinaryIO, entries: Iterable[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """Detections as arrays, and their files: COCO's and LVIS's JSON, or the same entries one a line."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from regionspot.data.coco_io.json_file import (
     Id,
     InvalidJsonError,
     JsonFile,
+    bbox_array,
     describe_error,
     write_list,
 )
@@ -23,7 +25,7 @@ from regionspot.utils.files import atomic_path
 from regionspot.utils.rle import PackedRles, check_rles, mask_areas, mask_boxes, parse_rle
 
 _BLOCK = 1 << 22  # bytes of lines that are decoded at a time
-_ENTRIES = 1 << 14  # detections that are Python objects at a time
+_ENTRIES = 1 << 14  # detections that are converted to Python objects at a time
 _HINT = "; an entry has image_id, category_id, score and bbox [x, y, width, height]"
 
 
@@ -40,8 +42,8 @@ class Results:
         rles: masks as COCO's compressed RLE, ``{"size": [height, width], "counts": str or bytes}``. Detections of
             one box share one.
         name: of the detections, for messages.
-        has_mask_boxes: there are no boxes but those around the masks, which ``boxes`` becomes. The areas of detections
-            are then those of their masks, for boxes too, as in ``lvis`` and ``pycocotools``.
+        has_mask_boxes: the file has no boxes; ``boxes`` becomes those around the masks. The areas of detections are
+            then those of their masks, for boxes too, as in ``lvis`` and ``pycocotools``.
     """
 
     image_ids: np.ndarray
@@ -68,9 +70,9 @@ class Results:
             self.regions = self._integers("regions", self.regions)
             if self.regions.shape != self.image_ids.shape:
                 raise ValueError(f"{self.name}: expected regions of shape ({len(self)},), got {self.regions.shape}")
-            unknown = (self.regions < -1) | (self.regions >= len(self.rles))
-            self._refuse(unknown, f"expected a region in [-1, {len(self.rles)})", self.regions)
-            self.rles = check_rles(self.rles, self._user_of_mask)
+            is_unknown = (self.regions < -1) | (self.regions >= len(self.rles))
+            self._refuse(is_unknown, f"expected a region in [-1, {len(self.rles)})", self.regions)
+            self.rles = check_rles(self.rles, self._describe_mask)
         if self.has_mask_boxes:
             regions, rles = self.require_masks()
             self.boxes = mask_boxes(rles)[regions]
@@ -85,7 +87,7 @@ class Results:
         return mask_areas(self.rles or [])
 
     def areas(self, task: str, segm_areas: str = "masks") -> np.ndarray:
-        """Return (D,) float64 pixels: what small, medium and large mean for detections.
+        """Return the areas (D,) that decide whether detections are small, medium or large, float64 pixels.
 
         Args:
             task: "bbox" or "segm".
@@ -93,15 +95,11 @@ class Results:
         """
         if self.regions is not None and (self.has_mask_boxes or (task == "segm" and segm_areas == "masks")):
             return self.mask_areas[self.regions]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # sides of 1e200 are finite, their product is not
             return self.boxes[:, 2] * self.boxes[:, 3]
 
     def require_masks(self) -> tuple[np.ndarray, PackedRles]:
-        """Return regions and rles.
-
-        Raises:
-            ValueError: there are none, or a detection has none.
-        """
+        """Return regions and rles, or raise a ``ValueError`` if a detection has no mask."""
         if self.regions is None:
             if len(self):
                 raise ValueError(f"{self.name}: task segm needs masks, but no entry has a segmentation; use task bbox")
@@ -120,6 +118,7 @@ class Results:
         keys = ("image_id", "category_id", "bbox", "score")
         for start in range(0, len(self), _ENTRIES):
             rows = slice(start, start + _ENTRIES)
+            # tolist() converts to Python numbers, which the encoder takes, much faster than item by item
             for index, values in enumerate(zip(*(column[rows].tolist() for column in columns)), start):
                 entry = dict(zip(keys, values))
                 if self.regions is not None and self.rles is not None:
@@ -141,10 +140,10 @@ class Results:
         negative = self.boxes[:, 2:].min(axis=1) < 0
         self._refuse(negative, "expected bbox as [x, y, width, height] with width and height >= 0", self.boxes)
 
-    def _user_of_mask(self, region: int) -> str:
-        """Return which detection first uses a mask, for messages."""
-        used = self.regions == region
-        return f"{self.name}: " + (f"entry {int(np.argmax(used))}" if np.any(used) else f"rles[{region}]")
+    def _describe_mask(self, region: int) -> str:
+        """Return the first detection with a mask, for messages."""
+        has_mask = self.regions == region
+        return f"{self.name}: " + (f"entry {int(np.argmax(has_mask))}" if np.any(has_mask) else f"rles[{region}]")
 
     def _integers(self, key: str, values: Any) -> np.ndarray:
         array = np.asarray(values)
@@ -152,12 +151,12 @@ class Results:
             raise ValueError(f"{self.name}: expected {key} to be integers, got {array.dtype}")
         return array.astype(np.int64)
 
-    def _refuse(self, wrong: np.ndarray, expected: str, values: np.ndarray) -> None:
-        if wrong.any():
-            index = int(wrong.argmax())
+    def _refuse(self, is_invalid: np.ndarray, expected: str, values: np.ndarray) -> None:
+        if is_invalid.any():
+            index = int(is_invalid.argmax())
             raise ValueError(
                 f"{self.name}: entry {index}: {expected}, got {values[index].tolist()} "
-                f"({int(wrong.sum())} such of {len(wrong)})"
+                f"({int(is_invalid.sum())} such of {len(is_invalid)})"
             )
 
 
@@ -178,27 +177,55 @@ def write_results(path: str | Path, results: Results) -> None:
 def read_results(path: str | Path) -> Results:
     """Read detections from a file, a chunk at a time.
 
-    It is a JSON list of ``{"image_id", "category_id", "score", "bbox": [x, y, width, height], "segmentation"}``, or
-    JSON lines of such entries, which its first character tells. ``segmentation`` is RLE and may be missing, and
-    ``bbox`` may be where there is one; it is then the box around the mask. Equal masks of an image that follow each
-    other in the file are kept once.
+    The file is a JSON list of ``{"image_id", "category_id", "score", "bbox": [x, y, width, height], "segmentation"}``,
+    or JSON lines of such entries. ``segmentation`` (RLE) is optional; entries that have it may lack ``bbox``, which is
+    then the box around the mask. Equal masks of consecutive entries of an image are stored once.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty or truncated file, not JSON, or an entry that is no detection. It names the entry,
+        ValueError: an empty or truncated file, not JSON, or an entry that is not a detection. It names the entry,
             counted from 0.
     """
     file = JsonFile(path, "predictions", hint=_HINT)
     head = bytes(file.buffer[:4096]).lstrip()[:1]
     if head not in (b"[", b"{"):
         raise ValueError(f"{file.name}: expected a JSON list of results or JSON lines, got {bytes(file.buffer[:40])!r}")
-    columns = _Columns(file.name)
+    # Arrays of the standard library grow in place: lists of chunks would take twice the memory when they are joined.
+    image_ids, category_ids, scores, boxes, regions = array("q"), array("q"), array("d"), array("d"), array("q")
+    masks, has_boxes = _Masks(file.name), True
     for first, entries in file.chunks(_Entry) if head == b"[" else _chunks_of_lines(file):
-        columns.add(first, entries)
-    return columns.results()
+        if first == 0 and entries:
+            has_boxes = entries[0].bbox is not None
+        chunk_regions = [masks.add(index, entry) for index, entry in enumerate(entries, first)]
+        _check_boxes_or_masks(file.name, first, entries, chunk_regions, has_boxes)
+        image_ids.extend(entry.image_id for entry in entries)
+        category_ids.extend(entry.category_id for entry in entries)
+        scores.extend(entry.score for entry in entries)
+        boxes.frombytes(bbox_array(entries).tobytes() if has_boxes else b"")
+        regions.extend(chunk_regions)
+    return Results(
+        np.asarray(image_ids),
+        np.asarray(category_ids),
+        np.asarray(scores),
+        np.asarray(boxes).reshape(-1, 4),  # (D, 4), or (0, 4) for boxes around the masks
+        regions=np.asarray(regions) if len(masks.rles) else None,
+        rles=masks.rles if len(masks.rles) else None,
+        name=file.name,
+        has_mask_boxes=not has_boxes,
+    )
+
+
+def _check_boxes_or_masks(name: str, first: int, entries: list[_Entry], regions: list[int], has_boxes: bool) -> None:
+    for index, (entry, region) in enumerate(zip(entries, regions), first):
+        if (entry.bbox is not None) != has_boxes or (entry.bbox is None and region < 0):
+            raise ValueError(
+                f"{name}: entry {index} has {'no' if entry.bbox is None else 'a'} bbox; "
+                "expected [x, y, width, height] in every entry, or a segmentation in every entry and no bbox at all"
+            )
 
 
 def _chunks_of_lines(file: JsonFile) -> Iterator[tuple[int, list[_Entry]]]:
+    # Empty lines are no entries: a line's number is not its entry's index.
     decoder, num_entries, num_lines = msgspec.json.Decoder(_Entry), 0, 0
     with file.path.open("rb") as stream:
         if stream.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
@@ -214,7 +241,7 @@ def _chunks_of_lines(file: JsonFile) -> Iterator[tuple[int, list[_Entry]]]:
                 line = num_lines + _first_invalid_line(lines) + 1
                 raise InvalidJsonError(
                     f"{file.name}: line {line} is not valid JSON ({error}); expected a list of results or one entry a "
-                    "line. Was the run that wrote it cut?"
+                    "line. Was the run that wrote it interrupted?"
                 ) from error
             yield num_entries, entries
             num_entries, num_lines = num_entries + len(entries), num_lines + len(lines)
@@ -229,48 +256,23 @@ def _first_invalid_line(lines: list[bytes]) -> int:
     return 0
 
 
-class _Columns:
-    """The arrays that chunks of entries become."""
+class _Masks:
+    """Packs the segmentations of entries; equal ones of consecutive entries of an image are packed once."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.chunks: dict[str, list[np.ndarray]] = {
-            "image_ids": [np.zeros(0, np.int64)],
-            "category_ids": [np.zeros(0, np.int64)],
-            "scores": [np.zeros(0)],
-            "boxes": [np.zeros((0, 4))],
-            "regions": [np.zeros(0, np.int64)],
-        }
-        self.rles = PackedRles()
-        self.has_boxes: bool | None = None
-        self._image: int | None = None
-        self._known: dict[bytes, int] = {}  # segmentations of the current image, and where they are in rles
+        self.name, self.rles = name, PackedRles()
+        self._image_id: int | None = None
+        self._regions: dict[bytes, int] = {}  # by the bytes of each segmentation of the current image
 
-    def add(self, first: int, entries: list[_Entry]) -> None:
-        if self.has_boxes is None and entries:
-            self.has_boxes = entries[0].bbox is not None
-        regions = [self._region(index, entry) for index, entry in enumerate(entries, first)]
-        for index, (entry, region) in enumerate(zip(entries, regions), first):
-            if (entry.bbox is not None) != self.has_boxes or (entry.bbox is None and region < 0):
-                raise ValueError(
-                    f"{self.name}: entry {index} has {'no' if entry.bbox is None else 'a'} bbox; "
-                    "expected [x, y, width, height] in every entry, or a segmentation in every entry and no bbox at all"
-                )
-        values = [x for entry in entries for x in entry.bbox or ()]
-        self.chunks["image_ids"].append(np.array([entry.image_id for entry in entries], np.int64))
-        self.chunks["category_ids"].append(np.array([entry.category_id for entry in entries], np.int64))
-        self.chunks["scores"].append(np.array([entry.score for entry in entries], np.float64))
-        self.chunks["boxes"].append(np.array(values, np.float64).reshape(-1, 4))
-        self.chunks["regions"].append(np.array(regions, np.int64))
-
-    def _region(self, index: int, entry: _Entry) -> int:
+    def add(self, index: int, entry: _Entry) -> int:
         """Return the position of an entry's mask in ``rles``, -1 for none."""
         text = bytes(entry.segmentation)
         if text == b"null":
             return -1
-        if entry.image_id != self._image:
-            self._image, self._known = entry.image_id, {}
-        if text not in self._known:
+        if entry.image_id != self._image_id:
+            self._image_id, self._regions = entry.image_id, {}
+        # A box of several classes repeats its mask, byte for byte: comparing bytes is faster than decoding.
+        if text not in self._regions:
             rle: Any = text
             with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 rle = msgspec.json.decode(text)
@@ -278,13 +280,5 @@ class _Columns:
                 self.rles.append(*parse_rle(rle))
             except ValueError as error:
                 raise ValueError(f"{self.name}: entry {index}: {error}") from error
-            self._known[text] = len(self.rles) - 1
-        return self._known[text]
-
-    def results(self) -> Results:
-        # Each column's chunks are freed as soon as they are joined.
-        columns: dict[str, Any] = {key: np.concatenate(self.chunks.pop(key)) for key in list(self.chunks)}
-        rles = self.rles if len(self.rles) else None
-        if rles is None:
-            columns["regions"] = None
-        return Results(**columns, rles=rles, name=self.name, has_mask_boxes=self.has_boxes is False)
+            self._regions[text] = len(self.rles) - 1
+        return self._regions[text]
