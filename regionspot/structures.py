@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import nms
+
+MIN_SIDE = 1e-5  # pixels; Detectron2's filter of empty boxes drops smaller ones
 
 
 @dataclass
@@ -104,6 +107,22 @@ def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "b
         if is_invalid.any():
             index = int(is_invalid.nonzero()[0])
             raise ValueError(f"{what}: number {index}, {boxes[index].tolist()}, {problem}")
+
+
+def clipped_sides(boxes: np.ndarray, image_sizes: Any) -> np.ndarray:
+    """Return the (N, 2) float32 width and height of boxes clipped to their images, not positive for those outside.
+
+    Args:
+        boxes: (N, 4) XYXY, pixels.
+        image_sizes: (height, width) of all boxes' image, or (N, 2) of each box's.
+    """
+    boxes, limits = np.asarray(boxes, np.float32), np.asarray(image_sizes, np.float32)[..., ::-1]  # (width, height)
+    return np.clip(boxes[:, 2:], 0, limits) - np.clip(boxes[:, :2], 0, limits)
+
+
+def has_area(boxes: np.ndarray, image_sizes: Any) -> np.ndarray:
+    """Return (N,) bool: which boxes have area inside their images; arguments as of ``clipped_sides``."""
+    return np.all(clipped_sides(boxes, image_sizes) > MIN_SIDE, axis=1)
 
 
 def check_regions(

@@ -1,6 +1,5 @@
 """Reads the annotations and all images of a data set, and reports what cannot be used."""
 
-import json
 from argparse import Namespace
 from typing import Any, NoReturn
 
@@ -8,7 +7,7 @@ from tqdm import tqdm
 
 from regionspot.data.dataset_check import check_dataset, is_usable
 from regionspot.utils.command_line import printable, run_command
-from regionspot.utils.files import atomic_path
+from regionspot.utils.files import write_json
 
 LISTED = 20  # entries of a kind that are printed; --json has all
 
@@ -51,8 +50,7 @@ def main(args: Namespace) -> int:
     report = check_dataset(args.dataset, args.workers, progress)
     print(format_report(report))
     if args.json:
-        with atomic_path(args.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=1))
+        write_json(args.json, report)
     print("all of it can be used" if is_usable(report) else "error: not all of it can be used")
     return 0 if is_usable(report) else 1
 

@@ -1,6 +1,5 @@
 """Recognizes regions of images."""
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.structures import check_boxes
 from regionspot.utils.command_line import printable, run_command
-from regionspot.utils.files import atomic_path, read_json
+from regionspot.utils.files import atomic_path, read_json, write_json
 from regionspot.utils.images import to_rgb_array
 from regionspot.visualization import draw_regions
 from regionspot.vocabulary import load_vocabulary
@@ -148,9 +147,8 @@ def write_outputs(
 ) -> None:
     """Write the annotated image and the JSON of an image, and print its regions."""
     drawing = draw_regions(image, predictions, with_masks)
-    content = json.dumps(describe(path, (image.shape[0], image.shape[1]), predictions))
-    with atomic_path(directory / f"{path.stem}.json") as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    content = describe(path, (image.shape[0], image.shape[1]), predictions)
+    write_json(directory / f"{path.stem}.json", content, indent=None)
     with atomic_path(directory / f"{path.stem}.png") as temporary:
         Image.fromarray(drawing).save(temporary, format="PNG")
     for box, label, score, iou in zip(

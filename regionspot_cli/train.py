@@ -1,6 +1,5 @@
 """Trains or evaluates a model."""
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +13,7 @@ from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer, launch, set_up_run
 from regionspot.evaluation.report import without_nan
 from regionspot.utils.command_line import run_command
-from regionspot.utils.files import atomic_path
+from regionspot.utils.files import write_json
 from regionspot.utils.run_lock import run_lock
 
 
@@ -35,12 +34,13 @@ def train_or_evaluate(cfg: CfgNode, args: Namespace) -> Any:
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
         results = RegionSpotTrainer.test(cfg, load_model(cfg, resume=args.resume))
         if comm.is_main_process():
-            several = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
-            with atomic_path(Path(cfg.OUTPUT_DIR) / "results.json") as temporary:
-                tables = {
-                    name: {task: without_nan(values) for task, values in sets.items()} for name, sets in several.items()
-                }
-                temporary.write_text(json.dumps(tables, indent=1))
+            # Detectron2's tester leaves out the name of a single data set
+            by_dataset = results if len(cfg.DATASETS.TEST) > 1 else {cfg.DATASETS.TEST[0]: results}
+            tables = {
+                name: {task: without_nan(values) for task, values in tasks.items()}
+                for name, tasks in by_dataset.items()
+            }
+            write_json(Path(cfg.OUTPUT_DIR) / "results.json", tables)
         return results
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -9,12 +9,12 @@ from typing import Any
 import clip
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 from torch.utils.data import DataLoader, Dataset
 
 from regionspot.data.build import check_registered
-from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, has_area
+from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, read_annotations
 from regionspot.data.datasets import category_ids
+from regionspot.structures import clipped_sides, has_area
 from regionspot.vocabulary import TEMPLATE_SETS, clean_name, dataset_names
 
 CONTEXT = 77  # tokens of a prompt, in every CLIP
@@ -50,19 +50,14 @@ class _CheckedImages(Dataset):
 
 def _check_boxes(record: dict[str, Any], problem: str) -> ImageCheck:
     """Divide the boxes of a record into those that are used and those that are left out."""
-    annotations = record.get("annotations", [])
-    boxes = np.zeros((len(annotations), 4), np.float32)
-    for box, annotation in zip(boxes, annotations):
-        box[:] = BoxMode.convert(list(annotation["bbox"]), BoxMode(annotation["bbox_mode"]), BoxMode.XYXY_ABS)
-    labels = np.array([a["category_id"] for a in annotations], np.int32)
-    crowd = np.array([a.get("iscrowd", 0) for a in annotations], np.int64) > 0
-    height, width = int(record["height"]), int(record["width"])
-    flat = ~(boxes[:, 2:] - boxes[:, :2] > 0).all(axis=1)
-    used = np.array(has_area(boxes, (height, width)), np.bool_) & ~crowd
-    limits = np.array([width, height], np.float32)
-    sides = np.clip(boxes[:, 2:], 0, limits) - np.clip(boxes[:, :2], 0, limits)
-    left_out = (int(crowd.sum()), int((flat & ~crowd).sum()), int((~used & ~flat & ~crowd).sum()))
-    return ImageCheck(problem, left_out, sides[used], labels[used])
+    boxes, labels = read_annotations(record, with_crowds=True)
+    boxes = boxes.astype(np.float32)  # as the model sees them: a box may lose its area by rounding
+    is_crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in record.get("annotations", [])], bool)
+    size = (int(record["height"]), int(record["width"]))
+    is_flat = ~is_crowd & ~(boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    is_used = ~is_crowd & has_area(boxes, size)
+    left_out = (int(is_crowd.sum()), int(is_flat.sum()), int((~is_used & ~is_flat & ~is_crowd).sum()))
+    return ImageCheck(problem, left_out, clipped_sides(boxes, size)[is_used], labels[is_used].astype(np.int32))
 
 
 def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], Any] = lambda x, _: x) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.tokens import TokenStore
+from regionspot.structures import MIN_SIDE
 from regionspot.utils.images import check_deep_range, decode_image
 
 _BLANK_SIZE = (32, 32)
@@ -221,13 +222,13 @@ def annotated_regions(record: dict[str, Any]) -> Instances:
     return _to_instances(*read_annotations(record), (record["height"], record["width"]))
 
 
-def read_annotations(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes (n, 4) float64 XYXY and classes (n,) of a record, without crowds."""
-    kept = [annotation for annotation in record.get("annotations", []) if not annotation.get("iscrowd", 0)]
-    classes = np.array([annotation["category_id"] for annotation in kept], dtype=np.int64)
+def read_annotations(record: dict[str, Any], with_crowds: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes (n, 4) float64 XYXY and classes (n,) int64 of a record's annotations."""
+    annotations = [a for a in record.get("annotations", []) if with_crowds or not a.get("iscrowd", 0)]
+    classes = np.array([annotation["category_id"] for annotation in annotations], dtype=np.int64)
     # float32 first, as in Detectron2 and JsonDataset: the same file gives the same bits, whoever reads it
-    boxes = np.array([annotation["bbox"] for annotation in kept], dtype=np.float32).astype(float).reshape(-1, 4)
-    modes = np.array([annotation["bbox_mode"] for annotation in kept])
+    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float32).astype(float).reshape(-1, 4)
+    modes = np.array([annotation["bbox_mode"] for annotation in annotations])
     for mode in set(modes.tolist()):
         boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], BoxMode(mode), BoxMode.XYXY_ABS)
     return boxes, classes
@@ -237,7 +238,7 @@ def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int],
     """Return boxes, clipped to an image of (height, width), with classes and fields, without those of no area."""
     instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes), **fields)
     instances.gt_boxes.clip(size)
-    return instances[instances.gt_boxes.nonempty(threshold=1e-5)]
+    return instances[instances.gt_boxes.nonempty(threshold=MIN_SIDE)]
 
 
 def _add_matched(instances: Instances, proposals: Boxes, match_iou: float) -> Instances:
@@ -247,10 +248,3 @@ def _add_matched(instances: Instances, proposals: Boxes, match_iou: float) -> In
     best, index = pairwise_iou(instances.gt_boxes, proposals).max(dim=0)
     matched = Instances(instances.image_size, gt_boxes=proposals, gt_classes=instances.gt_classes[index])
     return Instances.cat([instances, matched[best >= match_iou]])
-
-
-def has_area(boxes: np.ndarray, size: tuple[int, int]) -> list[bool]:
-    """Tell which (n, 4) XYXY boxes have area inside an image of (height, width)."""
-    clipped = Boxes(torch.as_tensor(boxes))
-    clipped.clip(size)
-    return clipped.nonempty(threshold=1e-5).tolist()

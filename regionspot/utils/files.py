@@ -17,21 +17,27 @@ def cache_dir() -> Path:
 
 
 def expand_user(path: str | Path) -> Path:
-    """Return ``path`` with a leading ~ replaced; unlike ``Path.expanduser`` it keeps the ~ of an unknown user."""
+    """Return ``path`` with a leading ~ replaced by the home directory."""
+    # Path.expanduser raises for the ~ of an unknown user; a file may really have such a name.
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 @contextmanager
 def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` to write to; it replaces ``path`` when the block succeeds.
+    """Yield a temporary file beside ``path`` to write to; it replaces ``path`` when the block succeeds.
 
     With ``sync`` the file has reached the disk by then, and survives a loss of power.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its target, since only within one file system is renaming atomic.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says; safetensors lets nobody but the owner read its files
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         if sync:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -41,11 +47,7 @@ def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """Return what a JSON file holds.
-
-    Args:
-        path: the file.
-        what: a word for the content, which begins the messages.
+    """Return the content of a JSON file; messages begin with ``what`` it is.
 
     Raises:
         FileNotFoundError: no such file.
@@ -56,7 +58,13 @@ def read_json(path: str | Path, what: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} {path}: damaged, or no JSON ({error})") from error
+        raise ValueError(f"{what} {path}: damaged, or not JSON ({error})") from error
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """Write a JSON file, which appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent), encoding="utf-8")
 
 
 def directory_name(dataset_name: str) -> str:
@@ -72,12 +80,13 @@ def short_directory_name(dataset_name: str) -> str:
 
 def describe_file(path: str | Path) -> list[int]:
     """Return a file's size, its time of modification in nanoseconds, and 63 bits of the SHA-256 of its bytes."""
+    # 63 bits: token stores hold these numbers as int64
     state = Path(path).stat()
     return [state.st_size, state.st_mtime_ns, int(sha256_of_file(path)[:16], 16) >> 1]
 
 
 def is_same_file(path: str | Path, described: list[int]) -> bool:
-    """Tell whether ``describe_file`` saw these bytes; they are read only if the time of modification differs."""
+    """Return whether ``describe_file`` saw these bytes; they are read only if the time of modification differs."""
     try:
         state = Path(path).stat()
     except FileNotFoundError:

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from regionspot.data.coco_io import AnnotationFile
 from regionspot.data.datasets.categories import category_ids
+from regionspot.structures import has_area
 
-_MIN_SIDE = 1e-5  # pixels; Detectron2's filter of empty boxes drops smaller ones
 _CHUNK = 1 << 20  # boxes that are worked on at a time, to bound memory
 
 
@@ -85,10 +85,10 @@ class JsonDataset(Dataset):
         result = np.empty(len(rows), bool)
         for start in range(0, len(rows), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            sizes = np.stack([self.widths[rows[chunk]], self.heights[rows[chunk]]], axis=1).astype(np.float32)
-            low = self.boxes[chunk, :2]
-            high = low + self.boxes[chunk, 2:]
-            result[chunk] = (np.clip(high, 0, sizes) - np.clip(low, 0, sizes) > _MIN_SIDE).all(axis=1)
+            boxes = self.boxes[chunk].copy()
+            boxes[:, 2:] += boxes[:, :2]  # XYXY, in float32
+            sizes = np.stack([self.heights[rows[chunk]], self.widths[rows[chunk]]], axis=1)
+            result[chunk] = has_area(boxes, sizes)
         return result
 
     def __len__(self) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-LIMIT = 1e9  # pixels; no image has as many a side: larger numbers are no coordinates, like infinity and NaN
-CHUNK = 1 << 20  # rows that are worked on at a time, to bound memory
-_ROUNDING = 1e-4  # how far a float32 softmax may put probabilities outside [0, 1]
+LIMIT = 1e9  # pixels; no image is as large, so that larger numbers are dropped like infinity and NaN
+CHUNK = 1 << 20  # rows that are processed at a time, to bound memory
+_ROUNDING = 1e-4  # a float32 softmax may exceed [0, 1] by this much
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class ProposalArrays:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def select(self, keep: np.ndarray) -> "ProposalArrays":
-        """Return the rows of ``keep``, (N,) bool; images that lose all of theirs have an empty entry."""
+        """Return the rows of ``keep``, (N,) bool; images without any keep an empty entry."""
         if keep.all():
             return self
         return replace(
             self,
+            # the number of rows that are kept before each image
             offsets=np.concatenate([[0], keep.cumsum()])[self.offsets],
             boxes=self.boxes[keep],
             scores=_take(self.scores, keep),
@@ -84,6 +85,7 @@ def gather_images(
         raise ValueError(f"proposals {path}: image id {image_ids[repeated[0]]} occurs twice; expected once each")
     offsets = np.concatenate([[0], sorted_lengths.cumsum()]).astype(np.int64)
     if (np.diff(order) < 0).any():
+        # (N,) the row of the file for each sorted row: the images' blocks change places, rows in them keep their order
         starts = (lengths.cumsum() - lengths)[order]
         rows = np.repeat(starts - offsets[:-1], sorted_lengths) + np.arange(len(boxes))
         boxes, scores, labels = boxes[rows], _take(scores, rows), _take(labels, rows)
@@ -99,8 +101,9 @@ def gather_rows(
 ) -> ProposalArrays:
     """Return the proposals of a file that lists them one by one.
 
-    ``row_ids`` (N,) int64 are the boxes' image ids. The arrays are sorted in place, which saves memory.
+    ``row_ids`` (N,) int64 are the boxes' image ids.
     """
+    # Sorted in place, one column after the other: a sorted copy of all would double the memory.
     if (np.diff(row_ids) < 0).any():
         order = np.argsort(row_ids, kind="stable")
         for column in (row_ids, boxes, scores, labels):
@@ -125,7 +128,7 @@ def _finish(arrays: ProposalArrays, are_logits: bool) -> ProposalArrays:
     """Drop rows that are not finite and turn scores into float32 probabilities."""
     keep = np.empty(len(arrays.boxes), bool)
     for rows in chunks(len(keep)):
-        keep[rows] = (np.abs(arrays.boxes[rows]) < LIMIT).all(axis=1)  # False of NaN
+        keep[rows] = (np.abs(arrays.boxes[rows]) < LIMIT).all(axis=1)  # NaN compares as False
         if arrays.scores is not None:
             keep[rows] &= np.abs(arrays.scores[rows]) < LIMIT
     arrays = replace(arrays.select(keep), num_not_finite=len(keep) - int(keep.sum()))

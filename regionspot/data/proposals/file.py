@@ -13,6 +13,7 @@ from regionspot.data.proposals.arrays import ProposalArrays, chunks
 from regionspot.data.proposals.json_formats import read_json
 from regionspot.data.proposals.pickle_format import read_pickle
 from regionspot.data.proposals.safetensors_format import read_safetensors
+from regionspot.structures import clipped_sides
 from regionspot.utils.files import sha256_of_file
 
 
@@ -32,7 +33,11 @@ class ProposalFile:
     Attributes:
         path: the file.
         format: "glip", "coco", "detectron2" or "safetensors".
-        arrays: its ``ProposalArrays``.
+        arrays: its ``ProposalArrays``, of which these are columns:
+        image_ids: (I,) int64, increasing.
+        boxes: (N, 4) float32, XYXY in the original images' pixels, by image.
+        scores: (N,) float32 in [0, 1], or None.
+        labels: (N,) int64 as in the file, or None.
     """
 
     def __init__(self, path: str | Path, with_masks: bool = False) -> None:
@@ -46,27 +51,9 @@ class ProposalFile:
             ValueError: damaged, or in none of these formats; it names the place.
         """
         self.path = Path(path)
-        self.format, self.arrays = _read(self.path, with_masks)
-
-    @property
-    def image_ids(self) -> np.ndarray:
-        """(I,) int64, increasing."""
-        return self.arrays.image_ids
-
-    @property
-    def boxes(self) -> np.ndarray:
-        """(N, 4) float32, XYXY in the original images' pixels, by image."""
-        return self.arrays.boxes
-
-    @property
-    def scores(self) -> np.ndarray | None:
-        """(N,) float32 in [0, 1], or None."""
-        return self.arrays.scores
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """(N,) int64 as in the file, or None."""
-        return self.arrays.labels
+        self.format, arrays = _read(self.path, with_masks)
+        self.arrays, self.image_ids, self.boxes = arrays, arrays.image_ids, arrays.boxes
+        self.scores, self.labels = arrays.scores, arrays.labels
 
     @cached_property
     def sha256(self) -> str:
@@ -78,11 +65,7 @@ class ProposalFile:
         return len(self.image_ids)
 
     def get(self, image_id: int, size: tuple[int, int]) -> Instances:
-        """Return the proposals of an image, none if the file has no entry for it.
-
-        Args:
-            image_id: of the data set.
-            size: (height, width) of the original image.
+        """Return the proposals of an image of (height, width), none if the file has no entry for it.
 
         Returns:
             Instances with ``proposal_boxes`` (float32 XYXY, original pixels, clipped to the image; those without
@@ -106,10 +89,10 @@ class ProposalFile:
         return int((~np.isin(_as_ids(image_ids), self.image_ids)).sum())
 
     def summarize(self, image_ids: Sequence[int] | np.ndarray, sizes: Sequence[tuple[int, int]] | np.ndarray) -> str:
-        """Describe in one line what the file has for a data set, and what of it is dropped.
+        """Describe in one line what the file has for a data set, and which boxes are dropped.
 
         Args:
-            image_ids: of the data set.
+            image_ids: those of the data set.
             sizes: (height, width) of each of its images.
 
         Raises:
@@ -123,31 +106,30 @@ class ProposalFile:
                 f"{len(self)} images{_first(self.image_ids)}, the data set's are{_first(ids)}: is it the right file?"
             )
         unknown = int((~np.isin(self.image_ids, ids)).sum())
-        outside, without_area = self._count_dropped(ids, np.asarray(sizes, np.float32).reshape(-1, 2))
+        num_outside, num_flat = self._count_dropped(ids, np.asarray(sizes).reshape(-1, 2))
         scores = {"none": "none", "probabilities": "probabilities", "logits": "logits -> sigmoid"}
         return (
             f"proposals {self.path} ({self.format}, sha256 {self.sha256[:12]}): {len(self.boxes)} boxes; "
             f"{len(ids) - missing} of {len(ids)} images have an entry, {missing} have none; {unknown} unknown image "
-            f"ids; boxes dropped: {outside} outside the image, {without_area} without area, "
+            f"ids; boxes dropped: {num_outside} outside the image, {num_flat} without area, "
             f"{self.arrays.num_not_finite} NaN or infinite; scores: {scores[self.arrays.scores_from]}"
         )
 
     def _count_dropped(self, ids: np.ndarray, sizes: np.ndarray) -> tuple[int, int]:
         """Return how many boxes of the data set's images ``get`` drops as outside, and as without area."""
         order = np.argsort(ids, kind="stable")
-        places = order[np.searchsorted(ids, self.image_ids, sorter=order).clip(max=len(ids) - 1)]
-        known = ids[places] == self.image_ids
+        # (I,) the index in the data set of each image of the file; any index for those that it does not have
+        positions = order[np.searchsorted(ids, self.image_ids, sorter=order).clip(max=len(ids) - 1)]
+        is_known = ids[positions] == self.image_ids
         image_of_box = np.repeat(np.arange(len(self)), np.diff(self.arrays.offsets))
-        outside = without_area = 0
+        num_outside = num_flat = 0
         for rows in chunks(len(self.boxes)):
             images, boxes = image_of_box[rows], self.boxes[rows]
-            high = sizes[places[images]][:, ::-1]
-            sides = np.clip(boxes[:, 2:], 0, high) - np.clip(boxes[:, :2], 0, high)
-            empty = (sides <= 0).any(axis=1) & known[images]
-            flat = (boxes[:, 2:] - boxes[:, :2] <= 0).any(axis=1)
-            without_area += int((empty & flat).sum())
-            outside += int((empty & ~flat).sum())
-        return outside, without_area
+            is_dropped = (clipped_sides(boxes, sizes[positions[images]]) <= 0).any(axis=1) & is_known[images]
+            is_flat = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+            num_flat += int((is_dropped & is_flat).sum())
+            num_outside += int((is_dropped & ~is_flat).sum())
+        return num_outside, num_flat
 
 
 def _first(ids: np.ndarray) -> str:
@@ -168,9 +150,11 @@ def _read(path: Path, with_masks: bool) -> tuple[str, ProposalArrays]:
         head = file.read(4096)
     if not head:
         raise ValueError(f"proposals {path}: the file is empty; make or copy it again")
+    # safetensors: the length of its header in 8 bytes, then the header, a JSON object
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return "safetensors", read_safetensors(path)
-    if head[:1] in (b"\x80", b"(", b"}", b"c"):  # protocols 2 and later; 0 and 1: a dict, or one by name
+    # pickle: the opcode PROTO since protocol 2; before it those that begin a dict, or name its class
+    if head[:1] in (b"\x80", b"(", b"}", b"c"):
         return "detectron2", read_pickle(path)
     if head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")[:1] in (b"{", b"["):
         return read_json(path, with_masks)

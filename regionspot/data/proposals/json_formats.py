@@ -2,7 +2,6 @@
 
 import re
 from array import array
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import msgspec
 import numpy as np
 
 from regionspot.data.coco_io import InvalidJsonError, JsonFile
-from regionspot.data.coco_io.json_file import Box, Id
+from regionspot.data.coco_io.json_file import Box, Id, bbox_array
 from regionspot.data.proposals.arrays import ProposalArrays, gather_images, gather_rows
 
 # NaN and Infinity are not JSON, but Python writes them.
@@ -45,17 +44,10 @@ class _MaskResult(_Result, gc=False):
 
 
 def read_json(path: Path, with_masks: bool = False) -> tuple[str, ProposalArrays]:
-    """Read the authors' ``{image_id: {boxes, scores, labels}}``, or a list of COCO results.
-
-    Args:
-        path: the file.
-        with_masks: keep the RLEs of COCO results.
-
-    Returns:
-        The format's name, and the proposals.
+    """Return the name of the format, "glip" or "coco", and the proposals; with the RLEs of COCO results if asked to.
 
     Raises:
-        ValueError: not JSON, or an entry is not as it should be; it names the place.
+        ValueError: not JSON, or an invalid entry; it names the place.
     """
     file = JsonFile(path, "proposals", writable=True)
     try:
@@ -73,33 +65,13 @@ def _read(file: JsonFile, with_masks: bool) -> tuple[str, ProposalArrays]:
 
 
 def _replace_non_finite(buffer: memoryview) -> bool:
-    """Write numbers of the same length, too large for coordinates (``arrays.LIMIT``), over NaN and Infinity."""
+    """Overwrite NaN and Infinity by numbers that are too large for coordinates (``arrays.LIMIT``)."""
     replaced = False
     for match in _NOT_JSON.finditer(buffer):
+        # of the same length, so that nothing moves
         buffer[match.start() : match.end()] = (b"-9e9" if match[0][:1] == b"-" else b"9e9").ljust(len(match[0]))
         replaced = True
     return replaced
-
-
-class _Columns:
-    """Boxes (XYXY), scores and labels that grow in place; a file has scores of all boxes or of none, and labels."""
-
-    def __init__(self) -> None:
-        self.boxes, self.scores, self.labels = array("f"), array("d"), array("q")
-
-    def __len__(self) -> int:
-        return len(self.boxes) // 4
-
-    def add(self, boxes: np.ndarray, scores: Iterable[float], labels: Iterable[int]) -> None:
-        with np.errstate(over="ignore"):  # infinite boxes are left out later
-            self.boxes.frombytes(boxes.astype(np.float32).tobytes())
-        self.scores.extend(scores)
-        self.labels.extend(labels)
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        boxes = np.frombuffer(self.boxes, np.float32).reshape(-1, 4)
-        scores = np.frombuffer(self.scores, np.float64) if self.scores else None
-        return boxes, scores, np.frombuffer(self.labels, np.int64) if self.labels else None
 
 
 def _read_images(file: JsonFile) -> ProposalArrays:
@@ -110,49 +82,58 @@ def _read_images(file: JsonFile) -> ProposalArrays:
             "annotated boxes are recognized without a proposal file"
         )
     decoder = msgspec.json.Decoder(_ImageEntry)
-    image_ids, lengths, columns = array("q"), array("q"), _Columns()
+    image_ids, lengths = array("q"), array("q")
+    boxes, scores, labels = array("f"), array("d"), array("q")
     for key, raw in entries.items():
         if not re.fullmatch(r"-?[0-9]{1,18}", key):
             raise ValueError(
                 f"{file.name}: expected image ids (integers) as keys, got {key[:40]!r}; the formats that are read are "
                 "{image_id: {boxes, scores}}, a list of COCO results, Detectron2's pickle and safetensors"
             )
-        image_ids.append(int(key))
         entry = file.decode(decoder, raw, f"image {key}")
         num_boxes = len(entry.boxes)
+        image_ids.append(int(key))
         lengths.append(num_boxes)
-        boxes = np.fromiter(chain.from_iterable(entry.boxes), np.float64, 4 * num_boxes)
-        columns.add(boxes, entry.scores or (), entry.labels or ())
-        for name, values, total in (
-            ("scores", entry.scores, len(columns.scores)),
-            ("labels", entry.labels, len(columns.labels)),
-        ):
-            if (values is not None and len(values) != num_boxes) or total not in (0, len(columns)):
+        boxes.extend(chain.from_iterable(entry.boxes))
+        scores.extend(entry.scores or ())
+        labels.extend(entry.labels or ())
+        for name, values, column in (("scores", entry.scores, scores), ("labels", entry.labels, labels)):
+            if (values is not None and len(values) != num_boxes) or len(column) not in (0, len(boxes) // 4):
                 raise ValueError(
                     f"{file.name}: image {key}: expected as many {name} as boxes, in all images or in none; "
                     f"got {num_boxes} boxes and {'no' if values is None else len(values)} {name}"
                 )
-    return gather_images(file.path, np.array(image_ids), np.array(lengths), *columns.arrays())
+    return gather_images(file.path, np.asarray(image_ids), np.asarray(lengths), *_as_columns(boxes, scores, labels))
 
 
 def _read_results(file: JsonFile, with_masks: bool) -> ProposalArrays:
-    image_ids, columns = array("q"), _Columns()
+    image_ids = array("q")
     rles: list[dict[str, Any] | None] = []
+    boxes, scores, labels = array("f"), array("d"), array("q")
     entry_type: Any = _MaskResult if with_masks else _Result
     for first, entries in file.chunks(entry_type):
         image_ids.extend(entry.image_id for entry in entries)
-        boxes = np.fromiter(chain.from_iterable(entry.bbox for entry in entries), np.float64, 4 * len(entries))
-        boxes = boxes.reshape(-1, 4)
-        with np.errstate(over="ignore"):
-            boxes[:, 2:] += boxes[:, :2]
-        scores = [entry.score for entry in entries if entry.score is not None]
-        columns.add(boxes, scores, (entry.category_id for entry in entries if entry.category_id is not None))
-        for name, total in (("score", len(columns.scores)), ("category_id", len(columns.labels))):
-            if total not in (0, len(columns)):
+        xyxy = bbox_array(entries)  # (n, 4), XYWH in the file
+        with np.errstate(over="ignore"):  # infinite boxes are dropped later
+            xyxy[:, 2:] += xyxy[:, :2]  # in float64: rounded once
+            boxes.frombytes(xyxy.astype(np.float32).tobytes())
+        scores.extend(entry.score for entry in entries if entry.score is not None)
+        labels.extend(entry.category_id for entry in entries if entry.category_id is not None)
+        for name, column in (("score", scores), ("category_id", labels)):
+            if len(column) not in (0, len(image_ids)):
                 raise ValueError(
-                    f"{file.name}: entries {first} to {len(columns) - 1}: expected a {name} in all entries or in none; "
-                    f"{len(columns) - total} of the first {len(columns)} have none"
+                    f"{file.name}: entries {first} to {len(image_ids) - 1}: expected a {name} in all entries or in "
+                    f"none; {len(image_ids) - len(column)} of the first {len(image_ids)} have none"
                 )
         if with_masks:
             rles.extend(entry.segmentation and msgspec.to_builtins(entry.segmentation) for entry in entries)
-    return gather_rows(np.frombuffer(image_ids, np.int64), *columns.arrays(), rles if any(rles) else None)
+    return gather_rows(np.asarray(image_ids), *_as_columns(boxes, scores, labels), rles if any(rles) else None)
+
+
+def _as_columns(boxes: array, scores: array, labels: array) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Return boxes (N, 4), scores (N,) and labels (N,), which share the memory; None for empty ones."""
+    return (
+        np.asarray(boxes).reshape(-1, 4),
+        np.asarray(scores) if scores else None,
+        np.asarray(labels) if labels else None,
+    )

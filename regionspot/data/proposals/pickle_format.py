@@ -14,13 +14,13 @@ from regionspot.utils.unpickling import array_of, describe, load_arrays
 def read_pickle(path: Path) -> ProposalArrays:
     """Read ``{"ids", "boxes", "objectness_logits", "bbox_mode"}``, or Detectron's ``indexes`` and ``scores``.
 
-    ``labels`` (a list of integer arrays) are optional. Scores are logits if ``scores_are`` says "logits"; without it
-    their range decides.
+    ``labels`` (a list of integer arrays) are optional. Scores are logits if ``scores_are`` is "logits", which our own
+    files have; without it their range decides.
 
     Raises:
         ValueError: not such a pickle, or it holds anything but arrays and plain containers.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are left out later
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes with infinity or NaN are dropped later
         return _gather(path, load_arrays(path))
 
 
@@ -58,6 +58,7 @@ def _items(path: Path, key: str, value: Any, num_images: int | None) -> Any:
 def _image_ids(path: Path, ids: Any) -> np.ndarray:
     image_ids: list[int] = []
     for index, item in enumerate(ids):
+        # an array's items are NumPy scalars, and some tools write image ids as strings
         item = item.item() if isinstance(item, np.generic) else item
         if type(item) is str and re.fullmatch(r"-?[0-9]{1,18}", item):
             item = int(item)
@@ -75,7 +76,7 @@ def _boxes(path: Path, index: int, item: Any) -> np.ndarray:
     if isinstance(item, np.ndarray) and item.dtype.kind in "fiu":
         if item.ndim == 2 and item.shape[1] == 4:
             return item.astype(np.float64)
-        if item.size == 0 and item.ndim <= 2:
+        if item.size == 0 and item.ndim <= 2:  # np.array([]) of an image without boxes
             return np.zeros((0, 4))
     raise ValueError(f"proposals {path}: boxes[{index}]: expected an array of shape (n, 4), got {_describe(item)}")
 
@@ -90,7 +91,7 @@ def _column(path: Path, key: str, value: Any, lengths: np.ndarray, dtype: type) 
         item = array_of(item)
         if _are_numbers(item):
             item = convert(item)
-        if isinstance(item, np.ndarray) and item.ndim == 2 and item.shape[1] == 1:
+        if isinstance(item, np.ndarray) and item.ndim == 2 and item.shape[1] == 1:  # one column of an array
             item = item[:, 0]
         is_column = isinstance(item, np.ndarray) and (item.dtype.kind in kinds or not item.size)
         if not is_column or item.shape != (lengths[index],):
@@ -110,10 +111,9 @@ def _describe(item: Any) -> str:
 
 
 def _to_floats(values: Any) -> np.ndarray:
-    """Return float64; integers too large for a float become infinity."""
     try:
         return np.array(values, np.float64)
-    except OverflowError:
+    except OverflowError:  # an integer of more than 308 digits; its box is dropped
         return np.full(np.shape(values), np.inf)
 
 

@@ -1,4 +1,4 @@
-"""RegionSpot's own format: safetensors, which are read from the disk as they are used."""
+"""RegionSpot's own format of proposals: memory-mapped safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ def read_safetensors(path: Path) -> ProposalArrays:
         ValueError: damaged, or other tensors; it names the tensor.
     """
     try:
-        with safe_open(path, framework="pt") as file:  # the tensors are maps of the file, read when they are used
+        # PyTorch's tensors map the file, which NumPy's do not: pages are read when they are used
+        with safe_open(path, framework="pt") as file:
             file_format = (file.metadata() or {}).get("format")
             if file_format != FORMAT:
                 raise ValueError(

@@ -19,9 +19,8 @@ from regionspot.utils.files import atomic_path
 def write_proposals(path: str | Path, format: str, proposals: ProposalArrays) -> None:
     """Write proposals so that reading the file gives the same boxes and scores, bit for bit.
 
-    COCO results cannot hold an image without boxes. RLEs are written in COCO results only. In Detectron2's pickle
-    scores are logits (float64), and labels go into the list ``labels``, which Detectron2 ignores; without scores it
-    has no ``objectness_logits``, and Detectron2 itself does not read it.
+    COCO results have no images without boxes; only they have RLEs. In Detectron2's pickle scores are logits (float64),
+    and labels are in the list ``labels``, which Detectron2 ignores; it does not read a file without scores.
 
     Args:
         path: the file, which appears whole or not at all.
@@ -57,7 +56,8 @@ def _write_coco(path: Path, proposals: ProposalArrays) -> None:
 def _coco_entries(proposals: ProposalArrays) -> Iterator[dict[str, Any]]:
     for index, image_id in enumerate(proposals.image_ids.tolist()):
         rows = proposals.rows(index)
-        boxes = proposals.boxes[rows].astype(np.float64)  # where x0 + (x1 - x0) is x1 again
+        # float64, in which x0 + (x1 - x0) of float32 numbers is x1 again
+        boxes = proposals.boxes[rows].astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
         for row, box in zip(range(rows.start, rows.stop), boxes.tolist()):
             entry: dict[str, Any] = {"image_id": image_id, "bbox": box}
@@ -83,7 +83,7 @@ def _write_pickle(path: Path, proposals: ProposalArrays) -> None:
         probabilities = proposals.scores.astype(np.float64)
         with np.errstate(divide="ignore"):
             logits = np.log(probabilities) - np.log1p(-probabilities)
-        # 0 and 1 stay finite, and their sigmoid in float32 is 0 and 1
+        # The logits of 0 and 1 must be finite; the sigmoids of these limits are 0 and 1 in float32.
         content |= {"objectness_logits": split(logits.clip(-120, 40)), "scores_are": "logits"}
     if proposals.labels is not None:
         content["labels"] = split(np.array(proposals.labels, np.int64))
@@ -100,10 +100,7 @@ def _write_safetensors(path: Path, proposals: ProposalArrays) -> None:
         "labels": proposals.labels,
     }
     tensors = {key: np.ascontiguousarray(column) for key, column in columns.items() if column is not None}
-    path.touch()
-    permissions = path.stat().st_mode
     save_file(tensors, path, metadata={"format": FORMAT})
-    path.chmod(permissions)  # safetensors gives the file to its owner alone
 
 
 _WRITERS: dict[str, Callable[[Path, ProposalArrays], None]] = {

@@ -10,9 +10,10 @@ from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 from regionspot.checkpoint.formats import load_checkpoint_file
-from regionspot.data.dataset_mapper import annotated_regions, has_area, read_annotations
+from regionspot.data.dataset_mapper import annotated_regions, read_annotations
 from regionspot.data.datasets import category_ids
 from regionspot.data.tokens.writer import StoreWriter, pack_images
+from regionspot.structures import has_area
 
 logger = logging.getLogger(__name__)
 
@@ -99,20 +100,18 @@ def _convert(record: dict[str, Any], path: Path, raw_ids: np.ndarray, dim: int) 
 
 
 def _matching_rows(record: dict[str, Any], raw_ids: np.ndarray, classes: list[int]) -> list[int] | None:
-    """Return which rows of a file are the regions to learn from, or None if it is of other regions.
-
-    The file may have all annotations, or all but crowds, or all but crowds and boxes without area.
+    """Return the rows of a file that are regions to learn from, or None if its classes are not the annotations'.
 
     Args:
         record: of the image.
         raw_ids: category id of each label.
         classes: category ids in the file.
     """
-    annotations = record["annotations"]
-    boxes, labels = read_annotations({"annotations": [{**annotation, "iscrowd": 0} for annotation in annotations]})
-    no_crowd = np.array([not annotation.get("iscrowd", 0) for annotation in annotations])
-    learned = no_crowd & has_area(boxes, (record["height"], record["width"]))
-    for present in (np.ones_like(learned), no_crowd, learned):
-        if raw_ids[labels[present]].tolist() == classes:
-            return np.flatnonzero(learned[present]).tolist()
+    # The authors' files may have all annotations, all but crowds, or all but crowds and boxes without area.
+    boxes, labels = read_annotations(record, with_crowds=True)
+    is_crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in record["annotations"]])
+    is_region = ~is_crowd & has_area(boxes, (record["height"], record["width"]))
+    for is_in_file in (np.ones_like(is_region), ~is_crowd, is_region):
+        if raw_ids[labels[is_in_file]].tolist() == classes:
+            return np.flatnonzero(is_region[is_in_file]).tolist()
     return None

@@ -1,11 +1,10 @@
 """The manifest of a token store: what its shards hold, and what the features were extracted from."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from regionspot.utils.files import atomic_path, read_json
+from regionspot.utils.files import read_json
 
 FORMAT = "regionspot-tokens-2"
 MANIFEST = "manifest.json"
@@ -61,11 +60,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"token store: {path} is damaged: expected an object, got {type(content).__name__}")
     return content
-
-
-def write_object(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def is_entry(entry: Any) -> bool:

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from regionspot.data.tokens.manifest import check_origin, read_manifest, read_object, write_object
-from regionspot.utils.files import sha256_of_file
+from regionspot.data.tokens.manifest import check_origin, read_manifest, read_object
+from regionspot.utils.files import sha256_of_file, write_json
 
 REMEDY = "delete this shard and run tools/extract_tokens.py again, which writes it again"
 VERIFIED = ".verified.json"  # the shards whose SHA-256 was compared
@@ -142,7 +142,7 @@ class TokenStore:
                 raise ValueError(problem)
         if new:
             with contextlib.suppress(OSError):  # the directory may be read-only
-                write_object(marker, states)
+                write_json(marker, states)
 
     def check_origin(self, expected: dict[str, Any]) -> None:
         """Refuse the store if it is of other annotations or other frozen parts.

@@ -18,9 +18,8 @@ from regionspot.data.tokens.manifest import (
     read_manifest,
     read_object,
     read_origin,
-    write_object,
 )
-from regionspot.utils.files import atomic_path, sha256_of_file
+from regionspot.utils.files import atomic_path, sha256_of_file, write_json
 
 
 class StoreWriter:
@@ -48,7 +47,7 @@ class StoreWriter:
                 check_origin(self.directory, read_origin(self.directory / name), self.origin)
         self.discard()
         if not self.is_complete():
-            write_object(self.directory / ORIGIN, self.origin)
+            write_json(self.directory / ORIGIN, self.origin)
 
     @property
     def locks(self) -> Path:
@@ -88,8 +87,8 @@ class StoreWriter:
             if len(intact) == len(entries):
                 return
             for shard, entry in intact.items():
-                write_object(self.path(shard, ".json"), entry)
-            write_object(self.directory / ORIGIN, self.origin)
+                write_json(self.path(shard, ".json"), entry)
+            write_json(self.directory / ORIGIN, self.origin)
             (self.directory / MANIFEST).unlink()
         for shard in shards:
             self.path(shard, ".json").unlink(missing_ok=True)
@@ -107,16 +106,13 @@ class StoreWriter:
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"{self.path(shard)}: {key} holds NaN or what float16 cannot hold")
         with atomic_path(self.path(shard)) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # respects the umask; safetensors writes files for the owner alone
             save_file({key: value.contiguous() for key, value in content.items()}, temporary)
-            temporary.chmod(mode)
             sha256, size = sha256_of_file(temporary), temporary.stat().st_size
         counts = {"images": len(content["image_ids"]), "boxes": len(content["boxes"]), "seen": seen}
         entry = {"file": self.path(shard).name, "sha256": sha256, "bytes": size, **counts}
         if left_out:
             entry["left_out"] = list(left_out)
-        write_object(self.path(shard, ".json"), entry)
+        write_json(self.path(shard, ".json"), entry)
 
     def finish(self) -> bool:
         """Write the manifest if all shards are there; return whether the store is complete."""
@@ -125,7 +121,7 @@ class StoreWriter:
             if len(entries) < self.num_shards:
                 return False
             counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
-            write_object(self.directory / MANIFEST, {**self.origin, **counts, "shards": entries})
+            write_json(self.directory / MANIFEST, {**self.origin, **counts, "shards": entries})
         for pattern in ("shard-*.json", ".shard-*.tmp", ORIGIN):
             for leftover in self.directory.glob(pattern):
                 leftover.unlink(missing_ok=True)
