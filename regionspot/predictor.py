@@ -29,7 +29,7 @@ class RegionPredictions:
     """What RegionSpot recognizes in N regions of an image, in the order of the prompts.
 
     Attributes:
-        boxes: (N, 4) float32, XYXY, original pixels: the boxes of the prompts, or those around the masks.
+        boxes: (N, 4) float32, XYXY, original pixels: the prompts', or those around the predicted masks.
         classes: (N,) int64, index of the best class in ``vocabulary``.
         class_names: N names of the best classes, "unknown" for unknown regions.
         scores: (N,) float32, probability of the best class.
@@ -89,8 +89,8 @@ class RegionPredictions:
 class RegionSpotPredictor:
     """Recognizes regions of single images; the image encoders run once an image.
 
-    ``set_image`` and then ``predict`` is for one thread. Any number of threads may call ``encode`` and ``predict`` with
-    the features that it gave: such a call changes nothing, and its vocabulary, if it has one, is its own.
+    ``set_image`` and then ``predict`` is for one thread. Any number of threads may call ``encode``, and ``predict``
+    with its result: such a call leaves the predictor, and its vocabulary, as they are.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -125,7 +125,7 @@ class RegionSpotPredictor:
 
     @torch.no_grad()
     def encode(self, image: str | Path | Image.Image | np.ndarray) -> ImageFeatures:
-        """Return what ``predict`` needs of an image.
+        """Return the features of an image that ``predict`` needs.
 
         Args:
             image: a path or a PIL image, which are turned upright by their EXIF tag and converted to RGB; or an array,
@@ -140,7 +140,7 @@ class RegionSpotPredictor:
         return self.recognizer.encode_images([tensor])
 
     def set_image(self, image: str | Path | Image.Image | np.ndarray) -> None:
-        """Encode an image for the calls of ``predict`` that follow; as ``encode``."""
+        """Encode an image, as ``encode`` does, for the next calls of ``predict``."""
         self._features = None  # after an image that is refused, the previous one must not be used
         self._features = self.encode(image)
 
@@ -168,37 +168,32 @@ class RegionSpotPredictor:
             vocabulary: class names, see ``set_vocabulary``: with ``features`` for this call only, else from now on.
             top_k: number of best classes to return for each region.
             with_masks: whether to compute masks.
-            features: of the image, from ``encode``; by default those of ``set_image``.
+            features: the result of ``encode``; by default that of ``set_image``.
 
         Raises:
             RuntimeError: no image was set.
             ValueError: a prompt of wrong shape or outside the image, or no vocabulary.
         """
-        has_own_features = features is not None  # then nothing of the predictor changes: any thread may call
-        features = self._check_features(features) if has_own_features else self._features
+        is_shared = features is None  # with features of its own a call must not change the predictor: any thread calls
+        features = self._features if features is None else features
         if features is None:
             raise RuntimeError("no image is set: call set_image(image) first, or give features=encode(image)")
+        if not isinstance(features, ImageFeatures) or len(features.sizes) != 1:
+            raise ValueError(f"features: expected what encode(image) returned, got {type(features).__name__}")
         if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:
             raise ValueError(f"top_k: expected an integer of at least 1, got {top_k!r}")
         prompts = self._prompts(boxes, points, point_labels, masks, features.sizes[0])
-        names, embeddings = self._vocabulary(vocabulary, has_own_features)
-        [output] = self.recognizer.locate(features, [prompts], with_masks or prompts.boxes is None)
-        [logits] = self.recognizer.classify([output.tokens], features.feature_map, [embeddings], with_background=True)
-        return self._predictions(prompts, output, logits, names, int(top_k), with_masks, features.sizes[0])
-
-    @staticmethod
-    def _check_features(features: ImageFeatures | None) -> ImageFeatures:
-        if not isinstance(features, ImageFeatures) or len(features.sizes) != 1:
-            raise ValueError(f"features: expected what encode(image) gave, got {type(features).__name__}")
-        return features
-
-    def _vocabulary(self, vocabulary: VocabularySource | None, for_this_call: bool) -> tuple[list[str], torch.Tensor]:
-        """Return the names to recognize and their embeddings."""
-        if vocabulary is not None and for_this_call:
-            return self.recognizer.encode_vocabulary(vocabulary)
-        if vocabulary is not None:
+        if vocabulary is not None and is_shared:
             self.set_vocabulary(vocabulary)
-        return self.recognizer.classifier.get()
+            vocabulary = None
+        recognizer = self.recognizer
+        names, embeddings = (
+            recognizer.classifier.get() if vocabulary is None else recognizer.encode_vocabulary(vocabulary)
+        )
+        # without boxes in the prompts, the regions' boxes are those around the masks
+        [output] = recognizer.locate(features, [prompts], with_masks or prompts.boxes is None)
+        [logits] = recognizer.classify([output.tokens], features.feature_map, [embeddings], with_background=True)
+        return self._predictions(prompts, output, logits, names, int(top_k), with_masks, features.sizes[0])
 
     def _prompts(
         self,
@@ -230,7 +225,7 @@ class RegionSpotPredictor:
             raise ValueError(f"masks: expected shape (N, {size[0]}, {size[1]}), the image's size, got {masks.shape}")
         if masks.dtype != bool and not (np.issubdtype(masks.dtype, np.integer) and np.isin(masks, (0, 1, 255)).all()):
             raise ValueError(
-                f"masks: expected bool, or integers 0 and 1 (or 255), got {masks.dtype}; cut logits at 0 first"
+                f"masks: expected bool, or integers 0 and 1 (or 255), got {masks.dtype}; threshold logits at 0 first"
             )
         binary = torch.from_numpy(masks.astype(bool))
         if not binary.flatten(1).any(dim=1).all():
@@ -289,11 +284,12 @@ def _check_points(points: torch.Tensor, labels: ArrayLike | None, size: tuple[in
     is_padding = checked == -1
     if is_padding.all(dim=1).any():
         raise ValueError("point_labels: a region has padding (-1) only; expected at least one point")
+    # padding points may be anywhere, other points must be on a pixel
     is_inside = (points >= 0).all(dim=2) & (points[..., 0] < size[1]) & (points[..., 1] < size[0])  # NaN is not
     if not (is_inside | is_padding).all():
         index = (~(is_inside | is_padding)).nonzero()[0].tolist()
         raise ValueError(
-            f"points: {points[tuple(index)].tolist()} lies outside the image of height {size[0]} and width {size[1]}"
+            f"points: {points[tuple(index)].tolist()} is outside the image of height {size[0]} and width {size[1]}"
         )
     return checked.long()
 

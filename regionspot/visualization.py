@@ -12,16 +12,7 @@ from regionspot.predictor import RegionPredictions
 
 
 def draw_regions(image: np.ndarray, predictions: RegionPredictions, with_masks: bool = True) -> np.ndarray:
-    """Draw boxes, masks and class names with scores.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        predictions: of this image.
-        with_masks: also draw the masks, if there are any.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
-    """
+    """Draw an image's boxes, class names with scores and, if there are any, masks; (H, W, 3) uint8 RGB in and out."""
     labels = [f"{label} {score:.0%}" for label, score in zip(predictions.class_names, predictions.scores)]
     return draw_labels(image, predictions.boxes, predictions.masks if with_masks else None, labels)
 
@@ -48,6 +39,7 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
         raise ValueError("cross_attention: this model has no feature map to attend to (CLIP.FEATURES none)")
     attention = integration.decoder.layers[-1].multihead_attn
     assert isinstance(attention, nn.MultiheadAttention)
+    # The decoder does not ask for the weights, so its attention never computes them: a hook asks, another reads them.
     attention_weights: list[torch.Tensor] = []
 
     def request_weights(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -63,5 +55,5 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
         for hook in hooks:
             hook.remove()
     weights = torch.cat(attention_weights, dim=1)[0]  # (N, L)
-    grid = int(weights.shape[1] ** 0.5)
+    grid = int(weights.shape[1] ** 0.5)  # the same with and without the class token, which comes first
     return weights[:, -grid * grid :].unflatten(1, (grid, grid))

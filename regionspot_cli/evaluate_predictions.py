@@ -9,7 +9,7 @@ import numpy as np
 
 from regionspot.data.coco_io import Results, read_results
 from regionspot.evaluation.ground_truth import GroundTruth
-from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
+from regionspot.evaluation.report import evaluate_task, format_table, write_evaluations
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import sha256_of_file
 
@@ -39,20 +39,20 @@ def main(args: Namespace) -> None:
     args.protocol = args.protocol or ("lvis" if truth.is_lvis else "coco")
     asked = bool(args.task)
     args.task = args.task or (["bbox", "segm"] if results.regions is not None else ["bbox"])
-    outcomes = {}
+    evaluations = {}
     for task in args.task:
         try:
-            outcomes[task] = evaluate_task(truth, results, task, args.protocol, args.max_dets, args.segm_areas)
+            evaluations[task] = evaluate_task(truth, results, task, args.protocol, args.max_dets, args.segm_areas)
         except ValueError as error:
             if asked or task == "bbox":
                 raise
             print(f"masks are not evaluated: {error}", file=sys.stderr)
-    args.task = list(outcomes)
+    args.task = list(evaluations)
     print(protocol_line(truth, results, args))
-    for part in ("metrics", "recalls"):
-        print(format_table({task: getattr(outcome, part) for task, outcome in outcomes.items()}), end="\n\n")
+    print(format_table({task: evaluation.metrics() for task, evaluation in evaluations.items()}), end="\n\n")
+    print(format_table({task: evaluation.average_recalls() for task, evaluation in evaluations.items()}), end="\n\n")
     if args.output:
-        write_outcomes(args.output, truth, outcomes)
+        write_evaluations(args.output, truth, evaluations)
         print(f"written to {args.output}")
 
 

@@ -143,7 +143,7 @@ def test_features_belong_to_the_call(predictor):
     predictor.set_image(IMAGE)
     np.testing.assert_allclose(predictor.predict(BOXES).logits, again.logits, atol=1e-5)
     for wrong in (IMAGE, [features]):
-        with pytest.raises(ValueError, match=r"expected what encode\(image\) gave"):
+        with pytest.raises(ValueError, match=r"expected what encode\(image\) returned"):
             predictor.predict(boxes, features=wrong)
 
 
@@ -267,7 +267,7 @@ def test_predict_needs_an_image():
         ({"points": [[[7, 2]]], "point_labels": [1]}, "one for each point"),
         ({"point_labels": [[1]], "boxes": BOXES}, "without points"),
         ({"boxes": BOXES, "points": POINTS[:1]}, "equally many"),
-        ({"masks": np.full((1, 48, 64), -8.0)}, "cut logits at 0"),
+        ({"masks": np.full((1, 48, 64), -8.0)}, "threshold logits at 0"),
         ({"boxes": BOXES, "top_k": 0}, "at least 1, got 0"),
         ({"boxes": BOXES, "top_k": True}, "at least 1, got True"),
         ({"boxes": BOXES, "top_k": 2.0}, "at least 1, got 2.0"),

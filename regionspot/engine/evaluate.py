@@ -44,43 +44,37 @@ def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str 
         ValueError: another run evaluates in this directory.
     """
     with run_lock(output_dir):
-        return _evaluate_alone(cfg, model, name, output_dir)
-
-
-def load_host(model: nn.Module, weights: str, output_dir: str, resume: bool = False) -> None:
-    """Load the weights of a detector that embeds RegionSpot to evaluate it, averaged ones where the file has them.
-
-    Args:
-        model: the detector.
-        weights: a checkpoint of it, "" for none.
-        output_dir: of a run.
-        resume: prefer the last checkpoint of that run.
-    """
-    recognizers = [module for module in model.modules() if isinstance(module, RegionRecognizer)]
-    average = {"ema": recognizers[0].knowledge_integration} if recognizers else {}
-    checkpointer = SafeDetectionCheckpointer(model, output_dir, **average)
-    is_resumed = resume and checkpointer.has_checkpoint()
-    checkpointer.load(checkpointer.get_checkpoint_file() if is_resumed else weights, checkpointables=list(average))
-
-
-def _evaluate_alone(cfg: CfgNode, model: nn.Module, name: str, output_dir: str | Path) -> dict[str, Any]:
-    records = DatasetCatalog.get(name)
-    check_image_ids(image_ids(records), name)
-    protocol = describe_protocol(cfg, model, name)
-    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    evaluator = RegionEvaluator(name, output_dir, protocol, tasks, len(records))
-    loader = build_test_loader(cfg, name, skip=evaluator.finished)
-    [regionspot] = [module for module in model.modules() if isinstance(module, RegionSpot)]
-    masks = "rle" if regionspot.masks else ""  # one RLE per region, in place of full-size masks
-    with inference_context(regionspot):
-        metrics = inference_on_dataset(partial(regionspot.inference, masks=masks), loader, evaluator)
+        records = DatasetCatalog.get(name)
+        check_image_ids(image_ids(records), name)
+        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+        evaluator = RegionEvaluator(name, output_dir, describe_protocol(cfg, model, name), tasks, len(records))
+        loader = build_test_loader(cfg, name, skip=evaluator.finished)
+        regionspot = next(module for module in model.modules() if isinstance(module, RegionSpot))  # inside DDP
+        masks = "rle" if regionspot.masks else ""  # one RLE per region, in place of full-size masks
+        with inference_context(regionspot):
+            metrics = inference_on_dataset(partial(regionspot.inference, masks=masks), loader, evaluator)
     if comm.is_main_process():
         print_csv_format(metrics)
     return metrics
 
 
+def load_host(model: nn.Module, weights: str, output_dir: str, resume: bool = False) -> None:
+    """Load the weights of a detector to evaluate it; averaged weights of a recognizer inside are preferred.
+
+    Args:
+        model: the detector, with RegionSpot inside or before it gets it.
+        weights: its checkpoint, "" for none.
+        output_dir: directory of a run, whose last checkpoint ``resume`` prefers.
+    """
+    has_recognizer = any(isinstance(module, RegionRecognizer) for module in model.modules())
+    average = {"ema": find_recognizer(model).knowledge_integration} if has_recognizer else {}
+    checkpointer = SafeDetectionCheckpointer(model, output_dir, **average)
+    is_resumed = resume and checkpointer.has_checkpoint()
+    checkpointer.load(checkpointer.get_checkpoint_file() if is_resumed else weights, checkpointables=list(average))
+
+
 def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
-    """Return what the numbers of an evaluation depend on."""
+    """Return everything that the numbers of an evaluation depend on."""
     node, recognizer = cfg.MODEL.REGIONSPOT, find_recognizer(model)
     annotations = describe_annotations(name)
     encoder, phrases = recognizer.classifier.text_encoder, recognizer.classifier.get_phrases()
@@ -118,25 +112,27 @@ def choose_metric(cfg: CfgNode, name: str) -> str:
     """Return the metric of a data set: ``TEST.PROTOCOL``, or what its metadata say.
 
     Raises:
-        ValueError: another protocol, one of LVIS for a set of another kind, or metadata that name no evaluator.
+        ValueError: unknown protocol, LVIS's for a data set of another kind, or metadata without a known evaluator.
     """
-    metadata, asked = MetadataCatalog.get(name), cfg.TEST.PROTOCOL
+    metadata, protocol = MetadataCatalog.get(name), cfg.TEST.PROTOCOL
     if not metadata.get("evaluator_type") and metadata.get("json_file"):
         DatasetCatalog.get(name)  # reading the file sets it
     kind = metadata.get("evaluator_type") or ("" if metadata.get("json_file") else "coco")
-    if asked not in ("", *METRICS):
-        raise ValueError(f"TEST.PROTOCOL: expected {', '.join(METRICS)} or nothing, got {asked!r}")
+    if protocol not in ("", *METRICS):
+        raise ValueError(f"TEST.PROTOCOL: expected {', '.join(METRICS)} or nothing, got {protocol!r}")
     if kind not in ("lvis", "coco"):
         raise ValueError(f"data set {name!r}: expected evaluator_type lvis or coco in its metadata, got {kind!r}")
-    if asked in ("lvis", "fixed") and kind != "lvis":
-        raise ValueError(f"TEST.PROTOCOL {asked}: data set {name!r} is no LVIS data set; leave it empty, or set coco")
-    if asked == "fixed" and cfg.TEST.DETECTIONS_PER_IMAGE >= 0:
+    if protocol in ("lvis", "fixed") and kind != "lvis":
+        raise ValueError(
+            f"TEST.PROTOCOL {protocol}: data set {name!r} is no LVIS data set; leave it empty, or set coco"
+        )
+    if protocol == "fixed" and cfg.TEST.DETECTIONS_PER_IMAGE >= 0:
         logger.warning(
             "TEST.PROTOCOL fixed with %d detections per image: fixed AP has no such limit; set "
             "TEST.DETECTIONS_PER_IMAGE -1 (or more of them)",
             cfg.TEST.DETECTIONS_PER_IMAGE,
         )
-    return asked or kind
+    return protocol or kind
 
 
 def _describe_boxes(cfg: CfgNode, name: str) -> str:

@@ -1,8 +1,8 @@
 """Extraction of frozen features into token stores, by any number of processes; it resumes where it was stopped."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ class Extraction:
     """What to extract, and how.
 
     Attributes:
-        stages: of SAM, whose tokens to store.
-        flip: also of the horizontally flipped image.
-        feature_maps: also CLIP's feature maps (300 kB per image at BB's size).
+        stages: SAM's stages whose tokens to store.
+        flip: also extract from the horizontally flipped image.
+        feature_maps: also store CLIP's feature maps (300 kB per image at BB's size).
         shard_images: images of the data set per shard.
         batch_size: images per step; the localizer's ``encoder_batch_size`` of them are encoded at once.
         workers: processes that read images.
@@ -80,7 +80,7 @@ def describe_clip(recognizer: RegionRecognizer) -> dict[str, Any]:
 
 
 def describe_store(recognizer: RegionRecognizer, dataset_name: str, extraction: Extraction) -> dict[str, Any]:
-    """Return what a store's manifest begins with."""
+    """Return the entries of a store's manifest that identify its content."""
     with_maps = extraction.feature_maps and recognizer.vision_language.features != "none"
     return {
         "dataset": dataset_name,
@@ -155,6 +155,7 @@ def _write_shards(
 ) -> dict[int, str]:
     """Write the shards of this machine that nobody else works on; return the errors of those that failed."""
     rank, num_machines = extraction.machine
+    writer.locks.mkdir(exist_ok=True)
     failures: dict[int, str] = {}
     made_progress = True
     while made_progress:  # another round: a process that had claimed a shard may have been killed meanwhile
@@ -162,18 +163,19 @@ def _write_shards(
         for shard in range(rank, len(shards), num_machines):
             if shard in failures or writer.is_finished(shard):
                 continue
-            with _claim(writer.locks / f"{shard}.lock") as is_claimed:
-                if is_claimed and not writer.is_finished(shard):
+            lock = FileLock(writer.locks / f"{shard}.lock")  # ends with the process, however that ends
+            with suppress(Timeout), lock.acquire(timeout=0):
+                if not writer.is_finished(shard):
                     try:
                         subset = Subset(records, shards[shard])
                         content, left_out = _extract_shard(recognizer, subset, extraction, bar)
                     except ValueError as error:
-                        failures[shard] = str(error).strip().splitlines()[-1]
+                        failures[shard] = str(error).strip().splitlines()[-1]  # a worker's error ends with its message
                         continue
                     writer.write(shard, content, len(shards[shard]), left_out)
                     made_progress = True
             if not writer.is_complete():
-                bar.n = writer.finished_images()  # those of other processes, too
+                bar.n = writer.finished_images()  # also counts those of other processes
                 bar.refresh()
     return failures
 
@@ -205,22 +207,6 @@ def check_image_ids(ids: np.ndarray, dataset_name: str) -> None:
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         raise ValueError(f"data set {dataset_name!r}: image id {values[counts.argmax()]} occurs {counts.max()} times")
-
-
-@contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Yield whether this process has the lock, which ends with the process, however that ends."""
-    path.parent.mkdir(exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 class _OriginalImages(Dataset):
@@ -265,7 +251,7 @@ def _extract_shard(
     images: list[dict[str, Any]] = []
     left_out: list[int] = []
     for batch in loader:
-        kept = [inputs for inputs in batch if "unreadable" not in inputs and len(inputs["instances"])]
+        usable = [inputs for inputs in batch if "unreadable" not in inputs and len(inputs["instances"])]
         left_out += [inputs["image_id"] for inputs in batch if "unreadable" in inputs]
         entries = [
             {
@@ -274,13 +260,14 @@ def _extract_shard(
                 "boxes": inputs["instances"].gt_boxes.tensor,
                 "labels": inputs["instances"].gt_classes,
             }
-            for inputs in kept
+            for inputs in usable
         ]
         for flipped in (False, True) if extraction.flip else (False,):
-            pixels = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in kept]
+            pixels = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in usable]
             boxes = [entry["boxes"] for entry in entries]
             if flipped:
                 boxes = [_flip(image_boxes, image.shape[2]) for image_boxes, image in zip(boxes, pixels)]
+            # batches only share the encoder's call: each image's features are those of the image alone
             for entry, features in zip(entries, _features(recognizer, pixels, boxes, extraction)):
                 entry.update({f"flipped_{key}" if flipped else key: value for key, value in features.items()})
         images += entries

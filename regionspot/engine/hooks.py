@@ -30,11 +30,7 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        """
-        Args:
-            module: with the weights that learn.
-            decay: share of the average that a step keeps, in [0, 1).
-        """
+        """Average the weights of ``module``; each step keeps the share ``decay`` in [0, 1) of the average."""
         if not 0 <= decay < 1:
             raise ValueError(f"SOLVER.EMA.DECAY: expected a number in [0, 1), got {decay}")
         self.module = module
@@ -43,7 +39,7 @@ class WeightAverage:
         self.was_loaded = False
 
     def start(self) -> None:
-        """Begin with the module's weights, which were loaded since, unless a checkpoint held an average."""
+        """Start from the module's weights, which were loaded after ``__init__``, unless a checkpoint had an average."""
         if not self.was_loaded:
             self.average.load_state_dict(self.module.state_dict())
 
@@ -72,12 +68,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's, which also keeps the best metric when training resumes, and never marks its file as the *last*."""
 
     def __init__(self, eval_period: int, checkpointer: SafeDetectionCheckpointer, val_metric: str) -> None:
-        """
-        Args:
-            eval_period: iterations between evaluations.
-            checkpointer: saves ``model_best.pth``.
-            val_metric: such as "bbox/AP"; higher is better.
-        """
+        # Detectron2 saves with is_last=True, and a resumed run would start from the best checkpoint.
         super().__init__(eval_period, SimpleNamespace(save=partial(checkpointer.save, is_last=False)), val_metric)
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,11 +82,7 @@ class UnreadableImages(HookBase):
     """Lists the images that training could not read and replaced by others, and counts them at the end."""
 
     def __init__(self, reasons: set[str], path: Path) -> None:
-        """
-        Args:
-            reasons: one per image; the training loop adds to them.
-            path: of the list, one line per image; all processes, and resumed runs, add to it.
-        """
+        """Append ``reasons``, which the training loop adds to, to the file ``path``, as other processes and runs do."""
         self.reasons, self.path, self._written = reasons, path, set[str]()
 
     def before_train(self) -> None:
@@ -108,12 +95,12 @@ class UnreadableImages(HookBase):
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in sorted(new))
             self._written |= new
-            logger.warning("another image is taken in place of: %s", "; ".join(sorted(new)))
+            logger.warning("replaced by another image: %s", "; ".join(sorted(new)))
 
     def after_train(self) -> None:
         lines = self._read()
         if lines:
-            logger.warning("%d images could not be read and others were in their place: %s", len(lines), self.path)
+            logger.warning("%d images could not be read and were replaced by others: %s", len(lines), self.path)
 
     def _read(self) -> set[str]:
         return set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.is_file() else set()
@@ -139,16 +126,11 @@ class FirstSteps(HookBase):
     """Logs after a run's first steps what it takes: memory, and the time left without evaluations."""
 
     def __init__(self, device: torch.device, steps: int = 5) -> None:
-        """
-        Args:
-            device: whose memory to log.
-            steps: how many to measure; the first, which also starts workers and chooses kernels, is not timed.
-        """
         self.device, self.steps = device, steps
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1 - self.trainer.start_iter
-        if done == 1:
+        if done == 1:  # the first step is not timed: it also starts workers and chooses kernels
             self.start = time.perf_counter()
         if done == self.steps:
             seconds, end = (time.perf_counter() - self.start) / (done - 1), self.trainer.max_iter

@@ -21,10 +21,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
     Under ``torchrun`` the processes exist already: each joins the group that the environment describes. Otherwise
     they are started as Detectron2's arguments (``--num-gpus``, ``--num-machines``, ...) say.
 
-    Args:
-        main: the work of a process.
-        args: of the command line.
-        device: of the config: with "cpu" no process sees a GPU, and gloo joins them instead of NCCL.
+    With the ``device`` "cpu" no process sees a GPU, and gloo joins them instead of NCCL.
 
     Raises:
         ValueError: more processes than GPUs.
@@ -35,8 +32,9 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         check_gpus(args.num_gpus, device)
         machines = (args.num_machines, args.machine_rank)
-        several = args.num_gpus * args.num_machines > 1  # one runs in this process, which handles signals itself
-        with _signals_forwarded() if several else nullcontext():
+        # A single process is this one, which handles signals itself.
+        has_children = args.num_gpus * args.num_machines > 1
+        with _signals_forwarded() if has_children else nullcontext():
             detectron2_launch(_run, args.num_gpus, *machines, dist_url=args.dist_url, args=(main, args))
         return
     check_gpus(int(os.environ["LOCAL_WORLD_SIZE"]), device)
@@ -55,19 +53,15 @@ def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) ->
         if distributed.is_initialized():
             distributed.destroy_process_group()
         raise
-    if distributed.is_initialized():  # a process that exits while the group's threads are busy may be aborted
-        comm.synchronize()
+    if distributed.is_initialized():
+        comm.synchronize()  # a process that exits while the group's threads are busy may be aborted
         distributed.destroy_process_group()
     return result
 
 
 @contextmanager
 def _signals_forwarded() -> Iterator[None]:
-    """Forward signals to the processes that are started, and joined, inside the block.
-
-    Raises:
-        Interrupted: a signal came.
-    """
+    """Forward signals to the processes that are started, and joined, inside the block; then raise Interrupted."""
     received: list[int] = []
 
     def forward(number: int, _: Any) -> None:
@@ -80,7 +74,7 @@ def _signals_forwarded() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if received:  # that the signal ended the processes is no error of its own
+        if received:  # the processes failed because the signal ended them
             raise Interrupted(number=received[0]) from error
         raise
     finally:

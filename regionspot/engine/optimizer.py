@@ -43,14 +43,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value: float) -> None:
-    """Bound the norm of the gradient over all parameters that learn by ``value`` before each step.
-
-    Raises:
-        FloatingPointError: in a step whose norm is not a number.
-    """
+    """Clip the gradient's norm over all trained parameters to ``value`` before each step, which raises if it is NaN."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def clip_gradients(*_: object) -> None:  # as a hook it comes after a gradient scaler has unscaled
+    def clip_gradients(*_: object) -> None:  # a hook of the step runs after a gradient scaler has unscaled
         norm = nn.utils.clip_grad_norm_(parameters, value)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
@@ -59,7 +55,7 @@ def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value:
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-    """Build Detectron2's learning-rate scheduler, with warm-up and steps that lie inside the training.
+    """Build Detectron2's learning-rate scheduler, with warm-up and steps inside the training.
 
     A warm-up longer than ``SOLVER.MAX_ITER`` would never reach the learning rate, and steps past it would never lower
     it: such a warm-up becomes a tenth of the training, and such steps are scaled so that the last is at 14/15 of it, as

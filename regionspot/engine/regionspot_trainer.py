@@ -41,7 +41,7 @@ class RegionSpotTrainer(Trainer):
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_architecture(cfg)
         check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # before what is wrong with the test sets
-        check_tests(cfg)
+        check_test_sets(cfg)
         plan = TrainingPlan.from_config(cfg)
         data_loader = build_train_loader(cfg, plan.seed)
         self.vocabularies = {name: dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN}
@@ -55,11 +55,7 @@ class RegionSpotTrainer(Trainer):
         return RegionSpotCheckpointer.from_config(self.cfg, model, self.cfg.OUTPUT_DIR, **checkpointables)
 
     def train(self) -> dict[str, Any]:
-        """Train, and evaluate as the config says.
-
-        Raises:
-            ValueError: another run is at work in ``OUTPUT_DIR``, or a token store is of other models.
-        """
+        """Train, and evaluate as the config says; refuse token stores of other models."""
         self._check_token_stores()
         for name, names in self.vocabularies.items():
             self.recognizer.set_vocabulary(names, name)
@@ -72,7 +68,7 @@ class RegionSpotTrainer(Trainer):
         return self.test(self.cfg, self.model)
 
     def _check_token_stores(self) -> None:
-        """Refuse stores of another SAM or CLIP than the model's, now that its weights are loaded."""
+        """Refuse token stores that another SAM or CLIP made than the model's, whose weights are loaded by now."""
         stores = [mapper.token_store for mapper in self.loop.data_loader.dataset.mappers if mapper.token_store]
         if not stores:
             return
@@ -92,7 +88,7 @@ class RegionSpotTrainer(Trainer):
             evaluators: one for each test set, such as Detectron2's, in place of RegionSpot's.
 
         Returns:
-            Metrics; under the data sets' names where there are several, and then with "average" of the ODinW sets.
+            Metrics; of several data sets by their names, with the "odinw_average" of those of ODinW.
         """
         check_architecture(cfg)
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -115,7 +111,7 @@ class RegionSpotTrainer(Trainer):
 
 
 def check_architecture(cfg: CfgNode) -> None:
-    """Refuse models that are not RegionSpot's own: this trainer and its evaluation expect their regions."""
+    """Refuse other models than RegionSpot's own: this trainer and its evaluation expect their regions."""
     name = cfg.MODEL.META_ARCHITECTURE
     if not issubclass(META_ARCH_REGISTRY.get(name), RegionSpot):
         raise ValueError(
@@ -124,8 +120,8 @@ def check_architecture(cfg: CfgNode) -> None:
         )
 
 
-def check_tests(cfg: CfgNode) -> None:
-    """Refuse test sets, files and vocabularies that an evaluation would fail on hours later."""
+def check_test_sets(cfg: CfgNode) -> None:
+    """Refuse test sets, files and vocabularies on which an evaluation would fail hours later."""
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     for name in cfg.DATASETS.TEST:
         proposal_source(cfg, name)

@@ -34,11 +34,7 @@ class PrintableFormatter(logging.Formatter):
     """Escapes control characters, which could steer a terminal; only terminals get colors."""
 
     def __init__(self, formatter: logging.Formatter, with_colors: bool) -> None:
-        """
-        Args:
-            formatter: of the lines; Detectron2 and fvcore put colors into their messages.
-            with_colors: keep them.
-        """
+        """Wrap ``formatter``; Detectron2 and fvcore put colors into messages, which ``with_colors`` keeps."""
         super().__init__()
         self.formatter, self.with_colors = formatter, with_colors
 
@@ -58,10 +54,9 @@ def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
         cfg: Detectron2's config, or a lazy config with ``train.output_dir``, ``train.seed`` and so on.
         args: of the command line.
     """
-    is_lazy = not isinstance(cfg, CfgNode)
+    is_lazy, rank = not isinstance(cfg, CfgNode), comm.get_rank()
     output = Path(cfg.train.output_dir if is_lazy else cfg.OUTPUT_DIR)
     seed = cfg.train.get("seed", -1) if is_lazy else cfg.SEED
-    rank = comm.get_rank()
     output.mkdir(parents=True, exist_ok=True)
     for name in ("fvcore", "detectron2", "regionspot"):
         for handler in setup_logger(str(output), rank, name=name).handlers:
@@ -83,13 +78,14 @@ def set_up_run(cfg: "CfgNode | DictConfig", args: argparse.Namespace) -> None:
     logger.info(", ".join(f"{name} {version}" for name, version in versions.items()))
     logger.info("process %d of %d: %s", rank + 1, comm.get_world_size(), shlex.join(sys.argv))
     logger.info("whole config: %s, environment: %s", output / "config.yaml", output / "environment.txt")
+    # each process draws its own dropout; DDP gives all the main process's weights, and data have seeds of their own
     seed_all_rng(None if seed < 0 else seed + rank)
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.train.get("cudnn_benchmark", False) if is_lazy else cfg.CUDNN_BENCHMARK
 
 
 def log_size(model: nn.Module) -> None:
-    """Log how many parameters a model has, and which of them learn."""
+    """Log how many parameters a model has, and which modules are trained."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     name, device = type(model).__name__, next(model.parameters()).device
@@ -98,7 +94,7 @@ def log_size(model: nn.Module) -> None:
 
 
 def learning_modules(model: nn.Module, name: str = "") -> list[str]:
-    """Return the names of the largest modules of which all parameters learn, and of single parameters beside them."""
+    """Return the names of the largest modules all of whose parameters learn, and of other parameters that do."""
     parameters = list(model.parameters())
     if name and parameters and all(parameter.requires_grad for parameter in parameters):
         return [name]

@@ -23,21 +23,17 @@ _TOGETHER = 2.0
 
 
 class StopOnSignal(HookBase):
-    """Ends training after the step in which a signal came, in all processes at once; a second signal ends it at once.
+    """Ends training after the step in which a signal came, in all processes; a second signal ends it immediately.
 
-    The resumed run ends with the same weights, bit for bit. A signal ends an evaluation at once, as that may take
-    hours; the resumed run begins with it.
+    The resumed run ends with the same weights, bit for bit. A signal interrupts an evaluation, which may take hours;
+    the resumed run starts with it.
 
     Attributes:
         evaluation_due: the checkpoint precedes the evaluation of its iteration.
     """
 
     def __init__(self, checkpointer: SafeDetectionCheckpointer, device: torch.device) -> None:
-        """
-        Args:
-            checkpointer: saves what training resumes from.
-            device: of the tensor by which processes agree.
-        """
+        """Save by ``checkpointer``; processes agree by a tensor on ``device``."""
         self.checkpointer, self.device = checkpointer, device
         self.evaluation_due = False
         self._received: tuple[int, float] | None = None  # the signal, and when it came
@@ -80,7 +76,7 @@ class StopOnSignal(HookBase):
         now = time.monotonic()
         if self._received is None:
             self._received = number, now
-            # not through the logger, which the signal may have interrupted
+            # the signal may have interrupted the logger, which holds a lock
             os.write(2, f"{signal.Signals(number).name}: stopping; a second signal stops without saving\n".encode())
             if self._raises:
                 raise Interrupted
@@ -89,7 +85,7 @@ class StopOnSignal(HookBase):
             signal.raise_signal(number)
 
     def _agree(self) -> bool:
-        """Return whether any process has received a signal."""
+        """Return whether any process has received a signal; all must stop in the same step, or collectives hang."""
         if comm.get_world_size() == 1:
             return self._received is not None
         flag = torch.tensor(float(self._received is not None), device=self.device)

@@ -27,7 +27,7 @@ MAX_SKIPPED_STEPS = 100  # in a row: each halves the loss scale, and no scale is
 class TrainLoop(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` with mixed precision on CUDA and CPU, gradient accumulation and exact resuming.
 
-    Random numbers in a step (dropout) follow from seed, process and iteration alone, those in the data from seed and
+    Random numbers of a step (dropout) depend on seed, process and iteration only, those of the data on seed and
     position (``TrainingStream``): a resumed run continues as if it had never stopped.
     """
 
@@ -40,25 +40,17 @@ class TrainLoop(SimpleTrainer):
         accumulate: int = 1,
         precision: torch.dtype | None = None,
     ) -> None:
-        """
-        Args:
-            model: returns a dict of losses for a batch.
-            data_loader: of ``build_train_loader`` or ``build_mapped_loader``; others cannot be resumed exactly.
-            optimizer: over the parameters that learn.
-            seed: the same in all processes.
-            accumulate: batches per step.
-            precision: of autocast, None for float32.
-        """
+        """The arguments are those of ``Trainer`` and ``TrainingPlan``."""
         super().__init__(model, data_loader, optimizer)
         self.seed, self.accumulate, self.precision = seed, accumulate, precision
         self.device = next(model.parameters()).device
         self.unreadable: set[str] = set()  # one reason per image that was replaced (DATALOADER.SKIP_UNREADABLE)
-        # only float16 under- and overflows; with other precisions the scaler does nothing
+        # only float16 has too few exponent bits for gradients; with other precisions the scaler does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.skipped = self.skipped_in_row = 0  # steps whose gradients overflowed in float16
 
     def resume_from(self, iteration: int) -> None:
-        """Start the data where ``iteration`` finds them; to be called before the first step."""
+        """Move the data to the position of ``iteration``; called before the first step."""
         if not isinstance(getattr(self.data_loader, "dataset", None), TrainingSet):
             if iteration:
                 logger.warning("the data start over: this loader cannot be resumed where it was")
@@ -70,7 +62,7 @@ class TrainLoop(SimpleTrainer):
     def run_step(self) -> None:
         assert self.model.training, "the model was left in eval mode"
         seed_step(self.seed, self.iter)
-        start, data_time, images = time.perf_counter(), 0.0, 0
+        start, data_time, num_images = time.perf_counter(), 0.0, 0
         self.optimizer.zero_grad()
         total: dict[str, torch.Tensor] = {}
         self._ids: list[str] = []
@@ -78,7 +70,7 @@ class TrainLoop(SimpleTrainer):
             before = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - before
-            images += len(batch)
+            num_images += len(batch)
             self.unreadable.update(reason for inputs in batch for reason in inputs.get("unreadable", ()))
             self._ids += [str(inputs.get("image_id", inputs.get("file_name"))) for inputs in batch]
             for name, loss in self._backward(batch, is_last=index == self.accumulate - 1).items():
@@ -87,12 +79,13 @@ class TrainLoop(SimpleTrainer):
         self._step(total, data_time)
         seconds = time.perf_counter() - start
         storage = get_event_storage()
-        storage.put_scalar("images_per_second", images * comm.get_world_size() / seconds)
+        storage.put_scalar("images_per_second", num_images * comm.get_world_size() / seconds)
         storage.put_scalar("data_share", data_time / seconds)
 
     def _backward(self, batch: list[dict[str, Any]], is_last: bool) -> dict[str, torch.Tensor]:
         """Accumulate the gradients of one batch of the step; return its share of the losses."""
         with contextlib.ExitStack() as stack:
+            # processes exchange gradients once a step, with its last batch
             if isinstance(self.model, DistributedDataParallel) and not is_last:
                 stack.enter_context(self.model.no_sync())
             with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
@@ -101,11 +94,11 @@ class TrainLoop(SimpleTrainer):
         return {name: value.detach() for name, value in losses.items()}
 
     def _step(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
-        """Update the weights. All processes decide alike: they share gradients, and whether all losses are finite.
+        """Update the weights, or skip the step where float16 overflowed; in other precisions the run ends.
 
-        In float16 a loss or gradient that is not finite means that the loss scale is too large: the step is skipped
-        and the scale lowered. In other precisions the run ends.
+        In float16 a loss or gradient that is not finite means that the loss scale is too large: it is lowered.
         """
+        # All processes must decide alike, or their weights part ways: gradients are shared already, losses are not.
         is_finite = torch.isfinite(torch.stack([loss.float() for loss in losses.values()])).all()
         all_finite = is_finite.float()
         if comm.get_world_size() > 1:
@@ -114,7 +107,7 @@ class TrainLoop(SimpleTrainer):
         if all_finite.item():
             self._write_metrics(losses, data_time)
             try:
-                self.scaler.step(self.optimizer)  # unscales, and skips the step if a gradient is not finite
+                self.scaler.step(self.optimizer)  # unscales, and skips the update if a gradient is not finite
             except FloatingPointError as error:
                 raise self._not_a_number(str(error)) from error
             self.scaler.update()
@@ -140,7 +133,7 @@ class TrainLoop(SimpleTrainer):
             )
 
     def _not_a_number(self, what: str, is_here: bool = True) -> FloatingPointError:
-        """Return the error that all processes raise: the problem, and the images of those processes that have it."""
+        """Return the error that all processes raise, with the images of those processes that have the problem."""
         reports = [report for report in comm.all_gather((what, self._ids) if is_here else None) if report is not None]
         images = ", ".join(image for _, ids in reports for image in ids)
         return FloatingPointError(
@@ -167,11 +160,7 @@ def seed_step(seed: int, iteration: int) -> None:
 
 
 def autocast_precision(is_enabled: bool, name: str, device: str) -> torch.dtype | None:
-    """Return the precision that ``SOLVER.AMP`` (``ENABLED``, ``DTYPE``) asks for, None for float32.
-
-    Raises:
-        ValueError: one that does not exist, or float16 without CUDA.
-    """
+    """Return the precision of ``SOLVER.AMP`` (``ENABLED``, ``DTYPE``), None for float32; refuse float16 on a CPU."""
     if name not in PRECISIONS:
         raise ValueError(f"SOLVER.AMP.DTYPE: expected {' or '.join(PRECISIONS)}, got {name!r}")
     if not is_enabled:

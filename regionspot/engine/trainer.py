@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
+from regionspot.checkpoint.loading import find_recognizer
 from regionspot.engine.hooks import BestCheckpointer, FirstSteps, Throughput, UnreadableImages, WeightAverage
 from regionspot.engine.optimizer import warn_of_jump
 from regionspot.engine.stop import StopOnSignal
@@ -33,15 +34,15 @@ class TrainingPlan:
     Attributes:
         output_dir: for checkpoints and logs; one run at a time.
         max_iter: iterations of the whole training.
-        seed: of data and dropout, the same in all processes.
+        seed: seed of data and dropout, the same in all processes.
         weights: checkpoint to start from, "" for none.
         accumulate: batches of the loader per step.
-        precision: of autocast, None for float32.
+        precision: dtype of autocast, None for float32.
         average_decay: share of the moving average that a step keeps, None for no average.
         checkpoint_period: iterations between checkpoints.
-        checkpoints_kept: the last ones that stay beside ``model_final`` and ``model_best``; 0 for all.
+        checkpoints_kept: number of last ones to keep beside ``model_final`` and ``model_best``; 0 for all.
         eval_period: iterations between evaluations; 0 evaluates at the end.
-        best_metric: by which ``model_best`` is chosen, "" for none.
+        best_metric: metric that selects ``model_best``, "" for none.
         log_period: iterations between lines of the log.
     """
 
@@ -86,13 +87,8 @@ def best_metric(cfg: CfgNode) -> str:
 class Trainer(TrainerBase):
     """Trains a model on GPUs or CPUs, in one process or several, and resumes exactly where it was stopped.
 
-    Subclasses build the parts, hand them to ``__init__``, and say how to save (``build_checkpointer``) and how to
-    evaluate (``evaluate``). What random numbers a step draws follows from the seed and the iteration alone.
-
-    Attributes:
-        loop: makes the steps.
-        average: of the attention module's weights, None without ``TrainingPlan.average_decay``.
-        checkpointer: as ``build_checkpointer`` made it.
+    Subclasses build the parts, pass them to ``__init__``, and define how to save (``build_checkpointer``) and how to
+    evaluate (``evaluate``).
     """
 
     def __init__(
@@ -106,25 +102,26 @@ class Trainer(TrainerBase):
     ) -> None:
         """
         Args:
-            model: gives a dict of losses for a batch in training mode.
-            data_loader: batches without end; one over a ``TrainingStream`` can be resumed exactly.
-            optimizer: over the parameters that learn.
-            scheduler: of the learning rate, PyTorch's or fvcore's ``ParamScheduler``.
+            model: returns a dict of losses for a batch in training mode.
+            data_loader: infinite batches; only a loader over a ``TrainingStream`` can be resumed exactly.
+            optimizer: over the trained parameters.
+            scheduler: PyTorch's, or fvcore's ``ParamScheduler``.
             plan: the settings.
-            ddp_options: of ``DistributedDataParallel``.
+            ddp_options: arguments of ``DistributedDataParallel``.
         """
         super().__init__()
         device = next(model.parameters()).device
         device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
+        # The model's buffers are constants (means, embeddings): processes need not exchange them.
         options = {"broadcast_buffers": False, "device_ids": device_ids, **ddp_options}
         self.model, self.plan = create_ddp_model(model, **options), plan
         self.optimizer, self.scheduler = optimizer, scheduler
         self.loop = TrainLoop(self.model, data_loader, optimizer, plan.seed, plan.accumulate, plan.precision)
         self.start_iter, self.max_iter = 0, plan.max_iter
-        checkpointables: dict[str, Any] = {"trainer": weakref.proxy(self)}
+        checkpointables: dict[str, Any] = {"trainer": weakref.proxy(self)}  # the trainer holds the checkpointer
         self.average: WeightAverage | None = None
         if plan.average_decay is not None:
-            checkpointables["ema"] = self.average = WeightAverage(_only_learning_module(model), plan.average_decay)
+            checkpointables["ema"] = self.average = WeightAverage(_find_averaged_module(model), plan.average_decay)
         self.checkpointer = self.build_checkpointer(model, **checkpointables)
         self.stop = StopOnSignal(self.checkpointer, device)
         self.register_hooks(self.build_hooks())
@@ -149,14 +146,14 @@ class Trainer(TrainerBase):
         if comm.is_main_process():
             if plan.eval_period > 0 and plan.best_metric:
                 result.append(BestCheckpointer(plan.eval_period, checkpointer, plan.best_metric))
-            kept = plan.checkpoints_kept if plan.checkpoints_kept > 0 else None
+            max_to_keep = plan.checkpoints_kept if plan.checkpoints_kept > 0 else None
             result += [
-                hooks.PeriodicCheckpointer(checkpointer, plan.checkpoint_period, max_to_keep=kept),
+                hooks.PeriodicCheckpointer(checkpointer, plan.checkpoint_period, max_to_keep=max_to_keep),
                 Throughput(plan.log_period),
                 FirstSteps(self.loop.device),
                 hooks.PeriodicWriter(default_writers(plan.output_dir, self.max_iter), plan.log_period),
             ]
-        return [*result, self.stop]
+        return [*result, self.stop]  # last: it sees the step as the other hooks have left it
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint in the output directory, if ``resume`` and there is one, else ``plan.weights``."""
@@ -168,7 +165,7 @@ class Trainer(TrainerBase):
         """Train, and return the metrics of the last evaluation.
 
         Raises:
-            ValueError: another run is at work in the output directory.
+            ValueError: another run uses the output directory.
             Interrupted: a signal stopped the training, after a checkpoint.
         """
         self.last_results: dict[str, Any] = {}
@@ -192,7 +189,8 @@ class Trainer(TrainerBase):
         super().before_train()
         if self.average:
             self.average.start()
-        if self.stop.evaluation_due and self.iter < self.max_iter:  # the previous iteration's, which was interrupted
+        if self.stop.evaluation_due and self.iter < self.max_iter:
+            # the interrupted evaluation was the previous iteration's, under which its metrics are logged
             self.iter -= 1
             self.storage.iter = self.iter
             for hook in self._hooks:
@@ -202,7 +200,7 @@ class Trainer(TrainerBase):
             self.storage.iter = self.iter
 
     def after_train(self) -> None:
-        """Run the hooks; those that evaluate only after a training that reached its end."""
+        """Run the hooks; evaluate only if training has reached its end."""
         self.storage.iter = self.iter
         for hook in self._hooks:
             if self.iter >= self.max_iter or not isinstance(hook, (hooks.EvalHook, BestCheckpointer)):
@@ -221,14 +219,15 @@ class Trainer(TrainerBase):
         self.loop.load_state_dict(state_dict["_trainer"])
 
 
-def _only_learning_module(model: nn.Module) -> nn.Module:
+def _find_averaged_module(model: nn.Module) -> nn.Module:
     """Return the attention module, which must be all that learns: checkpoints keep the average of nothing else."""
-    module = next((x.knowledge_integration for x in model.modules() if isinstance(x, RegionRecognizer)), None)
-    attention = set(module.parameters()) if module else set()
-    others = [name for name, x in model.named_parameters() if x.requires_grad and x not in attention]
-    if module is None or others:
+    has_recognizer = any(isinstance(module, RegionRecognizer) for module in model.modules())
+    attention = find_recognizer(model).knowledge_integration if has_recognizer else nn.Identity()
+    averaged = set(attention.parameters())
+    others = [name for name, x in model.named_parameters() if x.requires_grad and x not in averaged]
+    if others:
         raise ValueError(
             f"SOLVER.EMA averages RegionSpot's attention module, but {', '.join(others[:2])} and others learn; set "
             "SOLVER.EMA.ENABLED False, or freeze the host (MODEL.REGIONSPOT.HEAD.FREEZE_HOST)"
         )
-    return module
+    return attention

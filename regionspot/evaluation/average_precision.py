@@ -1,5 +1,6 @@
 """Average precision and recall from matches: what LVIS's and COCO's metrics have in common."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,19 +11,21 @@ from regionspot.evaluation.ious import box_iou, mask_iou
 from regionspot.evaluation.matching import THRESHOLDS, find_edges, match
 from regionspot.evaluation.tables import AREA_NAMES, AREA_RANGES, Detections, Truths
 
+logger = logging.getLogger(__name__)
+
 TASKS = ("bbox", "segm")
 RECALLS = np.linspace(0.0, 1.0, 101)
 
 
 @dataclass(eq=False)
 class Evaluation:
-    """Precision and recall; -1 where a category has no annotation that counts.
+    """Precision and recall; -1 where a category has no annotation that is not ignored.
 
     Attributes:
         precision: (T, 101, K, A) float64 at IoU thresholds, recalls, categories, area ranges.
         recall: (T, K, A) float64.
         category_ids: (K,) int64, ascending.
-        num_annotations: (K,) int64 that count, of any size.
+        num_annotations: (K,) int64, annotations of any size that are not ignored.
     """
 
     precision: np.ndarray
@@ -49,12 +52,20 @@ class Evaluation:
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """
-    Raises:
-        ValueError: the value is none of the choices.
-    """
+    """Refuse a ``value`` of the option ``key`` that is none of its ``choices``."""
     if value not in choices:
         raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def locate_results(ground_truth: GroundTruth, results: Results, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Check detections for ``task``; return their images and categories, see ``GroundTruth.locate``."""
+    check_choice("task", task, TASKS)
+    images, categories = ground_truth.locate(results)
+    if task == "segm":
+        ground_truth.check_masks(results, images)
+    if not len(results):
+        logger.warning("%s: there are no detections, so every AP is 0", results.name)
+    return images, categories
 
 
 def match_results(
@@ -72,14 +83,15 @@ def accumulate(
     """Return precision (T, 101, K, A) and recall (T, K, A).
 
     Args:
-        categories: (D,) int64 ascending; the detections of each are in the order of their scores.
-        counts: (D, A) bool: a false positive if not matched.
-        matched: (M,) int64, rows of the detections that ``state`` (M, T, A) is of, see ``match``.
+        categories: (D,) int64 ascending; the detections of a category are sorted by score, best first.
+        counts: (D, A) bool: a detection that is not matched is a false positive.
+        matched, state: (M,) int64 and (M, T, A) int8, as ``match`` returns them.
         truths: the annotations.
     """
     num_categories = len(truths.totals)
     precision = np.full((len(THRESHOLDS), len(RECALLS), num_categories, len(AREA_RANGES)), -1.0)
     recall = np.full((len(THRESHOLDS), num_categories, len(AREA_RANGES)), -1.0)
+    # Detections outside ``matched`` only add false positives, so a class costs its M matches, not its D detections.
     cuts = np.searchsorted(categories, np.arange(num_categories + 1))
     matched_cuts = np.searchsorted(matched, cuts)
     for category in np.flatnonzero(truths.totals.any(axis=1)).tolist():
@@ -91,6 +103,7 @@ def accumulate(
         )
         for area, total in enumerate(totals):
             if total:
+                # how many true positives reach each of the 101 recalls
                 needed = np.searchsorted(np.arange(1, total + 1) / total, RECALLS, side="left")
                 precision[:, :, category, area] = best[needed, :, area].T
                 recall[:, category, area] = num_true[:, area] / total
@@ -100,18 +113,12 @@ def accumulate(
 def _precision_at_true_positives(
     counts: np.ndarray, rows: np.ndarray, state: np.ndarray, total: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of true positives, and the best precision with as many or more of them.
+    """Return the number of true positives (T, A), and the best precision (total, T, A) with at least k + 1 of them.
 
-    Between one true positive and the next the precision falls, so that nothing else has to be looked at.
-
-    Args:
-        counts: (D, A) bool, of the detections of a class.
-        rows: (M,) int64 of those that ``state`` (M, T, A) is of.
-        total: annotations that count, at the most of the area ranges.
-
-    Returns:
-        (T, A) int64; and (total, T, A) float64, at ``[k]`` with k + 1 true positives, 0 where there are not as many.
+    ``counts`` (D, A) is of all detections of a class, ``state`` (M, T, A) of those in ``rows`` (M,), which have
+    candidates. ``total`` is the largest number of annotations in an area range.
     """
+    # From one true positive to the next precision can only fall, so the maximum is always at a true positive.
     best = np.zeros((total, *state.shape[1:]))
     if not len(rows):
         return np.zeros(state.shape[1:], np.int64), best

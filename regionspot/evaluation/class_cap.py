@@ -4,7 +4,7 @@ import numpy as np
 
 from regionspot.evaluation.tables import rank_in_run
 
-_PENDING = 1 << 21  # detections that are not ranked yet, at the least
+_PENDING = 1 << 21  # detections that wait to be ranked; sorting is worth it only for many
 
 
 class ClassCap:
@@ -15,11 +15,7 @@ class ClassCap:
     """
 
     def __init__(self, num_classes: int, limit: int) -> None:
-        """
-        Args:
-            num_classes: of the vocabulary.
-            limit: detections of a class that count.
-        """
+        """Keep the ``limit`` best detections of each class of the vocabulary."""
         self.num_classes, self.limit = num_classes, limit
         # Kept detections, then pending ones, in arrays that are allocated once. One small array for each image would
         # lie between the large ones that come and go, and memory would grow with the number of images.
@@ -34,13 +30,7 @@ class ClassCap:
         return self._num_kept + self._num_pending
 
     def admits(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Return (D,) bool: the detection may be among the best of its class.
-
-        Args:
-            image_id: of the image.
-            classes: (D,) int.
-            scores: (D,) float.
-        """
+        """Return (D,) bool: which detections of an image, with ``classes`` and ``scores`` (D,), may be of the best."""
         needed = self._scores[classes]
         return (scores > needed) | ((scores == needed) & (image_id <= self._image_ids[classes]))
 

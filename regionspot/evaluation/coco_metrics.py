@@ -3,24 +3,20 @@
 ``COCOeval`` keeps an entry for every (image, class) pair: a terabyte for a data set of 13,000 classes.
 """
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
 
 from regionspot.data.coco_io import Results
 from regionspot.evaluation.average_precision import (
-    TASKS,
     Evaluation,
     accumulate,
-    check_choice,
+    locate_results,
     match_results,
     mean_percent,
 )
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.tables import AREA_NAMES, Truths, is_outside_ranges, order_detections, rank_in_group
-
-logger = logging.getLogger(__name__)
 
 MAX_DETS = (1, 10, 100)  # of a class in an image
 
@@ -47,23 +43,19 @@ def evaluate_coco(ground_truth: GroundTruth, results: Results, task: str = "bbox
 
     Args:
         ground_truth: in COCO or LVIS format.
-        results: the detections. Small, medium and large masks are told apart by their own area, not the box's.
+        results: the detections. Masks are small, medium or large by their own area, not their box's.
         task: "bbox" or "segm".
 
     Raises:
-        ValueError: another task, an image or category of the detections that is not in the annotations, or, for task
-            segm, masks that are missing, damaged or not of their image's size.
+        ValueError: unknown task, unknown image or category ids, or, for task segm, masks that are missing, damaged or
+            not of their image's size.
     """
-    check_choice("task", task, TASKS)
-    images, categories = ground_truth.locate(results)
-    everything = np.arange(len(ground_truth.images))
+    images, categories = locate_results(ground_truth, results, task)
+    annotations = np.arange(len(ground_truth.images))
     if task == "segm":
-        ground_truth.check_masks(results, images)
-        ground_truth.masks(everything)  # refuses damaged ones
-    if not len(results):
-        logger.warning("%s: there is no detection, so that every AP is 0", results.name)
-    # COCO's rules ignore nothing but crowds, and count what has no area.
-    truths = Truths(ground_truth, everything, ground_truth.crowd, ground_truth.crowd)
+        ground_truth.masks(annotations)  # refuses damaged masks, also of classes without detections
+    # COCO ignores crowds only, and counts annotations without area.
+    truths = Truths(ground_truth, annotations, ground_truth.crowd, ground_truth.crowd)
     detections = order_detections(ground_truth, results, np.arange(len(results)), images, categories)
     rank = rank_in_group(detections.keys)
     detections, rank = detections.select(rank < MAX_DETS[-1]), rank[rank < MAX_DETS[-1]]

@@ -10,7 +10,7 @@ from detectron2.evaluation import LVISEvaluator
 from regionspot.data.coco_io import read_results, write_list
 from regionspot.data.datasets import category_ids
 from regionspot.evaluation.ground_truth import GroundTruth
-from regionspot.evaluation.report import evaluate_task, format_table, write_outcomes
+from regionspot.evaluation.report import evaluate_task, format_table, write_evaluations
 from regionspot.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,7 @@ class DetectionLVISEvaluator(LVISEvaluator):
     """
 
     def __init__(self, dataset_name: str, output_dir: str | Path, max_dets_per_image: int = 300) -> None:
-        """
-        Args:
-            dataset_name: a registered data set in LVIS format.
-            output_dir: for the predictions as COCO results, ``metrics.json`` and a table per class.
-            max_dets_per_image: detections of an image that count.
-        """
+        """Evaluate a registered data set in LVIS format; predictions, metrics and tables go to ``output_dir``."""
         super().__init__(dataset_name, output_dir=str(output_dir), max_dets_per_image=max_dets_per_image)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
@@ -51,7 +46,7 @@ class DetectionLVISEvaluator(LVISEvaluator):
             return
         truth, results = GroundTruth(self._metadata.json_file), read_results(path)
         tasks = ("bbox", "segm") if results.regions is not None else ("bbox",)
-        outcomes = {task: evaluate_task(truth, results, task, "lvis", self._max_dets_per_image) for task in tasks}
-        self._results.update({task: outcome.metrics for task, outcome in outcomes.items()})
+        evaluations = {task: evaluate_task(truth, results, task, "lvis", self._max_dets_per_image) for task in tasks}
+        self._results.update({task: evaluation.metrics() for task, evaluation in evaluations.items()})
         logger.info("%s", format_table(self._results))
-        write_outcomes(directory, truth, outcomes)
+        write_evaluations(directory, truth, evaluations)

@@ -30,8 +30,8 @@ class GroundTruth:
         categories: (G,) int64 into ``category_ids``.
         boxes: (G, 4) float64 XYWH, pixels.
         areas: (G,) float64, pixels.
-        ignore: (G,) bool; without ``iscrowd``.
-        crowd: (G,) bool, ``iscrowd``, which COCO's rules know and LVIS's do not.
+        ignore: (G,) bool, the file's ``ignore``, which LVIS's rules follow.
+        crowd: (G,) bool, ``iscrowd``, which COCO's rules follow.
         has_id_zero: (G,) bool: ``lvis`` and ``pycocotools`` take the annotation's id 0 for "not matched".
         negatives: sorted int64 pairs ``category * I + image`` that are verified to be absent.
         not_exhaustive: such pairs where not every object is annotated.
@@ -53,7 +53,7 @@ class GroundTruth:
         self.frequencies = [category.frequency for category in categories]
 
         order = np.argsort(images.ids)
-        rank = np.argsort(order)  # of each image of the file among the ascending ids
+        rank = np.argsort(order)  # the inverse permutation: from the file's order to that of ascending ids
         self.image_ids = images.ids[order]
         self.sizes = np.stack([images.heights, images.widths], axis=1)[order].astype(np.int64)
         self._lists = {"neg_category_ids": images.negatives, "not_exhaustive_category_ids": images.not_exhaustive}
@@ -72,10 +72,7 @@ class GroundTruth:
         self._masks: dict[int, dict] = {}
 
     def require_lvis(self) -> None:
-        """
-        Raises:
-            ValueError: the file lacks what LVIS's protocol needs.
-        """
+        """Refuse a file that lacks what LVIS's protocol needs."""
         for category, frequency in zip(self.category_ids, self.frequencies):
             if frequency not in FREQUENCIES:
                 raise ValueError(
@@ -112,14 +109,7 @@ class GroundTruth:
         return located[0], located[1]
 
     def check_masks(self, results: Results, images: np.ndarray) -> None:
-        """
-        Args:
-            results: detections.
-            images: (D,) int64 into ``image_ids``, of each.
-
-        Raises:
-            ValueError: a detection has no mask, or one of another size than its image.
-        """
+        """Refuse detections in ``images`` (D,) without a mask, or with one of another size than their image."""
         regions, rles = results.require_masks()
         sizes = rles.sizes()
         wrong = (sizes[regions] != self.sizes[images]).any(axis=1)
@@ -132,11 +122,7 @@ class GroundTruth:
             )
 
     def masks(self, annotations: np.ndarray) -> list[dict]:
-        """Return compressed RLEs of annotations, which are decoded when they are first asked for.
-
-        Raises:
-            ValueError: a segmentation is missing, damaged or of another size than its image.
-        """
+        """Return compressed RLEs of annotations, each decoded once; a ValueError names a damaged one."""
         for index in annotations.tolist():
             if index not in self._masks:
                 self._masks[index] = self._decode_mask(index)

@@ -26,6 +26,7 @@ def box_iou(results: Results, ground_truth: GroundTruth, detections: Detections,
             overlap = _overlap(first, second)
             intersection = overlap[:, 0] * overlap[:, 1]
             area = first[:, 2] * first[:, 3]
+            # same order of operations as pycocotools, so that the last digit agrees
             union = np.where(truths.crowd[truth_rows], area, area + second[:, 2] * second[:, 3] - intersection)
             return np.where((overlap > 0).all(axis=1), intersection / union, 0.0)
 
@@ -33,13 +34,14 @@ def box_iou(results: Results, ground_truth: GroundTruth, detections: Detections,
 
 
 def mask_iou(results: Results, ground_truth: GroundTruth, detections: Detections, truths: Truths) -> PairIou:
-    """Return the IoU of masks; those whose boxes and areas differ too much are not compared.
+    """Return the IoU of masks, or of a crowd the share of the detection that it covers.
 
-    The IoU with a crowd is the share of the detection that it covers.
+    Pairs whose boxes and areas cannot reach ``MIN_IOU`` are not compared.
 
     Raises:
         ValueError: a mask is missing or damaged.
     """
+    # Decoding polygons dominates: only masks with a partner of the same image and category are decoded.
     regions, rles = results.require_masks()
     regions = regions[detections.rows]
     compared_truths = np.flatnonzero(np.isin(truths.keys, detections.keys))
@@ -59,7 +61,7 @@ def mask_iou(results: Results, ground_truth: GroundTruth, detections: Detections
         overlap = _overlap(region_boxes[pair_regions], truth_boxes[truth_rows])
         larger = np.maximum(results.mask_areas[pair_regions], truth_areas[truth_rows])
         pairs = np.flatnonzero((overlap > 0).all(axis=1) & (overlap.prod(axis=1) >= MIN_IOU * larger))
-        # One call for all regions that are compared with the same ground truth.
+        # mask_utils.iou has a high cost per call: one call compares all regions with the same ground truth.
         pairs = pairs[np.lexsort((pair_regions[pairs], truth_rows[pairs]))]
         cuts = np.flatnonzero(np.diff(truth_rows[pairs])) + 1
         for group in np.split(pairs, cuts) if len(pairs) else []:

@@ -7,10 +7,10 @@ import numpy as np
 
 from regionspot.data.coco_io import Results, look_up
 from regionspot.evaluation.average_precision import (
-    TASKS,
     Evaluation,
     accumulate,
     check_choice,
+    locate_results,
     match_results,
     mean_percent,
 )
@@ -29,11 +29,11 @@ class LvisEvaluation(Evaluation):
 
     Attributes:
         frequencies: (K,) "r", "c" or "f".
-        num_detections: of the results.
-        num_limited: of these, within the limit per image or per class.
-        num_judged: of these, in an image that was verified for their category.
-        num_images_with_detections: of the results.
-        max_dets: per image; None in the fixed protocol.
+        num_detections: all detections of the results.
+        num_limited: those within the limit per image or per class.
+        num_judged: those of them in an image that was verified for their category.
+        num_images_with_detections: images of the results.
+        max_dets: limit per image; None in the fixed protocol.
     """
 
     frequencies: list[str | None]
@@ -81,35 +81,30 @@ def evaluate_lvis(
             in ``lvis`` itself where entries have both.
 
     Raises:
-        ValueError: an invalid argument, annotations that are not LVIS's, an image or category of the detections that
-            is not in them, or, for task segm, masks that are missing or not of their image's size.
+        ValueError: an invalid argument, annotations that are not LVIS's, unknown image or category ids, or, for task
+            segm, masks that are missing or not of their image's size.
     """
-    check_choice("task", task, TASKS)
     check_choice("protocol", protocol, PROTOCOLS)
     check_choice("segm_areas", segm_areas, ("masks", "boxes"))
     for key, limit in (("max_dets", max_dets), ("dets_per_class", dets_per_class)):
         if limit < 1 and limit != -1:
             raise ValueError(f"{key}: expected a positive number, or -1 for no limit, got {limit}")
     ground_truth.require_lvis()
-    images, categories = ground_truth.locate(results)
-    if task == "segm":
-        ground_truth.check_masks(results, images)
-    if not len(results):
-        logger.warning("%s: there is no detection, so that every AP is 0", results.name)
-    if protocol == "fixed":
-        limited = _best_of_each(categories, results.scores, dets_per_class)
-    else:
-        limited = _best_of_each(images, results.scores, max_dets)
+    images, categories = locate_results(ground_truth, results, task)
+    is_fixed = protocol == "fixed"
+    groups, limit = (categories, dets_per_class) if is_fixed else (images, max_dets)
+    limited = _best_of_each(groups, results.scores, limit)
 
     has_area = np.flatnonzero((ground_truth.areas > 0) & (ground_truth.areas < np.inf))
     truths = Truths(ground_truth, has_area, ground_truth.ignore, np.zeros(len(ground_truth.ignore), bool))
     areas = results.areas(task, segm_areas)
+    # LVIS is federated: a detection counts only where its category is annotated, or verified to be absent.
     judged = limited[(areas[limited] > 0) & (areas[limited] < np.inf)]
     verified = np.union1d(truths.keys, ground_truth.negatives)
     _, unverified = look_up(verified, categories[judged] * len(ground_truth.image_ids) + images[judged])
     judged = judged[~unverified]
     if len(results) and not len(judged):
-        logger.warning("%s: no detection is of a category that its image is annotated for", results.name)
+        logger.warning("%s: no detection has a category that is annotated in its image", results.name)
     detections = order_detections(ground_truth, results, judged, images, categories)
     # Where not every object is annotated, a detection without a match is no false positive.
     not_exhaustive = np.isin(detections.keys, ground_truth.not_exhaustive)
@@ -126,12 +121,12 @@ def evaluate_lvis(
         num_limited=len(limited),
         num_judged=len(judged),
         num_images_with_detections=len(np.unique(images)),
-        max_dets=max_dets if protocol == "lvis" else None,
+        max_dets=None if is_fixed else max_dets,
     )
 
 
 def _best_of_each(groups: np.ndarray, scores: np.ndarray, limit: int) -> np.ndarray:
-    """Return, ascending, the rows of the ``limit`` best of each group; of equal scores the first."""
+    """Return, ascending, the rows of the ``limit`` best detections of each group; where scores tie, the first."""
     if not len(groups) or limit < 0 or np.bincount(groups).max() <= limit:
         return np.arange(len(groups))
     order = np.lexsort((-scores, groups))

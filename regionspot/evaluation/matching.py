@@ -14,9 +14,9 @@ from regionspot.evaluation.ious import MIN_IOU, PairIou
 from regionspot.evaluation.tables import AREA_RANGES, Detections, Truths, rank_in_group
 
 THRESHOLDS = np.linspace(MIN_IOU, 0.95, 10)  # (T,) IoU
-_PAIRS = 1 << 20  # of a detection and a ground truth, compared at a time
-_EDGES = 1 << 15  # matched at a time
-_IGNORED = 1 << 30  # later than any place that is not ignored
+_PAIRS = 1 << 20  # pairs of a detection and a ground truth that are compared at a time: bounds the memory
+_EDGES = 1 << 15  # edges that are matched at a time, each of which has T x A states
+_IGNORED = 1 << 30  # added to the place of an ignored ground truth: later than any other
 _NONE = np.iinfo(np.int32).max
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows of detections and of ground truths (E,) int64, and their IoU
@@ -26,9 +26,9 @@ def find_edges(detection_keys: np.ndarray, truth_keys: np.ndarray, iou: PairIou)
     """Return the pairs of one image and category whose IoU reaches the lowest threshold, ordered by detection.
 
     Args:
-        detection_keys: (D,) int64, one number for each image and category.
+        detection_keys: (D,) int64, as ``Truths.keys``.
         truth_keys: (G,) int64, ascending.
-        iou: of rows of detections (P,) and of ground truths (P,).
+        iou: called with rows of detections (P,) and of ground truths (P,).
     """
     first = np.searchsorted(truth_keys, detection_keys, side="left")
     counts = np.searchsorted(truth_keys, detection_keys, side="right") - first
@@ -52,16 +52,17 @@ def match(edges: Edges, detections: Detections, truths: Truths) -> tuple[np.ndar
 
     Args:
         edges: the pairs that may match.
-        detections: those of each image and category are in the order in which they choose.
-        truths: the ground truths. Those of id 0 are taken, but do not count as matched: ``lvis`` and ``pycocotools``
-            note the id of a match, and 0 for none.
+        detections: sorted by score, best first, within each image and category.
+        truths: the ground truths. Those with id 0 are used up without counting as matched: ``lvis`` and
+            ``pycocotools`` record the id of a match, and 0 for none.
 
     Returns:
-        (M,) int64, ascending: the detections that have edges; and (M, T, A) int8, the state of each: 0 not matched,
+        (M,) int64, ascending: the detections with edges; and (M, T, A) int8, the state of each: 0 not matched,
         1 matched, 2 matched to a ground truth that is ignored.
     """
     rows, owner = np.unique(edges[0], return_inverse=True)
     rank = rank_in_group(detections.keys[rows])[owner]
+    # Per detection its edges by falling IoU; of equal IoU the later ground truth comes first, as in pycocotools.
     order = np.lexsort((-edges[1], -edges[2], owner, rank))
     owner, rank = owner[order], rank[order]
     edge_truths, reaches = edges[1][order], edges[2][order, None] >= THRESHOLDS
@@ -76,6 +77,7 @@ def match(edges: Edges, detections: Detections, truths: Truths) -> tuple[np.ndar
             block_edges = slice(starts[0], starts[-1] + counts[first:last][block][-1])
             block_truths, starts_in_block = edge_truths[block_edges], starts - starts[0]
             free = reaches[block_edges, :, None] & ~taken[block_truths]  # (E, T, A)
+            # Ignored ground truths come after all others, so one minimum finds the match of either kind.
             penalty = _IGNORED * truths.ignore[block_truths].astype(np.int32)  # (E, A)
             place = np.arange(len(block_truths), dtype=np.int32)[:, None] + penalty
             best = np.minimum.reduceat(np.where(free, place[:, None], _NONE), starts_in_block, axis=0)  # (N, T, A)

@@ -1,6 +1,5 @@
 """Predictions written as they come, so that an interrupted evaluation resumes where it stopped."""
 
-import itertools
 import logging
 import struct
 import uuid
@@ -8,13 +7,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
-import torch
 from detectron2.utils import comm
 from torch import distributed
 
@@ -27,6 +25,10 @@ _HEADER = struct.Struct("<qII")  # image id, length and CRC-32 of what follows
 _CHUNK = 1 << 26  # bytes that are sent at a time
 _REWRITTEN = 1 << 22  # detections in a file before it is rewritten without those that the cap no longer admits
 _TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, and for the main one while it evaluates
+
+
+def _none(dtype: type, shape: tuple[int, ...] = (0,)) -> Any:
+    return msgspec.field(default_factory=partial(np.zeros, shape, dtype))
 
 
 class ImagePredictions(msgspec.Struct, eq=False):
@@ -46,21 +48,15 @@ class ImagePredictions(msgspec.Struct, eq=False):
     """
 
     image_id: int
-    classes: np.ndarray
-    scores: np.ndarray
-    regions: np.ndarray
-    boxes: np.ndarray
+    classes: np.ndarray = _none(np.int32)
+    scores: np.ndarray = _none(np.float32)
+    regions: np.ndarray = _none(np.int32)
+    boxes: np.ndarray = _none(np.float32, (0, 4))
     rles: list[str] = []
     size: tuple[int, int] = (0, 0)
     targets: np.ndarray | None = None
     top: np.ndarray | None = None
     unreadable: str = ""
-
-    @classmethod
-    def of_unreadable(cls, image_id: int, reason: str) -> "ImagePredictions":
-        """Return the predictions of an image that could not be read."""
-        none = np.zeros(0, np.int32)
-        return cls(image_id, none, none.astype(np.float32), none, np.zeros((0, 4), np.float32), unreadable=reason)
 
     def select(self, keep: np.ndarray) -> "ImagePredictions":
         """Return the detections of ``keep`` (D,) bool, with their regions only."""
@@ -78,7 +74,7 @@ class ImagePredictions(msgspec.Struct, eq=False):
 
 
 class PredictionLog:
-    """Records of images, in one file for each process of each run; a truncated record does not count.
+    """Records of images, in one file for each process of each run; a truncated record is ignored.
 
     The name of a file has the identity and a random name of its run, so that no two runs write to the same file.
     Processes need no common disk: files that are not in the main process's directory are sent to it.
@@ -88,8 +84,8 @@ class PredictionLog:
         """
         Args:
             directory: of the files, on the disk of each process.
-            identity: of model, data and protocol; files of another identity are removed.
-            cap: detections that it does not admit are not kept.
+            identity: hash of model, data and protocol; files with another identity are removed.
+            cap: detections that it does not admit are dropped.
         """
         self.directory, self.cap = Path(directory), cap
         self.prefix = f"predictions.{identity[:16]}."
@@ -104,7 +100,8 @@ class PredictionLog:
         for path in self.directory.glob("predictions.*"):
             if not path.name.startswith(self.prefix):
                 path.unlink(missing_ok=True)
-        run = comm.all_gather(uuid.uuid4().hex[:8], _patient_group())[0]
+        run = comm.all_gather(uuid.uuid4().hex[:8], _patient_group())[0]  # all processes take the main one's name
+        # Files of this run may appear already: another process may be faster.
         self._index(path for path in self._files() if f".{run}." not in path.name)
         done = set().union(*comm.all_gather(set(self._places), _patient_group()))
         if done and comm.is_main_process():
@@ -137,6 +134,7 @@ class PredictionLog:
         for name in sorted(set().union(*names) - names[0]):
             self._send(name, next(rank for rank, own in enumerate(names) if name in own))
         if comm.is_main_process():
+            # Thresholds of one process are too low: the cap starts over with the detections of all of them.
             self._places = {}
             if self.cap:
                 self.cap = ClassCap(self.cap.num_classes, self.cap.limit)
@@ -159,11 +157,7 @@ class PredictionLog:
                 yield self._admitted(_decode(next(_records(files[path]))[2]))
 
     def finish(self, complete: bool) -> None:
-        """Wait for the main process, and remove the files if its evaluation is ``complete``.
-
-        Raises:
-            RuntimeError: in the other processes, if it is not.
-        """
+        """Wait for the main process, and remove the files if its evaluation is ``complete``; else the others raise."""
         complete = comm.all_gather(complete, _patient_group())[0]
         if complete:
             for path in self._files():
@@ -178,10 +172,9 @@ class PredictionLog:
         return predictions.select(self.admits(predictions.image_id, predictions.classes, predictions.scores))
 
     def _index(self, paths: Iterator[Path] | list[Path]) -> dict[int, tuple[Path, int]]:
-        """Index the place of each image's record, and give the cap the scores of new ones.
+        """Index each image's record, and tell the cap its scores; return the records of unreadable images.
 
-        Returns:
-            The places of images that could not be read, which may be readable by now.
+        Those are not indexed: the images may be readable by now.
         """
         unreadable = {}
         for path in paths:
@@ -211,38 +204,28 @@ class PredictionLog:
         self._file = self._path.open("ab")
 
     def _send(self, name: str, sender: int) -> None:
-        """Send a file from a process to the main one, a chunk at a time."""
+        """Send a file from a process to the main one, a chunk at a time; an empty chunk is the last."""
+        group, chunk = _patient_group(), [b""]
         if comm.get_rank() == sender:
             with (self.directory / name).open("rb") as file:
-                for chunk in itertools.chain(iter(lambda: file.read(_CHUNK), b""), [b""]):
-                    _exchange(chunk, sender)
+                while data := file.read(_CHUNK):
+                    distributed.send_object_list([data], 0, group)
+            distributed.send_object_list(chunk, 0, group)
         elif comm.is_main_process():
             with atomic_path(self.directory / name) as temporary, temporary.open("wb") as file:
-                while chunk := _exchange(b"", sender):
-                    file.write(chunk)
-
-
-def _exchange(chunk: bytes, sender: int) -> bytes:
-    """Send a chunk to the main process, or receive it there; an empty one is the last."""
-    group, size = _patient_group(), torch.tensor([len(chunk)])
-    if not comm.is_main_process():
-        distributed.send(size, 0, group)
-        if chunk:
-            distributed.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), 0, group)
-        return chunk
-    distributed.recv(size, sender, group)
-    content = torch.empty(int(size), dtype=torch.uint8)
-    if len(content):
-        distributed.recv(content, sender, group)
-    return content.numpy().tobytes()
+                while True:
+                    distributed.recv_object_list(chunk, sender, group)
+                    if not chunk[0]:
+                        break
+                    file.write(chunk[0])
 
 
 def _patient_group() -> Any:
-    """Return a group of all processes that may wait for days; those of NCCL would give up."""
+    """Return a group of all processes that may wait for days; NCCL's would give up after minutes."""
     return _make_group(distributed.group.WORLD) if comm.get_world_size() > 1 else None
 
 
-@lru_cache(maxsize=1)  # for as long as these processes belong together
+@lru_cache(maxsize=1)  # a new group for new processes
 def _make_group(world: Any) -> Any:
     return distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 

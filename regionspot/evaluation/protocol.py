@@ -48,7 +48,7 @@ class Protocol:
         )
 
     def identity(self) -> str:
-        """Return a hash of all of it: predictions of two runs belong together if it is equal."""
+        """Return a hash of all fields: predictions of two runs belong together if it is equal."""
         return short_hash(json.dumps(asdict(self), sort_keys=True), 64)
 
 

@@ -1,4 +1,4 @@
-"""The evaluator of regions: LVIS AP, fixed AP or COCO AP, of boxes and masks, and accuracy on annotated boxes."""
+"""The evaluator of regions: LVIS AP, fixed AP or COCO AP of boxes and masks, and accuracy on annotated boxes."""
 
 import logging
 from collections import OrderedDict
@@ -15,12 +15,13 @@ from detectron2.utils import comm
 
 from regionspot.data.coco_io import Results, write_results
 from regionspot.data.datasets import category_ids
+from regionspot.evaluation.average_precision import Evaluation
 from regionspot.evaluation.class_cap import ClassCap
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import DETS_PER_CLASS
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
 from regionspot.evaluation.protocol import ANNOTATED, Protocol, short_hash
-from regionspot.evaluation.report import Outcome, evaluate_task, format_table, region_accuracy, write_outcomes
+from regionspot.evaluation.report import evaluate_task, format_table, region_accuracy, write_evaluations
 from regionspot.utils.rle import PackedRles
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ class RegionEvaluator(DatasetEvaluator):
     """Evaluates a data set by its protocol, and leaves the predictions as COCO results for any other tool.
 
     Predictions are written as they come, and an interrupted run resumes after the images that are done. Neither the
-    number of processes nor an interruption changes a digit. For fixed AP only predictions are kept that may be among
-    the best of their class.
+    number of processes nor an interruption changes a digit. Fixed AP keeps only predictions that may be among the best
+    of their class.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class RegionEvaluator(DatasetEvaluator):
             output_dir: for the predictions, ``metrics.json`` and the tables.
             protocol: what to evaluate, and by which rules.
             tasks: "bbox", "segm".
-            num_images: of the data set; 0 accepts any number.
+            num_images: size of the data set; 0 accepts any number.
         """
         self.metadata = MetadataCatalog.get(dataset_name)
         self.output_dir, self.protocol = Path(output_dir), protocol
@@ -59,7 +60,7 @@ class RegionEvaluator(DatasetEvaluator):
         self.json_file = Path(self.metadata.get("json_file") or self.output_dir / "annotations.json")
         if not self.metadata.get("json_file"):
             convert_to_coco_json(dataset_name, str(self.json_file), allow_cached=False)
-        self.category_ids = category_ids(dataset_name)  # refuses categories that differ before inference
+        self.category_ids = category_ids(dataset_name)  # before hours of inference: refuses categories that differ
         cap = ClassCap(len(self.metadata.thing_classes), DETS_PER_CLASS) if protocol.metric == "fixed" else None
         self.log = PredictionLog(output_dir, short_hash(protocol.identity() + " ".join(tasks)), cap)
         self.finished = self.log.open()
@@ -71,16 +72,16 @@ class RegionEvaluator(DatasetEvaluator):
         """Write the predictions of a batch, see ``RegionSpot.forward``."""
         for image, output in zip(inputs, outputs):
             if image.get("unreadable"):
-                self.log.append(ImagePredictions.of_unreadable(image["image_id"], image["unreadable"]))
+                self.log.append(ImagePredictions(image["image_id"], unreadable=image["unreadable"]))
             else:
                 self.log.append(self._image_predictions(image, output))
 
     def _image_predictions(self, image: dict[str, Any], output: dict[str, Any]) -> ImagePredictions:
         detections = output["instances"].to(torch.device("cpu"))
-        # First of all: there may be hundreds of thousands of detections.
+        # Before anything else: without a limit per image there may be hundreds of thousands of detections.
         admitted = self.log.admits(image["image_id"], detections.pred_classes.numpy(), detections.scores.numpy())
         detections = detections[torch.from_numpy(admitted)]
-        # What detections of the same box share is written once.
+        # Detections of the same region share its box and mask, which are written once.
         _, first, regions = np.unique(detections.region_indices.numpy(), return_index=True, return_inverse=True)
         boxes = detections.pred_boxes.tensor.numpy()[first]
         predictions = ImagePredictions(
@@ -123,8 +124,8 @@ class RegionEvaluator(DatasetEvaluator):
         results, regions, unreadable = self._read_log()
         kind = "coco" if self.protocol.metric == "coco" else "lvis"
         write_results(self.output_dir / f"{kind}_instances_results.json", results)
-        outcomes = self._evaluate_tasks(truth, results)
-        metrics = OrderedDict({task: outcome.metrics for task, outcome in outcomes.items()})
+        evaluations = self._evaluate_tasks(truth, results)
+        metrics = OrderedDict({task: evaluation.metrics() for task, evaluation in evaluations.items()})
         line = self.protocol.line(len(self.log), self.num_images)
         line += f", {len(unreadable)} unreadable" * bool(unreadable)
         logger.info("%s\n%s", line, format_table(metrics))
@@ -140,30 +141,30 @@ class RegionEvaluator(DatasetEvaluator):
             targets, top = zip(*regions)
             metrics["region"] = more["region"] = region_accuracy(targets, top, truth.frequencies)
             logger.info("accuracy on the annotated boxes\n%s", format_table({"region": metrics["region"]}))
-        write_outcomes(self.output_dir, truth, outcomes, **more)
+        write_evaluations(self.output_dir, truth, evaluations, **more)
         return metrics
 
-    def _evaluate_tasks(self, truth: GroundTruth, results: Results) -> dict[str, Outcome]:
+    def _evaluate_tasks(self, truth: GroundTruth, results: Results) -> dict[str, Evaluation]:
         limit = self.protocol.detections_per_image
         limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
-        outcomes = {}
+        evaluations: dict[str, Evaluation] = {}
         for task in self.tasks:
             try:
-                outcomes[task] = evaluate_task(truth, results, task, self.protocol.metric, limit)
+                evaluations[task] = evaluate_task(truth, results, task, self.protocol.metric, limit)
             except ValueError as error:
                 if task == "bbox":
                     raise
                 logger.warning("masks are not evaluated: %s", error)  # such as annotations without masks
-        return outcomes
+        return evaluations
 
     def _read_log(self) -> tuple[Results, list[tuple[np.ndarray, np.ndarray]], list[str]]:
         """Return all detections, the annotated and the best classes of each image's regions, and unreadable images."""
-        none = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)), np.zeros(0, np.int64))
-        images: list[tuple[np.ndarray, ...]] = [none]
+        no_detections = (*np.zeros((2, 0), np.int64), np.zeros(0), np.zeros((0, 4)), np.zeros(0, np.int64))
+        images: list[tuple[np.ndarray, ...]] = [no_detections]
         rles, classes_of_regions, unreadable = PackedRles(), [], []
         for image in self.log:
             image_ids = np.full(len(image.classes), image.image_id)
-            rows = len(rles) + image.regions.astype(np.int64)
+            rows = len(rles) + image.regions.astype(np.int64)  # an image's regions are numbered from 0
             columns = (image_ids, self.category_ids[image.classes], image.scores, image.boxes[image.regions], rows)
             images.append(columns)
             for counts in image.rles:

@@ -1,57 +1,29 @@
-"""The outcome of an evaluation: metrics of each task, accuracy on annotated boxes, tables, and files."""
+"""The report of an evaluation: metrics of each task, accuracy on annotated boxes, tables, and files."""
 
 import csv
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
 from regionspot.data.coco_io import Results
+from regionspot.evaluation.average_precision import Evaluation
 from regionspot.evaluation.coco_metrics import CocoEvaluation, evaluate_coco
 from regionspot.evaluation.ground_truth import FREQUENCIES, GroundTruth
 from regionspot.evaluation.lvis_metrics import LvisEvaluation, evaluate_lvis
 from regionspot.utils.files import atomic_path
 
 
-@dataclass
-class Outcome:
-    """Metrics and recalls of one task in percent, and AP and the number of annotations of each category id."""
-
-    metrics: dict[str, float]
-    recalls: dict[str, float]
-    per_class: dict[int, float]
-    num_annotations: dict[int, int]
-
-
 def evaluate_task(
-    truth: GroundTruth,
-    results: Results,
-    task: str,
-    metric: str,
-    max_dets: int = 300,
-    segm_areas: str = "masks",
-) -> Outcome:
-    """Evaluate detections.
-
-    Args:
-        truth: the annotations.
-        results: the detections.
-        task: "bbox" or "segm".
-        metric: "lvis", "fixed" or "coco".
-        max_dets: detections of an image that count, with "lvis": LVIS AP is of 300 at the most; -1 for all.
-        segm_areas: see ``evaluate_lvis``.
-    """
-    evaluation: LvisEvaluation | CocoEvaluation
+    truth: GroundTruth, results: Results, task: str, metric: str, max_dets: int = 300, segm_areas: str = "masks"
+) -> LvisEvaluation | CocoEvaluation:
+    """Evaluate detections by ``metric``: "lvis", "fixed" or "coco"; see ``evaluate_lvis`` and ``evaluate_coco``."""
     if metric == "coco":
-        evaluation = evaluate_coco(truth, results, task)
-    else:
-        evaluation = evaluate_lvis(truth, results, task, metric, max_dets, segm_areas=segm_areas)
-    num_annotations = dict(zip(evaluation.category_ids.tolist(), evaluation.num_annotations.tolist()))
-    return Outcome(evaluation.metrics(), evaluation.average_recalls(), evaluation.per_class(), num_annotations)
+        return evaluate_coco(truth, results, task)
+    return evaluate_lvis(truth, results, task, metric, max_dets, segm_areas=segm_areas)
 
 
 def region_accuracy(
@@ -62,19 +34,19 @@ def region_accuracy(
     Args:
         targets: for each image (N,) int, the annotated classes of its regions.
         top: for each image (N, k) int, the best classes of its regions, best first.
-        frequencies: for each class "r", "c" or "f", or another value where the data set has none.
+        frequencies: "r", "c" or "f" of each class, or None where the data set has no frequencies.
 
     Returns:
         "top1", "top5", and where there are frequencies "top1_r", "top5_r", ...; NaN for a group without regions.
     """
     classes = np.concatenate(targets)
-    is_own = np.concatenate(top) == classes[:, None]
+    is_correct = np.concatenate(top) == classes[:, None]  # (N, k)
     groups = np.array(frequencies)[classes]
     rows = {"": np.ones(len(classes), bool)}
     rows |= {f"_{frequency}": groups == frequency for frequency in FREQUENCIES if frequency in frequencies}
     return {
-        f"top{k}{suffix}": float(100 * is_own[own, :k].any(axis=1).mean()) if own.any() else float("nan")
-        for suffix, own in rows.items()
+        f"top{k}{suffix}": float(100 * is_correct[group, :k].any(axis=1).mean()) if group.any() else float("nan")
+        for suffix, group in rows.items()
         for k in (1, 5)
     }
 
@@ -85,20 +57,22 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
     return tabulate([[task, *values.values()] for task, values in rows.items()], headers=headers, floatfmt=".3f")
 
 
-def write_outcomes(directory: Path, truth: GroundTruth, outcomes: dict[str, Outcome], **more: object) -> None:
+def write_evaluations(
+    directory: Path, truth: GroundTruth, evaluations: Mapping[str, Evaluation], **more: object
+) -> None:
     """Write metrics.json, with null where nothing is annotated and ``more`` beside, and per_class_<task>.csv."""
-    for task, outcome in outcomes.items():
+    for task, evaluation in evaluations.items():
         with (
             atomic_path(directory / f"per_class_{task}.csv") as path,
             path.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
             writer.writerow(["category_id", "name", "frequency", "annotations", "AP"])
-            for category, name, frequency in zip(truth.category_ids.tolist(), truth.class_names, truth.frequencies):
-                value = outcome.per_class[category]
-                cell = "" if math.isnan(value) else repr(value)
-                writer.writerow([category, name, frequency or "", outcome.num_annotations[category], cell])
-    metrics = {task: without_nan(outcome.metrics) for task, outcome in outcomes.items()}
+            counts = evaluation.num_annotations.tolist()
+            columns = zip(evaluation.per_class().items(), truth.class_names, truth.frequencies, counts)
+            for (category, value), name, frequency, count in columns:
+                writer.writerow([category, name, frequency or "", count, "" if math.isnan(value) else repr(value)])
+    metrics = {task: without_nan(evaluation.metrics()) for task, evaluation in evaluations.items()}
     with atomic_path(directory / "metrics.json") as path:
         path.write_text(json.dumps({**metrics, **more}, indent=1) + "\n")
 

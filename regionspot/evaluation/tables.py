@@ -23,16 +23,11 @@ class Truths:
         ignore: (G, A) bool, also those outside an area range.
         crowd: (G,) bool: may be matched many times, and the IoU is the share of the detection that it covers.
         has_id_zero: (G,) bool, as in ``GroundTruth``.
-        totals: (K, A) int64, numbers of those that count.
+        totals: (K, A) int64, how many are not ignored.
     """
 
     def __init__(self, ground_truth: GroundTruth, rows: np.ndarray, ignore: np.ndarray, crowd: np.ndarray) -> None:
-        """
-        Args:
-            ground_truth: the annotations.
-            rows: (G,) int64, those that take part.
-            ignore, crowd: (all annotations,) bool.
-        """
+        """Take ``rows`` (G,) int64 of the annotations; ``ignore`` and ``crowd`` are (all annotations,) bool."""
         keys = ground_truth.categories[rows] * len(ground_truth.image_ids) + ground_truth.images[rows]
         order = np.argsort(keys, kind="stable")
         self.rows, self.keys = rows[order], keys[order]
@@ -64,21 +59,14 @@ class Detections:
     keys: np.ndarray
 
     def select(self, keep: np.ndarray) -> "Detections":
-        """Return those of ``keep`` (D,) bool."""
+        """Return the detections for which ``keep`` (D,) bool is true."""
         return Detections(self.rows[keep], self.categories[keep], self.keys[keep])
 
 
 def order_detections(
     ground_truth: GroundTruth, results: Results, rows: np.ndarray, images: np.ndarray, categories: np.ndarray
 ) -> Detections:
-    """Order the detections that take part.
-
-    Args:
-        ground_truth: the annotations.
-        results: the detections.
-        rows: (D,) int64 ascending, those that take part.
-        images, categories: (all detections,) int64, ``ground_truth.locate(results)``.
-    """
+    """Order ``rows`` (D,) int64, ascending, of the detections, located at ``ground_truth.locate(results)``."""
     rows = rows[np.lexsort((images[rows], -results.scores[rows], categories[rows]))]
     return Detections(rows, categories[rows], categories[rows] * len(ground_truth.image_ids) + images[rows])
 
@@ -89,7 +77,7 @@ def is_outside_ranges(areas: np.ndarray) -> np.ndarray:
 
 
 def rank_in_group(keys: np.ndarray) -> np.ndarray:
-    """Return (N,) int64: how many earlier ones have the same key."""
+    """Return (N,) int64: how many earlier elements have the same key."""
     order = np.argsort(keys, kind="stable")
     rank = np.empty(len(keys), np.int64)
     rank[order] = rank_in_run(keys[order])

@@ -20,10 +20,8 @@ class SquareBackbone(Backbone):
 
     def __init__(self, feature: str, channels: int, patch_size: int, image_size: int) -> None:
         super().__init__()
-        self.feature = feature
-        self.channels = channels
-        self.patch_size = patch_size
-        self.image_size = image_size
+        self.feature, self.channels = feature, channels
+        self.patch_size, self.image_size = patch_size, image_size
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {self.feature: ShapeSpec(channels=self.channels, stride=self.patch_size)}
@@ -61,10 +59,11 @@ class ClipImageEncoder(SquareBackbone):
         self.visual = VisionTransformer(
             size.image_size, size.patch_size, size.width, size.layers, size.width // 64, size.embed_dim
         )
-        self.visual.ln_post, self.visual.proj = nn.Identity(), None  # they come after the feature map
+        # the paper takes the patch tokens before these, so they would have no gradient
+        self.visual.ln_post, self.visual.proj = nn.Identity(), None
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode (B, 3, S, S) float images into ``{"clip": (B, width, S / stride, S / stride)}``."""
-        patches = encode_patches(self.visual, images)[:, 1:]
+        patches = encode_patches(self.visual, images)[:, 1:]  # (B, grid * grid, width), without the class token
         grid = self.image_size // self.patch_size
         return {"clip": patches.transpose(1, 2).unflatten(2, (grid, grid))}

@@ -23,15 +23,9 @@ class CropRecognizer(RegionRecognizer):
 
     @configurable
     def __init__(self, *, masked: bool = False, batch_size: int = 64, **arguments: object) -> None:
-        """
-        Args:
-            masked: mask crops instead of box crops.
-            batch_size: number of crops encoded at once.
-            arguments: those of ``RegionRecognizer``.
-        """
+        """Take mask crops if ``masked``, ``batch_size`` at once; ``arguments`` are those of ``RegionRecognizer``."""
         super().__init__(**arguments)  # type: ignore[arg-type]
-        self.masked = masked
-        self.batch_size = batch_size
+        self.masked, self.batch_size = masked, batch_size
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -75,6 +69,7 @@ class CropRecognizer(RegionRecognizer):
 
     def _crop(self, image: torch.Tensor, box: list[float], mask: torch.Tensor | None) -> torch.Tensor:
         height, width = image.shape[-2:]
+        # at least one pixel, inside the image, also for a box between two pixels or past the border
         x0, y0 = min(max(int(box[0]), 0), width - 1), min(max(int(box[1]), 0), height - 1)
         x1, y1 = min(max(round(box[2]), x0 + 1), width), min(max(round(box[3]), y0 + 1), height)
         crop = image[:, y0:y1, x0:x1].to(self.vision_language.pixel_mean.device, torch.float32)

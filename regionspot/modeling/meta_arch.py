@@ -37,9 +37,9 @@ class RegionSpot(nn.Module):
             recognizer: the model proper.
             input_format: channel order of the images, "RGB" or "BGR".
             masks: format of the masks at inference: "bitmask" (``pred_masks``, which Detectron2's evaluators take),
-                "rle" (``pred_masks_rle``, for ours: one for all detections of a box) or "" for none.
-            proposal_source: finds the boxes of RGB images at inference, in place of those that come with them.
-            top_k_proposals: number of proposals to keep of an image, best first; -1 for all.
+                "rle" (``pred_masks_rle``, one for all detections of a box) or "" for none.
+            proposal_source: computes boxes of RGB images at inference, in place of those that come with them.
+            top_k_proposals: number of best proposals to keep of an image; -1 for all.
         """
         super().__init__()
         self.recognizer = recognizer
@@ -129,9 +129,9 @@ class RegionSpot(nn.Module):
         )
 
     def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        keys = [inputs.get("vocabulary", "") for inputs in batched_inputs]
+        keys = [inputs.get("vocabulary", "") for inputs in batched_inputs]  # data sets are mixed in a batch
         num_classes = [len(self.recognizer.classifier.get_names(key)) for key in keys]
-        targets = [read_targets(inputs, number) for inputs, number in zip(batched_inputs, num_classes)]
+        targets = [read_targets(inputs, num) for inputs, num in zip(batched_inputs, num_classes)]
         tokens, maps = self._stored(batched_inputs, "tokens"), self._stored(batched_inputs, "feature_map")
         feature_map = None if maps is None else torch.stack(maps)  # (B, L, width)
         needs_map = feature_map is None and self.recognizer.vision_language.features != "none"
@@ -142,7 +142,7 @@ class RegionSpot(nn.Module):
         return {"loss_cls": self.recognizer.loss(images, boxes, classes, keys, tokens, feature_map)}
 
     def _stored(self, batched_inputs: list[dict[str, Any]], key: str) -> list[torch.Tensor] | None:
-        """Return the stored features under ``key``, in float32 on the model's device, if all images have them."""
+        """Return the stored features under ``key`` if all images have them, in float32 (stores hold float16)."""
         if not all(key in inputs for inputs in batched_inputs):
             return None
         return [inputs[key].to(self.device, non_blocking=True).float() for inputs in batched_inputs]

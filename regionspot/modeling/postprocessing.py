@@ -24,7 +24,7 @@ class Recognition:
 
     Attributes:
         detections: best first, with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices`` (the row of the
-            box in the input). An unknown region has none.
+            box in the input). Unknown regions have no detections.
         regions: all regions in the order of their boxes, with ``pred_boxes``, ``top_classes`` and ``top_scores`` (N, up
             to 5; class probabilities) and ``unknown`` (N,) bool.
     """
@@ -40,12 +40,11 @@ class DetectionRule:
     Attributes:
         score_function: class probabilities by "softmax" over the vocabulary, or "sigmoid".
         score_rule: a detection's score: "product" of proposal score and class probability, or either alone: "class"
-            or "proposal" (which then goes to the best class of a region). Without proposal scores it is "class".
-        score_thresh: detections scoring lower are dropped.
-        labels_per_box: best classes of a region that may become detections; -1 for all.
-        nms_thresh: of two detections of a class whose boxes have more IoU than this only the better is kept; 1 keeps
-            both.
-        top_k: detections kept of an image; -1 for all.
+            or "proposal" (for the best class of a region only). Without proposal scores it is "class".
+        score_thresh: detections with lower scores are dropped.
+        labels_per_box: number of best classes of a region that may become detections; -1 for all.
+        nms_thresh: IoU threshold of class-wise non-maximum suppression; 1 for none.
+        top_k: number of best detections to keep of an image; -1 for all.
         unknown_thresh: a region whose best class is less probable than this is unknown; 0 for none.
     """
 
@@ -106,6 +105,7 @@ class DetectionRule:
         if classes is not None:
             scores = torch.where(classes.to(scores.device), scores, -1)
         top = probabilities.topk(min(NUM_TOP_CLASSES, probabilities.shape[1]), dim=1)
+        # top_classes do not know the rule: they are reported also for unknown regions
         fields = {"pred_boxes": boxes, "top_classes": top.indices, "top_scores": top.values, "unknown": unknown}
         return Recognition(self.select(boxes.tensor, scores, image_size), Instances(image_size, **fields))
 
@@ -114,11 +114,9 @@ class DetectionRule:
         return SCORE_FUNCTIONS[self.score_function](logits)
 
     def is_unknown(self, probabilities: torch.Tensor, num_background: int = 0) -> torch.Tensor:
-        """Return (N,) bool: which regions are of no class of the vocabulary.
+        """Return (N,) bool: the regions of no class, by ``probabilities`` (N, K + num_background), background last.
 
-        Args:
-            probabilities: (N, K + num_background), those of the background prompts last.
-            num_background: number of background prompts; a region whose best name is one of them is unknown.
+        They are those whose best name is a background name or less probable than ``unknown_thresh``.
         """
         if not probabilities.shape[1]:
             return torch.ones(len(probabilities), dtype=torch.bool, device=probabilities.device)
@@ -126,12 +124,7 @@ class DetectionRule:
         return (best < self.unknown_thresh) | (index >= probabilities.shape[1] - num_background)
 
     def scores(self, probabilities: torch.Tensor, proposal_scores: torch.Tensor | None) -> torch.Tensor:
-        """Return (N, K) scores of (box, class) pairs, -1 for a pair that must not become a detection.
-
-        Args:
-            probabilities: (N, K) class probabilities.
-            proposal_scores: (N,) in [0, 1], or None.
-        """
+        """Return (N, K) scores of (box, class) pairs, -1 for a pair that must not become a detection."""
         scores = probabilities
         if proposal_scores is not None and self.score_rule == "product":
             scores = scores * proposal_scores.to(scores)[:, None]
@@ -144,27 +137,23 @@ class DetectionRule:
         return scores
 
     def select(self, boxes: torch.Tensor, scores: torch.Tensor, image_size: tuple[int, int]) -> Instances:
-        """Keep the best (box, class) pairs of an image.
+        """Return the best (box, class) pairs of an image, see ``Recognition.detections``.
 
         Args:
             boxes: (N, 4) float, XYXY, output pixels.
             scores: (N, K) float in [0, 1], negative for pairs that must not be kept.
             image_size: (height, width) of the output.
-
-        Returns:
-            Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices`` (the row of ``boxes``),
-            best first.
         """
         pairs = scores.flatten()  # (N * K,)
-        # suppression comes before the cut, so it needs all pairs
+        # suppression comes before the limit, so it needs all pairs
         num_pairs = len(pairs) if self.top_k < 0 or self.nms_thresh < 1 else min(self.top_k, len(pairs))
         best, index = pairs.topk(num_pairs)
-        index = index[best >= max(self.score_thresh, 0)]
+        index = index[best >= max(self.score_thresh, 0)]  # pairs that must not be kept have -1
         regions, classes = index // max(scores.shape[1], 1), index % max(scores.shape[1], 1)
         if self.nms_thresh < 1:
-            kept = batched_nms(boxes[regions], pairs[index], classes, self.nms_thresh)
-            kept = kept if self.top_k < 0 else kept[: self.top_k]
-            index, regions, classes = index[kept], regions[kept], classes[kept]
+            keep = batched_nms(boxes[regions], pairs[index], classes, self.nms_thresh)  # best first
+            keep = keep if self.top_k < 0 else keep[: self.top_k]
+            index, regions, classes = index[keep], regions[keep], classes[keep]
         return Instances(
             image_size,
             pred_boxes=Boxes(boxes[regions]),
@@ -177,17 +166,14 @@ class DetectionRule:
 def merge_detections(detections: Instances, preferred: Instances, nms_thresh: float, top_k: int) -> Instances:
     """Merge an image's detections from two sources of different classes by score.
 
-    Best first, each detection suppresses those of the other source that have more IoU with it than ``nms_thresh``,
-    whatever their classes; detections of the same source do not affect each other.
+    Best first, each detection suppresses those of the other source that overlap it by more than ``nms_thresh`` (1 keeps
+    all), whatever their classes. Detections of the same source do not affect each other: their own rule did that.
 
     Args:
         detections: with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices``.
         preferred: likewise, of the other source; it comes first where scores tie.
-        nms_thresh: 1 keeps all.
-        top_k: number of detections to keep; -1 for all.
-
-    Returns:
-        Instances with these four fields, best first.
+        nms_thresh: IoU.
+        top_k: number of best detections to keep; -1 for all.
     """
     merged = Instances.cat([preferred, detections])
     order = merged.scores.argsort(descending=True, stable=True)
@@ -201,9 +187,9 @@ def merge_detections(detections: Instances, preferred: Instances, nms_thresh: fl
 
 
 def _greedy_keep(rivals: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: which rows are kept where each that is kept removes its later (N, N) ``rivals``."""
-    kept = np.ones(len(rivals), dtype=bool)
+    """Return (N,) bool: the rows that stay if each that stays removes its later ``rivals`` (N, N)."""
+    keep = np.ones(len(rivals), dtype=bool)
     for row in np.flatnonzero(rivals.any(axis=1)):
-        if kept[row]:
-            kept[row + 1 :] &= ~rivals[row, row + 1 :]
-    return kept
+        if keep[row]:
+            keep[row + 1 :] &= ~rivals[row, row + 1 :]
+    return keep

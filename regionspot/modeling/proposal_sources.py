@@ -27,11 +27,7 @@ class SamAutomaticProposals:
     """The boxes of SAM's automatic masks, from a grid of points; their scores are SAM's own estimates of the IoU."""
 
     def __init__(self, localizer: SamLocalizer, **settings: Any) -> None:
-        """
-        Args:
-            localizer: whose SAM to use.
-            settings: of ``SamAutomaticMaskGenerator``: ``points_per_side``, ``pred_iou_thresh``, ...
-        """
+        """Use the localizer's SAM, with ``settings`` of ``SamAutomaticMaskGenerator`` (``points_per_side``, ...)."""
         self.generator = SamAutomaticMaskGenerator(localizer.sam, **settings)
 
     def __call__(self, images: Sequence[torch.Tensor]) -> list[Instances]:
@@ -41,7 +37,8 @@ class SamAutomaticProposals:
             pixels = image.permute(1, 2, 0).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
             masks = self.generator.generate(np.ascontiguousarray(pixels))
             boxes = torch.tensor([mask["bbox"] for mask in masks], dtype=torch.float32).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2] + 1  # XYWH to XYXY; the generator's boxes end at the last pixel inside
+            # XYWH to XYXY; the generator's boxes end at the last pixel inside the mask, ours after it
+            boxes[:, 2:] += boxes[:, :2] + 1
             scores = torch.tensor([mask["predicted_iou"] for mask in masks], dtype=torch.float32).clamp(0, 1)
             results.append(to_proposals(boxes, scores, (image.shape[1], image.shape[2])))
         return results
@@ -51,13 +48,14 @@ class DetectorProposals(FrozenModule):
     """The boxes of a Detectron2 detector, or the proposals of its RPN; the detector is frozen and never saved."""
 
     def __init__(self, detector_cfg: CfgNode, output: str = "boxes") -> None:
-        """
+        """Build a detector and load its weights.
+
         Args:
             detector_cfg: config of the detector, with its weights.
             output: "boxes" for its detections of all classes, or "rpn" for the proposals of its RPN.
 
         Raises:
-            ValueError: another output, or a detector without an RPN.
+            ValueError: another output, or one that the detector lacks.
         """
         super().__init__()
         if output not in ("boxes", "rpn"):
@@ -70,8 +68,8 @@ class DetectorProposals(FrozenModule):
         if output == "boxes" and isinstance(self.detector, ProposalNetwork):
             raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT boxes: {kind} has an RPN alone; take rpn")
         self.output, self.image_format = output, detector_cfg.INPUT.FORMAT
-        sizes = (detector_cfg.INPUT.MIN_SIZE_TEST, detector_cfg.INPUT.MAX_SIZE_TEST)
-        self.resize = T.ResizeShortestEdge([sizes[0], sizes[0]], sizes[1])
+        side = detector_cfg.INPUT.MIN_SIZE_TEST
+        self.resize = T.ResizeShortestEdge([side, side], detector_cfg.INPUT.MAX_SIZE_TEST)
         self.freeze()
 
     @torch.no_grad()
@@ -81,7 +79,7 @@ class DetectorProposals(FrozenModule):
         if self.output == "boxes":
             detections = [output["instances"] for output in self.detector(inputs)]
             return [to_proposals(x.pred_boxes.tensor, x.scores, x.image_size) for x in detections]
-        if isinstance(self.detector, ProposalNetwork):  # its proposals are in the image's frame already
+        if isinstance(self.detector, ProposalNetwork):  # scales its proposals to the image itself
             rpn = [output["proposals"] for output in self.detector(inputs)]
             return [to_proposals(x.proposal_boxes.tensor, x.objectness_logits.sigmoid(), x.image_size) for x in rpn]
         batch = self.detector.preprocess_image(inputs)
@@ -89,7 +87,7 @@ class DetectorProposals(FrozenModule):
         results = []
         for proposal, image in zip(proposals, images):
             size = (image.shape[1], image.shape[2])
-            boxes = proposal.proposal_boxes.clone()
+            boxes = proposal.proposal_boxes.clone()  # in the frame of the resized image
             boxes.scale(size[1] / proposal.image_size[1], size[0] / proposal.image_size[0])
             results.append(to_proposals(boxes.tensor, proposal.objectness_logits.sigmoid(), size))
         return results
@@ -102,7 +100,7 @@ class DetectorProposals(FrozenModule):
 
 
 def to_proposals(boxes: torch.Tensor, scores: torch.Tensor, size: tuple[int, int]) -> Instances:
-    """Return proposals, clipped to an image of (height, width), without those that have no area then."""
+    """Return proposals, clipped to an image of (height, width); those that are empty then are dropped."""
     proposals = Instances(size, proposal_boxes=Boxes(boxes), scores=scores)
     proposals.proposal_boxes.clip(size)
     return proposals[proposals.proposal_boxes.nonempty()]

@@ -1,4 +1,4 @@
-"""The outcome of an evaluation: limits reach the metrics, and files hold every class."""
+"""The report of an evaluation: limits reach the metrics, and files hold every class."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import pytest
 
 from regionspot.data.coco_io import read_results
 from regionspot.evaluation.ground_truth import GroundTruth
-from regionspot.evaluation.report import evaluate_task, write_outcomes
+from regionspot.evaluation.report import evaluate_task, write_evaluations
 
 from .reference import make_world, run_lvis, write_world
 
@@ -19,20 +19,20 @@ def test_limit_of_detections_reaches_metrics(tmp_path):
     truth, read = GroundTruth(annotations), read_results(results)
     for limit in (1, 300):
         expected, _ = run_lvis(annotations, predictions, "bbox", limit)
-        outcome = evaluate_task(truth, read, "bbox", "lvis", limit)
-        assert outcome.metrics["AP"] == pytest.approx(expected["AP"], abs=1e-9)
-        assert f"AR@{limit}" in outcome.recalls
+        evaluation = evaluate_task(truth, read, "bbox", "lvis", limit)
+        assert evaluation.metrics()["AP"] == pytest.approx(expected["AP"], abs=1e-9)
+        assert f"AR@{limit}" in evaluation.average_recalls()
 
 
 def test_report_files(tmp_path):
     world, predictions = make_world(1, frequencies="rc")
     annotations, results = write_world(tmp_path, world, predictions)
     truth = GroundTruth(annotations)
-    outcome = evaluate_task(truth, read_results(results), "bbox", "lvis")
-    write_outcomes(tmp_path, truth, {"bbox": outcome}, protocol="a line")
+    evaluation = evaluate_task(truth, read_results(results), "bbox", "lvis")
+    write_evaluations(tmp_path, truth, {"bbox": evaluation}, protocol="a line")
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert report["protocol"] == "a line" and report["bbox"]["APf"] is None
-    assert report["bbox"]["AP"] == outcome.metrics["AP"] > 0
+    assert report["bbox"]["AP"] == evaluation.metrics()["AP"] > 0
     with (tmp_path / "per_class_bbox.csv").open() as file:
         rows = list(csv.DictReader(file))
     by_id = {entry["id"]: entry for entry in world["categories"]}
@@ -43,4 +43,4 @@ def test_report_files(tmp_path):
         assert (row["name"], row["frequency"]) == (category["name"], category["frequency"])
         assert int(row["annotations"]) == sum(entry["area"] > 0 and not entry.get("ignore") for entry in own)
     shown = [float(row["AP"]) for row in rows if row["AP"]]
-    assert np.mean(shown) == pytest.approx(outcome.metrics["AP"])
+    assert np.mean(shown) == pytest.approx(evaluation.metrics()["AP"])

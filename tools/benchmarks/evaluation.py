@@ -32,7 +32,7 @@ from regionspot.evaluation.report import evaluate_task
 from regionspot.data.coco_io import read_results
 before, start = peak(), time.process_time()
 truth, results = GroundTruth(sys.argv[1]), read_results(sys.argv[2])
-metrics = evaluate_task(truth, results, sys.argv[3], sys.argv[4], segm_areas="boxes").metrics  # areas as lvis
+metrics = evaluate_task(truth, results, sys.argv[3], sys.argv[4], segm_areas="boxes").metrics()  # areas as lvis
 """
 _LVIS = """
 import lvis, logging, numpy

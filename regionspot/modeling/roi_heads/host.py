@@ -1,4 +1,4 @@
-"""The ROI heads that a detector had before it got RegionSpot's, and the boxes that they choose."""
+"""The ROI heads that a host detector had before RegionSpot's, and the boxes that they refine."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads, build_roi_heads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, build_roi_heads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
@@ -16,7 +16,7 @@ HOSTS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads")
 
 
 def build_host_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the ROI heads that ``MODEL.REGIONSPOT.HEAD.HOST`` names, for boxes and classes only."""
+    """Build the ROI heads of ``MODEL.REGIONSPOT.HEAD.HOST``, for boxes and classes only."""
     name = cfg.MODEL.REGIONSPOT.HEAD.HOST or "StandardROIHeads"
     if name not in HOSTS:
         raise ValueError(f"MODEL.REGIONSPOT.HEAD.HOST: expected one of {', '.join(HOSTS)}; got {name!r}")
@@ -33,17 +33,13 @@ def build_host_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Modu
 
 
 class HostImages(nn.Module):
-    """Restores the images that a host was given from those that it normalized and padded."""
+    """Undoes a host's normalization and padding of its images."""
 
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
 
     def __init__(self, pixel_mean: tuple[float, ...], pixel_std: tuple[float, ...], input_format: str = "BGR") -> None:
-        """
-        Args:
-            pixel_mean, pixel_std: the host's normalization.
-            input_format: channel order of the host's images, "RGB" or "BGR".
-        """
+        """Take the host's normalization, and the channel order of its images, "RGB" or "BGR"."""
         super().__init__()
         self.input_format = check_image_format(input_format)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
@@ -53,6 +49,7 @@ class HostImages(nn.Module):
         """Return the (3, H, W) uint8 RGB images, on the CPU: there SAM's resizing is exact to the bit."""
         originals = []
         for normalized, (height, width) in zip(images.tensor, images.image_sizes):
+            # the host's resizing stays: boxes are in the frame of its input
             pixels = normalized[:, :height, :width].float() * self.pixel_std + self.pixel_mean
             originals.append(to_rgb(pixels.round().clamp(0, 255).to("cpu", torch.uint8), self.input_format))
         return originals
@@ -66,7 +63,7 @@ class BoxSelection:
         source: "proposals" of the host's RPN, or "refined": moved by the host's own box regression.
         score: "objectness" of the proposals, or "foreground", by the host's own classification (with "refined" only).
         nms_thresh: class-agnostic suppression before anything is recognized; 1 for none.
-        top_k: number of boxes to keep of an image, best first; -1 for all.
+        top_k: number of best boxes to keep of an image; -1 for all.
     """
 
     source: str = "proposals"
@@ -99,7 +96,7 @@ class BoxSelection:
 
         Args:
             heads: the host's own, one of ``HOSTS``; needed for refined boxes only.
-            features: of the host's backbone.
+            features: feature maps of the host's backbone.
             proposals: B ``Instances`` with ``proposal_boxes`` and, optionally, their scores.
         """
         if self.is_refined:
@@ -125,12 +122,7 @@ class BoxSelection:
 def refine_boxes(
     heads: nn.Module, features: dict[str, torch.Tensor], proposals: list[Instances]
 ) -> list[tuple[Boxes, torch.Tensor]]:
-    """Move each proposal once, by the host's own box regression; a class-specific one is that of the best class.
-
-    Args:
-        heads: one of ``HOSTS``.
-        features: of the backbone.
-        proposals: B ``Instances`` with ``proposal_boxes``.
+    """Move each proposal by the host's box regression, for its most probable class if that is class-specific.
 
     Returns:
         For each image its N_i boxes, clipped to the image, and (N_i,) float: the probability that they hold an object.
@@ -146,7 +138,7 @@ def refine_boxes(
         best = best if class_boxes.shape[1] > 1 else torch.zeros_like(best)
         refined = Boxes(class_boxes[torch.arange(len(class_boxes)), best])
         refined.clip(image_proposals.image_size)
-        # by sigmoid classes do not exclude each other, and their sum is no probability
+        # sigmoid classes do not exclude each other: their sum is no probability
         results.append((refined, largest if predictor.use_sigmoid_ce else foreground.sum(dim=1)))
     return results
 
@@ -155,26 +147,20 @@ def _predict(
     heads: Any, features: dict[str, torch.Tensor], proposals: list[Instances]
 ) -> tuple[Any, tuple, list[Instances]]:
     """Return the (last) predictor, its output, and the proposals that it was run on."""
-    boxes = [x.proposal_boxes for x in proposals]
     if isinstance(heads, Res5ROIHeads):
+        boxes = [x.proposal_boxes for x in proposals]
         pooled = heads.res5(heads.pooler([features[f] for f in heads.in_features], boxes)).mean(dim=[2, 3])
         return heads.box_predictor, heads.box_predictor(pooled), proposals
     maps = [features[f] for f in heads.box_in_features]
-    if isinstance(heads, CascadeROIHeads):
-        return _run_cascade(heads, maps, proposals)
-    assert isinstance(heads, StandardROIHeads)
-    return heads.box_predictor, heads.box_predictor(heads.box_head(heads.box_pooler(maps, boxes))), proposals
-
-
-def _run_cascade(
-    heads: Any, maps: list[torch.Tensor], proposals: list[Instances]
-) -> tuple[Any, tuple, list[Instances]]:
-    stages = list(zip(heads.box_head, heads.box_predictor))
-    for head, predictor in stages[:-1]:  # each stage starts from the boxes of the one before
+    is_cascade = isinstance(heads, CascadeROIHeads)
+    stages = zip(heads.box_head, heads.box_predictor) if is_cascade else [(heads.box_head, heads.box_predictor)]
+    predictor, predictions = None, ()
+    for head, next_predictor in stages:
+        if predictor is not None:  # each stage starts from the boxes of the previous one, clipped to the image
+            moved = [Boxes(x.detach()) for x in predictor.predict_boxes(predictions, proposals)]
+            for boxes, old in zip(moved, proposals):
+                boxes.clip(old.image_size)
+            proposals = [Instances(old.image_size, proposal_boxes=boxes) for boxes, old in zip(moved, proposals)]
+        predictor = next_predictor
         predictions = predictor(head(heads.box_pooler(maps, [x.proposal_boxes for x in proposals])))
-        moved = [Boxes(x.detach()) for x in predictor.predict_boxes(predictions, proposals)]
-        for boxes, old in zip(moved, proposals):
-            boxes.clip(old.image_size)
-        proposals = [Instances(old.image_size, proposal_boxes=boxes) for boxes, old in zip(moved, proposals)]
-    head, predictor = stages[-1]
-    return predictor, predictor(head(heads.box_pooler(maps, [x.proposal_boxes for x in proposals]))), proposals
+    return predictor, predictions, proposals

@@ -21,12 +21,12 @@ ALIASES = "MODEL.REGIONSPOT.HEAD.HOST_ALIASES"
 
 @dataclass(frozen=True)
 class HostVocabulary:
-    """The classes of a host, of which detections are the host's own.
+    """The classes for which the host's own detections are used.
 
     Attributes:
-        names: of the classes, in the host's order.
+        names: class names, in the host's order.
         aliases: from names of the host to names to recognize, or to None, see ``match_names``.
-        merge_nms_thresh: of ``merge_detections``, which merges the host's detections with RegionSpot's.
+        merge_nms_thresh: the threshold of ``merge_detections`` with RegionSpot's detections.
     """
 
     names: Sequence[str]
@@ -46,7 +46,7 @@ class HostVocabulary:
 
 
 def read_aliases(path: str | Path, host_names: Sequence[str]) -> dict[str, str | None]:
-    """Read a JSON object from the host's names to names to recognize, or to null for none of them.
+    """Read a JSON object from the host's names to names to recognize, or to null for none.
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,16 +63,11 @@ def read_aliases(path: str | Path, host_names: Sequence[str]) -> dict[str, str |
 def match_names(
     host_names: Sequence[str], names: Sequence[str], aliases: Mapping[str, str | None] | None = None
 ) -> tuple[int, ...]:
-    """Return the index in ``names`` of each class of a host, -1 for none; the matches are logged, once.
+    """Return the index in ``names`` of each of a host's classes, -1 for none; the matches are logged once.
 
-    An alias of the host's name decides. Otherwise the match is, in this order, the same spelling; the only name that
-    differs in nothing but case, underscores, hyphens, spaces and brackets; the only name of an LVIS category of which
-    the host's name is a synonym; the only name that differs in nothing but a final s. An ambiguous name matches none.
-
-    Args:
-        host_names: of the host's classes, in its order.
-        names: to recognize.
-        aliases: of names of the host, see ``read_aliases``.
+    An alias (see ``read_aliases``) decides. Otherwise the match is, in this order, the same spelling; the only name
+    that differs just in case, underscores, hyphens, spaces and brackets; the only name of an LVIS category with the
+    host's name as a synonym; the only name that differs just in a final s. An ambiguous name matches none.
     """
     return _match(tuple(host_names), tuple(names), tuple((aliases or {}).items()))
 
@@ -82,6 +77,7 @@ def _match(
     host_names: tuple[str, ...], names: tuple[str, ...], aliases: tuple[tuple[str, str | None], ...]
 ) -> tuple[int, ...]:
     alias_of = dict(aliases)
+    # a vocabulary may repeat a name: its first index is the class
     first = {name: i for i, name in reversed(list(enumerate(names)))}
     plain, singular = _index(names, _plain), _index(names, _singular)
     matches, ways = [], defaultdict(list)
@@ -124,7 +120,7 @@ def _index(names: Sequence[str], normalize: Callable[[str], str]) -> defaultdict
 
 
 def _plain(name: str) -> str:
-    """Return a name in lower case, without brackets and their content, and without all but letters and digits."""
+    """Return only the letters and digits of a name, in lower case, without brackets and their content."""
     return re.sub(r"[\W_]+", "", re.sub(r"\(.*?\)", "", name.lower())) or name
 
 
@@ -134,9 +130,9 @@ def _singular(name: str) -> str:
 
 @cache
 def _lvis_synonyms() -> defaultdict[str, set[str]]:
-    """Return the LVIS categories that a normalized name is a synonym of.
+    """Return for a normalized synonym the LVIS categories that have it.
 
-    Only from a synonym to its category's name: of LVIS's person "woman" is a synonym, but a person need not be one.
+    Only in this direction: "woman" is a synonym of LVIS's person, but a person need not be a woman.
     """
     categories: defaultdict[str, set[str]] = defaultdict(set)
     for category in LVIS_CATEGORIES:

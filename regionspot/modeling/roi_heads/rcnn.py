@@ -11,9 +11,9 @@ from regionspot.modeling.roi_heads.roi_heads import RegionSpotROIHeads
 
 @META_ARCH_REGISTRY.register()
 class RegionSpotRCNN(GeneralizedRCNN):
-    """A ``GeneralizedRCNN`` with a RegionSpot head, of which nothing but the knowledge integration learns.
+    """A ``GeneralizedRCNN`` with a RegionSpot head, in which only the knowledge integration learns.
 
-    Everything beside the head takes no gradient and is in eval mode (no running means, no dropout, no losses of its
+    Everything beside the head takes no gradient and stays in eval mode (no running means, no dropout, no losses of its
     own), unless the head's ``freeze`` is False (``MODEL.REGIONSPOT.HEAD.FREEZE_HOST``).
     """
 
@@ -34,16 +34,13 @@ class RegionSpotRCNN(GeneralizedRCNN):
 
 
 def freeze_host(model: nn.Module) -> None:
-    """Let nothing of a detector that holds a ``RegionRecognizer`` learn but the recognizer's knowledge integration.
+    """Freeze a detector around its ``RegionRecognizer``, of which only the knowledge integration learns.
 
-    The parts beside the one that holds the recognizer take no gradient and work as at inference, whatever
-    ``model.train()`` says. A ``RegionSpotRCNN`` does this by itself.
-
-    Args:
-        model: any module whose children are the parts of a detector.
+    The children of ``model`` that do not hold the recognizer take no gradient and stay in eval mode, also after
+    ``model.train()``. A ``RegionSpotRCNN`` does this by itself.
     """
     _freeze_parts(model)
-    model.register_forward_pre_hook(_freeze_parts)  # as model.train() reaches all parts
+    model.register_forward_pre_hook(_freeze_parts)  # model.train() has set all parts to train
 
 
 def _freeze_parts(model: nn.Module, _: Any = None) -> None:

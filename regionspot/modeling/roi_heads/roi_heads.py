@@ -28,15 +28,15 @@ TRAINING = "names of DATASETS.TRAIN"  # key of the vocabulary that is trained wi
 
 @ROI_HEADS_REGISTRY.register()
 class RegionSpotROIHeads(ROIHeads):
-    """Recognizes the proposals of a host detector over any vocabulary and gives SAM's masks of them.
+    """Recognizes the proposals of a host detector over any vocabulary, with SAM's masks.
 
-    The images are those that the host was given, with its normalization undone. In training the regions are those that
-    Detectron2's ``ROIHeads`` samples as foreground. The state dict has the host's own heads, where they are kept, under
-    the host's own keys, and the recognizer under ``recognizer.``.
+    The images are the host's, with its normalization undone. In training the regions are those that Detectron2's
+    ``ROIHeads`` samples as foreground. The state dict has the host's own heads, if any, under the host's own keys, and
+    the recognizer under ``recognizer.``.
 
     Attributes:
-        host_is_frozen: whether the parts of the detector beside this head are frozen, by ``RegionSpotRCNN`` or
-            ``freeze_host``; with ``freeze`` the head refuses to be trained before they are.
+        host_is_frozen: whether ``RegionSpotRCNN`` or ``freeze_host`` has frozen the detector beside this head; with
+            ``freeze`` the head refuses to be trained before.
     """
 
     @configurable
@@ -55,18 +55,18 @@ class RegionSpotROIHeads(ROIHeads):
         """
         Args:
             recognizer: its ``rule`` has the thresholds.
-            host_images: restores the images that the host was given.
+            host_images: restores the original images.
             boxes: which boxes are recognized, and their scores; by default all proposals.
             host: the host's own ROI heads, for refined boxes and for ``host_vocabulary``.
-            host_vocabulary: the names that the host knows, of which detections are then the host's.
+            host_vocabulary: names for which the host's own detections are used.
             masks: whether detections have masks.
-            freeze: let nothing of the detector around learn.
-            kwargs: of ``ROIHeads``: how regions to train with are sampled.
+            freeze: whether the detector around the head is frozen.
+            kwargs: arguments of ``ROIHeads``: how training regions are sampled.
         """
         super().__init__(**kwargs)
         boxes = boxes or BoxSelection()
         if host is None and (boxes.is_refined or host_vocabulary):
-            raise ValueError("boxes are refined, and names are known, by the host's own heads: got none")
+            raise ValueError("refined boxes and a host vocabulary need the host's own heads: got none")
         if host is not None and host_vocabulary and len(host_vocabulary.names) != host.num_classes:
             raise ValueError(
                 f"MODEL.REGIONSPOT.HEAD.HOST_VOCABULARY: expected the {host.num_classes} names of the host's classes "
@@ -92,7 +92,7 @@ class RegionSpotROIHeads(ROIHeads):
                 f"MODEL.REGIONSPOT.HEAD.HOST_CONFIG {node.HOST_CONFIG}: regionspot.config.load_config alone reads it; "
                 "load the config by that, or merge the host's config yourself and leave this empty"
             )
-        boxes = BoxSelection.from_config(cfg)  # what is cheap to check comes before the weights are read
+        boxes = BoxSelection.from_config(cfg)  # cheap checks come before weights are read
         needs_host = boxes.is_refined or bool(node.HOST_VOCABULARY)
         host = build_host_heads(cfg, input_shape) if needs_host else None
         host_vocabulary = HostVocabulary.from_config(cfg) if node.HOST_VOCABULARY else None
@@ -129,17 +129,17 @@ class RegionSpotROIHeads(ROIHeads):
 
         Args:
             images: B images as the host normalized and padded them.
-            features: of the host's backbone; for its own heads only.
+            features: feature maps of the host's backbone, for its own heads only.
             proposals: B ``Instances`` with ``proposal_boxes`` (XYXY in the pixels of the images) and, optionally,
                 ``objectness_logits`` or ``scores``.
             targets: in training, B ``Instances`` with ``gt_boxes`` and ``gt_classes``.
 
         Returns:
-            In training the sampled regions and ``{"loss_regionspot": scalar}`` (and the losses of the host's own heads,
-            if they learn, too); else detections as ``RegionRecognizer.forward`` gives them, and {}.
+            In training the sampled regions and ``{"loss_regionspot": scalar}`` (with the losses of the host's own heads
+            if they learn); else detections as ``RegionRecognizer.forward`` returns them, and {}.
 
         Raises:
-            ValueError: an invalid box, a class outside the vocabulary, or a host that should be frozen and is not.
+            ValueError: an invalid box, a class outside the vocabulary, or a host that is not frozen but should be.
         """
         if self.training:
             if targets is None:
@@ -166,23 +166,23 @@ class RegionSpotROIHeads(ROIHeads):
             return [result.detections for result in self.recognizer.recognize(images, boxes, scores, masks=masks)]
         assert self.host is not None
         matches = torch.tensor(self.host_vocabulary.match(self.recognizer.vocabulary))  # (K of the host,)
-        host_detections, _ = self.host(None, features, proposals)  # at inference no kind of host uses the images
+        host_detections, _ = self.host(None, features, proposals)  # at inference none of HOSTS uses the images
         known = [_rename_classes(detections, matches) for detections in host_detections]
         others = ~torch.isin(torch.arange(len(self.recognizer.vocabulary)), matches)
-        encoded = self.recognizer.encode_images(images)
+        encoded = self.recognizer.encode_images(images)  # once, for RegionSpot's boxes and masks of the host's
         named = self.recognizer.recognize(images, boxes, scores, None, masks, others, encoded)
         prompts = [Prompts(boxes=detections.pred_boxes.tensor) for detections in known]
         located = self.recognizer.locate(encoded, prompts, with_masks=True) if masks else [None] * len(known)
         return [self._merge(x.detections, y, z) for x, y, z in zip(named, known, located)]
 
     def _merge(self, named: Instances, known: Instances, located: LocalizerOutput | None) -> Instances:
-        """Merge RegionSpot's and the host's detections by score; the host's boxes are regions behind RegionSpot's."""
+        """Merge RegionSpot's and the host's detections by score."""
         assert self.host_vocabulary is not None
         masks: RegionMasks | None = named.pred_masks if named.has("pred_masks") else None
-        first = len(masks.logits) if masks is not None else 0
+        first = len(masks.logits) if masks is not None else 0  # the host's regions are numbered after RegionSpot's
         known.region_indices = first + torch.arange(len(known), device=known.scores.device)
         if masks is not None:
-            named.remove("pred_masks")
+            named.remove("pred_masks")  # their rows are of other regions than the host's: merged again below
         merged = merge_detections(named, known, self.host_vocabulary.merge_nms_thresh, self.recognizer.rule.top_k)
         if masks is not None and located is not None and located.masks is not None:
             logits = torch.cat([masks.logits, located.masks])
@@ -203,7 +203,7 @@ class RegionSpotROIHeads(ROIHeads):
                 "learn"
             )
         key = TRAINING if TRAINING in self.recognizer.classifier.vocabularies else ""
-        self.num_classes = len(self.recognizer.classifier.get_names(key))  # the index of background in the sampling
+        self.num_classes = len(self.recognizer.classifier.get_names(key))  # ROIHeads' index of background
         learning_host = None if self.freeze else self.host
         if learning_host is not None and learning_host.num_classes != self.num_classes:
             raise ValueError(
@@ -223,7 +223,7 @@ class RegionSpotROIHeads(ROIHeads):
 
 
 def _rename_classes(detections: Instances, matches: torch.Tensor) -> Instances:
-    """Return the host's detections with the classes that (K,) ``matches`` has for its own, without those of -1."""
+    """Map the host's classes by ``matches`` (K,) to those of the vocabulary; drop detections of classes with -1."""
     classes = matches.to(detections.pred_classes.device)[detections.pred_classes]
     renamed = Instances(detections.image_size, pred_boxes=detections.pred_boxes, scores=detections.scores)
     renamed.pred_classes = classes
@@ -231,7 +231,7 @@ def _rename_classes(detections: Instances, matches: torch.Tensor) -> Instances:
 
 
 def _add_vocabularies(recognizer: RegionRecognizer, cfg: CfgNode) -> None:
-    """Set the names of the data sets, to be encoded when they are first needed."""
+    """Add the names of the data sets, which are encoded when first used."""
     if names := _names(cfg.DATASETS.TRAIN):
         recognizer.classifier.add(TRAINING, names)
     if not recognizer.classifier.active and (names := _names(cfg.DATASETS.TEST)):
@@ -240,7 +240,7 @@ def _add_vocabularies(recognizer: RegionRecognizer, cfg: CfgNode) -> None:
 
 
 def _names(datasets: Sequence[str]) -> list[str]:
-    """Return the class names of the first of the data sets, none where its files are missing."""
+    """Return the class names of the first data set, or none if its files are missing (a model needs no data)."""
     if not datasets:
         return []
     metadata = MetadataCatalog.get(datasets[0])
@@ -250,8 +250,8 @@ def _names(datasets: Sequence[str]) -> list[str]:
     return dataset_names(datasets[0])
 
 
-# In a checkpoint the host's heads have the keys that they have without RegionSpot: roi_heads.box_head.*, not
-# roi_heads.host.box_head.*.
+# In a checkpoint the host's heads have the same keys as without RegionSpot, roi_heads.box_head.* instead of
+# roi_heads.host.box_head.*, so that files move between the two detectors.
 
 
 def _to_own_keys(head: RegionSpotROIHeads, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
@@ -275,7 +275,7 @@ def _to_host_keys(head: RegionSpotROIHeads, state: dict[str, torch.Tensor], pref
 
 
 def _forgive_loaded_parts(head: RegionSpotROIHeads, keys: Any) -> None:
-    """Do not report parts as missing that have weights of their own and of which a host's checkpoint has nothing."""
+    """Do not report parts as missing that have weights and that a host's checkpoint lacks entirely."""
     expected = head.recognizer.state_dict()
     for part, prefix in PARTS.items():
         if not head.recognizer.weight_sources[part]:
