@@ -1,7 +1,4 @@
-"""Checkpointers in Detectron2's manner, and the way to a model with its weights.
-
-Ours read released checkpoints as they are; what they save holds the trained parts and fingerprints of the frozen ones.
-"""
+"""Detectron2's checkpointer, safe, and for released checkpoints; ``load_model``."""
 
 import logging
 from pathlib import Path
@@ -23,22 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class SafeDetectionCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which runs no code from files and leaves none half-written.
+    """Detectron2's checkpointer for ``.pth`` and the model zoo's ``.pkl``, without running code from files.
 
-    It reads ``.pth``, and ``.pkl`` as in the model zoo.
+    Files that it writes appear whole or not at all.
     """
 
     def save(self, name: str, is_last: bool = True, **kwargs: Any) -> None:
-        """Save ``name``.pth, with ``kwargs`` beside the weights.
-
-        ``is_last`` marks the checkpoint that training resumes from; without it the training state is left out.
-        """
+        """Save ``name``.pth, with ``kwargs`` beside the weights; without ``is_last`` it lacks the training state."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = self.weights_to_save()
         data.update({key: x.state_dict() for key, x in self.checkpointables.items() if is_last or key == "ema"})
         data.update(kwargs)
         path = f"{self.save_dir}/{name}.pth"
+        # synced: last_checkpoint must not name a file that a loss of power has emptied
         with atomic_path(path, sync=True) as temporary:
             torch.save(data, temporary)
         logger.info("Saved checkpoint to %s", path)
@@ -46,7 +41,7 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def weights_to_save(self) -> dict[str, Any]:
-        """Return what a file holds of the model."""
+        """Return the entries of a file that hold the model."""
         return {"model": self.model.state_dict()}
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -67,10 +62,9 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
 class RegionSpotCheckpointer(SafeDetectionCheckpointer):
     """Detectron2's checkpointer for a model that holds a ``RegionRecognizer``.
 
-    It saves the trained parts only, in the released key layout, with the fingerprints of the frozen parts and the
-    files that these came from. It loads such a file or a released checkpoint, with or without its frozen parts; frozen
-    parts that the file lacks come from ``sam_weights`` and ``clip_weights``. No file is ever executed, and a file that
-    is refused leaves the model as it was.
+    It saves the trained parts in the released key layout, with the fingerprints and files of the frozen parts. It
+    loads such a file or a released checkpoint; frozen parts that the file lacks come from ``sam_weights`` and
+    ``clip_weights``. After an error the model is unchanged.
     """
 
     def __init__(
@@ -86,9 +80,8 @@ class RegionSpotCheckpointer(SafeDetectionCheckpointer):
         Args:
             model: the model, wrapped for DDP or not.
             save_dir: directory to save to.
-            sam_weights: SAM's weights (see ``resolve_weights``), or a checkpoint that holds them; "" leaves SAM as it
-                is.
-            clip_weights: likewise CLIP's.
+            sam_weights: SAM's weights (see ``resolve_weights``), or a checkpoint with them; "" leaves SAM as it is.
+            clip_weights: CLIP's, likewise.
             checkpointables: saved and loaded beside the model.
         """
         super().__init__(model, save_dir, **checkpointables)
@@ -99,7 +92,7 @@ class RegionSpotCheckpointer(SafeDetectionCheckpointer):
     def from_config(
         cls, cfg: CfgNode, model: nn.Module, save_dir: str = "", **checkpointables: Any
     ) -> "RegionSpotCheckpointer":
-        """Return a checkpointer that takes the frozen parts from ``cfg.MODEL.REGIONSPOT.{SAM,CLIP}.WEIGHTS``."""
+        """Return a checkpointer with the frozen parts of ``cfg.MODEL.REGIONSPOT.{SAM,CLIP}.WEIGHTS``."""
         sources = frozen_sources(cfg)
         return cls(model, save_dir, sam_weights=sources["sam"], clip_weights=sources["clip_model"], **checkpointables)
 
@@ -114,16 +107,11 @@ class RegionSpotCheckpointer(SafeDetectionCheckpointer):
         }
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load ``path`` (a file or URL; "" for none), and the frozen parts that it does not hold.
+        """Load ``path`` (a file or URL; "" for none) and the frozen parts that it lacks.
 
-        Averaged weights (``SOLVER.EMA``) are preferred to those they average, unless training is resumed.
-
-        Returns:
-            The other contents of the file, such as ``iteration``.
-
-        Raises:
-            FileNotFoundError, ValueError: as ``load_weights``.
+        Returns the other contents of the file, such as ``iteration``; raises as ``load_weights``.
         """
+        # A resumed run goes on with the weights that the optimizer changed; all others want their average.
         is_resuming = checkpointables is None and "trainer" in self.checkpointables
         rest = load_weights(self.recognizer, path, self.frozen_sources, prefer_average=not is_resuming)
         for key in self.checkpointables if checkpointables is None else checkpointables:
@@ -134,11 +122,13 @@ class RegionSpotCheckpointer(SafeDetectionCheckpointer):
 
 def _read_pickled_weights(filename: str) -> dict[str, Any]:
     data = load_arrays(Path(filename))
-    blobs = data.get("blobs", data) if isinstance(data, dict) else None  # Caffe2's name for them
+    # Three formats: Caffe2's {"blobs": weights}, plain weights, and Detectron2's {"model": weights, "__author__": ...}.
+    blobs = data.get("blobs", data) if isinstance(data, dict) else None
     if not isinstance(blobs, dict):
         raise ValueError(f"{filename}: expected a pickled dict of weights, as in Detectron2's model zoo")
     if "model" in data and "__author__" in data:
         return {key: _unwrap_arrays(value) for key, value in data.items()}
+    # as Detectron2 does: blobs of momentum are no weights, and names are matched by suffix
     weights = {key: value for key, value in _unwrap_arrays(blobs).items() if not str(key).endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
@@ -150,10 +140,12 @@ def _unwrap_arrays(value: Any) -> Any:
 def load_model(cfg: CfgNode, resume: bool = False) -> Any:
     """Build the model of ``cfg``, of any meta-architecture, with its weights, in eval mode.
 
-    Parts without weights are random, by ``SEED``, and the same in all processes; ``weight_sources`` of the recognizer
-    inside names the others' files. ``resume`` prefers the last checkpoint in ``OUTPUT_DIR`` to ``MODEL.WEIGHTS``.
+    The recognizer's ``weight_sources`` has the files of its parts. ``resume`` prefers the last checkpoint in
+    ``OUTPUT_DIR`` to ``MODEL.WEIGHTS``.
     """
-    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
+    # Parts without weights must be the same in all processes, and the caller's generator unchanged. Weights are drawn
+    # on the CPU.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(max(cfg.SEED, 0))
         model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

@@ -1,7 +1,7 @@
-"""Finds files of weights: paths, URLs, and the official weights of SAM and CLIP by name; fetches what is not there.
+"""Finds files of weights: paths, URLs, and the official weights of SAM and CLIP by name; fetches absent ones.
 
-``torch.hub.download_url_to_file`` and iopath would begin a cut transfer of gigabytes again from the start, and neither
-notices that a connection was closed early; so the transfer is our own.
+``torch.hub.download_url_to_file`` and iopath restart an interrupted transfer of gigabytes from the beginning, and
+neither notices that a connection was closed early; so this module has a transfer of its own.
 """
 
 import hashlib
@@ -53,19 +53,12 @@ KNOWN_WEIGHTS = {
 
 
 def resolve_weights(source: str) -> Path:
-    """Return the local file of ``source``, fetching it first if necessary.
-
-    Args:
-        source: a known name (a key of ``KNOWN_WEIGHTS``), a path, or an http(s) URL.
-
-    Raises:
-        FileNotFoundError: no such file, or no network; the message says which file to put where.
-        ValueError: the fetched file's SHA-256 is not the official one.
-    """
+    """Return the local file of a key of ``KNOWN_WEIGHTS``, a path, or an http(s) URL; raises as ``fetch``."""
     if source in KNOWN_WEIGHTS:
         known = KNOWN_WEIGHTS[source]
         return fetch(known.url, known.path, known.sha256)
     if source.startswith(("http://", "https://")):
+        # files of the same name at different addresses must not replace each other
         name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{source.split('?')[0].rsplit('/', 1)[1]}"
         return fetch(source, cache_dir() / "weights" / name)
     path = expand_user(source)
@@ -77,7 +70,7 @@ def resolve_weights(source: str) -> Path:
 
 
 def fetch(url: str, path: Path, sha256: str = "") -> Path:
-    """Fetch ``url`` to ``path`` unless it exists, resuming a cut transfer where it stopped; return ``path``.
+    """Fetch ``url`` to ``path`` unless it exists, resuming an interrupted transfer; return ``path``.
 
     Args:
         url: address of the file.
@@ -85,7 +78,7 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
         sha256: expected digest, or "" if none is known.
 
     Raises:
-        FileNotFoundError: the address does not answer.
+        FileNotFoundError: no such file, or the address does not answer; the message says which file to put where.
         ValueError: the digest differs.
     """
     if path.is_file():
@@ -95,7 +88,8 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
         if path.is_file():  # another process fetched it meanwhile
             return path
         partial = path.with_name(path.name + ".part")
-        if not sha256:  # without a digest a stale part, of a file that was replaced since, would go unnoticed
+        # Without a digest nobody would notice that the file at the address was replaced between two parts.
+        if not sha256:
             partial.unlink(missing_ok=True)
         try:
             _transfer(url, partial)
@@ -134,5 +128,6 @@ def _transfer(url: str, partial: Path) -> None:
             partial.open("ab" if start else "wb") as file,
         ):
             shutil.copyfileobj(body, file, 1 << 20)
-    if total and partial.stat().st_size < total:  # http.client does not complain of a connection closed early
+    # http.client raises no error when the connection is closed early.
+    if total and partial.stat().st_size < total:
         raise OSError(f"connection closed after {partial.stat().st_size} of {total} bytes")

@@ -1,4 +1,4 @@
-"""Reads files of weights of any format, running no code that they may hold; fingerprints of weights."""
+"""Reads files of weights of any format without running code in them; fingerprints of weights."""
 
 import hashlib
 import io
@@ -13,23 +13,23 @@ from safetensors.torch import load_file
 
 from regionspot.utils.unpickling import ModuleHolder, check_size, describe, load_archive
 
-_MODULES_LIMIT = 10_000  # of an archive; a module may hold another again and again, and itself
+# A damaged or malicious archive may have a module that holds another many times, or itself.
+_MODULES_LIMIT = 10_000
 
 
 def load_checkpoint_file(path: str | Path) -> dict[str, Any]:
-    """Read a file of weights, running no code that it may hold.
+    """Read a file of weights without running code in it.
 
     Args:
-        path: ``.safetensors``, a TorchScript archive (OpenAI's CLIP), or anything ``torch.save`` wrote that holds
-            tensors and plain containers only.
+        path: ``.safetensors``, a TorchScript archive (OpenAI's CLIP), or tensors and plain containers that
+            ``torch.save`` wrote.
 
     Returns:
         The content of the file; for the first two formats a flat dict of tensors.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged (of ``torch.save``'s archives each byte is compared with its checksum), or
-            holds more than tensors and plain containers.
+        ValueError: the file is damaged, or holds more than tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,7 +39,7 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Any]:
         check_size(content, path.stat().st_size)
     except (MemoryError, PermissionError):
         raise
-    except Exception as error:  # whatever a damaged file leads its reader to
+    except Exception as error:  # a damaged file may raise any type in its reader
         raise ValueError(
             f"{path} cannot be read as weights ({_reason(error)}). Expected tensors and plain containers, saved by "
             "torch.save, safetensors or TorchScript; is the file complete?"
@@ -54,20 +54,21 @@ def _read_weights(path: Path) -> Any:
         return _expand_token_rows(load_file(path))
     if is_torchscript_archive(path):
         return read_torchscript_state_dict(path)
-    if zipfile.is_zipfile(path):  # before PyTorch 1.6 files were no archives and had no checksums
+    # Before PyTorch 1.6 files were not zip archives and had no checksums, which torch.load itself ignores.
+    if zipfile.is_zipfile(path):
         _check_archive(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's first line, or what torch found in the file without its advice."""
+    """Return an error's first line, of torch's long messages the one about the file."""
     text = str(error).strip()
     match = re.search(r"WeightsUnpickler error: (.*)", text) or re.match(r"(?!Weights only load failed)(.+)", text)
     return match[1] if match else type(error).__name__
 
 
 def _expand_token_rows(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Fill in the token embedding of a CLIP of which only the rows in use were stored; the others become 0.
+    """Complete the token embedding of a CLIP whose file has only the rows in use; the other rows become 0.
 
     Such a file has ``token_embedding.rows`` (R, width) and ``token_embedding.tokens`` (R,), the rows' token ids, the
     last of which is the vocabulary's last (end of text).
@@ -82,7 +83,7 @@ def _expand_token_rows(content: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def is_torchscript_archive(path: str | Path) -> bool:
-    """Tell whether ``path`` is a TorchScript archive (a zip file that holds compiled code)."""
+    """Return whether ``path`` is a TorchScript archive (a zip file with compiled code)."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -90,14 +91,9 @@ def is_torchscript_archive(path: str | Path) -> bool:
 
 
 def read_torchscript_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a TorchScript archive, named as in the ``state_dict`` of its module.
-
-    ``torch.jit.load`` would compile and may run the code in the archive, and ``torch.load(weights_only=True)`` refuses
-    it; the tensors are stored beside the code.
-
-    Raises:
-        pickle.UnpicklingError: the archive refers to anything but tensors and plain containers.
-    """
+    """Return the tensors of a TorchScript archive, named as in the ``state_dict`` of its module."""
+    # torch.jit.load would compile and may run the code in the archive, and torch.load(weights_only=True) refuses it;
+    # the tensors are stored beside the code.
     with zipfile.ZipFile(path) as archive:
         roots = [name.split("/")[0] for name in archive.namelist() if name.endswith("/data.pkl")]
         root = roots[0] if roots else "archive"
@@ -127,14 +123,14 @@ def _collect_tensors(root: Any) -> dict[str, torch.Tensor]:
 
 
 def _check_stored(members: list[zipfile.ZipInfo]) -> None:
-    """Refuse compressed members, which torch never writes for tensors: a few bytes would become gigabytes."""
+    # torch never compresses tensors; in a compressed member a few bytes can stand for gigabytes.
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise ValueError(f"{describe(member.filename)} in it is compressed, expected it stored without compression")
 
 
 def _check_archive(path: Path) -> None:
-    """Compare every byte that ``torch.save`` wrote with the checksums that it wrote beside it (CRC-32)."""
+    """Compare all bytes that ``torch.save`` wrote with the checksums beside them (CRC-32)."""
     with zipfile.ZipFile(path) as archive:
         _check_stored(archive.infolist())
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:

@@ -10,17 +10,17 @@ TRAINED = "knowledge_integration."
 FROZEN = {"sam": "localizer.sam.", "clip_model": "vision_language.clip_model."}
 PARTS = {"trained": TRAINED, **FROZEN}  # the parts of a recognizer, and the prefixes of their keys
 _TRAINED_MODULES = ("to_clip.", "decoder.", "projector.")
-# OpenAI's archives hold these numbers beside the weights.
+# OpenAI's archives hold these numbers among the weights; CLIP's own loader drops them, too.
 _CLIP_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def is_released_key(key: str) -> bool:
-    """Tell whether ``key`` is one of a released checkpoint."""
+    """Return whether ``key`` is one of a released checkpoint."""
     return key.startswith(tuple(f"model.{prefix}" for prefix in (*_TRAINED_MODULES, "sam.", "clip_model.")))
 
 
 def to_recognizer_key(key: str) -> str | None:
-    """Return the recognizer's key for a released key (with or without ``model.``), or None where it has none."""
+    """Return the recognizer's key for a released key (with or without ``model.``), or None if it has none."""
     key = key.removeprefix("model.")
     if key.startswith(_TRAINED_MODULES):
         return TRAINED + key
@@ -37,7 +37,7 @@ def to_released_key(key: str) -> str:
 
 
 def rename_released_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``state`` under the recognizer's keys, without what the recognizer has no key for."""
+    """Return ``state`` under the recognizer's keys, without entries that the recognizer has no key for."""
     return {renamed: value for key, value in state.items() if (renamed := to_recognizer_key(key)) is not None}
 
 

@@ -1,4 +1,4 @@
-"""Loads a recognizer's weights: from released checkpoints, our own, or those of whole models that hold one."""
+"""Loads a recognizer's weights: from released checkpoints, our own, or those of whole models that contain one."""
 
 import logging
 from pathlib import Path
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_recognizer(model: nn.Module) -> Any:
-    """Return the ``RegionRecognizer`` inside ``model``: the module with the parts that the key layout names."""
+    """Return the ``RegionRecognizer`` inside ``model``."""
+    # by its parts: this package must not import modeling, which imports it
     for module in model.modules():
         if all(hasattr(module, prefix.split(".")[0]) for prefix in PARTS.values()):
             return module
@@ -37,24 +38,23 @@ def frozen_sources(cfg: CfgNode) -> dict[str, str]:
 
 
 def load_weights(recognizer: Any, path: str, sources: dict[str, str], prefer_average: bool = True) -> dict[str, Any]:
-    """Load a checkpoint into a recognizer, and the frozen parts that it does not hold from ``sources``.
+    """Load a checkpoint into a recognizer, and the frozen parts that it lacks from ``sources``.
 
-    ``recognizer.weight_sources`` then names the file that each part came from.
+    ``recognizer.weight_sources`` then has the file of each part.
 
     Args:
-        recognizer: a ``RegionRecognizer``; a file that is refused leaves it as it was.
-        path: file or URL of a released checkpoint, one of ours, or one of a whole model that holds a recognizer;
+        recognizer: a ``RegionRecognizer``, which is unchanged after an error.
+        path: file or URL of a released checkpoint, one of ours, or one of a whole model that contains a recognizer;
             "" for none.
-        sources: files, URLs or known names of "sam" and "clip_model"; "" leaves a part as it is. The file that the
-            checkpoint was trained with is used if it still exists and ``sources`` names no file.
-        prefer_average: of a checkpoint that also holds averaged weights (``SOLVER.EMA``) load these.
+        sources: files, URLs or known names of "sam" and "clip_model"; "" leaves a part as it is.
+        prefer_average: load the averaged weights (``SOLVER.EMA``) if the checkpoint has them.
 
     Returns:
         The other contents of the checkpoint, such as ``iteration``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, no RegionSpot checkpoint, one of another variant, or one that was trained with
+        ValueError: a damaged file, not a RegionSpot checkpoint, one of another variant, or one that was trained with
             other frozen parts.
     """
     state, rest, file = _read_checkpoint(path) if path else ({}, {}, "")
@@ -66,6 +66,7 @@ def load_weights(recognizer: Any, path: str, sources: dict[str, str], prefer_ave
         if select(state, prefix):
             sources[part] = file
             continue
+        # Prefer the file that the checkpoint was trained with, if it still exists and the config names no file.
         source = recorded.get(part, {}).get("source", "")
         if source and Path(source).is_file() and not Path(sources[part]).is_file():
             sources[part] = source
@@ -81,7 +82,8 @@ def load_weights(recognizer: Any, path: str, sources: dict[str, str], prefer_ave
 
 def _read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
     """Return the weights under the recognizer's keys, the other contents, and the local file."""
-    is_other_url = "://" in path and not path.startswith("http")  # detectron2://, s3://, ...
+    # Detectron2's own addresses: detectron2://, s3://, ...
+    is_other_url = "://" in path and not path.startswith("http")
     file = str(resolve_weights(PathManager.get_local_path(path) if is_other_url else path))
     content = load_checkpoint_file(file)
     state = to_recognizer_state(unwrap_state(content, file), file)
@@ -114,13 +116,14 @@ def _read_frozen_part(part: str, source: str) -> dict[str, torch.Tensor]:
         logger.warning("No weights are given for %s: it keeps those it has, random ones if nothing was loaded", part)
         return {}
     state = unwrap_state(load_checkpoint_file(resolve_weights(source)), source)
-    if not any(is_released_key(key) for key in state):  # SAM's or CLIP's own file, not a RegionSpot checkpoint
+    # SAM's and CLIP's own files have no prefixes; a RegionSpot checkpoint may be the source, too.
+    if not any(is_released_key(key) for key in state):
         state = {f"{part}.{key}": value for key, value in state.items()}
     return {key: value for key, value in rename_released_keys(state).items() if key.startswith(FROZEN[part])}
 
 
 def _check_frozen(frozen: Any, path: str) -> dict[str, Any]:
-    """Return a checkpoint's record of the frozen parts that it was trained with: fingerprints and sources."""
+    """Return the fingerprints and sources of the frozen parts that a checkpoint was trained with, if they are valid."""
     if not isinstance(frozen, dict) or not all(
         part in FROZEN and isinstance(entry, dict) and isinstance(entry.get("fingerprint"), str)
         for part, entry in frozen.items()
@@ -146,7 +149,8 @@ def _check_fingerprints(
 
 
 def _load_strictly(recognizer: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
-    """Load ``state``; a part that it has any key of must be complete, with nothing unknown or of another shape."""
+    """Load ``state``; a part with any key in it must be complete, with no unknown key or other shape."""
+    # All is checked before anything is loaded: after an error the model is as before, which strict=True is not.
     prefixes = tuple(prefix for prefix in PARTS.values() if select(state, prefix))
     expected = {key: value.shape for key, value in recognizer.state_dict().items() if key.startswith(prefixes)}
     problems = [f"{key} is missing" for key in expected if key not in state]

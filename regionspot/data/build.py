@@ -27,20 +27,21 @@ logger = logging.getLogger(__name__)
 
 
 def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
-    """Return the training loader over ``DATASETS.TRAIN``: lists of mapped images, without end.
+    """Return the endless training loader over ``DATASETS.TRAIN``, whose batches are lists of mapped images.
 
-    A batch holds this process's part of ``SOLVER.IMS_PER_BATCH``, split by ``SOLVER.ACCUMULATE``. ``start`` and
-    ``seed`` of its ``training_stream`` may be set before iteration.
+    A batch is this process's part of ``SOLVER.IMS_PER_BATCH``, divided by ``SOLVER.ACCUMULATE``. ``start`` and ``seed``
+    of its ``training_stream`` may be set before iteration.
 
     Raises:
         ValueError: settings that contradict each other.
         KeyError, FileNotFoundError: unknown data sets, missing files.
     """
+    # 1. The settings, checked before files are read.
     names, stores = cfg.DATASETS.TRAIN, cfg.DATASETS.TOKEN_STORES_TRAIN
     if not names:
         raise ValueError("DATASETS.TRAIN is empty: expected the name of a registered data set")
     check_registered(names, "DATASETS.TRAIN")
-    _check_one_each("DATASETS.TOKEN_STORES_TRAIN", stores, "store", f"{len(names)} data sets", len(names))
+    _check_one_each("DATASETS.TOKEN_STORES_TRAIN", stores, "store", len(names))
     if any(not path for path in stores):
         raise ValueError("DATASETS.TOKEN_STORES_TRAIN: expected a directory for each data set, got an empty name")
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -49,7 +50,9 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
             "run from resuming exactly; set it to False"
         )
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
-    _check_one_each("DATASETS.PROPOSAL_FILES_TRAIN", proposals, "file", f"{len(names)} data sets", len(names))
+    _check_one_each("DATASETS.PROPOSAL_FILES_TRAIN", proposals, "file", len(names))
+
+    # 2. Images with regions to learn from, and their mappers.
     files = zip(names, stores or [""] * len(names), proposals or [""] * len(names))
     images, mappers = zip(*(open_training_images(cfg, *parts) for parts in files))
     if len({mapper.token_store.has_feature_maps for mapper in mappers if mapper.token_store}) > 1:
@@ -57,6 +60,8 @@ def build_train_loader(cfg: CfgNode, seed: int = 0) -> DataLoader:
             "DATASETS.TOKEN_STORES_TRAIN: some stores hold feature maps and some do not; extract all with "
             "--feature-maps, or all without"
         )
+
+    # 3. Their order, in batches.
     dataset = TrainingSet(images, mappers, seed, cfg.DATALOADER.SKIP_UNREADABLE)
     size = local_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE)
     batches = BatchSampler(build_training_stream(cfg, images, seed), size, drop_last=True)
@@ -74,17 +79,17 @@ def build_mapped_loader(
     stream: TrainingStream | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return what Detectron2's ``build_detection_train_loader`` does for other detectors, but resumable exactly.
+    """Return a loader as ``build_detection_train_loader`` of Detectron2, which resumes exactly.
 
     Args:
         dataset: Detectron2's standard records, in a list or a data set.
         mapper: from a record to the detector's input; it may draw from Python's and NumPy's global generators.
-        total_batch_size: images of a step of all processes.
+        total_batch_size: images per step of all processes.
         num_workers: processes that map records, per training process.
-        aspect_ratio_grouping: batches of images that are all wide or all tall, which wastes little on padding.
+        aspect_ratio_grouping: batches of images that are all wide or all tall, which need little padding.
         accumulate: batches per step.
-        stream: the order of the images; by default each comes once in an epoch.
-        pin_memory: as of ``DataLoader``.
+        stream: the order of the images; by default each occurs once in an epoch.
+        pin_memory: see ``DataLoader``.
     """
     stream = stream or TrainingStream(len(dataset), 0)
     size = local_batch_size(total_batch_size, accumulate)
@@ -103,7 +108,8 @@ def _resumable_loader(dataset: TrainingSet, batches: BatchSampler, num_workers: 
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
-        generator=torch.Generator(),  # else making an iterator would draw from the global one
+        # Iterators draw a seed from it; from the global generator, they would change a resumed run's random numbers.
+        generator=torch.Generator(),
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
@@ -114,15 +120,16 @@ def _is_on_gpu(cfg: CfgNode) -> bool:
     return torch.device(cfg.MODEL.DEVICE).type == "cuda"
 
 
-def _check_one_each(key: str, values: Sequence[str], what: str, sets: str, num_sets: int) -> None:
+def _check_one_each(key: str, values: Sequence[str], what: str, num_sets: int, sets: str = "data sets") -> None:
     if values and len(values) != num_sets:
-        raise ValueError(f"{key}: expected one {what} for each of {sets}, or none; got {len(values)}")
+        raise ValueError(f"{key}: expected one {what} for each of {num_sets} {sets}, or none; got {len(values)}")
 
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    for number in STOPPING:  # may reach the whole process group; the training process ends its workers after it saved
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group; the training process ends its workers after it has saved.
+    for stop_signal in STOPPING:
+        signal.signal(stop_signal, signal.SIG_IGN)
 
 
 def training_stream(loader: DataLoader) -> TrainingStream:
@@ -133,7 +140,7 @@ def training_stream(loader: DataLoader) -> TrainingStream:
 
 
 def local_batch_size(total: int, accumulate: int) -> int:
-    """Return the number of images in one forward pass of one process, of ``total`` in a step."""
+    """Return how many of a step's ``total`` images are in one forward pass of one process."""
     world = comm.get_world_size()
     if accumulate < 1 or total < 1 or total % (world * accumulate):
         raise ValueError(
@@ -146,11 +153,10 @@ def local_batch_size(total: int, accumulate: int) -> int:
 def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = ()) -> Any:
     """Return Detectron2's test loader over ``dataset_name``, without the images whose ids are in ``skip``.
 
-    Annotated boxes stay with the images; those of a proposal file (see ``proposal_source``) are beside them, and the
-    log says how the file fits the data set.
+    The images have their annotated boxes and, with a proposal file (see ``proposal_source``), its boxes.
 
     Raises:
-        ValueError: not as many files as data sets, or a file that does not fit.
+        ValueError: not as many files as data sets, or a file for another data set.
         KeyError, FileNotFoundError: unknown data sets, missing files.
     """
     check_registered([dataset_name], "DATASETS.TEST")
@@ -161,8 +167,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = (
     proposals = open_proposals(path, records) if source == "file" else None
     mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
     rows = np.array([row for row, image_id in enumerate(image_ids(records).tolist()) if image_id not in skip], int)
-    if not len(rows):  # Detectron2's sampler needs at least one image
-        return []
+    if not len(rows):
+        return []  # Detectron2's sampler needs at least one image
     check_images(records, rows, dataset_name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
     if skip:
         records = Subset(records, rows.tolist())
@@ -176,12 +182,12 @@ def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
     """Return where the boxes of a test set come from, "gt", "file", "sam_automatic" or "detector", and the file.
 
     Raises:
-        ValueError: a file is asked for and none is given, or files and test sets differ in number.
+        ValueError: the source is a file and the config has none, or not one for each test set.
         FileNotFoundError: the file is missing.
     """
     source, files = cfg.MODEL.REGIONSPOT.PROPOSALS.SOURCE, cfg.DATASETS.PROPOSAL_FILES_TEST
     num_sets = len(cfg.DATASETS.TEST)
-    _check_one_each("DATASETS.PROPOSAL_FILES_TEST", files, "file", f"{num_sets} test sets", num_sets)
+    _check_one_each("DATASETS.PROPOSAL_FILES_TEST", files, "file", num_sets, "test sets")
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             "MODEL.LOAD_PROPOSALS: Detectron2 would run what a pickle asks for; expected False, which reads "
@@ -198,7 +204,7 @@ def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
 
 
 def open_proposals(path: str, records: Any) -> ProposalFile:
-    """Open a proposal file and log how it fits a data set."""
+    """Open a proposal file and log how many of its boxes a data set can use."""
     proposals, ids = ProposalFile(path), image_ids(records)
     summary = proposals.summarize(ids, image_sizes(records))
     logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
@@ -206,7 +212,7 @@ def open_proposals(path: str, records: Any) -> ProposalFile:
 
 
 def check_registered(names: Sequence[str], key: str) -> None:
-    """Refuse unknown names and data sets whose annotation file is missing; register names like "my.json:my_images"."""
+    """Refuse unknown data sets and missing annotation files; register names such as "my.json:my_images"."""
     for name in names:
         if name not in DatasetCatalog and not register_from_spec(name):
             close = difflib.get_close_matches(name, list(DatasetCatalog), 5, 0.3)
@@ -220,9 +226,9 @@ def check_registered(names: Sequence[str], key: str) -> None:
 
 
 def dataset_vocabulary(cfg: CfgNode, name: str) -> list[str]:
-    """Return the class names that regions of a data set are scored against.
+    """Return the class names that a data set's regions are scored against.
 
-    They are the data set's own, or those of ``MODEL.REGIONSPOT.VOCABULARY``, which replace them one by one.
+    These are the data set's own or their replacements, one by one, in ``MODEL.REGIONSPOT.VOCABULARY``.
 
     Raises:
         ValueError: no class names, other names than in the annotations, or a configured vocabulary of another length.

@@ -27,7 +27,7 @@ class ImageCheck:
 
     problem: str  # why the image cannot be used, "" if it can
     left_out: tuple[int, int, int]  # numbers of annotations that are not used, by ``LEFT_OUT``
-    sides: np.ndarray  # (n, 2) float32 width and height of the boxes in use, clipped to the image, pixels
+    sides: np.ndarray  # (n, 2) float32 width and height of the used boxes, clipped to the image, pixels
     labels: np.ndarray  # (n,) int32, their classes
 
 
@@ -69,10 +69,7 @@ def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], An
         progress: wraps the iterator over images, given their number, in a progress bar.
 
     Returns:
-        A report for JSON: "dataset", "annotations" (the file), "images", "regions", "classes" (numbers), "unusable"
-        (images: ``image_id``, ``file_name``, ``problem``), "left_out" (numbers of annotations),
-        "images_without_regions", "statistics", "regions_of_classes" and "names" (those that CLIP cannot encode, and
-        those that occur twice).
+        A report for JSON, in which "images", "regions" and "classes" are numbers.
 
     Raises:
         KeyError, FileNotFoundError, ValueError: an unknown data set, or annotations that cannot be read.
@@ -84,9 +81,9 @@ def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], An
     checks = list(progress((check for batch in loader for check in batch), len(records)))
     labels = np.concatenate([np.zeros(0, np.int32), *(check.labels for check in checks)])
     sides = np.concatenate([np.zeros((0, 2), np.float32), *(check.sides for check in checks)])
-    unknown = (labels < 0) | (labels >= len(names))
-    if unknown.any():
-        raise ValueError(f"data set {name!r}: class {labels[unknown][0]} is none of its {len(names)} classes")
+    is_unknown = (labels < 0) | (labels >= len(names))
+    if is_unknown.any():
+        raise ValueError(f"data set {name!r}: class {labels[is_unknown][0]} is none of its {len(names)} classes")
     num_regions = np.array([len(check.labels) for check in checks], np.int64)
     return {
         "dataset": name,
@@ -115,7 +112,7 @@ def describe_boxes(num_regions: np.ndarray, sides: np.ndarray) -> dict[str, Any]
     """Return quartiles of the regions per image (I,) and of the geometric mean of sides (N, 2), and COCO's sizes."""
     quartiles = partial(np.percentile, q=[0, 25, 50, 75, 100])
     lengths = np.sqrt(sides.astype(np.float64).prod(axis=1))
-    counts = np.histogram(lengths, [0, 32, 96, np.inf])[0]
+    counts = np.histogram(lengths, [0, 32, 96, np.inf])[0]  # COCO's limits of small, medium and large
     return {
         "regions_of_image": quartiles(num_regions).round(2).tolist() if len(num_regions) else [],
         "side_in_pixels": quartiles(lengths).round(2).tolist() if len(lengths) else [],
@@ -124,7 +121,8 @@ def describe_boxes(num_regions: np.ndarray, sides: np.ndarray) -> dict[str, Any]
 
 
 def check_class_names(names: list[str]) -> dict[str, list[str]]:
-    """Return the names that CLIP refuses, "empty" and "too_long" ones, and "duplicates"."""
+    """Return the names that CLIP cannot encode, "empty" and "too_long" ones, and "duplicates"."""
+    # in the longest template, since evaluation encodes all of them
     longest = max((template for templates in TEMPLATE_SETS.values() for template in templates), key=len)
     refused: dict[str, list[str]] = {"empty": [], "too_long": []}
     for name in names:
@@ -139,5 +137,5 @@ def check_class_names(names: list[str]) -> dict[str, list[str]]:
 
 
 def is_usable(report: dict[str, Any]) -> bool:
-    """Return whether training and evaluation run on the reported data set without an error."""
+    """Return whether training and evaluation on the reported data set end without an error."""
     return not report["unusable"] and not any(report["names"][key] for key in ("empty", "too_long"))

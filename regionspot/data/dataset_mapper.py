@@ -16,7 +16,7 @@ from regionspot.data.tokens import TokenStore
 from regionspot.structures import MIN_SIDE
 from regionspot.utils.images import check_deep_range, decode_image
 
-_BLANK_SIZE = (32, 32)
+_BLANK_SIZE = (32, 32)  # (height, width) of images in place of unreadable ones
 
 
 class UnreadableImageError(ValueError):
@@ -24,7 +24,7 @@ class UnreadableImageError(ValueError):
 
 
 class RegionSpotDatasetMapper:
-    """Detectron2's mapper for regions. It keeps the annotated boxes at test time, too, as the default proposals."""
+    """Detectron2's mapper for regions. Test images keep their annotated boxes, which are the default proposals."""
 
     @configurable
     def __init__(
@@ -44,17 +44,15 @@ class RegionSpotDatasetMapper:
         Args:
             augmentations: applied to image and boxes alike.
             image_format: "RGB" or "BGR".
-            token_store: stored features of the annotated boxes; augmentation is then the horizontal flip at most, and
-                only if the store has it.
-            proposal_file: boxes to recognize in place of the annotated ones; in training, boxes to learn from beside
-                them.
-            vocabulary: key of the vocabulary that the regions are scored against, "" for the one in use.
-            reduced_size: decode a JPEG at a smaller size, with at least this many pixels on the shorter side; 0 decodes
-                the whole. For stored tokens only: SAM needs the whole image.
+            token_store: stored features of the annotated boxes; the only augmentation is then the horizontal flip, if
+                the store has it.
+            proposal_file: boxes to recognize instead of the annotated ones; in training, additional boxes.
+            vocabulary: key of the vocabulary that the regions are scored against, "" for the current one.
+            reduced_size: see ``decode_image``. For stored tokens only: SAM needs the whole image.
             match_iou: in training, a proposal of at least this IoU with an annotated box is a region of its class.
-            deep_range: values that become 0 and 255 in images with more than 8 bits per channel, see ``decode_image``.
-            blank_unreadable: replace an image that cannot be read by a black one without boxes, and add ``unreadable``,
-                the reason.
+            deep_range: see ``decode_image``.
+            blank_unreadable: replace an unreadable image by a black one without boxes, with the reason as
+                ``unreadable``.
 
         Raises:
             ValueError: augmentations, or proposals, that the stored tokens do not cover.
@@ -88,7 +86,7 @@ class RegionSpotDatasetMapper:
         if is_train and cfg.INPUT.CROP.ENABLED:
             augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))
         return {
-            # a shortest edge of 0 does not resize: stored tokens allow it
+            # A shortest edge of 0 does not resize; stored tokens require that nothing does.
             "augmentations": [a for a in augmentations if not _is_identity(a)],
             "image_format": cfg.INPUT.FORMAT,
             "token_store": token_store,
@@ -108,9 +106,9 @@ class RegionSpotDatasetMapper:
 
         Returns:
             The record without ``annotations`` and with ``image`` ((3, H, W) uint8) and ``instances`` (``gt_boxes``,
-            XYXY in the pixels of ``image``, and ``gt_classes``); crowds and boxes without area are left out. A
-            proposal file adds ``proposals``, a token store adds ``tokens`` and, if it has feature maps, ``feature_map``
-            in place of ``image``; a vocabulary's key is added as ``vocabulary``.
+            XYXY in the pixels of ``image``, and ``gt_classes``), without crowds and boxes without area. A proposal
+            file adds ``proposals``, a token store ``tokens`` and, if it has feature maps, ``feature_map`` instead of
+            ``image``, a vocabulary's key ``vocabulary``.
 
         Raises:
             UnreadableImageError: the image is missing, damaged, or of another size than the record says.
@@ -135,7 +133,7 @@ class RegionSpotDatasetMapper:
         if needs_image:
             record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
 
-        # 3. Stored features, found by the boxes that they were extracted for: clipped, not yet augmented.
+        # 3. Stored features. The store compares the boxes with its own, which are clipped and not augmented.
         tokens = {}
         if self.token_store is not None:
             regions = _to_instances(boxes, classes, (record["height"], record["width"]))
@@ -188,6 +186,7 @@ class RegionSpotDatasetMapper:
         """Return the (H, W, 3) uint8 image of a record; ``UnreadableImageError`` if it cannot be read."""
         try:
             image, size = decode_image(record["file_name"], self.image_format, self.reduced_size, self.deep_range)
+            # of the whole image, which takes no memory as a broadcast zero
             utils.check_image_size(record, np.broadcast_to(np.uint8(0), size))
         except (OSError, ValueError, utils.SizeMismatchError) as error:
             raise UnreadableImageError(f"{error} (image id {record.get('image_id')})") from error
@@ -201,7 +200,7 @@ def _is_identity(augmentation: T.Augmentation) -> bool:
 def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> None:
     covered = "no augmentation"
     if store.has_flips:
-        covered = "the flip from left to right only"
+        covered = "the horizontal flip only"
         augmentations = [a for a in augmentations if not (isinstance(a, T.RandomFlip) and a.horizontal)]
     if augmentations:
         names = ", ".join(type(augmentation).__name__ for augmentation in augmentations)
@@ -213,7 +212,7 @@ def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> N
 
 
 def _placeholder(record: dict[str, Any]) -> np.ndarray:
-    """Return an image of the right size that takes no memory, for augmentations to draw from."""
+    # Augmentations look at the size of their input alone; a broadcast zero takes no memory.
     return np.broadcast_to(np.uint8(0), (record["height"], record["width"], 3))
 
 
@@ -235,7 +234,7 @@ def read_annotations(record: dict[str, Any], with_crowds: bool = False) -> tuple
 
 
 def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int], **fields: torch.Tensor) -> Instances:
-    """Return boxes, clipped to an image of (height, width), with classes and fields, without those of no area."""
+    """Return boxes clipped to an image of (height, width), with classes and fields; those without area are dropped."""
     instances = Instances(size, gt_boxes=Boxes(torch.as_tensor(boxes)), gt_classes=torch.as_tensor(classes), **fields)
     instances.gt_boxes.clip(size)
     return instances[instances.gt_boxes.nonempty(threshold=MIN_SIDE)]

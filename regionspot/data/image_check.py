@@ -1,4 +1,4 @@
-"""Whether the images of a data set are there, checked before hours of work begin."""
+"""Checks before hours of work begin that the images of a data set are there, and those of a token store unchanged."""
 
 import logging
 import os
@@ -15,11 +15,12 @@ from regionspot.utils.files import is_same_file
 
 logger = logging.getLogger(__name__)
 
+# Limits that keep the checks of millions of images on a network disk to a few seconds or minutes.
 _COMPARED = 200_000  # images whose size and time are compared with a token store's
-_READ = 1000  # of them, if their time has changed
+_READ = 1000  # images of other times that are read
 _SAMPLE = 16  # images that are decoded
-_LISTED = 3  # images that a message names
-_FEW = 100  # paths of a directory that are looked up one by one
+_LISTED = 3  # images in a message
+_FEW = 100  # up to so many paths in a directory are looked up one by one
 SKIP_KEY = "DATALOADER.SKIP_UNREADABLE True leaves such images out"
 
 
@@ -34,11 +35,11 @@ def check_images(
     """Look up all images and decode a sample.
 
     Args:
-        records: of a data set.
-        rows: (n,) those that will be used.
-        name: of the data set.
-        mapper: decodes the sample; None decodes none.
-        skip_unreadable: warn instead of raising, unless nothing is left.
+        records: a data set's.
+        rows: (n,) the records to check.
+        name: the data set's.
+        mapper: decodes the sample; None skips it.
+        skip_unreadable: warn instead of raising, unless no image is readable.
         remedy: how to continue without such images, for messages.
 
     Raises:
@@ -69,24 +70,20 @@ def check_images(
 
 
 def check_unchanged(store: TokenStore, records: Any, rows: np.ndarray, ids: np.ndarray) -> None:
-    """Refuse a store whose images were edited after it was made, as far as it recorded them.
-
-    Of very many images a sample is checked. Images that are gone are left to ``check_images``.
+    """Refuse a store whose images have changed since it recorded them; of many images a sample is checked.
 
     Args:
-        store: of the tokens.
-        records: of the data set.
-        rows: (n,) those that are in the store.
+        store: the tokens.
+        records: the data set's.
+        rows: (n,) the records in the store.
         ids: (I,) image ids of all records.
-
-    Raises:
-        ValueError: names some of the images.
     """
     rows = rows[_spread(len(rows), _COMPARED)]
     changed: list[tuple[str, list[int]]] = []
     touched: list[tuple[str, list[int]]] = []
     for row, recorded in zip(rows.tolist(), store.image_files(ids[rows]).tolist()):
         path = path_of_image(records, row)
+        # A copy of the images has other times: those of the same size are read. Missing ones check_images reports.
         if recorded[0] and (state := _stat(path)) and [state.st_size, state.st_mtime_ns] != recorded[:2]:
             (touched if state.st_size == recorded[0] else changed).append((path, recorded))
     read = [touched[i] for i in _spread(len(touched), _READ)]
@@ -106,7 +103,7 @@ def _first(items: list[str]) -> str:
 
 
 def _spread(size: int, most: int) -> np.ndarray:
-    """Return the indices below ``size``, at most so many of them, evenly spread."""
+    """Return at most ``most`` indices below ``size``, evenly spread."""
     return np.arange(size) if size <= most else np.linspace(0, size - 1, most).astype(int)
 
 
@@ -118,12 +115,13 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def path_of_image(records: Any, row: int) -> str:
-    """Return the path of a record's image, without making the record if its parts are in arrays."""
+    """Return the path of a record's image; a ``JsonDataset`` does not build the record for it."""
     return records.file_name(row) if hasattr(records, "file_name") else records[row]["file_name"]
 
 
 def find_missing(paths: Sequence[str]) -> list[str]:
-    """Return the paths that are no files; a large directory is listed once, which is faster on network disks."""
+    """Return the paths that are not files."""
+    # One listing of a large directory takes far less time on a network disk than a request per file.
     by_directory: dict[Path, list[Path]] = defaultdict(list)
     for path in map(Path, paths):
         by_directory[path.parent].append(path)

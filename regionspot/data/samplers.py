@@ -16,22 +16,22 @@ SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 class TrainingStream(Sampler):
-    """An endless stream of (position, index) that follows from the seed alone and may start at any position.
+    """An endless stream of (position, index), determined by the seed, that can start at any position.
 
-    ``position`` counts the samples of all processes together and seeds what is random about a sample. Processes take
-    turns: together they see what one process would see.
+    ``position`` counts the samples of all processes and seeds their random augmentation. Processes take turns:
+    together they see the same samples as a single process.
 
     Attributes:
         start: number of samples that this process has used before; to be set before iteration.
-        seed: of the order.
+        seed: determines the order; the same in all processes.
     """
 
     def __init__(self, size: int, seed: int, repeat_factors: torch.Tensor | None = None) -> None:
         """
         Args:
             size: number of images.
-            seed: the same in all processes.
-            repeat_factors: (size,) float, how often each occurs in an epoch; once by default.
+            seed: see above.
+            repeat_factors: (size,) float, how often each image occurs in an epoch; once by default.
         """
         self.size, self.seed, self.repeat_factors = size, seed, repeat_factors
         self.start = 0
@@ -51,15 +51,15 @@ class AspectRatioBatches(BatchSampler):
     def __init__(self, stream: TrainingStream, batch_size: int, is_wide: np.ndarray) -> None:
         """
         Args:
-            stream: of the images.
-            batch_size: images of a batch.
-            is_wide: (size,) bool, one per image.
+            stream: the images' order.
+            batch_size: images per batch.
+            is_wide: (size,) bool.
         """
         super().__init__(stream, batch_size, drop_last=True)
         self.stream, self.is_wide = stream, is_wide
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:  # type: ignore[override]
-        # which images wait for a full batch depends on all that came before: draw that again, without the images
+        # Which images wait for a full batch depends on all images before: draw their indices again from the start.
         stream = copy.copy(self.stream)
         stream.start = 0
         return itertools.islice(self._batches(stream), self.stream.start // self.batch_size, None)
@@ -75,7 +75,7 @@ class AspectRatioBatches(BatchSampler):
 
 
 class _RepeatSampler(RepeatFactorTrainingSampler):
-    """Detectron2's, vectorized: an epoch of millions of images is drawn at once."""
+    """Detectron2's sampler without its loop over the images, of which there may be millions."""
 
     def _get_epoch_indices(self, generator: torch.Generator) -> torch.Tensor:
         draws = torch.rand(len(self._frac_part), generator=generator)
@@ -84,20 +84,17 @@ class _RepeatSampler(RepeatFactorTrainingSampler):
 
 
 def category_repeat_factors(labels: np.ndarray, images: np.ndarray, num_images: int, cfg: CfgNode) -> np.ndarray:
-    """Return each image's repeat factor by its rarest class, as in Detectron2's repeat-factor sampling.
+    """Return each image's repeat factor by its rarest class, (num_images,) float64, at least 1, as in Detectron2.
 
     Args:
         labels: (M,) classes of the regions.
-        images: (M,) index of the image of each.
-        num_images: in all.
+        images: (M,) index of the image of each region.
+        num_images: of the data set.
         cfg: with ``DATALOADER.REPEAT_THRESHOLD`` and ``REPEAT_SQRT``.
-
-    Returns:
-        (num_images,) float64, 1 or more.
     """
     pairs = np.unique(np.stack([images, labels]), axis=1)  # (2, P): each class of each image, once
     frequency = np.bincount(pairs[1]) / num_images
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"):  # labels without a region, whose factor is never used
         factor = cfg.DATALOADER.REPEAT_THRESHOLD / frequency
     factor = np.maximum(np.sqrt(factor) if cfg.DATALOADER.REPEAT_SQRT else factor, 1)
     result = np.ones(num_images)
@@ -106,15 +103,15 @@ def category_repeat_factors(labels: np.ndarray, images: np.ndarray, num_images: 
 
 
 def _region_labels(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes (M,) of a data set's regions, and the index (M,) of the image of each."""
+    """Return the classes (M,) of a data set's regions, and the index (M,) of the image of each region."""
     indices = getattr(dataset, "indices", None)
     records = dataset if indices is None else dataset.dataset
     if hasattr(records, "offsets"):  # arrays: no record is made
         images = np.repeat(np.arange(len(records)), np.diff(records.offsets))
         rank = np.full(len(records), -1)  # index in the subset, -1 outside
         rank[np.arange(len(records)) if indices is None else indices] = np.arange(len(dataset))
-        kept = rank[images] >= 0
-        return records.labels[kept].astype(np.int64), rank[images][kept]
+        is_inside = rank[images] >= 0
+        return records.labels[is_inside].astype(np.int64), rank[images][is_inside]
     classes = [[a["category_id"] for a in dataset[index]["annotations"]] for index in range(len(dataset))]
     labels = np.array([label for image in classes for label in image], np.int64)
     return labels, np.repeat(np.arange(len(dataset)), [len(image) for image in classes])
@@ -148,7 +145,7 @@ def build_training_stream(cfg: CfgNode, datasets: Sequence[Any], seed: int) -> T
 
 
 def balance(factors: list[np.ndarray], ratio: Sequence[float]) -> np.ndarray:
-    """Scale repeat factors so that the data sets' sums are in this ratio and no factor becomes smaller."""
+    """Scale repeat factors so that the data sets' sums have this ratio and no factor decreases."""
     if not ratio:
         return np.concatenate(factors)
     scales = np.array([share / factor.sum() for share, factor in zip(ratio, factors)])

@@ -23,14 +23,14 @@ from regionspot.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
-_MOST_SKIPPED = 100  # unreadable images in a row; more are no accident
+_MOST_SKIPPED = 100  # unreadable images in a row; more mean that a disk or directory is gone
 
 
 class TrainingSet(Dataset):
     """Mapped images of several data sets, one after the other.
 
-    Seed and position in the stream determine what is random about a sample: neither the number of workers and
-    processes nor the iteration at which training was resumed matter.
+    Seed and position in the stream determine the augmentation of a sample; the number of workers and processes and
+    resuming do not matter.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class TrainingSet(Dataset):
     ) -> None:
         """
         Args:
-            datasets: their records.
-            mappers: one for each.
-            seed: of what is random about a sample.
-            skip_unreadable: replace an image that cannot be read by the next; ``unreadable`` of the sample says why.
+            datasets: sequences of records.
+            mappers: one for each data set.
+            seed: of the augmentation.
+            skip_unreadable: replace an unreadable image by the next one; ``unreadable`` of the sample has the reasons.
         """
         self.datasets, self.mappers, self.seed, self.skip_unreadable = datasets, mappers, seed, skip_unreadable
         self.starts = np.cumsum([0] + [len(dataset) for dataset in datasets])
@@ -69,6 +69,7 @@ class TrainingSet(Dataset):
                 return {**sample, "unreadable": skipped} if skipped else sample
 
     def _sample(self, position: int, index: int) -> dict[str, Any]:
+        # Python's and NumPy's generators are those that Detectron2's augmentations draw from.
         random.seed(f"{self.seed} {position}")
         np.random.seed(random.getrandbits(32))
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -84,11 +85,12 @@ def open_training_images(
         cfg: the config.
         name: a registered data set.
         store_path: its token store, "" for none; images that it lacks are left out with a warning.
-        proposals: a file of boxes to learn from beside the annotated ones, "" for none.
+        proposals: a file of additional boxes to learn from, "" for none.
 
     Raises:
         ValueError: no regions, class names other than the annotations', or a store of other annotations.
     """
+    # 1. The files, and whether they belong together.
     store = TokenStore(store_path, cfg.MODEL.REGIONSPOT.TOKEN_STAGE) if store_path else None
     file = ProposalFile(proposals) if proposals else None
     mapper = RegionSpotDatasetMapper(cfg, True, token_store=store, proposal_file=file, vocabulary=name)
@@ -97,33 +99,37 @@ def open_training_images(
         if comm.is_main_process():
             store.verify()
     category_ids(name)  # raises if the labels are not the file's
+
+    # 2. The images with regions and, where stored tokens are used, with tokens.
     records = DatasetCatalog.get(name)
     num_regions = _count_regions(records)
-    kept = num_regions > 0
+    is_used = num_regions > 0
     if store is not None:
         if not all(key in records[0] for key in ("height", "width")):
             raise ValueError(f"data set {name!r}: its records need height and width, for stored tokens")
-        without = kept & ~np.isin(image_ids(records), store.image_ids)
-        if without.any():
-            logger.warning("%s: %d images have no tokens in %s: left out", name, without.sum(), store_path)
-        kept &= ~without
-    if not kept.any():
+        has_no_tokens = is_used & ~np.isin(image_ids(records), store.image_ids)
+        if has_no_tokens.any():
+            logger.warning("%s: %d images have no tokens in %s: left out", name, has_no_tokens.sum(), store_path)
+        is_used &= ~has_no_tokens
+    if not is_used.any():
         raise ValueError(f"data set {name!r}: no image has a box to learn from; is it the right annotation file?")
-    rows = np.flatnonzero(kept)
-    if store is None or not store.has_feature_maps:  # otherwise no image is read
+
+    # 3. Their files, unless stored feature maps replace them.
+    rows = np.flatnonzero(is_used)
+    if store is None or not store.has_feature_maps:
         check_images(records, rows, name, mapper, cfg.DATALOADER.SKIP_UNREADABLE)
     if store is not None and comm.is_main_process():
         check_unchanged(store, records, rows, image_ids(records))
     left_out = f"left out: {(num_regions == 0).sum()} images without regions"
     if hasattr(records, "num_crowd"):
         left_out += f", {records.num_crowd} crowd regions, {records.num_degenerate} boxes without area in the image"
-    logger.info("%s: %d images with %d regions; %s", name, kept.sum(), num_regions[kept].sum(), left_out)
+    logger.info("%s: %d images with %d regions; %s", name, is_used.sum(), num_regions[is_used].sum(), left_out)
     images = records if isinstance(records, Dataset) else DatasetFromList(records, copy=True)
     return Subset(images, rows), mapper  # type: ignore[arg-type]
 
 
 def image_ids(records: Any) -> np.ndarray:
-    """Return the (I,) image ids of a data set's records, without making the records if they are in arrays."""
+    """Return the (I,) image ids of a data set's records, those of a ``JsonDataset`` without building the records."""
     if hasattr(records, "image_ids"):
         return records.image_ids
     return np.array([record["image_id"] for record in records])
@@ -137,7 +143,7 @@ def image_sizes(records: Any) -> np.ndarray:
 
 
 def _count_regions(records: Any) -> np.ndarray:
-    """Return how many regions each image has that are no crowds and, where that is known, have area."""
+    """Return the number of each image's regions that are not crowds and, where that is known, have area."""
     if hasattr(records, "num_regions"):
         return np.asarray(records.num_regions)
     return np.array([sum(not a.get("iscrowd", 0) for a in record.get("annotations", ())) for record in records])
@@ -150,6 +156,6 @@ def describe_annotations(name: str) -> dict[str, str]:
         return {"source": Path(json_file).name, "fingerprint": sha256_of_file(json_file)}
     digest = hashlib.sha256()
     for record in DatasetCatalog.get(name):
-        kept = [[list(map(float, a["bbox"])), a["category_id"]] for a in record.get("annotations", ())]
-        digest.update(json.dumps([record["image_id"], kept]).encode())
+        regions = [[list(map(float, a["bbox"])), a["category_id"]] for a in record.get("annotations", ())]
+        digest.update(json.dumps([record["image_id"], regions]).encode())
     return {"source": name, "fingerprint": digest.hexdigest()}

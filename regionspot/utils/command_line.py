@@ -19,7 +19,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to stop. Its text, if any, says what was kept."""
+    """A signal asked the process to stop; the text, if any, lists what was saved."""
 
     def __init__(self, text: str = "", number: int = signal.SIGINT) -> None:
         super().__init__(*([text] if text else []))
@@ -27,11 +27,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class ProcessError(Exception):
-    """A user's mistake, found in one of several processes."""
+    """A user's mistake in one of several processes, as one line."""
 
 
 def install_handlers(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Handle ``STOPPING`` by ``handler``; return the handlers before, {} in a thread, which cannot have any."""
+    """Handle ``STOPPING`` by ``handler``; return the previous handlers."""
+    # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in STOPPING}
@@ -45,19 +46,22 @@ def restore_handlers(previous: dict[int, Any]) -> None:
 
 
 def printable(text: object) -> str:
-    """Return ``text`` in one line, with control characters, which could steer a terminal, escaped."""
+    """Return ``text`` in one line, with control characters escaped."""
+    # Names from files could otherwise send commands to the terminal.
     line = " ".join(str(text).split("\n"))
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
 
 
 def user_error(error: BaseException | None) -> str | None:
-    """Return what to tell a user about an error that is theirs to fix, None if it is a bug.
+    """Return the line that reports an error which the user can fix, None for a bug.
 
-    Theirs are ``ValueError``, ``OSError``, a loss that is not a number, a ``KeyError`` with a sentence (one from a dict
-    has just a key), and too little memory.
+    The user can fix ``ValueError``, ``OSError``, a loss that is not a number, a ``KeyError`` with a sentence (one from
+    a dict has only a key), and too little memory.
     """
+    # str() of a KeyError has quotes around its text
     words = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if words.startswith("Caught ") and "Original Traceback" in words:  # a loader's worker wraps its errors
+    # PyTorch's loader raises errors of its workers with their traceback in the text.
+    if words.startswith("Caught ") and "Original Traceback" in words:
         words = words.strip().rpartition("\n")[2].partition(": ")[2]
     text = printable(words)
     if isinstance(error, ProcessRaisedException):
@@ -77,12 +81,12 @@ def _one_line(error: BaseException | None) -> str | None:
 
 
 def _is_bug_or_message(record: logging.LogRecord) -> bool:
-    """Drop the tracebacks that Detectron2 logs of errors which this module reports in one line."""
+    """Filter Detectron2's log: drop the tracebacks of errors that are reported in one line."""
     return not record.exc_info or _one_line(record.exc_info[1]) is None
 
 
 def run_process(main: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``main`` in one of several processes; a user's mistake reaches the first one as one line."""
+    """Call ``main`` in one of several processes; a user's mistake is passed to the parent as one line."""
     try:
         return main(*arguments)
     except Exception as error:
@@ -94,13 +98,13 @@ def run_process(main: Callable[..., Any], *arguments: Any) -> Any:
 def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", options: Sequence[str] = ()) -> NoReturn:
     """Call ``main`` and exit: 0 or the number it returns, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
 
-    With ``REGIONSPOT_TRACEBACK`` in the environment every error keeps its traceback.
+    With ``REGIONSPOT_TRACEBACK`` in the environment all errors are reported with their traceback.
 
     Args:
         main: the command.
-        arguments: of ``main``.
-        kept: what remains after an interruption, such as "finished shards are kept", unless that says so itself.
-        options: those the command also needs to resume, such as "--resume".
+        arguments: those of ``main``.
+        kept: what an interruption leaves, such as "finished shards are kept", unless the interruption has a text.
+        options: options that the command needs to resume, such as "--resume".
     """
     number: int = signal.SIGINT
 
@@ -110,15 +114,17 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # shells ignore it for background jobs
+    # Restores what Command.run changed for the imports; shells ignore SIGINT for background jobs, which stays.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_bug_or_message)
     try:
         result = main(*arguments)
     except KeyboardInterrupt as interrupt:
-        for child in multiprocessing.active_children():  # a signal to this process alone has not reached them
+        # `kill` reaches this process alone, Ctrl-C its children, too.
+        for child in multiprocessing.active_children():
             child.terminate()
-        # before the first option, as KEY VALUE may end the line, and after `regionspot train`
+        # Options are inserted before the first one: after `regionspot train`, and before KEY VALUE at the end.
         words = next((i for i, word in enumerate(sys.argv) if word.startswith("-")), len(sys.argv))
         again = [*sys.argv[:words], *(option for option in options if option not in sys.argv), *sys.argv[words:]]
         left = printable(interrupt) or kept

@@ -10,8 +10,9 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
-# All others, such as EPS (which would start Ghostscript), are refused unread.
+# Others are refused before they are read: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+# Pillow's modes of one channel with 16 or 32 bits, which its own conversion to RGB would clip at 255.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -29,7 +30,7 @@ def to_rgb_array(image: str | Path | Image.Image | np.ndarray, deep_range: Seque
     """Return any image as (H, W, 3) uint8 RGB, upright.
 
     Args:
-        image: a path, a PIL image (both are rotated by their EXIF tag), or an array, (H, W, 3) uint8 RGB already.
+        image: a path, a PIL image (both are rotated by their EXIF tag), or a (H, W, 3) uint8 RGB array.
         deep_range: see ``decode_image``.
 
     Raises:
@@ -71,37 +72,27 @@ def decode_image(
         ValueError: not an image of ``FORMATS``, or a damaged one.
     """
     deep_range = check_deep_range(deep_range)
-    with _opened(path) as image:
-        size = _upright_size(image)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image {path}: no such file")
+    with _one_error(f"image {path}"), Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        # orientations 5 to 8 are rotated by 90 degrees
+        size = (width, height) if _orientation(image) >= 5 else (height, width)
         if reduced_size and image.format == "JPEG":
-            image.draft(image.mode, (reduced_size, reduced_size))
+            image.draft(image.mode, (reduced_size, reduced_size))  # changes image.size
         return _to_array(image, image_format, deep_range), size
 
 
-def read_image_size(path: str | Path) -> tuple[int, int]:
-    """Return the (height, width) of an upright image, from its header. Raises as ``decode_image``."""
-    with _opened(path) as image:
-        return _upright_size(image)
-
-
 def check_deep_range(deep_range: Sequence[float]) -> tuple[float, ...]:
-    """Return ``INPUT.DEEP_RANGE``, checked."""
+    """Return ``INPUT.DEEP_RANGE`` if it is valid."""
     if len(deep_range) not in (0, 2) or (deep_range and not deep_range[0] < deep_range[1]):
         raise ValueError(f"INPUT.DEEP_RANGE: expected (lowest, highest) or (), got {tuple(deep_range)}")
     return tuple(deep_range)
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"image {path}: no such file")
-    with _one_error(f"image {path}"), Image.open(path, formats=FORMATS) as image:
-        yield image
-
-
-@contextmanager
 def _one_error(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises for damaged bytes (struct.error, SyntaxError, ...) into a ValueError."""
+    """Turn all errors of decoders into a ValueError; damaged bytes raise struct.error, SyntaxError and others."""
     try:
         yield
     except Image.UnidentifiedImageError as error:
@@ -119,13 +110,8 @@ def _orientation(image: Image.Image) -> int:
     return int(value) if value in _UPRIGHT else 1
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (width, height) if _orientation(image) >= 5 else (height, width)  # 5 to 8 are on their side
-
-
 def _to_array(image: Image.Image, image_format: str, deep_range: tuple[float, ...]) -> np.ndarray:
-    orientation = _orientation(image)
+    orientation = _orientation(image)  # first: images made from arrays have no EXIF tag
     if image.mode in _DEEP_MODES:
         image = _to_8_bits(image, deep_range)
     if orientation in _UPRIGHT:

@@ -11,7 +11,7 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import torch
 
-BATCH = 255  # masks decoded at a time; with NumPy 2, pycocotools 2.0.11 takes no more at once
+BATCH = 255  # with NumPy 2, pycocotools 2.0.11 fails for lists of 256 masks or more
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
 _INTEGER = (int, np.integer)
 _MAX_COORDINATE = 1e6  # pixels; pycocotools walks along each side of a polygon
@@ -62,11 +62,11 @@ def check_rles(rles: Sequence[dict], describe: Callable[[int], str], sizes: np.n
 
     Args:
         rles: ``{"size": [height, width], "counts": str or bytes}`` each.
-        describe: maps the index of a damaged RLE to the beginning of the message ("predictions p.json: entry 3").
+        describe: returns the beginning of the message for the index of a damaged RLE: "predictions p.json: entry 3".
         sizes: (len(rles), 2) int64, the expected heights and widths in pixels; None accepts any.
 
     Raises:
-        ValueError: counts that are no run lengths or do not sum to height * width, or another size.
+        ValueError: counts that are not run lengths or do not sum to height * width, or another size.
     """
     if isinstance(rles, PackedRles):
         packed = rles
@@ -101,7 +101,7 @@ def check_rles(rles: Sequence[dict], describe: Callable[[int], str], sizes: np.n
 def parse_rle(rle: Any) -> tuple[Sequence[int], bytes]:
     """Return the size and the compressed counts of an RLE, which may be uncompressed (``counts`` as a list of runs).
 
-    Compressed counts are not looked at; ``check_rles`` does so.
+    Compressed counts are not checked here but by ``check_rles``, for many masks at once.
 
     Raises:
         ValueError: not ``{"size": [height, width], "counts": ...}``, or runs that do not sum to height * width.
@@ -110,6 +110,7 @@ def parse_rle(rle: Any) -> tuple[Sequence[int], bytes]:
     size: Any = fields.get("size")
     counts: Any = fields.get("counts")
     if isinstance(counts, list):
+        # frPyObjects reads them in C, with no check
         are_runs = all(type(count) is int and count >= 0 for count in counts)
         if not are_runs or not is_size(size) or sum(counts) != size[0] * size[1]:
             raise ValueError(f"expected RLE whose counts sum to height x width, got size {size!r:.40} and other counts")
@@ -156,25 +157,29 @@ def mask_boxes(rles: Sequence[dict]) -> np.ndarray:
 
 
 def is_size(size: Any) -> bool:
-    """Return whether it is a height and a width in pixels that pycocotools can count."""
+    """Return whether ``size`` is a (height, width) whose pixels pycocotools can count."""
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         return False
     height, width = size
     are_integers = isinstance(height, _INTEGER) and isinstance(width, _INTEGER)
+    # Python integers cannot overflow in the product, NumPy's can
     return are_integers and height > 0 and width > 0 and int(height) * int(width) <= MAX_PIXELS
 
 
 def _is_damaged(texts: list[bytes], pixels: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: the text is no sequence of run lengths >= 0 that sum to ``pixels``.
+    """Return (N,) bool: the text is not a sequence of run lengths >= 0 that sum to ``pixels``.
 
-    A number is written in digits of 5 bits, lowest first, one character each, counted from "0"; bit 32 says that
-    another digit follows, bit 16 of the last that the number is negative. From the fourth on, a run length is written
-    as the difference to the last but one.
+    A number is written in digits of 5 bits, lowest first, one character each, counted from "0". Bit 32 means that
+    another digit follows, bit 16 of the last digit that the number is negative. From the fourth on, a run length is
+    written as the difference to the last but one.
     """
+    # 1. The characters of all texts, one after the other, and where each text ends.
     codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)  # characters below "0" wrap to large numbers
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     ends = lengths.cumsum()
     damaged = np.maximum.reduceat(codes, ends - lengths) > 63
+
+    # 2. The numbers, at most 7 digits long: (V,) in all texts.
     is_last = codes & 32 == 0
     damaged |= ~is_last[ends - 1]
     is_last[ends - 1] = True  # so that a damaged text does not run on into the next one
@@ -190,21 +195,24 @@ def _is_damaged(texts: list[bytes], pixels: np.ndarray) -> np.ndarray:
     negative = np.flatnonzero(codes[last] & 16)
     values[negative] -= np.int64(1) << (5 * np.minimum(num_digits[negative], _MAX_DIGITS))
 
-    # Lay the numbers out in two columns, where each text begins a row: the last but one is then the one above.
+    # 3. Run lengths from differences. In a table of two columns, in which each text begins a row, the last but one
+    #    number is the one above: run lengths are the columns' cumulative sums, less those before the text.
     stop = np.searchsorted(last, ends - 1) + 1
-    num_values = np.diff(stop, prepend=0)  # of each text
-    rows = (num_values + 1) // 2
+    num_values = np.diff(stop, prepend=0)  # (N,), of each text
+    rows = (num_values + 1) // 2  # (N,)
     begin = rows.cumsum() - rows
-    owner = np.repeat(np.arange(len(texts)), num_values)
+    owner = np.repeat(np.arange(len(texts)), num_values)  # (V,), the text of each number
     damaged[owner[num_digits > _MAX_DIGITS]] = True
     table = np.zeros(2 * int(rows.sum()), np.int64)
     table[np.arange(len(values)) + (2 * begin - (stop - num_values))[owner]] = values
     first_runs = table[2 * begin]
-    table[2 * begin] = 0  # no difference is to the first run
+    table[2 * begin] = 0  # the third number is a run length, not a difference to the first
     sums = table.reshape(-1, 2).cumsum(axis=0)
     before = np.where(begin[:, None] > 0, sums[begin - 1], 0)
     runs, starts = (sums - np.repeat(before, rows, axis=0)).reshape(-1), 2 * begin
     runs[starts] = first_runs
-    runs[(starts + 2 * rows - 1)[num_values % 2 == 1]] = 0  # the cell that an odd number of runs leaves
+    runs[(starts + 2 * rows - 1)[num_values % 2 == 1]] = 0  # the unused cell of an odd number of runs
+
+    # 4. The lengths must be what pycocotools' counters hold, and fill the mask.
     outside = (np.minimum.reduceat(runs, starts) < 0) | (np.maximum.reduceat(runs, starts) > MAX_PIXELS)
     return damaged | outside | (np.add.reduceat(runs, starts) != pixels)

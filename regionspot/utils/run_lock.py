@@ -12,17 +12,15 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def run_lock(directory: str | Path) -> Iterator[None]:
-    """Reserve a directory for this run inside the block: the main process holds a lock of the operating system.
+    """Reserve a directory for this run inside the block; a ``ValueError`` in all processes if another run holds it.
 
-    The lock ends with the process, however that ends. The run that holds it may take it again.
-
-    Raises:
-        ValueError: in all processes, if another run holds it.
+    The run that holds the directory may reserve it again.
     """
     directory = Path(directory)
+    # A lock of the operating system, held by the main process: it ends with the process, also after SIGKILL.
     lock = FileLock(directory / ".run.lock", is_singleton=True)
     error = _acquire(lock, directory) if comm.is_main_process() else ""
-    error = comm.all_gather(error)[0]
+    error = comm.all_gather(error)[0]  # the other processes must not wait for one that has failed
     if error:
         raise ValueError(error)
     try:
@@ -33,7 +31,7 @@ def run_lock(directory: str | Path) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, directory: Path) -> str:
-    """Take the lock and record who holds it, or return why that is impossible."""
+    """Acquire the lock and record its holder; return the error message, "" for none."""
     directory.mkdir(parents=True, exist_ok=True)
     holder = directory / ".run.txt"
     try:

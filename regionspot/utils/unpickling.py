@@ -1,12 +1,12 @@
-"""Reads pickles of strangers without running them: proposals, detectors' weights, and TorchScript archives.
+"""Reads untrusted pickles without running them: proposals, detectors' weights, and TorchScript archives.
 
-What is defended against, by one interpreter for all of them:
+The interpreter defends against:
 
 * Running code. A name in the file is looked up in a closed list and becomes an inert token; "calling" a token runs one
-  of the small functions below, which check what they are called with. No opcode ever reaches a function or class.
-* Changing the program. BUILD, SETITEM and SETITEMS set the state of whatever they are applied to, so they are refused
-  for everything but plain dicts and the placeholders of this file. Opcodes that are not listed are refused.
-* Memory bombs. The bytes of every array and tensor must be in the file, lengths and indexes of the file allocate
+  of the small functions below, which check their arguments. No opcode ever reaches a function or class.
+* Changing the program. BUILD, SETITEM and SETITEMS set the state of any object, so they are refused for all but plain
+  dicts and the placeholders of this file. Opcodes that are not listed are refused.
+* Memory bombs. The bytes of all arrays and tensors must be in the file, lengths and indexes in the file allocate
   nothing in advance, and ``check_size`` refuses small files that stand for large contents.
 * Deep recursion. The interpreter has no recursion; that of ``check_size`` ends as an error like any other damage.
 """
@@ -30,12 +30,13 @@ _OPCODES = (
     "BINBYTES8 LIST EMPTY_LIST TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT APPEND APPENDS GET BINGET LONG_BINGET "
     "PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD SETITEM SETITEMS DICT BYTEARRAY8 BINPERSID"
 )
-_PYTHON_UNPICKLER: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the C one has no table of opcodes
+# Python's unpickler in Python: the one in C has no table of opcodes.
+_PYTHON_UNPICKLER: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class _Token:
-    """Stands for a name in the file; ``call`` is run when the file calls it."""
+    """A name in the file; ``call`` is run when the file calls it."""
 
     name: str
     call: Callable[..., Any] | None = None
@@ -48,18 +49,14 @@ class _DtypeHolder:
 
 @dataclass
 class ArrayHolder:
-    """Stands for an array that the file creates empty and fills later.
+    """An array that the file creates empty and fills later."""
 
-    Attributes:
-        value: an array of numbers or strings, or a list for an array of objects; None before it is filled.
-    """
-
-    value: Any = None
+    value: Any = None  # an array of numbers or strings, a list for an array of objects, or None before it is filled
 
 
 @dataclass
 class ModuleHolder:
-    """Stands for a module of a TorchScript archive."""
+    """A module of a TorchScript archive."""
 
     attributes: dict[str, Any] | None = None
 
@@ -70,13 +67,13 @@ class _Opcodes(dict):
 
 
 class _Interpreter(_PYTHON_UNPICKLER):
-    """Python's own unpickler, the one that is written in Python, without the opcodes that make objects.
+    """Python's own unpickler, with replacements for the opcodes that make objects.
 
-    Its memo is a dict, so that large indexes take no memory. What is defined here replaces what Python does.
+    Its memo is a dict, so that large indexes take no memory (in C it is an array).
     """
 
     def __init__(self, file: Any, names: dict[tuple[str, str], _Token]) -> None:
-        super().__init__(file, encoding="latin1")  # which keeps the bytes of Python 2
+        super().__init__(file, encoding="latin1")  # maps the bytes of Python 2's strings to characters one to one
         self.names = names
 
     def find_class(self, module: str, name: str) -> _Token:
@@ -98,6 +95,7 @@ class _Interpreter(_PYTHON_UNPICKLER):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        # A state may be set once, so that nothing changes after it was checked.
         if isinstance(target, ArrayHolder) and target.value is None and type(state) is tuple and len(state) in (4, 5):
             shape, dtype, is_fortran, data = state[-4:]
             target.value = _make_array(data, dtype, shape, "F" if is_fortran else "C")
@@ -138,18 +136,19 @@ _Interpreter.dispatch = _Opcodes(
 
 
 class _ArchiveInterpreter(_Interpreter):
-    """Also knows modules, and storages of tensors, which an archive holds beside its pickle."""
+    """Also reads modules, and tensors' storages, which are beside the pickle in an archive."""
 
     def __init__(self, file: Any, read_storage: Callable[[str], bytes]) -> None:
         super().__init__(file, _TENSOR_NAMES)
         self.read_storage = read_storage
-        self.storages: dict[str, torch.Tensor] = {}  # tensors share them
+        self.storages: dict[str, torch.Tensor] = {}  # each is read once; several tensors may share one
 
     def find_class(self, module: str, name: str) -> _Token:
         return _MODULE if module.startswith("__torch__") else super().find_class(module, name)
 
     def persistent_load(self, saved_id: Any) -> torch.Tensor:
-        """Return the storage, (numel,) of its dtype, that a tensor refers to."""
+        """Return the storage of a tensor, (numel,) of its dtype."""
+        # ("storage", type, key, device, numel)
         _, kind, key, _, _ = saved_id
         if not isinstance(kind, _Token) or kind.name not in _STORAGES or type(key) is not str:
             raise pickle.UnpicklingError(f"a storage of {describe(kind)} is not allowed")
@@ -160,7 +159,7 @@ class _ArchiveInterpreter(_Interpreter):
 
 
 def describe(value: Any) -> str:
-    """Return a few words for a message; never the whole of a container, which a file can make endless."""
+    """Return a short description for a message; never a whole container, which a file can make endless."""
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else value[:80] + "...")
     if isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
@@ -169,7 +168,7 @@ def describe(value: Any) -> str:
 
 
 def _is_plain_dtype_state(state: Any) -> bool:
-    """Tell whether it is (version, byte order, no subtype, no names, no fields, ...)."""
+    # (version, byte order, subtype, names, fields, ...)
     return type(state) is tuple and len(state) >= 5 and type(state[1]) is str and state[2:5] == (None,) * 3
 
 
@@ -180,7 +179,7 @@ def _checked_dtype(text: Any) -> str:
 
 
 def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
-    """Return the array of these bytes, or for a 1-D array of objects the list of them."""
+    """Return an array of bytes ``data``; for a 1-D array of objects their list."""
     if (
         not isinstance(dtype, _DtypeHolder)
         or type(shape) is not tuple
@@ -244,15 +243,18 @@ def _make_list(items: Any) -> list[Any]:
     return items
 
 
+# Token lists: what NumPy of any version, on any Python, writes for arrays and scalars, and torch for tensors.
 _MODULE, _NDARRAY, _BOX_MODE = _Token("module"), _Token("ndarray"), _Token("BoxMode", _make_box_mode)
 _ORDERED_DICT = {("collections", "OrderedDict"): _Token("OrderedDict", lambda: {})}
 _ARRAY_NAMES = _ORDERED_DICT | {
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _Token("dtype", lambda text, *flags: _DtypeHolder(_checked_dtype(text))),
-    ("_codecs", "encode"): _Token("encode", _make_bytes),  # how Python 3 writes bytes in protocol 2
-    ("__builtin__", "bytes"): _Token("bytes", lambda: b""),  # and no bytes
+    # Python 3 writes bytes in protocol 2 as encode(text, "latin1"), and empty bytes as bytes().
+    ("_codecs", "encode"): _Token("encode", _make_bytes),
+    ("__builtin__", "bytes"): _Token("bytes", lambda: b""),
+    # Pythons differ in how they write the member of an enum: BoxMode(0), or getattr(BoxMode, "XYXY_ABS").
     ("detectron2.structures.boxes", "BoxMode"): _BOX_MODE,
-    ("builtins", "getattr"): _Token("getattr", _get_box_mode),  # how some Pythons write the member of an enum
+    ("builtins", "getattr"): _Token("getattr", _get_box_mode),
     ("__builtin__", "getattr"): _Token("getattr", _get_box_mode),
 }
 for _core in ("numpy.core", "numpy._core"):  # before NumPy 2 and since
@@ -281,16 +283,17 @@ def load_arrays(path: Path) -> Any:
     """Return the content of a pickle of arrays and plain containers; arrays are ``ArrayHolder``s (see ``array_of``).
 
     Raises:
-        ValueError: not a pickle, damaged, or it holds or asks for anything else.
+        ValueError: not a pickle, damaged, or it holds anything else.
     """
     with path.open("rb") as file:
         try:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # a read allocates no more than is there
+            # a map, since reading n bytes of one allocates no more than the file has, whatever n is
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             value = _Interpreter(content, _ARRAY_NAMES).load()
             check_size(value, len(content))
         except MemoryError:
             raise
-        except Exception as error:  # whatever a damaged program leads the interpreter to
+        except Exception as error:  # a damaged pickle may raise any type
             reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"damaged: {error!r:.100}"
             raise ValueError(
                 f"{path}: a pickle that is refused: {reason}; expected NumPy arrays, numbers and strings in lists and "
@@ -302,12 +305,10 @@ def load_arrays(path: Path) -> Any:
 def load_archive(program: BinaryIO, read_storage: Callable[[str], bytes]) -> Any:
     """Return the content of a TorchScript archive's pickle: tensors and plain containers in ``ModuleHolder``s.
 
-    Args:
-        program: the pickle.
-        read_storage: returns the bytes of the storage of a name.
+    ``read_storage`` returns the bytes of a storage by its name.
 
     Raises:
-        pickle.UnpicklingError: it refers to anything else. A damaged one may raise other errors.
+        pickle.UnpicklingError: it refers to anything else. A damaged pickle may raise other errors.
     """
     return _ArchiveInterpreter(program, read_storage).load()
 
@@ -318,27 +319,28 @@ def array_of(value: Any) -> Any:
 
 
 def check_size(content: Any, file_bytes: int) -> None:
-    """Refuse a content that is far larger than its file: shared arrays count each time, and repeated values, too.
+    """Refuse a content that is far larger than its file; what is shared counts each time.
 
     Args:
         content: arrays, tensors and plain values in dicts, lists and tuples.
         file_bytes: size of the file that it was read from.
 
     Raises:
-        pickle.UnpicklingError: more than 16 times the file, beyond 64 MiB; or a container holds itself.
+        pickle.UnpicklingError: more than 64 MiB and 16 times the file; or a container holds itself.
     """
     num_bytes = _expanded_bytes(content, {})
+    # Tensors tie weights and short pickles have some overhead, so that a factor of 16 is harmless; bombs have 10^6.
     if num_bytes > (1 << 26) + 16 * file_bytes:
         raise pickle.UnpicklingError(f"{file_bytes} bytes that stand for {num_bytes:.3g}")
 
 
 def _expanded_bytes(value: Any, known: dict[int, float]) -> float:
-    """Return the bytes of a value with all that it holds; ``known`` are those of the containers seen before, by id."""
+    """Return the bytes of a value with its items; ``known`` has those of containers that were seen before, by id."""
     value = array_of(value)
     if not isinstance(value, (dict, list, tuple)):
         return getattr(value, "nbytes", len(value) if isinstance(value, (str, bytes)) else 8)
     if id(value) not in known:
-        known[id(value)] = float("inf")  # until it is known: of one that holds itself
+        known[id(value)] = float("inf")  # found again below if the container holds itself
         items = value.values() if isinstance(value, dict) else value
         known[id(value)] = sum(_expanded_bytes(item, known) for item in items)
     return known[id(value)]

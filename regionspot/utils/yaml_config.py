@@ -22,6 +22,7 @@ def merge_yaml(cfg: CfgNode, path: str | Path) -> None:
     try:
         for key, value in CfgNode.load_yaml_with_base(str(path), allow_unsafe=False).items():
             if isinstance(cfg.get(key), CfgNode) and not isinstance(value, dict):
+                # merge_from_file would replace the whole section by the value
                 raise ValueError(f"{key}: expected keys below it, got {value!r:.80}")
         cfg.merge_from_file(str(path), allow_unsafe=False)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -29,14 +30,15 @@ def merge_yaml(cfg: CfgNode, path: str | Path) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Return a merge error in one line; a type mismatch names the types, not whole sections."""
+    """Return a merge error in one line."""
+    # yacs repeats the whole sections whose types differ; the types are enough.
     text = str(error.args[0] if error.args else error)
     mismatch = re.fullmatch(r"Type mismatch \((.+) vs\. (.+?)\) with values .* for config key: (.+)", text, re.DOTALL)
     return f"{mismatch[3]}: expected {mismatch[1]}, got {mismatch[2]}" if mismatch else text
 
 
 def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
-    """Refuse a file that is no config: empty, a list, endless, or with a ``_BASE_`` that is missing or circular.
+    """Refuse a file that is not a config: empty, a list, endless, or with a ``_BASE_`` that is missing or circular.
 
     Args:
         path: the file.
@@ -54,7 +56,7 @@ def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
         raise ValueError(f"{what}: expected KEY: value, got {got}")
     bases = content.get("_BASE_", [])
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str) or "://" in base:
+        if not isinstance(base, str) or "://" in base:  # Detectron2 would fetch it
             raise ValueError(f"{what}: _BASE_: expected a path, got {base!r:.80}; nothing is fetched, save a copy")
         check_yaml(path.parent / expand_user(base), (*above, path.resolve()))
 
@@ -62,10 +64,10 @@ def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
 def _read_yaml(path: Path, what: str) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        check_size(content, path.stat().st_size)  # anchors could make it endless
+        check_size(content, path.stat().st_size)  # a few anchors can stand for gigabytes
     except OSError:
         raise
-    except Exception as error:  # a damaged file may raise anything in the parser
+    except Exception as error:  # the parser raises many types for damaged files
         raise ValueError(f"{what}: not readable as YAML ({' '.join(str(error).split())})") from error
     return content
 
@@ -91,7 +93,8 @@ def check_values(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
 
 
 def _item_type(key: str, default: Any) -> Any:
-    """Return the type that the items of a sequence must have, as in the default; None if that is empty or mixed."""
+    """Return the type of the default's items; None if it is empty or mixed."""
+    # These defaults are empty.
     if key == "DATASETS.TRAIN_RATIO":
         return (int, float)
     if key.startswith("DATASETS."):

@@ -10,10 +10,10 @@ from regionspot.utils.files import expand_user
 
 SPLITS = ("train", "val", "test")
 
-# name: (annotations, images, evaluator, parts of file_name that count), below the root; {} is each of the splits.
+# name: (annotations, images, evaluator, parts of file_name to keep), below the root; {} is each of the splits.
 _TRAIN_AND_VAL: dict[str, tuple[str, str, str, int | None]] = {
     "objects365_v1_{}": ("objects365/objects365_{}.json", "objects365/{}", "coco", None),
-    # Its file names are "images/v1/patch8/<name>"; on the disk patch8 is in the split's directory.
+    # File names in the annotations are "images/v1/patch8/<name>"; on the disk patch8 is in the split's directory.
     "objects365_v2_{}": ("objects365_v2/zhiyuan_objv2_{}.json", "objects365_v2/{}", "coco", 2),
     "v3det_{}": ("v3det/v3det_2023_v1_{}.json", "v3det", "coco", None),
 }
@@ -63,7 +63,7 @@ def odinw_paths(root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def register_all(root: Path) -> None:
-    """Register all data sets under ``root``, except names that are taken already."""
+    """Register all data sets under ``root``, except names that are already registered."""
     table = dict(_SINGLE)
     for split in ("train", "val"):
         for name, (json_file, images, evaluator_type, keep_parts) in _TRAIN_AND_VAL.items():

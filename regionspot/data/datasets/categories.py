@@ -1,4 +1,4 @@
-"""Which category of its annotation file each class of a data set stands for."""
+"""The categories of an annotation file that a data set's classes stand for."""
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -10,24 +10,23 @@ from regionspot.vocabulary import dataset_names
 def category_ids(name: str) -> np.ndarray:
     """Return the category ids, in the annotation file, of a data set's classes 0, 1, 2, ...
 
-    Metadata list them (``thing_dataset_id_to_contiguous_id``), for all categories or, for a detector that knows some
-    classes only, for a part. Where they do not, as in Detectron2's ``lvis_v1_*``, classes of LVIS data sets are the ids
-    less 1, and those of others are in the order of the ids. Both are checked against the names in the file. A data
-    set without ``json_file`` has the ids that Detectron2's ``convert_to_coco_json`` writes.
+    Metadata list them (``thing_dataset_id_to_contiguous_id``), for all categories or, for a detector of some classes,
+    for a part. If they do not, classes of LVIS data sets are the ids less 1, as in Detectron2's ``lvis_v1_*``, and
+    those of others are in the order of the ids. Both are checked against the names in the file.
 
     Args:
-        name: a registered data set with class names.
+        name: a registered data set with K class names.
 
     Returns:
-        (K,) int64, for each of the K classes.
+        (K,) int64.
 
     Raises:
         FileNotFoundError: no annotation file.
-        ValueError: the file's categories are not the data set's classes; it names the first that is not.
+        ValueError: the file's categories are not the data set's classes; it names the first that differs.
     """
     names, metadata = dataset_names(name), MetadataCatalog.get(name)
     mapping, json_file = metadata.get("thing_dataset_id_to_contiguous_id"), metadata.get("json_file")
-    if not json_file:
+    if not json_file:  # without a mapping the ids that Detectron2's convert_to_coco_json writes
         mapping = mapping or {label: label for label in range(len(names))}
         by_label = {label: category for category, label in mapping.items()}
         return np.array([by_label[label] for label in range(len(names))], np.int64)
@@ -42,7 +41,8 @@ def category_ids(name: str) -> np.ndarray:
         if (label := mapping.get(category.id)) is None:
             continue
         class_name = names[label] if 0 <= label < len(names) else "no class"
-        if class_name not in (category.class_name, category.name):  # LVIS's names are the first synonyms
+        # Detectron2's names of LVIS are the first synonyms, other people's those of the file.
+        if class_name not in (category.class_name, category.name):
             raise ValueError(
                 f"{prefix}: category {category.id} is {category.name!r}, but {class_name!r} in metadata; {remedy}"
             )

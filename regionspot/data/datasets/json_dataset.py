@@ -1,4 +1,4 @@
-"""Data sets whose annotations are COCO or LVIS JSON, with class names and ids from the file itself."""
+"""Data sets of COCO or LVIS JSON, with class names and ids from the file itself."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,27 +13,25 @@ from regionspot.data.coco_io import AnnotationFile
 from regionspot.data.datasets.categories import category_ids
 from regionspot.structures import has_area
 
-_CHUNK = 1 << 20  # boxes that are worked on at a time, to bound memory
+_CHUNK = 1 << 20  # boxes that are processed at a time, to bound memory
 
 
 class JsonDataset(Dataset):
-    """The records of an annotation file, built on demand from arrays: 25 M boxes of 2.5 M images take 0.8 GB.
+    """Detectron2's standard records of an annotation file, built on demand from arrays.
 
-    Forked loader processes share the arrays, which are never written to. Item ``i`` is Detectron2's standard record of
-    the file's ``i``-th image: ``file_name``, ``image_id``, ``height``, ``width`` and ``annotations`` with ``bbox``,
-    ``bbox_mode``, ``category_id`` (contiguous) and ``iscrowd``.
+    25 M boxes of 2.5 M images take 0.8 GB, which forked loader processes share. Category ids may be any integers:
+    sorted, they become the classes 0, 1, 2, ...
 
     Attributes:
         image_ids: (I,) int64.
         heights, widths: (I,) int32, pixels.
         offsets: (I + 1,) int64; annotations ``offsets[i]:offsets[i + 1]`` are those of image ``i``, in file order.
-        boxes: (M, 4) float32 XYWH in the original image's pixels, as in the file. XYXY is ``xy, xy + wh`` added in
-            float32, which is what ``BoxMode.convert`` does with a record's ``bbox``.
+        boxes: (M, 4) float32 XYWH in the original image's pixels, as in the file.
         labels: (M,) int32 contiguous classes.
         crowd: (M,) bool.
-        num_regions: (I,) int32, for each image its annotations that are no crowd and have area inside the image.
-        num_crowd: of all images.
-        num_degenerate: annotations of all images that are no crowd and have no area inside their image.
+        num_regions: (I,) int32, the number of each image's annotations that are not crowds and have area inside it.
+        num_crowd: number of crowds in all images.
+        num_degenerate: number of other annotations that have no area inside their image.
         class_names: by contiguous class.
         id_mapping: category id of the file -> contiguous class, in the order of the ids.
         evaluator_type: "lvis" if all categories have a frequency and all images ``neg_category_ids``, else "coco".
@@ -41,18 +39,14 @@ class JsonDataset(Dataset):
 
     def __init__(self, json_file: str | Path, image_root: str | Path, *, keep_parts: int | None = None) -> None:
         """
-        Category ids may be any integers: sorted, they become 0, 1, 2, ... ``iscrowd`` may be missing. LVIS's images
-        name no files: the last two parts of their address are COCO's split and file.
-
         Args:
             json_file: annotations in COCO or LVIS format.
             image_root: directory that the file names are relative to.
-            keep_parts: how many parts of each file name count, from its end; None for all.
+            keep_parts: how many parts of each file name to keep, from its end; None for all.
 
         Raises:
             FileNotFoundError: no such annotation file.
-            ValueError: not COCO or LVIS JSON; a key is missing or has a wrong type, an id is repeated or unknown, a
-                box is not four finite numbers. It names the file and the place.
+            ValueError: not COCO or LVIS JSON, or an invalid entry; it names the place.
         """
         file = AnnotationFile(json_file)
         images, annotations = file.images, file.annotations()
@@ -68,7 +62,7 @@ class JsonDataset(Dataset):
 
         rows = annotations.images
         self.boxes, self.labels, self.crowd = annotations.boxes, annotations.labels, annotations.crowd
-        if (np.diff(rows) < 0).any():
+        if (np.diff(rows) < 0).any():  # most files are sorted by image already
             order = np.argsort(rows, kind="stable")
             rows, self.boxes = rows[order], self.boxes[order]
             self.labels, self.crowd = self.labels[order], self.crowd[order]
@@ -123,14 +117,11 @@ class JsonDataset(Dataset):
 def load_json_dataset(
     name: str, json_file: str | Path, image_root: str | Path, *, keep_parts: int | None = None
 ) -> JsonDataset:
-    """Read a data set and set class names, id mapping and, where none is set yet, the evaluator of its metadata.
-
-    Args, Raises: see ``JsonDataset``.
-    """
+    """Read a data set, and set class names, id mapping and, if it has none, the evaluator in its metadata."""
     dataset = JsonDataset(json_file, image_root, keep_parts=keep_parts)
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes"):
-        category_ids(name)  # names the first class that differs; Detectron2 only asserts that none does
+        category_ids(name)  # its error names the first class that differs, which Detectron2's assertion does not
     metadata.set(thing_classes=dataset.class_names, thing_dataset_id_to_contiguous_id=dataset.id_mapping)
     if metadata.get("evaluator_type") is None:
         metadata.set(evaluator_type=dataset.evaluator_type)

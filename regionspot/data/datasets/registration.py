@@ -18,15 +18,15 @@ def register_json_dataset(
     *,
     keep_parts: int | None = None,
 ) -> None:
-    """Register annotations in COCO or LVIS format; the file is first read when the data set is first used.
+    """Register annotations in COCO or LVIS format; the file is read when the data set is first used.
 
     Args:
-        name: of the data set in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file: the annotations.
         image_root: directory that ``file_name`` (or the end of ``coco_url``) is relative to.
-        evaluator_type: "lvis" or "coco"; by default LVIS where categories have ``frequency`` and images
-            ``neg_category_ids``, else COCO; it is set in the metadata once the file was read.
-        keep_parts: how many parts of each ``file_name`` count, from its end: 2 makes "patch8/a.jpg" of
+        evaluator_type: "lvis" or "coco"; by default LVIS if categories have ``frequency`` and images
+            ``neg_category_ids``, else COCO, which is known after the file was read.
+        keep_parts: how many parts of each ``file_name`` to keep, from its end: 2 makes "patch8/a.jpg" of
             "images/v1/patch8/a.jpg". None keeps all.
 
     Raises:
@@ -43,18 +43,13 @@ def register_json_dataset(
 
 
 def register_from_spec(name: str) -> bool:
-    """Register a data set that is given as "path/to/my.json:path/to/images", under exactly that name.
-
-    Args:
-        name: an entry of ``DATASETS.TRAIN`` or ``DATASETS.TEST``.
-
-    Returns:
-        Whether ``name`` has that format; any other is left to the catalog.
+    """Register a name of the form "path/to/my.json:path/to/images"; return whether ``name`` has this form.
 
     Raises:
-        FileNotFoundError: the file or the directory is not there.
+        FileNotFoundError: no such file or directory.
         ValueError: a JSON file without a directory of images.
     """
+    # From the right: an absolute path of Windows, and a directory, may have colons, too.
     json_file, separator, image_root = name.rpartition(".json:")
     if not separator:
         if name.endswith(".json") and name not in DatasetCatalog:

@@ -30,19 +30,19 @@ def convert_tokens(
 ) -> dict[str, int]:
     """Pack a directory of the authors' files into a token store.
 
-    Such a file is a dict with ``mask_tokens`` (N, 1, D) or (N, D) and ``classes`` (N,), the raw category ids. It has
-    no boxes: they are those of the data set's annotations, which must be of the same classes in the same order.
+    A file is a dict of ``mask_tokens`` (N, 1, D) or (N, D) and ``classes`` (N,), the category ids of the annotation
+    file. It has no boxes: they are taken from the annotations, whose classes must be the same in the same order.
 
     Args:
-        token_directory: with the authors' files.
-        dataset_name: the registered data set that they are of.
-        stage: of SAM, that the tokens were taken from.
+        token_directory: the authors' files.
+        dataset_name: the registered data set that the tokens were extracted from.
+        stage: SAM's stage that the tokens were taken from.
         dim: length D of a token of this stage.
         directory: the store.
-        origin: what its manifest begins with, see ``regionspot.engine.extract.describe_store``.
+        origin: the beginning of its manifest, see ``regionspot.engine.extract.describe_store``.
 
     Returns:
-        The number of images for each of ``OUTCOMES``; only those that were imported are in the store.
+        The number of images for each of ``OUTCOMES``; the store has the imported ones.
 
     Raises:
         ValueError: nothing could be imported, or there is a finished store.
@@ -74,7 +74,7 @@ def convert_tokens(
 
 
 def _convert(record: dict[str, Any], path: Path, raw_ids: np.ndarray, dim: int) -> tuple[str, dict[str, Any] | None]:
-    """Return what became of an image, and its entry in the store if it was imported."""
+    """Return one of ``OUTCOMES`` for an image, and its entry in the store if it was imported."""
     instances = annotated_regions(record)
     if not len(instances):
         return "without regions", None

@@ -8,7 +8,7 @@ from regionspot.utils.files import read_json
 
 FORMAT = "regionspot-tokens-2"
 MANIFEST = "manifest.json"
-ORIGIN = "origin.json"  # what the manifest will begin with, as long as the store is not finished
+ORIGIN = "origin.json"  # the beginning of the manifest, until the store is finished
 
 # Version 1 had prose as keys and values. It is still read: extracting Objects365 again would take GPU-days.
 _OLD_FORMAT = "regionspot-tokens-1"
@@ -33,14 +33,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_origin(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"token store: {path} is of format {manifest.get('format')!r}, expected {FORMAT!r}")
-    is_whole = (
+    is_complete = (
         _has_types(manifest, _MANIFEST_TYPES)
         and {"clip", "flip", "sam", "annotations"} <= manifest.keys()
         and all(isinstance(stage, str) for stage in manifest["stages"])
         and all(is_entry(entry) for entry in manifest["shards"])
     )
-    if not is_whole:
-        raise ValueError(f"token store: {path} is damaged: it lacks what a manifest has; extract the tokens again")
+    if not is_complete:
+        raise ValueError(f"token store: {path} is damaged: it lacks keys of a manifest; extract the tokens again")
     return manifest
 
 
@@ -63,7 +63,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_entry(entry: Any) -> bool:
-    """Tell whether ``entry`` is what a manifest says of a shard."""
+    """Return whether ``entry`` is a valid entry of a shard in a manifest."""
     if not isinstance(entry, dict) or not _has_types(entry, _ENTRY_TYPES):
         return False
     left_out = entry.get("left_out", [])
@@ -79,15 +79,15 @@ def _has_types(content: dict[str, Any], types: dict[str, type]) -> bool:
 
 
 def check_origin(directory: Path, origin: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a store whose features were extracted from something else; training and extraction share this check.
+    """Refuse a store whose features were extracted from other annotations or with other frozen parts.
 
     Args:
         directory: the store.
-        origin: its manifest, or the beginning of it. Values are plain, or dicts whose "source" is but a name.
+        origin: its manifest, or the beginning of it.
         expected: the entries to compare.
 
     Raises:
-        ValueError: the first difference, and what to do.
+        ValueError: an entry differs; it names both values.
     """
     for key, value in expected.items():
         if _without_source(origin.get(key)) != _without_source(value):
@@ -99,6 +99,7 @@ def check_origin(directory: Path, origin: dict[str, Any], expected: dict[str, An
 
 
 def _without_source(value: Any) -> Any:
+    # Fingerprints decide: the source is the name of a file, which may have been moved.
     return {key: item for key, item in value.items() if key != "source"} if isinstance(value, dict) else value
 
 

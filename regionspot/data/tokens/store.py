@@ -14,14 +14,14 @@ from regionspot.data.tokens.manifest import check_origin, read_manifest, read_ob
 from regionspot.utils.files import sha256_of_file, write_json
 
 REMEDY = "delete this shard and run tools/extract_tokens.py again, which writes it again"
-VERIFIED = ".verified.json"  # the shards whose SHA-256 was compared
+VERIFIED = ".verified.json"  # size and time of the shards whose SHA-256 was compared
 
 
 class TokenStore:
-    """Random access to a finished store; its shards are memory-mapped, and nothing in them is ever executed.
+    """Random access to a finished store, whose shards are memory-mapped.
 
     A store is a directory with ``manifest.json`` and shards ``shard-00000.safetensors``, ... A shard with I images and
-    N regions holds:
+    N regions has:
 
     * ``image_ids`` (I,) int64 and ``offsets`` (I + 1,) int64: the regions of image i are offsets[i] to offsets[i + 1];
     * ``boxes`` (N, 4) float32, XYXY in the pixels of the original image, clipped to it; ``labels`` (N,) int32,
@@ -79,28 +79,28 @@ class TokenStore:
 
         Args:
             image_id: the image.
-            boxes: (n, 4) float XYXY: its boxes in the unflipped image, which must be those that the tokens were
-                extracted for.
-            flipped: the features of the flipped image.
+            boxes: (n, 4) float XYXY in the unflipped image; they must be those of the extraction.
+            flipped: return the features of the flipped image.
 
         Returns:
             ``tokens`` (n, D) float32 and, if they are stored, ``feature_map`` (L, width) float32.
 
         Raises:
             KeyError: the image is not in the store.
-            ValueError: its boxes are others.
+            ValueError: the boxes differ.
         """
-        place = int(np.searchsorted(self.image_ids, image_id))
-        if place == len(self.image_ids) or self.image_ids[place] != image_id:
+        position = int(np.searchsorted(self.image_ids, image_id))
+        if position == len(self.image_ids) or self.image_ids[position] != image_id:
             raise KeyError(
                 f"token store {self.directory}: no image {image_id}; was it extracted from the same annotations?"
             )
-        number, row = self._locations[place]
-        shard = self._shards[number]
-        # reading past the end of a memory map would kill the process without a message
-        _check_size(self.directory, self.manifest["shards"][number])
+        shard_index, row = self._locations[position]
+        shard = self._shards[shard_index]
+        # Reading past the end of a memory map, of a file that was truncated since, would kill the process.
+        _check_size(self.directory, self.manifest["shards"][shard_index])
         start, stop = shard["offsets"][row : row + 2].tolist()
         stored = shard["boxes"][start:stop]  # (n, 4)
+        # A hundredth of a pixel: annotations that were written again with fewer digits are still the same.
         if stored.shape != boxes.shape or not torch.allclose(stored, boxes.float(), atol=0.01):
             raise ValueError(
                 f"token store {self.directory}: image {image_id} has other boxes than when the tokens were extracted "
@@ -113,47 +113,36 @@ class TokenStore:
         return features
 
     def image_files(self, image_ids: np.ndarray) -> np.ndarray:
-        """Return what ``describe_file`` recorded of images of the store, (n, 3) int64; zeros where nothing was."""
+        """Return the ``describe_file`` of images of the store, (n, 3) int64; zeros if it was not recorded."""
         files = np.zeros((len(self), 3), np.int64)
-        for number, shard in enumerate(self._shards):
+        for index, shard in enumerate(self._shards):
             if "image_files" in shard:
-                rows = self._locations[:, 0] == number
+                rows = self._locations[:, 0] == index
                 files[rows] = shard["image_files"].numpy()[self._locations[rows, 1]]
         return files[np.searchsorted(self.image_ids, image_ids)]
 
     def verify(self) -> None:
-        """Compare the shards' SHA-256 with the manifest; correct ones are remembered by size and time.
-
-        Raises:
-            ValueError: a shard is damaged.
-        """
-        marker, known = self.directory / VERIFIED, {}
+        """Compare the shards' SHA-256 with the manifest; a ``ValueError`` names a damaged one."""
+        # Hashing a terabyte takes an hour: shards that passed are skipped until their size or time changes.
+        marker, verified = self.directory / VERIFIED, {}
         if marker.is_file():
             with contextlib.suppress(ValueError):
-                known = read_object(marker)
-        states, new = {}, []
+                verified = read_object(marker)
+        states, changed = {}, []
         for entry in self.manifest["shards"]:
             state = (self.directory / entry["file"]).stat()
             states[entry["file"]] = [entry["sha256"], state.st_size, state.st_mtime_ns]
-            if known.get(entry["file"]) != states[entry["file"]]:
-                new.append(entry)
-        for entry in tqdm(new, desc=f"verifying {self.directory}, once", unit="shard", disable=len(new) < 2):
+            if verified.get(entry["file"]) != states[entry["file"]]:
+                changed.append(entry)
+        for entry in tqdm(changed, desc=f"verifying {self.directory}, once", unit="shard", disable=len(changed) < 2):
             if problem := _compare_sha256(self.directory / entry["file"], entry["sha256"]):
                 raise ValueError(problem)
-        if new:
+        if changed:
             with contextlib.suppress(OSError):  # the directory may be read-only
                 write_json(marker, states)
 
     def check_origin(self, expected: dict[str, Any]) -> None:
-        """Refuse the store if it is of other annotations or other frozen parts.
-
-        Args:
-            expected: entries of the manifest as training needs them, see ``describe_annotations`` and
-                ``regionspot.engine.extract``.
-
-        Raises:
-            ValueError: names both.
-        """
+        """Refuse the store if entries of its manifest are not the ``expected`` ones, see ``manifest.check_origin``."""
         check_origin(self.directory, self.manifest, expected)
 
 
@@ -173,12 +162,12 @@ def _open_shard(directory: Path, entry: dict[str, Any]) -> dict[str, torch.Tenso
     path = directory / entry["file"]
     _check_size(directory, entry)
     try:
-        with safe_open(path, framework="pt") as file:  # the tensors map the file, which is read when they are used
+        with safe_open(path, framework="pt") as file:  # tensors map the file, which is read when they are used
             content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"token store: shard {path} is damaged ({error}); {REMEDY}") from error
     if not {"image_ids", "offsets", "boxes", "labels"} <= set(content):
-        raise ValueError(f"token store: {path} is no shard: it holds {', '.join(sorted(content)[:4])}; {REMEDY}")
+        raise ValueError(f"token store: {path} is not a shard: it has {', '.join(sorted(content)[:4])}; {REMEDY}")
     images, boxes, offsets = entry["images"], entry["boxes"], content["offsets"]
     lengths = {"image_ids": images, "offsets": images + 1, "image_files": images}
     for key, tensor in content.items():
@@ -194,7 +183,7 @@ def _open_shard(directory: Path, entry: dict[str, Any]) -> dict[str, torch.Tenso
 
 
 def _compare_sha256(path: Path, expected: str) -> str:
-    """Return what is wrong with a shard, "" if nothing is."""
+    """Return the problem of a shard, "" for none."""
     actual = sha256_of_file(path)
     if actual == expected:
         return ""
@@ -204,9 +193,7 @@ def _compare_sha256(path: Path, expected: str) -> str:
 def find_damage(directory: str | Path) -> Iterator[str]:
     """Compare a store with its manifest; yield a line for each shard that is missing, changed or not listed.
 
-    Raises:
-        FileNotFoundError: no store there.
-        ValueError: not finished, or its manifest is damaged.
+    Raises as ``read_manifest``.
     """
     directory = Path(directory)
     entries = {entry["file"]: entry for entry in read_manifest(directory)["shards"]}

@@ -33,11 +33,11 @@ class StoreWriter:
         """
         Args:
             directory: the store.
-            origin: what the features are extracted from; the manifest begins with it.
-            num_shards: how many there will be.
+            origin: the beginning of the manifest: what the features are extracted from.
+            num_shards: number of shards of the complete store.
 
         Raises:
-            ValueError: the directory holds a store, finished or not, of another origin.
+            ValueError: the directory has a store, finished or not, of another origin.
         """
         self.directory, self.num_shards = Path(directory), num_shards
         self.origin = {"format": FORMAT, **origin, "num_shards": num_shards}
@@ -64,28 +64,29 @@ class StoreWriter:
         return self._entry(shard) is not None or self.is_complete()
 
     def finished_images(self) -> int:
-        """Return how many of the data set's images are in finished shards of an incomplete store."""
+        """Return the number of the data set's images in finished shards of an incomplete store."""
         return sum(entry["seen"] for shard in range(self.num_shards) if (entry := self._entry(shard)))
 
     def left_out(self, shard: int) -> list[int]:
-        """Return the ids of the images that a finished shard lacks because they could not be read."""
+        """Return the ids of unreadable images, which a finished shard lacks."""
         entry = read_manifest(self.directory)["shards"][shard] if self.is_complete() else self._entry(shard)
         return entry.get("left_out", []) if entry else []
 
     def image_files(self, shard: int) -> dict[int, list[int]]:
-        """Return by image id what ``describe_file`` recorded of the images of a finished shard."""
+        """Return the ``describe_file`` of the images of a finished shard by their ids."""
         with safe_open(self.path(shard), framework="pt") as file:
             if "image_files" not in file.keys():  # noqa: SIM118 - an older store
                 return {}
             return dict(zip(file.get_tensor("image_ids").tolist(), file.get_tensor("image_files").tolist()))
 
     def discard(self, shards: Collection[int] = ()) -> None:
-        """Let these shards be written again, and those of a complete store that are missing or truncated."""
+        """Mark these shards as not finished, and those of a complete store that are missing or truncated."""
         if self.is_complete():
             entries = dict(enumerate(read_manifest(self.directory)["shards"]))
             intact = {shard: x for shard, x in entries.items() if shard not in shards and self._is_intact(x)}
             if len(intact) == len(entries):
                 return
+            # The entries are restored before the manifest is removed: killed in between, the store is still complete.
             for shard, entry in intact.items():
                 write_json(self.path(shard, ".json"), entry)
             write_json(self.directory / ORIGIN, self.origin)
@@ -97,14 +98,14 @@ class StoreWriter:
         """Write a shard.
 
         Args:
-            shard: its number.
-            content: tensors as ``TokenStore`` describes them.
+            shard: its index.
+            content: tensors, see ``TokenStore``.
             seen: number of images of the data set in it, with regions or without.
-            left_out: ids of those that could not be read.
+            left_out: ids of the unreadable images.
         """
         for key, value in content.items():
             if value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"{self.path(shard)}: {key} holds NaN or what float16 cannot hold")
+                raise ValueError(f"{self.path(shard)}: {key} has NaN, or numbers beyond the range of float16")
         with atomic_path(self.path(shard)) as temporary:
             save_file({key: value.contiguous() for key, value in content.items()}, temporary)
             sha256, size = sha256_of_file(temporary), temporary.stat().st_size
@@ -117,7 +118,8 @@ class StoreWriter:
     def finish(self) -> bool:
         """Write the manifest if all shards are there; return whether the store is complete."""
         entries = [entry for shard in range(self.num_shards) if (entry := self._entry(shard))]
-        if not self.is_complete():  # another process may have finished it, and removed the entries, in between
+        # Another process may have finished the store, and removed the entries, since they were read.
+        if not self.is_complete():
             if len(entries) < self.num_shards:
                 return False
             counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
@@ -129,7 +131,7 @@ class StoreWriter:
         return True
 
     def _entry(self, shard: int) -> dict[str, Any] | None:
-        """Return what the manifest will say of a finished shard, None for one that is not finished."""
+        """Return the entry in the manifest of a finished shard, None for others."""
         try:
             entry = read_object(self.path(shard, ".json"))
         except (FileNotFoundError, ValueError):
@@ -149,6 +151,7 @@ def pack_images(images: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
             ``describe_file``), and features under the shard's keys: tokens (n, D) and, optionally, feature maps
             (L, width).
     """
+    # Concatenations begin with an empty tensor: a shard may have no image.
     lengths = torch.tensor([0] + [len(image["boxes"]) for image in images])
     content = {
         "image_ids": torch.tensor([image["image_id"] for image in images], dtype=torch.int64),

@@ -188,7 +188,7 @@ def test_batch_size_does_not_change_store(dataset, tmp_path):
 def test_uncovered_augmentations_are_refused(dataset, tmp_path, overrides, names):
     extract(tmp_path / "store", flip=True)
     cfg = config("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),), *overrides)
-    with pytest.raises(ValueError, match=f"the flip from left to right only.*{names}"):
+    with pytest.raises(ValueError, match=f"the horizontal flip only.*{names}"):
         build_train_loader(cfg)
 
 
