@@ -1,7 +1,6 @@
 """Finds the score below which a region is unknown."""
 
 from argparse import Namespace
-from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -10,7 +9,6 @@ from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data import build_test_loader, dataset_vocabulary
 from regionspot.data.build import check_registered
-from regionspot.utils.command_line import run_command
 
 
 @torch.no_grad()
@@ -31,7 +29,3 @@ def main(args: Namespace) -> float:
     threshold = float(torch.cat(best).double().quantile(1 - args.keep))
     print(f"MODEL.REGIONSPOT.UNKNOWN.THRESHOLD {threshold:.6f}")
     return threshold
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

@@ -1,12 +1,12 @@
 """Reads the annotations and all images of a data set, and reports what cannot be used."""
 
 from argparse import Namespace
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
 from regionspot.data.dataset_check import check_dataset, is_usable
-from regionspot.utils.command_line import printable, run_command
+from regionspot.utils.command_line import printable
 from regionspot.utils.files import write_json
 
 LISTED = 20  # entries of a kind that are printed; --json has all
@@ -53,7 +53,3 @@ def main(args: Namespace) -> int:
         write_json(args.json, report)
     print("all of it can be used" if is_usable(report) else "error: not all of it can be used")
     return 0 if is_usable(report) else 1
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

@@ -15,17 +15,23 @@ class Command:
 
     Attributes:
         parse: adds the arguments to a parser, and returns those of a command line.
-        module: has ``main(args)``, which works, and ``run(args)``, which also turns the result into an exit status.
-        help: description and examples; the first line stands in the list of commands.
+        module: has ``main(args)``, which does the work.
+        help: description and examples; the first line is in the list of commands.
+        kept: what an interruption leaves; ``parse`` may set another ``kept`` and ``resume_options``, the options that
+            the command needs to resume.
+        start: the function of ``module`` that a process runs: ``main``, or one that starts processes.
     """
 
     parse: Callable[[ArgumentParser, Sequence[str]], Namespace]
     module: str
     help: str
+    kept: str = ""
+    start: str = "main"
 
     def parse_arguments(self, arguments: Sequence[str], program: str | None = None) -> Namespace:
         """Return the parsed arguments; ``--help`` and wrong ones end the process."""
         parser = ArgumentParser(program, description=self.help, formatter_class=RawDescriptionHelpFormatter)
+        parser.set_defaults(kept=self.kept, resume_options=())
         return self.parse(parser, arguments)
 
     def call(self, *arguments: object) -> Any:
@@ -34,12 +40,14 @@ class Command:
         return importlib.import_module(self.module).main(args)
 
     def run(self, arguments: Sequence[str] | None = None, program: str | None = None) -> NoReturn:
-        """Do the work of a process, and exit with its status."""
+        """Do the work and exit; errors and interruptions end as one line, see ``run_command``."""
         args = self.parse_arguments(sys.argv[1:] if arguments is None else arguments, program)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-        importlib.import_module(self.module).run(args)
-        raise AssertionError(f"{self.module}.run returned")
+        start = getattr(importlib.import_module(self.module), self.start)
+        from regionspot.utils.command_line import run_command  # as slow to import as the module
+
+        run_command(start, args, kept=args.kept, options=args.resume_options)
 
 
 def add_overrides(parser: ArgumentParser) -> None:

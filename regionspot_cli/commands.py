@@ -7,6 +7,7 @@ from pathlib import Path
 
 from regionspot_cli.command import Command, add_overrides
 
+PREDICTIONS_KEPT = "the predictions so far are kept"
 FORMATS = ("glip", "coco", "detectron2", "safetensors")
 TABLES = Path(__file__).resolve().parents[1] / "regionspot" / "model_zoo" / "configs" / "tables"
 SUFFIXES = {".json": "glip", ".pkl": "detectron2", ".pickle": "detectron2", ".safetensors": "safetensors"}
@@ -102,7 +103,12 @@ def add_launch(parser: ArgumentParser) -> None:
 def parse_train(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--eval-only", action="store_true", help="evaluate instead of training")
     add_launch(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.eval_only:
+        args.kept = PREDICTIONS_KEPT
+    else:
+        args.resume_options = ["--resume"]
+    return args
 
 
 def parse_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -179,6 +185,7 @@ def parse_convert(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     proposals.add_argument("--nms", type=float, metavar="IOU", help="drop boxes that overlap a better one of the label")
     proposals.add_argument("--min-score", type=float, metavar="S", help="drop boxes with lower scores")
     tokens = kinds.add_parser("tokens", help="the authors' tokens into a token store", description=TOKENS)
+    tokens.set_defaults(kept="finished shards are kept")
     tokens.add_argument("--config-file", required=True, metavar="FILE", help="of the model whose SAM made them")
     tokens.add_argument("--tokens", required=True, type=Path, metavar="DIR", help="the directory of the .pth files")
     tokens.add_argument("--dataset", required=True, metavar="NAME", help="a registered name, or my.json:images")
@@ -240,13 +247,13 @@ def parse_table(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 COMMANDS = {
-    "train": Command(parse_train, "regionspot_cli.train", TRAIN),
-    "evaluate": Command(parse_evaluate, "regionspot_cli.train", EVALUATE),
-    "predict": Command(parse_predict, "regionspot_cli.predict", PREDICT),
-    "extract": Command(parse_extract, "regionspot_cli.extract", EXTRACT),
+    "train": Command(parse_train, "regionspot_cli.train", TRAIN, "the checkpoints so far are kept", "start"),
+    "evaluate": Command(parse_evaluate, "regionspot_cli.train", EVALUATE, PREDICTIONS_KEPT, "start"),
+    "predict": Command(parse_predict, "regionspot_cli.predict", PREDICT, "images and JSON of previous inputs are kept"),
+    "extract": Command(parse_extract, "regionspot_cli.extract", EXTRACT, "finished shards are kept"),
     "convert": Command(parse_convert, "regionspot_cli.convert", CONVERT),
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),
     "calibrate": Command(parse_calibrate, "regionspot_cli.calibrate", CALIBRATE),
-    "table": Command(parse_table, "regionspot_cli.table", TABLE),
+    "table": Command(parse_table, "regionspot_cli.table", TABLE, "finished rows are kept"),
 }

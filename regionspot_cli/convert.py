@@ -2,7 +2,6 @@
 
 import logging
 from argparse import Namespace
-from typing import NoReturn
 
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
@@ -10,7 +9,6 @@ from regionspot.data.build import check_registered
 from regionspot.data.proposals import ProposalFile, select_proposals, write_proposals
 from regionspot.data.tokens.convert import convert_tokens
 from regionspot.engine.extract import Extraction, describe_store
-from regionspot.utils.command_line import run_command
 
 
 def convert_proposals(args: Namespace) -> str:
@@ -44,7 +42,3 @@ def import_tokens(args: Namespace) -> str:
 def main(args: Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
     print(convert_proposals(args) if args.kind == "proposals" else import_tokens(args))
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="" if args.kind == "proposals" else "finished shards are kept")

@@ -3,14 +3,12 @@
 import logging
 import sys
 from argparse import Namespace
-from typing import NoReturn
 
 import numpy as np
 
 from regionspot.data.coco_io import Results, read_results
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.report import evaluate_task, format_table, write_evaluations
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import sha256_of_file
 
 LIMITS = {
@@ -54,7 +52,3 @@ def main(args: Namespace) -> None:
     if args.output:
         write_evaluations(args.output, truth, evaluations)
         print(f"written to {args.output}")
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

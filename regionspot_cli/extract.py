@@ -5,7 +5,6 @@ import os
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from detectron2.config import CfgNode
@@ -18,7 +17,7 @@ from regionspot.data.tokens.manifest import MANIFEST, read_manifest
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.launch import check_gpus
-from regionspot.utils.command_line import run_command, run_process
+from regionspot.utils.command_line import run_process
 from regionspot.utils.files import short_directory_name
 
 
@@ -99,7 +98,3 @@ def main(args: Namespace) -> int:
         work(0, args, cfg)
     report(args)
     return 0
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="finished shards are kept")

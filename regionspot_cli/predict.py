@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from regionspot import RegionPredictions, RegionSpotPredictor
 from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.structures import check_boxes
-from regionspot.utils.command_line import printable, run_command
+from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path, read_json, write_json
 from regionspot.utils.images import to_rgb_array
 from regionspot.visualization import draw_regions
@@ -177,7 +177,3 @@ def main(args: Namespace) -> None:
             f"\nNo weights were given for {', '.join(predictor.random_parts)}: these parts are untrained, "
             "THE LABELS AND MASKS MEAN NOTHING. Only the machinery was shown."
         )
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="images and JSON of the inputs before are kept")

@@ -38,6 +38,8 @@ def parse_openimages(parser: ArgumentParser, arguments: Sequence[str]) -> Namesp
 
 PREPARE = {
     "lvis_minival": Command(parse_root, "regionspot_cli.prepare_lvis_minival", LVIS_MINIVAL),
-    "odinw": Command(parse_root, "regionspot_cli.prepare_odinw", ODINW),
-    "openimages": Command(parse_openimages, "regionspot_cli.prepare_openimages", OPENIMAGES),
+    "odinw": Command(parse_root, "regionspot_cli.prepare_odinw", ODINW, "finished sets are kept"),
+    "openimages": Command(
+        parse_openimages, "regionspot_cli.prepare_openimages", OPENIMAGES, "the image sizes that were read are kept"
+    ),
 }

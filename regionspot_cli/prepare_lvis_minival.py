@@ -2,13 +2,11 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
 from regionspot.data.coco_io import AnnotationFile
 from regionspot.data.datasets import JsonDataset
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
 EXPECTED = 4809  # images
@@ -59,7 +57,3 @@ def main(args: Namespace) -> None:
     if len(dataset) != EXPECTED:
         print(f"warning: expected {EXPECTED:,} images of LVIS v1, got {len(dataset):,}; is lvis_v1_val.json complete?")
     print(f"{target}: {len(dataset):,} images, {len(dataset.boxes):,} boxes, {len(dataset.class_names):,} classes")
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

@@ -3,14 +3,13 @@
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
 from regionspot.data.datasets import JsonDataset
 from regionspot.data.datasets.builtin import odinw_paths
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
 MADE, SOURCE = "annotations_without_background.json", "_annotations.coco.json"
@@ -61,7 +60,3 @@ def main(args: Namespace) -> None:
             print(f"{title}:", *lines, sep="\n  ")
     if invalid:
         sys.exit(1)
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="what was made is kept")

@@ -14,7 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -307,9 +307,3 @@ def main(args: Namespace) -> None:
         return
     for split in args.splits:
         convert(args.root / "openimages", split, args.workers, args.skip_missing)
-
-
-def run(args: Namespace) -> NoReturn:
-    from regionspot.utils.command_line import run_command
-
-    run_command(main, args, kept="the sizes of images that were read are kept")

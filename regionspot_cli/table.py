@@ -5,7 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -15,7 +15,6 @@ from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.model_zoo import CONFIGS
-from regionspot.utils.command_line import run_command
 
 TABLES = CONFIGS.resolve() / "tables"
 
@@ -79,7 +78,3 @@ def main(args: Namespace) -> None:
         lines.append([row["what"], *(f"{ours or '-'} / {theirs or '-'}" for ours, theirs in zip(cells, paper))])
     print(f"\n{table['note']}\n")
     print(tabulate(lines, headers=["ours / the paper's", "APr", "APc", "APf", "AP"], disable_numparse=True))
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="finished rows are kept")

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -12,7 +12,6 @@ from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.engine import RegionSpotTrainer, launch, set_up_run
 from regionspot.evaluation.report import without_nan
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import write_json
 from regionspot.utils.run_lock import run_lock
 
@@ -50,9 +49,3 @@ def train_or_evaluate(cfg: CfgNode, args: Namespace) -> Any:
 def start(args: Namespace) -> None:
     """Start the processes that were asked for; one alone is this process."""
     launch(main, args, load_config(args.config_file, args.opts).MODEL.DEVICE)
-
-
-def run(args: Namespace) -> NoReturn:
-    if args.eval_only:
-        run_command(start, args, kept="the predictions so far are kept")
-    run_command(start, args, kept="the checkpoints so far are kept", options=["--resume"])

@@ -7,7 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from regionspot.data.dataset_mapper import annotated_regions
 from regionspot.data.tokens import StoreWriter, TokenStore, pack_images
 from regionspot.data.training_set import describe_annotations
 from regionspot.engine import RegionSpotTrainer
-from regionspot.utils.command_line import run_command
 from regionspot.utils.images import decode_image
 
 DATASET = "benchmark_train"
@@ -222,7 +221,3 @@ def main(args: Namespace) -> None:
     print(tabulate(steps, headers=headers, disable_numparse=True), end="\n\n")
     headers = ["loader alone, images/s", *(f"{count} workers" for count in args.workers)]
     print(tabulate(loaders, headers=headers, disable_numparse=True))
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

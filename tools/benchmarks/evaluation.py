@@ -7,12 +7,10 @@ import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from tabulate import tabulate
 
-from regionspot.utils.command_line import run_command
 from tools.benchmarks.case import write_case
 from tools.benchmarks.fixed import benchmark_fixed
 
@@ -165,7 +163,3 @@ def main(args: Namespace) -> None:
         headers = ["masks of an image", "ours", "memory", "one a detection", *HEADERS[4:]]
         print("\n" + tabulate([benchmark_masks()], headers=headers, disable_numparse=True))
     print("time of the CPU; memory at the peak, what was added to the imports (and with them)")
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

@@ -3,7 +3,6 @@
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from typing import NoReturn
 
 import clip
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer
 from regionspot.structures import Prompts
-from regionspot.utils.command_line import run_command
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -117,7 +115,3 @@ def main(args: Namespace) -> None:
     headers = ["part", "parameters", "time", "times as fast as the plain way"]
     print(tabulate(rows, headers=headers, disable_numparse=True))
     print(f"on {where}")
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

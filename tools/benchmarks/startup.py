@@ -5,11 +5,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from typing import NoReturn
 
 from tabulate import tabulate
-
-from regionspot.utils.command_line import run_command
 
 IMPORT = [sys.executable, "-X", "importtime", "-c", "import regionspot"]
 HELP = [sys.executable, "-m", "regionspot_cli", "train", "--help"]
@@ -39,7 +36,3 @@ def main(args: Namespace) -> None:
         ("regionspot train --help", f"{min(time_help() for _ in range(args.repeats)):.2f} s"),
     ]
     print(tabulate(rows, headers=["start-up", "time"], disable_numparse=True))
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args)

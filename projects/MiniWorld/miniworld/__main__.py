@@ -94,10 +94,10 @@ def parse_draw(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 COMMANDS = {
-    "demo": Command(parse_demo, "miniworld.demo", DEMO),
-    "ablations": Command(parse_ablations, "miniworld.ablations", ABLATIONS),
-    "draw": Command(parse_draw, "miniworld.draw", DRAW),
-    "pretrain": Command(parse_pretrain, "miniworld.pretrain", PRETRAIN),
+    "demo": Command(parse_demo, "miniworld.demo", DEMO, "the drawn scenes and the features are kept"),
+    "ablations": Command(parse_ablations, "miniworld.ablations", ABLATIONS, "finished runs are kept"),
+    "draw": Command(parse_draw, "miniworld.draw", DRAW, "finished splits are kept"),
+    "pretrain": Command(parse_pretrain, "miniworld.pretrain", PRETRAIN, "the last checkpoint is kept"),
 }
 
 

@@ -7,7 +7,6 @@ import os
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from tqdm import tqdm
 
 from miniworld import experiment
 from regionspot.modeling.postprocessing import DetectionRule
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
 # Config, what it changes, and the paper's AP on LVIS with GLIP boxes (BL; arXiv 2311.01373), where it has one. The
@@ -100,7 +98,3 @@ def main(args: Namespace) -> None:
             pool.shutdown(cancel_futures=True)  # the error is reported before other runs end
             raise
     print(f"\n{table(args)}")
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="finished runs are kept")

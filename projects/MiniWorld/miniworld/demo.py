@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from PIL import Image
 
 from miniworld import experiment
 from miniworld.drawing import draw_predictions
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
 
 
@@ -97,7 +96,3 @@ def main(args: Namespace) -> None:
         '--boxes "x0,y0,x1,y1" --vocabulary "striped red star,plain blue ring" --output output/mine '
         f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
     )
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="the drawn scenes and the features are kept")

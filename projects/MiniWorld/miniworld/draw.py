@@ -3,14 +3,12 @@
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
 from miniworld.annotate import write_split
 from miniworld.generator import draw_captioned, draw_scene
-from regionspot.utils.command_line import run_command
 
 
 def draw_sheet(path: Path, seed: int) -> None:
@@ -34,7 +32,3 @@ def main(args: Namespace) -> None:
             f"{path}: {len(content['images'])} images, {len(content['annotations'])} boxes of "
             f"{len(categories)} categories"
         )
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="finished splits are kept")

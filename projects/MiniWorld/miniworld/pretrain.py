@@ -4,7 +4,6 @@ import json
 import math
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from miniworld.packing import pack_weights
 from miniworld.pretrain_clip import ClipPretraining
 from miniworld.pretrain_sam import SamPretraining
 from regionspot.checkpoint.formats import load_checkpoint_file
-from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path, sha256_of_file
 
 TASKS: dict[str, type[ClipPretraining] | type[SamPretraining]] = {"clip": ClipPretraining, "sam": SamPretraining}
@@ -81,7 +79,3 @@ def main(args: Namespace) -> None:
     with atomic_path(args.output / f"{args.model}.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
     print(f"weights and their report are in {args.output / args.model}.safetensors and .json")
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(main, args, kept="the last checkpoint is kept")
