@@ -1,4 +1,4 @@
-"""Regions of images: prompts, what a valid box is, and what proposals and annotations hold of them."""
+"""Regions of images: prompts, valid boxes, and regions in Detectron2's proposals and annotations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ MIN_SIDE = 1e-5  # pixels; Detectron2's filter of empty boxes drops smaller ones
 
 @dataclass
 class Prompts:
-    """N regions of one image, each given by a box, by points, by a mask, or by several of them together.
+    """N regions of one image, each described by a box, points, a mask, or several of them.
 
     Attributes:
         boxes: (N, 4) float, XYXY pixels.
@@ -23,7 +23,7 @@ class Prompts:
         masks: (N, 1, h, w) float mask logits at SAM's low resolution (256 x 256 at full size), over the padded
             square input.
 
-    Boxes and points share one frame, which the user of the class names.
+    Boxes and points are in the same frame, which depends on the caller.
     """
 
     boxes: torch.Tensor | None = None
@@ -36,9 +36,9 @@ class Prompts:
             raise ValueError("points and point labels go together: got one without the other")
         lengths = {name: len(value) for name, value in self._tensors().items()}
         if not lengths:
-            raise ValueError("no prompt given: expected boxes, points with labels, or masks")
+            raise ValueError("no prompts: expected boxes, points with labels, or masks")
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"prompts of the same regions must be equally many, got {lengths}")
+            raise ValueError(f"expected as many boxes, points and masks as regions, got {lengths}")
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -53,7 +53,7 @@ class Prompts:
         return Prompts(**{name: value.to(device) for name, value in self._tensors().items()})
 
     def clip(self, image_size: tuple[int, int]) -> "Prompts":
-        """Return the prompts with their boxes clipped to an image of (height, width), in whose frame they are."""
+        """Return the prompts, in the frame of an image of (height, width), with their boxes clipped to it."""
         if self.boxes is None:
             return self
         height, width = image_size
@@ -61,7 +61,8 @@ class Prompts:
         return replace(self, boxes=self.boxes.clamp(min=torch.zeros_like(limit), max=limit))
 
     def scale(self, scale_x: float, scale_y: float) -> "Prompts":
-        """Return the prompts with boxes and points multiplied by the factors; masks stay."""
+        """Return the prompts with boxes and points multiplied by the factors."""
+        # Masks are logits at SAM's low resolution over its input, whatever the size of the image.
         factors = torch.tensor([scale_x, scale_y])
         scaled = {}
         if self.boxes is not None:
@@ -72,32 +73,33 @@ class Prompts:
 
 
 def check_image_format(image_format: str, option: str = "INPUT.FORMAT") -> str:
-    """Return the channel order of images, or raise a ValueError that names the option which set it."""
+    """Return ``image_format`` if it is valid, or raise a ValueError that names the option."""
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"{option}: expected RGB or BGR, got {image_format!r}")
     return image_format
 
 
 def to_rgb(image: torch.Tensor, image_format: str) -> torch.Tensor:
-    """Return a (3, H, W) image of ``image_format`` in RGB; of an RGB image, the image in ``image_format``."""
+    """Return a (3, H, W) image of ``image_format`` in RGB."""
     return image if image_format == "RGB" else image.flip(0)
 
 
 def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "boxes") -> None:
-    """Refuse invalid boxes.
+    """Refuse invalid boxes: of wrong shape, with NaN or infinity, without area, or wholly outside the image.
 
     Args:
         boxes: (N, 4) float, XYXY pixels.
         image_size: (height, width) of the image whose frame the boxes are in.
-        what: what the boxes are, for the message.
+        what: name of the boxes in the message.
 
     Raises:
-        ValueError: wrong shape, NaN or infinity, zero area, or wholly outside the image.
+        ValueError: the first invalid box.
     """
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{what}: expected shape (N, 4), XYXY in pixels, got {tuple(boxes.shape)}")
     height, width = image_size
     x0, y0, x1, y1 = boxes.unbind(1)
+    # Boxes that are partly outside are valid: they are clipped later.
     is_outside = (x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0)
     for problem, is_invalid in (
         ("holds NaN or infinity", ~torch.isfinite(boxes).all(dim=1)),
@@ -131,17 +133,17 @@ def check_regions(
     scores: Sequence[torch.Tensor | None] | None,
     names: Sequence[str] = (),
 ) -> None:
-    """Refuse what ``RegionRecognizer`` cannot recognize; see ``RegionRecognizer.forward`` for what it expects.
+    """Refuse invalid arguments of ``RegionRecognizer.forward``, which describes the first three.
 
     Args:
         images: B images.
         boxes: B ``Boxes``.
         scores: B tensors of the boxes' scores, each of which may be None; or None.
-        names: what the images are called in messages.
+        names: of the images, for messages.
 
     Raises:
-        ValueError: not as many of each, an image or scores of wrong shape, scores outside [0, 1], boxes that are no
-            ``Boxes`` or invalid.
+        ValueError: not as many of each, an image or scores of wrong shape, scores outside [0, 1], boxes that are not
+            ``Boxes`` or are invalid.
     """
     scores = [None] * len(images) if scores is None else scores
     names = names or [f"image {i}" for i in range(len(images))]
@@ -163,15 +165,12 @@ def check_regions(
 
 
 def check_targets(targets: Instances, num_classes: int, name: str) -> None:
-    """Refuse annotations of an image that nothing can be learned from.
+    """Refuse annotations with an invalid box, or a class outside the vocabulary.
 
     Args:
         targets: with ``gt_boxes`` (XYXY, pixels of the image) and ``gt_classes`` (N,) int64.
-        num_classes: size of the vocabulary that the classes belong to.
-        name: of the image, for the message.
-
-    Raises:
-        ValueError: an invalid box, or a class outside the vocabulary.
+        num_classes: size of the vocabulary.
+        name: the image's, for the message.
     """
     check_boxes(targets.gt_boxes.tensor, targets.image_size, f"annotated boxes of {name}")
     outside = targets.gt_classes[(targets.gt_classes < 0) | (targets.gt_classes >= num_classes)]
@@ -183,12 +182,12 @@ def check_targets(targets: Instances, num_classes: int, name: str) -> None:
 
 
 def image_name(inputs: dict[str, Any]) -> str:
-    """Return what messages call the image of one of Detectron2's model inputs."""
+    """Return the name, in messages, of the image of one of Detectron2's model inputs."""
     return f"image {inputs.get('file_name', inputs.get('image_id', 'without a name'))}"
 
 
 def read_targets(inputs: dict[str, Any], num_classes: int) -> Instances:
-    """Return the annotations that come with an image of Detectron2's model inputs, checked by ``check_targets``.
+    """Return the annotations of an image of Detectron2's model inputs, checked by ``check_targets``.
 
     Raises:
         KeyError: the image has none.
@@ -204,8 +203,8 @@ def read_proposals(proposals: Instances, top_k: int = -1, nms_thresh: float = 1.
 
     Args:
         proposals: with ``proposal_boxes`` and, optionally, ``scores`` in [0, 1] or ``objectness_logits``.
-        top_k: number of boxes to keep, the first ones where there are no scores; -1 for all.
-        nms_thresh: of two scored boxes with more IoU than this only the better is kept; 1 keeps both.
+        top_k: number of boxes to keep, the first ones if there are no scores; -1 for all.
+        nms_thresh: of two scored boxes with a greater IoU only the better is kept; 1 keeps both.
 
     Returns:
         N boxes and (N,) float scores in [0, 1], or None without scores.
@@ -218,8 +217,8 @@ def read_proposals(proposals: Instances, top_k: int = -1, nms_thresh: float = 1.
     if scores is None:
         return (boxes[:top_k] if top_k >= 0 else boxes), None
     if nms_thresh < 1:
-        kept = nms(boxes.tensor.float(), scores.float(), nms_thresh)
-        boxes, scores = boxes[kept], scores[kept]
+        keep = nms(boxes.tensor.float(), scores.float(), nms_thresh)
+        boxes, scores = boxes[keep], scores[keep]
     if not 0 <= top_k < len(boxes):
         return boxes, scores
     scores, best = scores.topk(top_k)

@@ -108,7 +108,7 @@ class Vocabulary(list[str]):
     """Class names with synonyms: CLIP encodes the synonyms of a name, and their embeddings are averaged.
 
     Attributes:
-        phrases: for each name its synonyms, which include the name itself only where it is listed among them.
+        phrases: the synonyms of each name, which include the name itself only if they list it.
     """
 
     phrases: list[tuple[str, ...]]
@@ -117,6 +117,7 @@ class Vocabulary(list[str]):
         super().__init__(synonyms)
         self.phrases = [(phrases,) if isinstance(phrases, str) else tuple(phrases) for phrases in synonyms.values()]
 
+    # A list of the same names without synonyms has other embeddings.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, list) and super().__eq__(other) and self.phrases == get_phrases(other)
 
@@ -130,7 +131,7 @@ VocabularySource = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 def get_phrases(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return what CLIP encodes for each class name: its synonyms in a ``Vocabulary``, else the name."""
+    """Return the phrases that CLIP encodes for each class name: its synonyms in a ``Vocabulary``, else the name."""
     return names.phrases if isinstance(names, Vocabulary) else [(name,) for name in names]
 
 
@@ -139,9 +140,9 @@ def load_vocabulary(source: VocabularySource) -> list[str]:
 
     Args:
         source: a sequence of names; a mapping from names to their synonyms; "a,b,c"; "dataset:coco_2017_val" for the
-            names of a registered data set; or "@path" (the @ is optional before a path that ends in .txt or .json): a
-            text file with one name per line, a JSON list of names, a JSON object from names to lists of synonyms, or
-            a JSON file with COCO's or LVIS's ``categories``.
+            names of a registered data set; or "@path" (the @ is optional if the path ends in .txt or .json): a text
+            file with one name per line, a JSON list of names, a JSON object from names to lists of synonyms, or a
+            JSON file with COCO's or LVIS's ``categories``.
 
     Returns:
         The names; with synonyms a ``Vocabulary``.
@@ -174,11 +175,12 @@ def load_vocabulary(source: VocabularySource) -> list[str]:
 def _read_names(path: Path) -> list[Any] | dict[str, Any]:
     if path.suffix != ".json":
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = path.read_text(encoding="utf-8-sig")  # Windows editors add a byte order mark
         except ValueError as error:
             raise ValueError(f"vocabulary {path}: not readable as UTF-8 text ({error})") from error
         return [line.strip() for line in text.splitlines() if line.strip()]
     content = read_json(path, "vocabulary")
+    # COCO's and LVIS's files: in the order of the ids, as the classes of their data sets.
     if isinstance(content, dict) and isinstance(content.get("categories"), list):
         try:
             return [category["name"] for category in sorted(content["categories"], key=lambda category: category["id"])]
@@ -193,27 +195,27 @@ def _read_names(path: Path) -> list[Any] | dict[str, Any]:
 
 
 def dataset_names(name: str) -> list[str]:
-    """Return the class names of a registered data set; [] where it is not registered or has no names.
+    """Return the class names of a registered data set; [] if it is not registered or has no names.
 
-    Names that come with the annotations are read from there, which raises what reading files raises.
+    Names that are only in the annotation file are read, with its errors.
     """
     if not name:
         return []
-    metadata = MetadataCatalog.get(name)
+    metadata = MetadataCatalog.get(name)  # creates an empty entry for an unknown name
     if not metadata.get("thing_classes") and name in DatasetCatalog:
         DatasetCatalog.get(name)
     return list(metadata.get("thing_classes") or [])
 
 
 def check_names(names: Sequence[Any], what: str) -> list[str]:
-    """Return ``names`` as a list of strings, or raise a ValueError that says which name is invalid."""
+    """Return ``names`` as a list of strings, or raise a ValueError that names the first invalid one."""
     if isinstance(names, Vocabulary):
         return names
     if not isinstance(names, Iterable):
         raise ValueError(f"{what}: expected class names, got {names!r:.80}")
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise ValueError(f"{what}: no class names given; expected at least one")
+        raise ValueError(f"{what}: no class names; expected at least one")
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{what}: name number {index} is {name!r}; expected a non-empty string")
@@ -229,7 +231,7 @@ def check_names(names: Sequence[Any], what: str) -> list[str]:
 
 
 def check_synonyms(synonyms: Mapping[str, Any], what: str) -> Vocabulary:
-    """Return names with synonyms, or raise a ValueError that says which name's synonyms are no list of strings."""
+    """Return names with synonyms, or raise a ValueError for the first whose synonyms are not strings."""
     check_names(list(synonyms), what)
     for name, phrases in synonyms.items():
         if not isinstance(phrases, (str, list, tuple)):
@@ -239,13 +241,14 @@ def check_synonyms(synonyms: Mapping[str, Any], what: str) -> Vocabulary:
 
 
 def clean_name(name: str, style: str = "dataset") -> str:
-    """Return the name as it is put into the prompts.
+    """Return a class name as it is inserted into the prompts.
 
     Args:
         name: a class name of a data set.
-        style: "dataset" removes "-other", "-merged" and "-stuff" only, on which the published numbers depend;
-            "readable" also turns underscores into spaces and removes brackets.
+        style: "dataset" removes "-other", "-merged" and "-stuff" only, as for the published numbers; "readable" also
+            replaces underscores by spaces and removes brackets.
     """
+    # Suffixes of COCO's panoptic and stuff classes: "tree-merged", "wall-other".
     for suffix in ("-other", "-merged", "-stuff"):
         name = name.replace(suffix, "")
     if style == "readable":

@@ -13,6 +13,7 @@ from regionspot.data.build import check_registered
 
 @torch.no_grad()
 def main(args: Namespace) -> float:
+    # Of annotated boxes, and without the threshold that is to be determined.
     fixed = ["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "gt", "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD", "0.0"]
     cfg = load_config(args.config_file, [*args.opts, *fixed])
     check_registered([args.dataset], "--dataset")
@@ -26,6 +27,7 @@ def main(args: Namespace) -> float:
     ]
     if not best:
         raise ValueError(f"--dataset {args.dataset}: no annotated regions")
+    # The share --keep of the regions has a greater score of its best class.
     threshold = float(torch.cat(best).double().quantile(1 - args.keep))
     print(f"MODEL.REGIONSPOT.UNKNOWN.THRESHOLD {threshold:.6f}")
     return threshold

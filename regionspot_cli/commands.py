@@ -36,9 +36,9 @@ Examples:
 """
 EXTRACT = """extract SAM's tokens of all annotated boxes into token stores, or verify stores
 
-It may be stopped at any moment and continues when it is started again. Several machines that share the directory may
-run it at the same time; machines that do not share one take --num-machines and --machine-rank, and their shards are
-copied together before it is run once more.
+An interrupted extraction resumes when it is started again. Several machines that share the directory may run it at
+the same time; machines that do not share one use --num-machines and --machine-rank, and when their shards are copied
+together it is run once more.
 
 Examples:
     tools/extract_tokens.py --config-file configs/RegionSpot-BB.yaml --datasets objects365_v1_train --output tokens
@@ -67,7 +67,7 @@ Examples:
     tools/check_dataset.py my.json:my_images
     tools/check_dataset.py objects365_v1_train --workers 16 --json report.json
 """
-RESULTS = """evaluate a file of COCO or LVIS results, ours or another's, and say by which protocol
+RESULTS = """evaluate a file of COCO or LVIS results of any model, and print the protocol
 
 Examples:
     tools/evaluate_predictions.py --annotations lvis_v1_val.json --predictions results.json --output out
@@ -79,10 +79,10 @@ Example:
     regionspot calibrate --config-file configs/RegionSpot-BB.yaml --dataset lvis_v1_minival --keep 0.95 \\
         MODEL.WEIGHTS regionspot_bb.pth
 """
-TABLE = """run the rows of one of the paper's tables whose inputs are on the disk, ours beside the paper's
+TABLE = """run the rows of one of the paper's tables whose inputs are on the disk, with the paper's numbers beside
 
-What a row needs is in its config (configs/tables): weights, annotations, images, proposal files. Rows that lack
-something are listed with what they lack. A finished row is not run again; an interrupted one continues.
+The inputs of a row are in its config (configs/tables): weights, annotations, images, proposal files. Rows without all
+inputs are listed with those that are missing. A finished row is not run again; an interrupted one resumes.
 
 Example:
     regionspot table table1 --output output/tables
@@ -90,7 +90,8 @@ Example:
 
 
 def add_launch(parser: ArgumentParser) -> None:
-    """Add those of Detectron2's ``default_argument_parser``, whose import takes seconds, that both commands have."""
+    """Add the arguments of Detectron2's ``default_argument_parser`` that `train` and `evaluate` share."""
+    # Written out, since importing Detectron2 takes seconds.
     parser.add_argument("--config-file", default="", metavar="FILE", help="path to config file")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs of each machine")
@@ -142,7 +143,7 @@ def parse_predict(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
 
 
 def join_negative(arguments: Sequence[str]) -> list[str]:
-    """Write "--boxes -3,5,30,20" as "--boxes=-3,5,30,20", which argparse does not take for an option."""
+    """Replace "--boxes -3,5,30,20", in which argparse sees two options, by "--boxes=-3,5,30,20"."""
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] in ("--boxes", "--points"):

@@ -22,25 +22,25 @@ from regionspot.utils.files import short_directory_name
 
 
 def store_directory(output: Path, dataset_name: str) -> Path:
-    """Return a data set's directory below ``output``; that of another one is refused when it is opened."""
+    """Return a data set's directory below ``output``."""
+    # Short names may be equal; the manifest then refuses the second data set.
     return output / short_directory_name(dataset_name)
 
 
 def verify(directories: list[Path]) -> int:
-    """Print what is wrong with stores; return how many things are."""
-    problems = 0
+    """Print the problems of stores; return their number."""
+    num_problems = 0
     for directory in directories:
         try:
-            found, manifest = list(find_damage(directory)), read_manifest(directory)
+            problems, manifest = list(find_damage(directory)), read_manifest(directory)
         except (FileNotFoundError, ValueError) as error:
-            print(error)
-            problems += 1
-            continue
+            problems = [str(error)]
         print(
-            "\n".join(found) or f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, all as written"
+            "\n".join(problems)
+            or f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, all as written"
         )
-        problems += len(found)
-    return problems
+        num_problems += len(problems)
+    return num_problems
 
 
 def work(index: int, args: Namespace, cfg: CfgNode) -> None:
@@ -68,7 +68,7 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
 
 
 def report(args: Namespace) -> None:
-    """Print what the stores hold, and the lines of a config that train with them."""
+    """Print the stores' numbers of boxes and images, and the lines of a config that train with them."""
     stores: list[str] = []
     for name in args.datasets:
         directory = store_directory(args.output, name)

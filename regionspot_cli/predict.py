@@ -31,17 +31,18 @@ def parse_boxes(text: str, image: Path) -> list[list[float]]:
         ValueError: not four numbers a box, or the file has no boxes for the image.
     """
     content = read_json(text, "--boxes") if text.endswith(".json") else _parse_numbers(text, "--boxes", "x0,y0,x1,y1")
+    # A file may have boxes for each image, by the image's file name or path; an image may have none there.
     boxes = content
     if isinstance(content, dict):
         boxes = content.get(image.name, content.get(str(image)))
         if boxes is None:
             raise ValueError(f"--boxes {text}: no boxes for {image.name}; it has {', '.join(list(content)[:5])}")
     if not boxes and not isinstance(content, dict):
-        raise ValueError("--boxes: no boxes given; expected at least one, x0,y0,x1,y1")
+        raise ValueError("--boxes: no boxes; expected at least one, x0,y0,x1,y1")
     if not isinstance(boxes, list) or any(
         not isinstance(box, list)
         or len(box) != 4
-        or any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in box)
+        or any(isinstance(side, bool) or not isinstance(side, (int, float)) for side in box)
         for box in boxes
     ):
         raise ValueError(f"--boxes: expected four numbers a box, x0,y0,x1,y1, got {str(boxes)[:100]}")
@@ -106,7 +107,7 @@ def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions)
 
 
 def leave_absent_weights(cfg: CfgNode) -> None:
-    """Blank the known weights that are not in the cache directory."""
+    """Set the known weights that are not in the cache directory to "": these parts stay random."""
     for part in ("SAM", "CLIP"):
         known = KNOWN_WEIGHTS.get(cfg.MODEL.REGIONSPOT[part].WEIGHTS)
         if known is not None and not known.path.is_file():
@@ -116,11 +117,11 @@ def leave_absent_weights(cfg: CfgNode) -> None:
 def load_inputs(args: Namespace, deep_range: Sequence[float]) -> list[tuple[Path, np.ndarray, dict[str, Any]]]:
     """Read all images and prompts first, so that errors in them are reported before the model is built."""
     if not args.boxes and not args.points:
-        raise ValueError("no regions given: expected --boxes, --points or both")
+        raise ValueError("no regions: expected --boxes, --points or both")
     stems = [Path(image).stem for image in args.input]
     if len(set(stems)) < len(stems):
-        twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-        raise ValueError(f"--input: images of the same name would overwrite each other's output: {twice}")
+        repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
+        raise ValueError(f"--input: images of the same name would overwrite each other's output: {repeated}")
     inputs = []
     for path in map(Path, args.input):
         if (Path(args.output) / f"{path.stem}.png").resolve() == path.resolve():
@@ -174,6 +175,6 @@ def main(args: Namespace) -> None:
     print(f"images and JSON are in {printable(args.output)}")
     if predictor.random_parts:
         print(
-            f"\nNo weights were given for {', '.join(predictor.random_parts)}: these parts are untrained, "
-            "THE LABELS AND MASKS MEAN NOTHING. Only the machinery was shown."
+            f"\nNo weights for {', '.join(predictor.random_parts)}: these parts are untrained, "
+            "THE LABELS AND MASKS MEAN NOTHING. This only shows that the program runs."
         )

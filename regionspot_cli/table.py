@@ -17,10 +17,11 @@ from regionspot.data.build import check_registered
 from regionspot.model_zoo import CONFIGS
 
 TABLES = CONFIGS.resolve() / "tables"
+METRICS = ("APr", "APc", "APf", "AP")
 
 
 def missing_inputs(cfg: CfgNode) -> list[str]:
-    """Return what a config names that is not there; known weights of SAM and CLIP are fetched when needed."""
+    """Return the inputs of a config that are absent; known weights of SAM and CLIP are fetched when needed."""
     node = cfg.MODEL.REGIONSPOT
     files = [*cfg.DATASETS.PROPOSAL_FILES_TEST, cfg.MODEL.WEIGHTS]
     files += [source for source in (node.SAM.WEIGHTS, node.CLIP.WEIGHTS) if source not in KNOWN_WEIGHTS]
@@ -39,19 +40,20 @@ def missing_inputs(cfg: CfgNode) -> list[str]:
 
 def run_row(config: Path, output: Path, overrides: list[str], arguments: list[str]) -> dict[str, Any]:
     """Evaluate a config, unless it was evaluated before; return its metrics by test set."""
-    done, identity = output / "results.json", output / "row.identity"
+    # The config and the size and time of its inputs: a change of either makes the row run again.
+    results, identity = output / "results.json", output / "row.identity"
     cfg = load_config(config, overrides)
     files = [Path(path) for path in (cfg.MODEL.WEIGHTS, *cfg.DATASETS.PROPOSAL_FILES_TEST) if Path(path).is_file()]
     expected = cfg.dump() + "".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n" for path in files)
-    if not (done.is_file() and identity.is_file() and identity.read_text() == expected):
-        done.unlink(missing_ok=True)
+    if not (results.is_file() and identity.is_file() and identity.read_text() == expected):
+        results.unlink(missing_ok=True)
         command = [sys.executable, "-m", "regionspot_cli", "evaluate", "--config-file", str(config)]
         if subprocess.run([*command, *arguments, *overrides, "OUTPUT_DIR", str(output)], check=False).returncode:
-            raise ValueError(f"{config}: the evaluation failed, as said above; the rows before are kept")
+            raise ValueError(f"{config}: the evaluation failed, see above; previous rows are kept")
         identity.write_text(expected)
     for path in sorted(output.glob("inference/*/metrics.json")):
         print(json.loads(path.read_text())["protocol"])
-    return json.loads(done.read_text())
+    return json.loads(results.read_text())
 
 
 def average(results: dict[str, Any], task: str, key: str) -> float | None:
@@ -66,15 +68,15 @@ def main(args: Namespace) -> None:
     for row in table["rows"]:
         config = TABLES / f"{row['config']}.yaml"
         missing = missing_inputs(load_config(config, args.opts))
-        cells = ["" for _ in ("APr", "APc", "APf", "AP")]
+        measured = [""] * len(METRICS)
         if missing:
             print(f"{row['what']}: not run, missing: {'; '.join(missing)}")
         else:
             output = args.output / row["config"]
             results = run_row(config, output, args.opts, ["--num-gpus", args.num_gpus, "--dist-url", "auto"])
-            metrics = [average(results, row["task"], key) for key in ("APr", "APc", "APf", "AP")]
-            cells = ["" if value is None else f"{value:.1f}" for value in metrics]
-        paper = [str(row["paper"].get(key, "")) for key in ("APr", "APc", "APf", "AP")]
-        lines.append([row["what"], *(f"{ours or '-'} / {theirs or '-'}" for ours, theirs in zip(cells, paper))])
+            averages = [average(results, row["task"], key) for key in METRICS]
+            measured = ["" if value is None else f"{value:.1f}" for value in averages]
+        published = [str(row["paper"].get(key, "")) for key in METRICS]
+        lines.append([row["what"], *(f"{cell or '-'} / {paper or '-'}" for cell, paper in zip(measured, published))])
     print(f"\n{table['note']}\n")
-    print(tabulate(lines, headers=["ours / the paper's", "APr", "APc", "APf", "AP"], disable_numparse=True))
+    print(tabulate(lines, headers=["ours / the paper's", *METRICS], disable_numparse=True))

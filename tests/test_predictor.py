@@ -252,7 +252,7 @@ def test_predict_needs_an_image():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ({}, "no prompt given"),
+        ({}, "no prompts"),
         ({"boxes": [[1, 2, 3]]}, r"\(N, 4\)"),
         ({"boxes": [1, 2, 3, 4]}, r"\(N, 4\)"),
         ({"boxes": [[1, 2], [3, 4, 5]]}, "expected numbers"),
@@ -266,7 +266,7 @@ def test_predict_needs_an_image():
         ({"points": [[[7, 2]]], "point_labels": [[2]]}, "1 .foreground"),
         ({"points": [[[7, 2]]], "point_labels": [1]}, "one for each point"),
         ({"point_labels": [[1]], "boxes": BOXES}, "without points"),
-        ({"boxes": BOXES, "points": POINTS[:1]}, "equally many"),
+        ({"boxes": BOXES, "points": POINTS[:1]}, "as many boxes, points and masks as regions"),
         ({"masks": np.full((1, 48, 64), -8.0)}, "threshold logits at 0"),
         ({"boxes": BOXES, "top_k": 0}, "at least 1, got 0"),
         ({"boxes": BOXES, "top_k": True}, "at least 1, got True"),

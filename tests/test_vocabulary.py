@@ -22,7 +22,7 @@ def test_names_from_every_source(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "no class names"),
         ('["a", ""]', "number 1 is ''"),
         ('["a", 3]', "number 1 is 3"),
@@ -101,5 +101,5 @@ def test_unknown_home_directory_is_no_file(source):
 
 def test_deeply_nested_json_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[" * 500_000)
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         load_vocabulary(f"@{tmp_path}/x.json")

@@ -87,10 +87,10 @@ def test_points_are_parsed_and_padded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocabulary", "a"], "no regions given"),
+        (["--vocabulary", "a"], "no regions: expected --boxes"),
         (["--boxes", "1,2,3", "--vocabulary", "a"], "four numbers a box"),
         (["--boxes", "1,2,3,x", "--vocabulary", "a"], "expected numbers"),
-        (["--boxes", ";", "--vocabulary", "a"], "no boxes given"),
+        (["--boxes", ";", "--vocabulary", "a"], "no boxes; expected at least one"),
         (["--boxes", "5,5,2,2", "--vocabulary", "a"], "no area"),
         (["--boxes", "nan,5,9,9", "--vocabulary", "a"], "NaN"),
         (["--boxes", "500,500,600,600", "--vocabulary", "a"], "outside the image"),
