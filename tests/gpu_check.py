@@ -82,10 +82,10 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def expect(value: float, tolerance: float, what: str) -> str:
     """Return what was found, or raise an AssertionError where it is more than the tolerance or no number."""
-    found = f"{what} {value:.1e} (at most {tolerance:.0e})" if value else f"{what} none, to the bit"
+    line = f"{what} {value:.1e} (at most {tolerance:.0e})" if value else f"{what} none, to the bit"
     if not value <= tolerance:
-        raise AssertionError(found)
-    return found
+        raise AssertionError(line)
+    return line
 
 
 def check_golden(setting: Setting) -> str:
@@ -104,16 +104,16 @@ def check_training(setting: Setting, precision: str) -> str:
     amp = ["SOLVER.AMP.ENABLED", precision != "float32", "SOLVER.AMP.DTYPE", precision.replace("float32", "bf16")]
     cfg = setting.config(f"training-{precision}", *amp)
     _reset_peak(setting)
-    found = train(cfg)
+    losses = train(cfg)
     state = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth", map_location="cpu", weights_only=True)
-    if not state["ema"] or len(found) != setting.steps or not found[-1] < found[0]:
-        raise AssertionError(f"expected an average and {setting.steps} losses that fall, got {found}")
-    pairs = list(zip(found, expected))[: setting.steps if precision == "float32" else 1]
+    if not state["ema"] or len(losses) != setting.steps or not losses[-1] < losses[0]:
+        raise AssertionError(f"expected an average and {setting.steps} losses that fall, got {losses}")
+    pairs = list(zip(losses, expected))[: setting.steps if precision == "float32" else 1]
     return expect(max(abs(a - b) / b for a, b in pairs), LOSS_TOLERANCE[precision], "largest difference of a loss")
 
 
 def check_resuming(setting: Setting) -> str:
-    """A run that goes on from its middle ends with the weights of one that was not cut."""
+    """A run that resumes in the middle ends with the weights of one that was not interrupted."""
     train(setting.config("whole"))
     whole, cut = setting.directory / "whole", setting.directory / "cut"
     shutil.copytree(whole, cut, dirs_exist_ok=True)
@@ -146,13 +146,13 @@ def check_extraction(setting: Setting) -> str:
 
 def check_evaluation(setting: Setting) -> str:
     """AP of boxes and masks equal the CPU's."""
-    found: list[dict[str, float]] = []
+    results: list[dict[str, float]] = []
     for device in ("cpu", setting.device):
-        cfg = setting.config(f"evaluation-{len(found)}", "MODEL.DEVICE", device)
+        cfg = setting.config(f"evaluation-{len(results)}", "MODEL.DEVICE", device)
         model = load_model(cfg)
         _reset_peak(setting)
-        found.append(experiment.average_precision(cfg, model, "test"))
-    differences = [abs(found[0][key] - found[1][key]) for key in ("AP", "mask_AP")]
+        results.append(experiment.average_precision(cfg, model, "test"))
+    differences = [abs(results[0][key] - results[1][key]) for key in ("AP", "mask_AP")]
     return expect(max(differences), 0.5, "largest difference of AP")
 
 
@@ -172,8 +172,8 @@ def check_processes(setting: Setting) -> str:
         if result.returncode:
             raise AssertionError(f"{' '.join(command)}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
         paths.append(path.parent / "model_final.pth")
-    found = expect(largest_difference(*paths), WEIGHT_TOLERANCE, "difference of weights")
-    return f"{found}, by {'NCCL' if several else 'gloo on the CPU: this machine has no second GPU'}"
+    line = expect(largest_difference(*paths), WEIGHT_TOLERANCE, "difference of weights")
+    return f"{line}, by {'NCCL' if several else 'gloo on the CPU: this machine has no second GPU'}"
 
 
 def check_demo(setting: Setting) -> str:
@@ -211,11 +211,11 @@ def run_checks(setting: Setting, names: list[str]) -> bool:
         start = time.perf_counter()
         _reset_peak(setting)
         try:
-            found = f"ok      {CHECKS[name](setting)}"
+            line = f"ok      {CHECKS[name](setting)}"
         except Exception:  # one failure must not hide what the other checks find
-            passed, found = False, f"FAILED  {traceback.format_exc()}"
+            passed, line = False, f"FAILED  {traceback.format_exc()}"
         memory = peak_memory(torch.device(setting.device))
-        print(f"{name:20} {time.perf_counter() - start:6.1f} s  peak {memory:6.2f} GB  {found}", flush=True)
+        print(f"{name:20} {time.perf_counter() - start:6.1f} s  peak {memory:6.2f} GB  {line}", flush=True)
     return passed
 
 

@@ -224,7 +224,7 @@ def run(directory: Path, *command: object) -> str:
 def extra_memory(call: Callable[[], object]) -> int:
     """Return by how many bytes this process grows, at the most, while ``call`` runs a second time (Linux)."""
     call()  # what is set up once does not count
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory("VmRSS")
     call()
     return _memory("VmHWM") - before

@@ -195,7 +195,7 @@ def write_coco_and_lvis(trees):
         json_file, options = coco / f"annotations/instances_{split}2017.json", {"masks": True, "extra": {"iscrowd": 0}}
         inside = [Path(path).name for path in paths]
         trees.add(f"coco_2017_{split}", json_file, coco / f"{split}2017", inside, things, crowd=True, **options)
-        # LVIS v1's validation images lie in both of COCO's directories
+        # LVIS v1's validation images are in both of COCO's directories
         paths = [f"{split}2017/{index:012d}.jpg" for index in (397133, 37777, 252219)]
         paths += [f"train2017/{index:012d}.jpg" for index in (15335, 23751)] if split == "val" else []
         entries = [{**c, "image_count": 1, "instance_count": 1} for c in LVIS_CATEGORIES]
@@ -279,8 +279,8 @@ def write_odinw(trees):
             directory = trees.root / "odinw" / name / relative
             json_file = directory / (f"{split}_{ANNOTATIONS}" if name == "pistols" else ANNOTATIONS)
             paths = [f"{split} {path}" for path in ODD_NAMES[len(name) % 2 :: 2]]
-            every = {"iscrowd": 0, "segmentation": []}
-            trees.add(f"odinw_{name}_{split}", json_file, directory, paths, categories, extra=every)
+            extra = {"iscrowd": 0, "segmentation": []}
+            trees.add(f"odinw_{name}_{split}", json_file, directory, paths, categories, extra=extra)
             if name == "Aquarium":
                 content = json.loads(json_file.read_text())
                 content["categories"].insert(0, {"id": 0, "name": "all", "supercategory": "none"})
@@ -299,8 +299,8 @@ def write_miniworld(trees):
         images = [image for image, _ in scenes]
         annotations = [{"id": i, **entry} for i, entry in enumerate((a for _, part in scenes for a in part), 1)]
         paths = {image["id"]: directory / image["file_name"] for image in images}
-        every = miniworld_categories(split, annotations)
-        trees.write(f"miniworld_{split}", directory / f"{split}.json", directory, images, annotations, every, paths)
+        classes = miniworld_categories(split, annotations)
+        trees.write(f"miniworld_{split}", directory / f"{split}.json", directory, images, annotations, classes, paths)
 
 
 class Truth:

@@ -48,9 +48,9 @@ class Program:
                 os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
         os.chdir(self.directory)
-        sys.argv, sibling = self.argv, Path(self.argv[0]).with_name("train_net.py")
-        if sibling.is_file() and sibling != Path(self.argv[0]):  # which other programs of a project import
-            sys.modules["train_net"] = load_program(sibling)
+        sys.argv = self.argv
+        for sibling in Path(self.argv[0]).parent.glob("*_training.py"):  # which the programs of a project import
+            sys.modules[sibling.stem] = load_program(sibling)
         for name in (None, *logging.root.manager.loggerDict):  # those of the tests lead elsewhere
             logging.getLogger(name).handlers.clear()
         setup_logger.cache_clear()

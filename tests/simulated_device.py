@@ -126,8 +126,8 @@ def run(operation, args: tuple, kwargs: dict):
     """Run an operation on the inner tensors; its results are on the device asked for, or else on its arguments'."""
     if operation is aten._fused_sdp_choice.default:
         return 0  # the plain mathematics of attention
-    given = {isinstance(tensor, SimulatedTensor) for tensor in tensors_in((*args, *kwargs.values()))}
-    if given == {True, False} and operation not in ACROSS:
+    kinds = {isinstance(tensor, SimulatedTensor) for tensor in tensors_in((*args, *kwargs.values()))}
+    if kinds == {True, False} and operation not in ACROSS:
         check_devices(operation, args, kwargs)
     inner_kwargs = {name: unwrap(value) for name, value in kwargs.items()}
     device = kwargs.get("device")
@@ -137,21 +137,21 @@ def run(operation, args: tuple, kwargs: dict):
     result = operation(*unwrap(args), **inner_kwargs)
     if operation is aten.copy_.default:
         return args[0]
-    if True not in given if device is None else not is_simulated(device):
+    if True not in kinds if device is None else not is_simulated(device):
         return result
     result = convert(result, torch.Tensor, SimulatedTensor)
-    return return_and_correct_aliasing(operation, args, kwargs, result) if True in given else result
+    return return_and_correct_aliasing(operation, args, kwargs, result) if True in kinds else result
 
 
 def check_devices(operation, args: tuple, kwargs: dict) -> None:
     """Refuse CPU tensors beside simulated ones where CUDA does."""
     schema = operation._schema
-    given = {argument.name: value for argument, value in zip(schema.arguments, args)} | kwargs
+    values = {argument.name: value for argument, value in zip(schema.arguments, args)} | kwargs
     from_cpu = INDEXING.get(schema.name, set())
-    if from_cpu and isinstance(given["self"], SimulatedTensor):
-        given = {name: value for name, value in given.items() if name not in from_cpu}
+    if from_cpu and isinstance(values["self"], SimulatedTensor):
+        values = {name: value for name, value in values.items() if name not in from_cpu}
     written = {x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write}
-    for name, value in given.items():
+    for name, value in values.items():
         for tensor in tensors_in([value]):
             if isinstance(tensor, SimulatedTensor):
                 continue

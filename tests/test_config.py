@@ -61,9 +61,9 @@ def test_variant_changes_only_sizes(tmp_path, name):
     (tmp_path / "mine.yaml").write_text(f"_BASE_: [{host}, {configs}/variants/{name}.yaml]\n")
     assert all(key.startswith("MODEL.REGIONSPOT.") for key in differences(tmp_path / "mine.yaml", host))
     whole = load_config(configs / f"RegionSpot-{name}.yaml")
-    mine = load_config(tmp_path / "mine.yaml").MODEL.REGIONSPOT
+    merged = load_config(tmp_path / "mine.yaml").MODEL.REGIONSPOT
     for part in ("SAM", "CLIP", "INTEGRATION"):
-        assert mine[part] == whole.MODEL.REGIONSPOT[part]
+        assert merged[part] == whole.MODEL.REGIONSPOT[part]
 
 
 def test_whole_config_over_host_is_refused(tmp_path):
@@ -84,8 +84,8 @@ def test_host_by_path_name_or_override(tmp_path):
     (tmp_path / "head.yaml").write_text(
         f"MODEL:\n  MASK_ON: False\n  REGIONSPOT:\n    HEAD:\n      HOST_CONFIG: {tmp_path}/mine.yaml\n"
     )
-    mine = load_config(tmp_path / "head.yaml")
-    assert mine.MODEL.WEIGHTS == "mine.pth" and not mine.MODEL.MASK_ON  # what stands on the host's wins
+    cfg = load_config(tmp_path / "head.yaml")
+    assert cfg.MODEL.WEIGHTS == "mine.pth" and not cfg.MODEL.MASK_ON  # what stands on the host's wins
     with pytest.raises(FileNotFoundError, match="no config of Detectron2's model zoo"):
         load_config("", [key, "COCO-Detection/nothing.yaml"])
 
@@ -116,20 +116,20 @@ def test_ablations_change_one_key(configs, base):
     assert len(paths) == 11
     rung = {"INTEGRATION.REGION_ATTENTION", "CLIP.FEATURES", "CLIP.TEMPLATES"}  # the first of the paper's ladder
     for path in paths:
-        found = differences(path, configs / base)
+        changed = differences(path, configs / base)
         if path.stem == "one-box-ladder":
-            assert found == {f"MODEL.REGIONSPOT.{key}" for key in rung}
+            assert changed == {f"MODEL.REGIONSPOT.{key}" for key in rung}
         else:
-            assert found == data if path.stem.startswith("data") else len(found) == 1, path
+            assert changed == data if path.stem.startswith("data") else len(changed) == 1, path
 
 
 @pytest.mark.parametrize("name", ["BB", "BL", "BL-336"])
 def test_stages_change_only_data(name):
     for stage in (1, 2):
         path = ROOT / f"configs/RegionSpot-{name}-stage{stage}.yaml"
-        cfg, found = load_config(path), differences(path, ROOT / f"configs/RegionSpot-{name}.yaml")
+        cfg, changed = load_config(path), differences(path, ROOT / f"configs/RegionSpot-{name}.yaml")
         allowed = ("DATASETS.", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD", "OUTPUT_DIR", "MODEL.WEIGHTS")
-        assert all(key.startswith(allowed) for key in found)
+        assert all(key.startswith(allowed) for key in changed)
         assert len(cfg.DATASETS.TOKEN_STORES_TRAIN) == len(cfg.DATASETS.TRAIN) == (1, 3)[stage - 1]
         recipe = (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.STEPS)
         assert recipe == (2.5e-5, 450000, 16, (350000, 420000))
@@ -148,8 +148,8 @@ def test_config_runs_no_code(tmp_path):
 @pytest.mark.parametrize("name", SAM_SIZES)
 def test_sam_has_the_official_layout(name):
     with torch.device("meta"):
-        ours, official = build_sam(SAM_SIZES[name]), sam_model_registry[name]()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in official.state_dict().items()}
+        sam, official = build_sam(SAM_SIZES[name]), sam_model_registry[name]()
+    assert {k: v.shape for k, v in sam.state_dict().items()} == {k: v.shape for k, v in official.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", CLIP_SIZES)

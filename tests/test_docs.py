@@ -46,8 +46,8 @@ def directory(tmp_path_factory):
     Image.fromarray(draw_scene(0, (480, 640))[0]).save(directory / "cup.jpg")
     overrides = [*frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
     write_config(directory / "configs" / "RegionSpot-BB.yaml", TINY, overrides)
-    mine = f"('{directory}/my_val.json:{directory}/my_images',)"
-    overrides = [*frozen_overrides(directory), "DATASETS.TEST", mine, "INPUT.MIN_SIZE_TEST", "96"]
+    data = f"('{directory}/my_val.json:{directory}/my_images',)"
+    overrides = [*frozen_overrides(directory), "DATASETS.TEST", data, "INPUT.MIN_SIZE_TEST", "96"]
     host = directory / "projects" / "RegionSpotRCNN" / "configs" / "mask_rcnn_R_50_FPN.yaml"
     write_config(host, ROOT / "tests" / "tiny_rcnn.yaml", overrides)
     return directory

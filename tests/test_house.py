@@ -1,4 +1,4 @@
-"""The house rules: who imports whom, how long files and functions are, what never occurs."""
+"""The house rules: who imports whom, how long files and functions are, what never occurs, which words are used."""
 
 import ast
 import re
@@ -11,7 +11,12 @@ PACKAGE = sorted((ROOT / "regionspot").rglob("*.py"))
 PROJECTS = sorted((ROOT / "projects").rglob("*.py"))
 COMMANDS = sorted([*(ROOT / "regionspot_cli").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
 SHIPPED = [*PACKAGE, *COMMANDS, *PROJECTS, ROOT / "setup.py"]
-EVERY = [*SHIPPED, *sorted((ROOT / "tests").rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PLACES = ("regionspot", "regionspot_cli", "projects", "tools", "docs", "tests", "datasets", "configs")
+FILES = [path for place in PLACES for path in (ROOT / place).rglob("*.*") if path.suffix in (".py", ".md", ".yaml")]
+TEXTS = [*sorted(FILES), *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile"))]
+# Old names that still work, and the text of an old file.
+EXEMPT = ('"--picture', "boxes of the picture, cut to it")
 
 # What each room may import of the others; a room may always import itself.
 GROUND = {"structures", "vocabulary", "checkpoint", "utils"}
@@ -76,13 +81,64 @@ def test_what_never_occurs(path):
         assert not re.search(r"^\s*print\(", text, re.MULTILINE)
 
 
-def test_every_module_says_what_it_is_for():
+def test_modules_have_docstrings():
     for path in PACKAGE:
         if path.name != "__init__.py" or path.read_text().strip():
             assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_without_detectron2_the_import_says_how_to_get_it(monkeypatch):
+def read_glossary():
+    """Return what CONTRIBUTING.md's glossary refuses: a pattern of words, and names of variables and functions."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## Glossary")[1].split("\n## ")[0]
+    cells = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ")]
+    terms = [term.strip() for cell in cells[2:] for term in cell.split(",")]  # after heading and rule
+    words = [term.replace(" ", "[ _]").replace("*", "[a-z]*") for term in terms if not term.startswith("`")]
+    names = {term.strip("`") for term in terms if term.startswith("`")}
+    return re.compile(rf"(?<![a-z])(?:{'|'.join(words)})(?![a-z])", re.IGNORECASE), names
+
+
+def test_glossary_matches_words_alone():
+    words, names = read_glossary()
+    assert "theirs" in names and len(names) > 5
+    for text in ("two Pictur" + "es", "a_fold" + "er", "recogni" + "sed", "it goes" + " on", "li" + "es in"):
+        assert words.search(text), text
+    for text in ("pictured", "recognizes", "lies inside", "centered", "amendment", "license"):
+        assert not words.search(text), text
+
+
+def test_words_of_the_glossary():
+    words, _ = read_glossary()
+    wrong = []
+    for path in TEXTS:
+        text = path.read_text()
+        if path.name == "CONTRIBUTING.md":
+            text = re.sub(r"(?s)## Glossary.*?(?=\n## )", "", text)
+        for line in text.splitlines():
+            if (match := words.search(line)) and not any(exempt in line for exempt in EXEMPT):
+                wrong.append(f"{path.relative_to(ROOT)}: {match[0]}: {line.strip()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_names_of_the_glossary():
+    _, refused = read_glossary()
+    wrong = []
+    for path in [*SHIPPED, *TESTS]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_variable = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            name = getattr(node, "id", "") if is_variable else getattr(node, "arg", "") or getattr(node, "name", "")
+            if name in refused and not isinstance(node, ast.keyword):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_test_names_are_short():
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert len(node.name) <= 60, f"{path.relative_to(ROOT)}: {node.name}"
+
+
+def test_import_without_detectron2(monkeypatch):
     import importlib
     import importlib.util
 

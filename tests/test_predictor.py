@@ -166,8 +166,8 @@ def test_paths_equal_pil_images(predictor, tmp_path, mode, orientation):
     upright = upright.transpose(Image.Transpose.ROTATE_270) if orientation == 6 else upright
     expected = predictor.encode(np.asarray(upright))
     with Image.open(path) as image:
-        for given in (path, str(path), image):
-            features = predictor.encode(given)
+        for source in (path, str(path), image):
+            features = predictor.encode(source)
             assert features.sizes == [upright.size[::-1]]
             assert torch.equal(features.embeddings, expected.embeddings)
 
@@ -184,18 +184,18 @@ def test_background_names_make_regions_unknown():
     predictor = RegionSpotPredictor(cfg)
     spread_tokens(predictor.recognizer, as_inputs(0))
     predictor.set_image(IMAGE)
-    found = predictor.predict(boxes=BOXES, vocabulary=NAMES, with_masks=False)
+    predictions = predictor.predict(boxes=BOXES, vocabulary=NAMES, with_masks=False)
     predictor.recognizer.background = []  # the same names, as any others
-    every = predictor.predict(boxes=BOXES, vocabulary=NAMES + background, with_masks=False)
-    expected = every.logits.argmax(axis=1) >= len(NAMES)
+    wider = predictor.predict(boxes=BOXES, vocabulary=NAMES + background, with_masks=False)
+    expected = wider.logits.argmax(axis=1) >= len(NAMES)
     assert 0 < expected.sum() < len(expected)
-    assert found.unknown.tolist() == expected.tolist() and not every.unknown.any()
-    for label, unknown, best in zip(found.class_names, expected, found.logits.argmax(axis=1)):
+    assert predictions.unknown.tolist() == expected.tolist() and not wider.unknown.any()
+    for label, unknown, best in zip(predictions.class_names, expected, predictions.logits.argmax(axis=1)):
         assert label == ("unknown" if unknown else NAMES[best])
-    assert found.vocabulary == NAMES and found.classes.max() < len(NAMES)
-    np.testing.assert_allclose(found.logits, every.logits[:, : len(NAMES)], atol=1e-5)
-    shares = np.exp(every.logits) / np.exp(every.logits).sum(axis=1, keepdims=True)  # the background takes its part
-    np.testing.assert_allclose(found.scores, shares[:, : len(NAMES)].max(axis=1), atol=1e-5)
+    assert predictions.vocabulary == NAMES and predictions.classes.max() < len(NAMES)
+    np.testing.assert_allclose(predictions.logits, wider.logits[:, : len(NAMES)], atol=1e-5)
+    shares = np.exp(wider.logits) / np.exp(wider.logits).sum(axis=1, keepdims=True)  # the background takes its part
+    np.testing.assert_allclose(predictions.scores, shares[:, : len(NAMES)].max(axis=1), atol=1e-5)
 
 
 def test_arrays_of_any_strides(predictor):

@@ -90,8 +90,8 @@ class NamedDetector(nn.Module):
         frames = [(x["image"].shape[-2], x["image"].shape[-1]) for x in batched_inputs]
         sizes = [(int(x.get("height", h)), int(x.get("width", w))) for x, (h, w) in zip(batched_inputs, frames)]
         with torch.no_grad():  # an output as large as the image has its boxes in the image's own frame
-            found = self.detector([{**x, "height": h, "width": w} for x, (h, w) in zip(batched_inputs, frames)])
-            boxes, scores = zip(*(self._regions(x["instances"], size) for x, size in zip(found, frames)))
+            outputs = self.detector([{**x, "height": h, "width": w} for x, (h, w) in zip(batched_inputs, frames)])
+            boxes, scores = zip(*(self._regions(x["instances"], size) for x, size in zip(outputs, frames)))
             masks = "bitmask" if self.masks else ""
             results = self.recognizer(self._images(batched_inputs), list(boxes), list(scores), sizes, masks)
         return [{"instances": detections} for detections in results]
@@ -100,10 +100,10 @@ class NamedDetector(nn.Module):
         """Return the (3, H, W) RGB images."""
         return [to_rgb(inputs["image"], self.input_format) for inputs in batched_inputs]
 
-    def _regions(self, found: Instances, size: tuple[int, int]) -> tuple[Boxes, torch.Tensor | None]:
+    def _regions(self, detections: Instances, size: tuple[int, int]) -> tuple[Boxes, torch.Tensor | None]:
         """Return the boxes to name, of those found in an image of (height, width), and their (N,) scores."""
         return read_proposals(
-            to_proposals(found.pred_boxes.tensor, found.scores, size), self.top_k, self.box_nms_thresh
+            to_proposals(detections.pred_boxes.tensor, detections.scores, size), self.top_k, self.box_nms_thresh
         )
 
     def _losses(self, batched_inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

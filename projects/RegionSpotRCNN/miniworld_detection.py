@@ -22,9 +22,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 from PIL import Image
+from rcnn_training import Trainer
 from tabulate import tabulate
 from torch import nn
-from train_net import Trainer
 
 from miniworld import experiment
 from miniworld.categories import NAMES, NOVEL
@@ -102,12 +102,12 @@ def build(config: str, args: argparse.Namespace, host: Path, head: Path) -> tupl
 def draw_detections(model: nn.Module, scene: Scene, score: float = 0.3, scale: int = 3) -> np.ndarray:
     """Return an image of a scene with its detections, each object by its best name, novel ones with a star."""
     side = scene.image.shape[0] * scale
-    found = model([{"image": experiment.to_tensor(scene), "height": side, "width": side}])[0]["instances"].to("cpu")
-    first = {region: row for row, region in reversed(list(enumerate(found.region_indices.tolist())))}
-    found = found[torch.tensor([row for row in sorted(first.values()) if found.scores[row] > score], dtype=torch.long)]
-    labels = [f"{'*' if i in NOVEL else ''}{NAMES[i]}" for i in found.pred_classes.tolist()]
+    named = model([{"image": experiment.to_tensor(scene), "height": side, "width": side}])[0]["instances"].to("cpu")
+    first = {region: row for row, region in reversed(list(enumerate(named.region_indices.tolist())))}
+    named = named[torch.tensor([row for row in sorted(first.values()) if named.scores[row] > score], dtype=torch.long)]
+    labels = [f"{'*' if i in NOVEL else ''}{NAMES[i]}" for i in named.pred_classes.tolist()]
     large = np.asarray(Image.fromarray(scene.image).resize((side, side), Image.Resampling.BICUBIC))
-    return draw_labels(large, found.pred_boxes.tensor.numpy(), None, labels)
+    return draw_labels(large, named.pred_boxes.tensor.numpy(), None, labels)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from torch import nn
 
 from regionspot.checkpoint.formats import fingerprint, load_checkpoint_file
 from regionspot.checkpoint.key_layout import FROZEN, TRAINED, select, to_released_key
-from regionspot.checkpoint.loading import find_recognizer, frozen_sources, load_weights
+from regionspot.checkpoint.loading import find_recognizer, frozen_sources, load_weights, seeded_weights
 from regionspot.utils.files import atomic_path
 from regionspot.utils.unpickling import array_of, load_arrays
 
@@ -143,10 +143,7 @@ def load_model(cfg: CfgNode, resume: bool = False) -> Any:
     The recognizer's ``weight_sources`` has the files of its parts. ``resume`` prefers the last checkpoint in
     ``OUTPUT_DIR`` to ``MODEL.WEIGHTS``.
     """
-    # Parts without weights must be the same in all processes, and the caller's generator unchanged. Weights are drawn
-    # on the CPU.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(max(cfg.SEED, 0))
+    with seeded_weights(cfg.SEED):
         model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model

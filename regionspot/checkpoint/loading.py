@@ -1,6 +1,8 @@
 """Loads a recognizer's weights: from released checkpoints, our own, or those of whole models that contain one."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ def find_recognizer(model: nn.Module) -> Any:
         if all(hasattr(module, prefix.split(".")[0]) for prefix in PARTS.values()):
             return module
     raise ValueError(f"{type(model).__name__} holds no RegionRecognizer")
+
+
+@contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """Build a model inside the block whose random weights are the same in all processes (a negative seed is 0)."""
+    # The caller's generator stays as it is. Weights are drawn on the CPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(max(seed, 0))
+        yield
 
 
 def frozen_sources(cfg: CfgNode) -> dict[str, str]:

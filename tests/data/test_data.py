@@ -141,5 +141,5 @@ def test_boxes_match_detectron2_exactly():
     boxes = generator.uniform(0, 300, (200, 4)).round(2).tolist()
     annotations = [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0} for box in boxes]
     expected = [BoxMode.convert(box, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for box in boxes]
-    found = annotated_regions({"annotations": annotations, "height": 700, "width": 700}).gt_boxes.tensor
-    assert torch.equal(found, torch.tensor(expected))
+    actual = annotated_regions({"annotations": annotations, "height": 700, "width": 700}).gt_boxes.tensor
+    assert torch.equal(actual, torch.tensor(expected))

@@ -297,7 +297,7 @@ def test_registration_opens_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
     monkeypatch.setattr(Path, "stat", lambda *_, **__: pytest.fail("a file was looked for"))
     register_all(tmp_path)
-    registered, mine = set(DatasetCatalog), DatasetCatalog.get("v3det_val")
+    registered, replaced = set(DatasetCatalog), DatasetCatalog.get("v3det_val")
     monkeypatch.undo()
     names = {name for name in BUILTIN if not name.startswith(("coco_2017", "lvis_v1_train", "lvis_v1_val"))}
-    assert names == registered and len(names) == 51 and mine == "mine"
+    assert names == registered and len(names) == 51 and replaced == "mine"

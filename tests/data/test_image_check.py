@@ -75,13 +75,13 @@ def test_unreadable_image_is_replaced_by_next(dataset, tmp_path):
 
     stream = training_stream(build_train_loader(config("DATALOADER.SKIP_UNREADABLE", True)))
     order = [index for _, index in zip(range(24), (index for _, index in stream))]
-    found = samples(0, 0, 6)
+    records = samples(0, 0, 6)
     instead = {3: 5, 4: 5, 11: 0}
-    assert [sample["image_id"] - 1 for sample in found] == [instead.get(index, index) for index in order]
-    for sample, index in zip(found, order):
+    assert [sample["image_id"] - 1 for sample in records] == [instead.get(index, index) for index in order]
+    for sample, index in zip(records, order):
         assert len(sample.get("unreadable", [])) == {3: 2, 4: 1, 11: 1}.get(index, 0)
     for other in (samples(2, 0, 6), samples(0, 8, 4)):  # other workers, and going on
-        for one, two in zip(other[::-1], found[::-1]):
+        for one, two in zip(other[::-1], records[::-1]):
             assert one["image_id"] == two["image_id"] and np.array_equal(one["image"], two["image"])
 
 

@@ -191,8 +191,8 @@ def test_minival_is_val_in_val2017(tmp_path, capsys):
     PREPARE["lvis_minival"].call("--root", str(tmp_path))
     output = capsys.readouterr().out
     assert "warning: expected 4,809 images of LVIS v1, got 2" in output and "2 images, 4 boxes, 2 classes" in output
-    found = json.loads((tmp_path / "lvis" / "lvis_v1_minival.json").read_text())
-    assert found == {
+    minival = json.loads((tmp_path / "lvis" / "lvis_v1_minival.json").read_text())
+    assert minival == {
         **content,
         "images": [image for image in content["images"] if image["id"] != 11],
         "annotations": [annotation for annotation in content["annotations"] if annotation["image_id"] != 11],

@@ -85,7 +85,7 @@ def mutate(value, rng):
 
 
 def unlike(tensors, rng):
-    """Lie in the header of safetensors: shapes, offsets, types."""
+    """False entries in the header of safetensors: shapes, offsets, types."""
     size = int.from_bytes(tensors[:8], "little")
     header = json.loads(tensors[8 : 8 + size])
     entry = header[list(header)[rng.integers(len(header))]]

@@ -65,8 +65,8 @@ def test_processes_share_the_stream(monkeypatch):
 def test_dataset_ratio(datasets, ratio, share):
     records = [DatasetCatalog.get(name) for name in datasets]
     stream = build_training_stream(tiny_config("DATASETS.TRAIN_RATIO", ratio), records, 0)
-    found = np.mean([index < 3 for _, index in take(stream, 6000)])
-    assert found == pytest.approx(share, abs=0.03)
+    measured = np.mean([index < 3 for _, index in take(stream, 6000)])
+    assert measured == pytest.approx(share, abs=0.03)
 
 
 def test_rare_classes_are_repeated():
@@ -86,8 +86,8 @@ def test_repeat_factors_match_detectron2(datasets, root):
         for dataset in (subset, [subset[i] for i in range(len(subset))]):
             stream = build_training_stream(cfg, [dataset], 0)
             torch.testing.assert_close(stream.repeat_factors, expected)
-    ours, theirs = take(stream, 60), take(RepeatFactorTrainingSampler(expected, seed=0), 60)
-    assert [index for _, index in ours] == theirs
+    taken, reference = take(stream, 60), take(RepeatFactorTrainingSampler(expected, seed=0), 60)
+    assert [index for _, index in taken] == reference
 
 
 def test_repeat_factors_are_scaled_to_ratio():
@@ -171,10 +171,10 @@ def test_proposal_at_iou_threshold_matches(datasets, tmp_path):
     for threshold, number in ((0.5, 1), (0.25, 3), (0.51, 0)):
         cfg = tiny_config("MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", threshold)
         mapper = RegionSpotDatasetMapper(cfg, True, proposal_file=ProposalFile(tmp_path / "p.json"))
-        found = mapper(record)["instances"]
-        assert len(found) == 1 + number and found.gt_classes.tolist() == [2] * (1 + number)
+        instances = mapper(record)["instances"]
+        assert len(instances) == 1 + number and instances.gt_classes.tolist() == [2] * (1 + number)
         torch.testing.assert_close(
-            found.gt_boxes.tensor[1:], torch.tensor(boxes[:number], dtype=torch.float32).reshape(-1, 4)
+            instances.gt_boxes.tensor[1:], torch.tensor(boxes[:number], dtype=torch.float32).reshape(-1, 4)
         )
 
 

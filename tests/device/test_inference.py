@@ -88,20 +88,20 @@ def test_inference_equals_the_cpu(tmp_path, way):
     overrides = [part for key, value in WAYS[way].items() for part in (NODES.get(key, SPOT) + key, value)]
     if "detector" in overrides:
         overrides += [SPOT + "PROPOSALS.DETECTOR.CONFIG_FILE", str(detector_config(tmp_path))]
-    found = []
+    outputs = []
     for name in ("cpu", "meta"):
         model = tiny_model(*overrides, "MODEL.DEVICE", name)
-        found.append(model(scenes_with_proposals()))
+        outputs.append(model(scenes_with_proposals()))
         assert model.device.type == name
-    assert_alike(*found)
+    assert_alike(*outputs)
 
 
 @pytest.mark.parametrize("masks", ["bitmask", "rle", "lazy"])
 def test_masks_of_every_kind(masks):
-    inputs, found = scenes_with_proposals(), []
+    inputs, outputs = scenes_with_proposals(), []
     for name in ("cpu", "meta"):
         recognizer = tiny_model("MODEL.DEVICE", name).recognizer
-        found.append(
+        outputs.append(
             recognizer(
                 [x["image"] for x in inputs],
                 [x["instances"].gt_boxes for x in inputs],
@@ -111,10 +111,10 @@ def test_masks_of_every_kind(masks):
             )
         )
     if masks == "lazy":
-        for instances in (*found[0], *found[1]):
+        for instances in (*outputs[0], *outputs[1]):
             lazy = instances.pred_masks
             instances.pred_masks = lazy.to_bitmasks(instances.pred_boxes, 70, 90).tensor
-    assert_alike(*([{"instances": x} for x in images] for images in found))
+    assert_alike(*([{"instances": x} for x in images] for images in outputs))
 
 
 PROMPTS = {
@@ -176,12 +176,12 @@ def rcnn(name, overrides):
 
 @pytest.mark.parametrize("way", HEADS)
 def test_head_equals_the_cpu(way):
-    found = []
+    outputs = []
     for name in ("cpu", "meta"):
         model = rcnn(name, HEADS[way])
         assert model.device.type == name
-        found.append(model([as_inputs(0), as_inputs(1, (60, 40))]))
-    assert_alike(*found)
+        outputs.append(model([as_inputs(0), as_inputs(1, (60, 40))]))
+    assert_alike(*outputs)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

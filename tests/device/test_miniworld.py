@@ -66,7 +66,7 @@ def test_ablations(tmp_path, monkeypatch):
 def test_detection_in_miniature(tmp_path, monkeypatch):
     """What projects/RegionSpotRCNN/miniworld_detection.py does for one of its hosts."""
     project = ROOT / "projects" / "RegionSpotRCNN"
-    monkeypatch.setitem(sys.modules, "train_net", load_program(project / "train_net.py"))  # which is beside it
+    monkeypatch.setitem(sys.modules, "rcnn_training", load_program(project / "rcnn_training.py"))  # beside it
     miniworld_detection = load_program(project / "miniworld_detection.py")
     few = ["MODEL.RPN.POST_NMS_TOPK_TEST", "8", "TEST.DETECTIONS_PER_IMAGE", "5"]
     args = Namespace(output=tmp_path, weights=None, seed=0, split="test", opts=[*MINI, *few])

@@ -54,8 +54,8 @@ def written(tmp_path, name="metrics.json"):
 def test_results_state_their_protocol(dataset, tmp_path):
     metrics = evaluate(tmp_path)
     assert list(metrics) == ["bbox", "segm", "region"] and list(metrics["bbox"])[-3:] == ["APr", "APc", "APf"]
-    found = json.loads(written(tmp_path))
-    assert found["bbox"] == {k: None if np.isnan(v) else v for k, v in metrics["bbox"].items()}
+    report = json.loads(written(tmp_path))
+    assert report["bbox"] == {k: None if np.isnan(v) else v for k, v in metrics["bbox"].items()}
     for part in (
         "protocol: lvis on test_evaluate (",
         "boxes: annotated",
@@ -67,7 +67,7 @@ def test_results_state_their_protocol(dataset, tmp_path):
         "checkpoint: RegionSpot no file (",
         "images: 10 of 10",
     ):
-        assert part in found["protocol"]
+        assert part in report["protocol"]
     results = read_results(tmp_path / "out" / "inference" / NAME / "lvis_instances_results.json")
     regions = sum(len(draw_scene(i)[1]) for i in range(10))
     assert len(results) == 4 * regions and len(results.rles) == regions
@@ -98,11 +98,11 @@ def test_batch_size_does_not_change_metrics(dataset, tmp_path, monkeypatch):
 def test_detectron2s_evaluator_agrees(dataset, tmp_path):
     MetadataCatalog.get(NAME).set(evaluator_type="coco")
     cfg, model = config(tmp_path), tiny_model("MODEL.MASK_ON", True, names=None)
-    ours = RegionSpotTrainer.test(cfg, model)
-    theirs = RegionSpotTrainer.test(cfg, model, [COCOEvaluator(NAME, output_dir=str(tmp_path), use_fast_impl=False)])
+    results = RegionSpotTrainer.test(cfg, model)
+    reference = RegionSpotTrainer.test(cfg, model, [COCOEvaluator(NAME, output_dir=str(tmp_path), use_fast_impl=False)])
     for task in ("bbox", "segm"):
         for key in ("AP", "AP50", "AP75"):
-            assert ours[task][key] == pytest.approx(theirs[task][key], abs=1e-9)
+            assert results[task][key] == pytest.approx(reference[task][key], abs=1e-9)
 
 
 def test_protocols_fixed_coco_and_unknown(dataset, tmp_path, register):
@@ -164,10 +164,10 @@ def test_killed_evaluation_resumes_exactly(dataset, tmp_path):
         return sum(path.read_bytes().count(b"image_id") for path in directory.glob("predictions.*"))
 
     for _ in range(5):
-        wanted = number_written() + rng.randrange(3)
+        target = number_written() + rng.randrange(3)
         process = context.Process(target=evaluate, args=(other,))
         process.start()
-        while process.is_alive() and number_written() < wanted:
+        while process.is_alive() and number_written() < target:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()  # which may have ended by itself
@@ -245,15 +245,15 @@ def test_fixed_ap_keeps_best_per_class(dataset, tmp_path, monkeypatch, limit):
     kept = read_results(path)
     assert len(kept) < len(whole)
     for task in ("bbox", "segm"):
-        found = [evaluate_lvis(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, kept)]
-        np.testing.assert_array_equal(found[0].precision, found[1].precision)
+        evaluations = [evaluate_lvis(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, kept)]
+        np.testing.assert_array_equal(evaluations[0].precision, evaluations[1].precision)
 
 
 def test_region_accuracy():
     targets, top = [np.array([0, 1]), np.array([2])], [np.array([[0, 1, 2], [0, 1, 2]]), np.array([[0, 1, 3]])]
-    found = region_accuracy(targets, top, ["r", "f", "f", "c"])
-    assert found["top1"] == pytest.approx(100 / 3) and found["top5"] == pytest.approx(200 / 3)
-    assert found["top1_r"] == 100 and found["top1_f"] == 0 and found["top5_f"] == 50 and np.isnan(found["top1_c"])
+    rates = region_accuracy(targets, top, ["r", "f", "f", "c"])
+    assert rates["top1"] == pytest.approx(100 / 3) and rates["top5"] == pytest.approx(200 / 3)
+    assert rates["top1_r"] == 100 and rates["top1_f"] == 0 and rates["top5_f"] == 50 and np.isnan(rates["top1_c"])
     assert set(region_accuracy(targets, top, ["", "", "", ""])) == {"top1", "top5"}
 
 
@@ -268,11 +268,11 @@ def test_sam_automatic_masks(dataset, tmp_path):
     overrides = ["MODEL.REGIONSPOT.PROPOSALS.SOURCE", "sam_automatic"]
     overrides += [p for k, v in settings.items() for p in (f"MODEL.REGIONSPOT.PROPOSALS.SAM_AUTOMATIC.{k}", v)]
     model = tiny_model(*overrides)
-    found = boxes_of(model, tmp_path, *overrides)
+    boxes = boxes_of(model, tmp_path, *overrides)
     masks = model.proposal_source.generator.generate(draw_scene(0)[0])
     expected = torch.tensor([mask["bbox"] for mask in masks]).float()
-    assert len(found[0]) == len(masks) > 0
-    torch.testing.assert_close(found[0][:, :2], expected[:, :2])
+    assert len(boxes[0]) == len(masks) > 0
+    torch.testing.assert_close(boxes[0][:, :2], expected[:, :2])
     evaluate(tmp_path, *overrides, "MODEL.REGIONSPOT.PROPOSALS.TOP_K", 2)
     assert "SAM's automatic masks (points_per_side 3, " in written(tmp_path) and "best 2" in written(tmp_path)
     assert "region" not in json.loads(written(tmp_path))
@@ -338,13 +338,13 @@ def test_detector_boxes(dataset, detector, tmp_path, weights):
     node = "MODEL.REGIONSPOT.PROPOSALS"
     overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(path)]
     overrides += [f"{node}.DETECTOR.WEIGHTS", str(tmp_path / weights)]
-    found = boxes_of(tiny_model(*overrides), tmp_path, *overrides)
+    boxes = boxes_of(tiny_model(*overrides), tmp_path, *overrides)
     for index in range(10):
         image = np.ascontiguousarray(draw_scene(index)[0][..., ::-1])  # BGR, as DefaultPredictor has it
         large = T.ResizeShortestEdge([96, 96], 1333).get_transform(image).apply_image(image)
         with torch.no_grad():
             [output] = plain([{"image": torch.as_tensor(large.transpose(2, 0, 1).copy()), "height": 48, "width": 64}])
-        torch.testing.assert_close(found[index], output["instances"].pred_boxes.tensor, atol=1e-3, rtol=0)
+        torch.testing.assert_close(boxes[index], output["instances"].pred_boxes.tensor, atol=1e-3, rtol=0)
     evaluate(tmp_path, *overrides)
     assert "boxes: boxes of detector (config " in written(tmp_path) and f"weights {weights} " in written(tmp_path)
     rpn = [*overrides, f"{node}.DETECTOR.OUTPUT", "rpn"]

@@ -201,8 +201,8 @@ def test_training_uses_class_names_of_the_file(run, trees, truth):
     for _, path, names in oracle.seen:
         expected = truth.names[resolve(path)]
         assert len(names) == len(expected) > 0
-        for found, known in zip(names, expected):
-            assert found in known
+        for actual, known in zip(names, expected):
+            assert actual in known
 
 
 def test_names_registered_at_import_in_new_process(trees, tmp_path):

@@ -16,27 +16,27 @@ from .test_trainer import config, scenes, train  # noqa: F401
 def rates(*overrides):
     cfg = tiny_config("SOLVER.BASE_LR", 1.0, *overrides)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler, found = build_lr_scheduler(cfg, optimizer), []
+    scheduler, values = build_lr_scheduler(cfg, optimizer), []
     for _ in range(cfg.SOLVER.MAX_ITER):
-        found.append(optimizer.param_groups[0]["lr"])
+        values.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return values
 
 
 def test_schedule_beyond_the_end_is_scaled(caplog):
     with caplog.at_level(logging.WARNING, "regionspot"):
-        found = rates("SOLVER.MAX_ITER", 60)  # 450k iterations' schedule
+        values = rates("SOLVER.MAX_ITER", 60)  # 450k iterations' schedule
     assert "WARMUP_ITERS 1000 is longer than MAX_ITER 60: 6" in caplog.text
     assert "STEPS (350000, 420000) do not lie before MAX_ITER 60: (46, 56)" in caplog.text
-    assert found[0] == pytest.approx(0.01) and found[6:46] == [1.0] * 40
-    assert found[46:56] == pytest.approx([0.1] * 10) and found[56:] == pytest.approx([0.01] * 4)
+    assert values[0] == pytest.approx(0.01) and values[6:46] == [1.0] * 40
+    assert values[46:56] == pytest.approx([0.1] * 10) and values[56:] == pytest.approx([0.01] * 4)
 
 
 def test_schedule_inside_the_training_is_kept(caplog):
     with caplog.at_level(logging.WARNING, "regionspot"):
-        found = rates("SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_ITERS", 5, "SOLVER.STEPS", (10, 19))
-    assert not caplog.records and found[5:10] == [1.0] * 5 and found[10] == pytest.approx(0.1)
+        values = rates("SOLVER.MAX_ITER", 20, "SOLVER.WARMUP_ITERS", 5, "SOLVER.STEPS", (10, 19))
+    assert not caplog.records and values[5:10] == [1.0] * 5 and values[10] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("end", [1, 2, 3, 5])

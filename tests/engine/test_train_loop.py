@@ -102,10 +102,10 @@ def test_first_steps_log_memory_and_time(cfg, caplog):
     with caplog.at_level("INFO", "regionspot.engine.hooks"):
         trainer.train()
     [line] = [message for message in caplog.messages if message.startswith("first ")]
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"first 5 steps: peak memory (.*) GB \(cpu\), (.*) s a step, about 0:00:(..) to iteration 7", line
     )
-    memory, seconds, left = map(float, found.groups())
+    memory, seconds, left = map(float, match.groups())
     assert 0.1 < memory < 20 and 0 < seconds < 10 and left == round(2 * seconds)
 
 

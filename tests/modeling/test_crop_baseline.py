@@ -30,8 +30,8 @@ def test_equals_clip_itself(masked, batch):
         masks = None
         if masked and len(boxes):
             model.masks = "bitmask"
-            [every] = model.recognizer([inputs["image"]], [boxes], masks="bitmask")
-            masks = [every.pred_masks[every.region_indices == i][0] for i in range(len(boxes))]
+            [detections] = model.recognizer([inputs["image"]], [boxes], masks="bitmask")
+            masks = [detections.pred_masks[detections.region_indices == i][0] for i in range(len(boxes))]
         for i, (x0, y0, x1, y1) in enumerate(boxes.tensor.int().tolist()):
             crop = inputs["image"][:, y0:y1, x0:x1].float()
             if masks is not None:

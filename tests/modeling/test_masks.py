@@ -72,8 +72,8 @@ def test_memory_follows_the_requested_masks(localizer, logits, monkeypatch):
     assert extra_memory(lambda: masks[:4].to_rles(*size)) < 30e6
     assert extra_memory(lambda: masks.bounding_boxes(*size)) < 30e6
     assert extra_memory(lambda: masks.to_bitmasks(None, *size)) < 60e6
-    given = torch.ones(number, *size, dtype=torch.bool)
-    assert extra_memory(lambda: localizer.mask_prompts(given, size)) < 50e6
+    prompts = torch.ones(number, *size, dtype=torch.bool)
+    assert extra_memory(lambda: localizer.mask_prompts(prompts, size)) < 50e6
 
 
 def test_detections_of_a_box_share_one_rle():

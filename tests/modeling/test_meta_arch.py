@@ -262,9 +262,9 @@ def test_tiny_model_overfits_eight_images():
     feature_maps = model.recognizer.vision_language.encode_images(images)
     stored = [{**x, "tokens": t, "feature_map": m} for x, t, m in zip(batch, tokens, feature_maps)]
     with torch.no_grad():  # start where the tokens of a random SAM differ: half the steps
-        to_clip, every = model.recognizer.knowledge_integration.to_clip, torch.cat(tokens)
-        to_clip.weight /= every.std(dim=0) / 2
-        to_clip.bias -= to_clip.weight @ every.mean(dim=0)
+        to_clip, all_tokens = model.recognizer.knowledge_integration.to_clip, torch.cat(tokens)
+        to_clip.weight /= all_tokens.std(dim=0) / 2
+        to_clip.bias -= to_clip.weight @ all_tokens.mean(dim=0)
     for _ in range(500):
         loss = model(stored)["loss_cls"]
         if loss < 0.02:

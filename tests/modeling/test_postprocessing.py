@@ -16,11 +16,11 @@ PROPOSALS = torch.tensor([0.5, 1.0, 0.2])
 
 def select(proposals=PROPOSALS, **rule):
     rule = DetectionRule(**rule)
-    found = rule.select(BOXES, rule.scores(PROBABILITIES, proposals), (50, 50))
+    detections = rule.select(BOXES, rule.scores(PROBABILITIES, proposals), (50, 50))
     return {
         (region, label): round(score, 4)
         for region, label, score in zip(
-            found.region_indices.tolist(), found.pred_classes.tolist(), found.scores.tolist()
+            detections.region_indices.tolist(), detections.pred_classes.tolist(), detections.scores.tolist()
         )
     }
 
@@ -55,8 +55,8 @@ HALF = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 5]])  # IoU 0.5, to the bit
 def test_scores_at_the_threshold_are_kept():
     """What scores, overlaps or is as probable as a threshold says exactly is on the side that the docs say."""
     scores = torch.tensor([[0.5, 0.25], [0.125, 0.0]])
-    found = DetectionRule(score_thresh=0.25).select(HALF, scores, (50, 50))
-    assert found.scores.tolist() == [0.5, 0.25]  # "scoring lower are dropped"
+    detections = DetectionRule(score_thresh=0.25).select(HALF, scores, (50, 50))
+    assert detections.scores.tolist() == [0.5, 0.25]  # "scoring lower are dropped"
     assert len(DetectionRule(score_thresh=0.0).select(HALF, scores, (50, 50))) == 4
     assert len(DetectionRule(score_thresh=-2.0).select(HALF, torch.where(scores < 0.2, -1, scores), (50, 50))) == 2
     rule = DetectionRule(unknown_thresh=0.5)
@@ -96,8 +96,8 @@ def test_regions_of_no_class_are_unknown():
     unknown = output["regions"].unknown
     assert unknown.tolist() == (best < best.median() + 1e-6).tolist() and 0 < unknown.sum() < len(unknown)
     for region, is_unknown in enumerate(unknown.tolist()):
-        mine = output["instances"][output["instances"].region_indices == region]
-        assert len(mine) == (0 if is_unknown else len(NAMES))
+        detections = output["instances"][output["instances"].region_indices == region]
+        assert len(detections) == (0 if is_unknown else len(NAMES))
 
 
 def test_background_names_make_regions_unknown():
@@ -121,11 +121,11 @@ def random_detections(number, seed):
     """Return detections of which many overlap and some tie."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(number, 2, generator=generator) * 30
-    found = Instances((50, 50), pred_boxes=Boxes(torch.cat([corners, corners + 15], dim=1)))
-    found.scores = (torch.rand(number, generator=generator) * 20).round() / 20
-    found.pred_classes = torch.arange(number) + 1000 * seed
-    found.region_indices = torch.arange(number)
-    return found
+    detections = Instances((50, 50), pred_boxes=Boxes(torch.cat([corners, corners + 15], dim=1)))
+    detections.scores = (torch.rand(number, generator=generator) * 20).round() / 20
+    detections.pred_classes = torch.arange(number) + 1000 * seed
+    detections.region_indices = torch.arange(number)
+    return detections
 
 
 def make_detections(boxes, scores, classes):
@@ -140,36 +140,36 @@ def make_detections(boxes, scores, classes):
 
 
 def test_merging_by_score():
-    ours = make_detections([[0, 0, 10, 10], [0, 0, 10, 10], [30, 30, 40, 40]], [0.5, 0.4, 0.3], [5, 6, 7])
-    theirs = make_detections([[1, 0, 10, 10], [30, 30, 40, 41]], [0.45, 0.9], [0, 1])
-    merged = merge_detections(ours, theirs, 0.5, -1)
+    named = make_detections([[0, 0, 10, 10], [0, 0, 10, 10], [30, 30, 40, 40]], [0.5, 0.4, 0.3], [5, 6, 7])
+    preferred = make_detections([[1, 0, 10, 10], [30, 30, 40, 41]], [0.45, 0.9], [0, 1])
+    merged = merge_detections(named, preferred, 0.5, -1)
     # the first object is ours (0.5 beats 0.45), and both of our names for it stay; the other is theirs
     assert merged.pred_classes.tolist() == [1, 5, 6]
-    assert merge_detections(ours, theirs, 1.0, -1).pred_classes.tolist() == [1, 5, 0, 6, 7]
-    assert merge_detections(ours, theirs, 1.0, 2).pred_classes.tolist() == [1, 5]
-    assert merge_detections(make_detections([], [], []), theirs, 0.5, -1).pred_classes.tolist() == [1, 0]
+    assert merge_detections(named, preferred, 1.0, -1).pred_classes.tolist() == [1, 5, 0, 6, 7]
+    assert merge_detections(named, preferred, 1.0, 2).pred_classes.tolist() == [1, 5]
+    assert merge_detections(make_detections([], [], []), preferred, 0.5, -1).pred_classes.tolist() == [1, 0]
     tied = make_detections([[0, 0, 10, 10]], [0.45], [9])
-    assert merge_detections(tied, theirs[:1], 0.5, -1).pred_classes.tolist() == [0]  # theirs
+    assert merge_detections(tied, preferred[:1], 0.5, -1).pred_classes.tolist() == [0]  # theirs
 
 
 def test_suppressed_detections_suppress_nothing():
-    ours = make_detections([[0, 0, 20, 10], [8, 0, 28, 10]], [0.5, 0.7], [5, 6])
-    theirs = make_detections([[4, 0, 24, 10]], [0.6], [0])
-    assert merge_detections(ours, theirs, 0.5, -1).pred_classes.tolist() == [6, 5]
+    named = make_detections([[0, 0, 20, 10], [8, 0, 28, 10]], [0.5, 0.7], [5, 6])
+    preferred = make_detections([[4, 0, 24, 10]], [0.6], [0])
+    assert merge_detections(named, preferred, 0.5, -1).pred_classes.tolist() == [6, 5]
 
 
 @pytest.mark.parametrize(("number", "others"), [(60, 60), (1, 80), (0, 3), (0, 0)])
 def test_merging_is_greedy_between_sources(number, others):
-    ours, theirs = random_detections(number, 1), random_detections(others, 0)
+    named, preferred = random_detections(number, 1), random_detections(others, 0)
     kept = []
-    every = [(x, i, False) for i, x in enumerate(theirs.scores.tolist())]
-    every += [(x, i, True) for i, x in enumerate(ours.scores.tolist())]
-    for _, index, is_ours in sorted(every, key=lambda x: -x[0]):  # stable: theirs first
-        box = (ours if is_ours else theirs).pred_boxes[index]
-        rivals = [other for other, source in kept if source != is_ours]
+    candidates = [(x, i, False) for i, x in enumerate(preferred.scores.tolist())]
+    candidates += [(x, i, True) for i, x in enumerate(named.scores.tolist())]
+    for _, index, is_named in sorted(candidates, key=lambda x: -x[0]):  # stable: theirs first
+        box = (named if is_named else preferred).pred_boxes[index]
+        rivals = [other for other, source in kept if source != is_named]
         if not any(pairwise_iou(box, other.pred_boxes) > 0.3 for other in rivals):
-            kept.append(((ours if is_ours else theirs)[index], is_ours))
-    merged = merge_detections(ours, theirs, 0.3, -1)
+            kept.append(((named if is_named else preferred)[index], is_named))
+    merged = merge_detections(named, preferred, 0.3, -1)
     assert merged.pred_classes.tolist() == [int(x.pred_classes) for x, _ in kept]
     assert 0 < len(kept) < number + others or number == 0
 

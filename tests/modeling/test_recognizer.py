@@ -34,15 +34,15 @@ def test_focal_loss_defaults_of_the_paper():
 
 @pytest.mark.parametrize(("output", "factors"), [(None, (1, 1)), ((96, 256), (4, 2))], ids=["own size", "other size"])
 def test_predicted_boxes_are_clipped(output, factors):
-    given = Boxes(BEYOND.clone())
+    boxes = Boxes(BEYOND.clone())
     sizes = output and [output]
-    [result] = tiny_model().recognizer.recognize([as_inputs(0)["image"]], [given], output_sizes=sizes)
+    [result] = tiny_model().recognizer.recognize([as_inputs(0)["image"]], [boxes], output_sizes=sizes)
     detections, regions = result.detections, result.regions
     expected = INSIDE * torch.tensor(factors).repeat(2)
     assert torch.equal(regions.pred_boxes.tensor, expected)
     assert len(detections) == len(BEYOND) * len(NAMES)
     assert torch.equal(detections.pred_boxes.tensor, expected[detections.region_indices])
-    assert torch.equal(given.tensor, BEYOND)  # the caller's boxes stay as they are
+    assert torch.equal(boxes.tensor, BEYOND)  # the caller's boxes stay as they are
 
 
 def test_prompt_boxes_are_clipped():
@@ -60,17 +60,17 @@ def test_prompt_coordinates_equal_sams(size):
     transform = ResizeLongestSide(64)
     scaled = Prompts(transform.apply_boxes_torch(boxes, size), transform.apply_coords_torch(points, size), labels)
     features = recognizer.encode_images([image])
-    [found] = recognizer.locate(features, [Prompts(boxes, points, labels)])
+    [output] = recognizer.locate(features, [Prompts(boxes, points, labels)])
     expected = recognizer.localizer(features.embeddings, scaled)
-    torch.testing.assert_close(found.tokens, expected.tokens, atol=1e-6, rtol=0)
+    torch.testing.assert_close(output.tokens, expected.tokens, atol=1e-6, rtol=0)
 
 
 def test_classes_restrict_detections():
     recognizer, boxes = tiny_model().recognizer, [Boxes(INSIDE)]
     images, asked = [as_inputs(0)["image"]], torch.tensor([False, True, False, True])
-    [every], [some] = recognizer(images, boxes), recognizer(images, boxes, classes=asked)
-    kept = every[asked[every.pred_classes]]
-    assert 0 < len(kept) < len(every)
+    [detections], [some] = recognizer(images, boxes), recognizer(images, boxes, classes=asked)
+    kept = detections[asked[detections.pred_classes]]
+    assert 0 < len(kept) < len(detections)
     assert torch.equal(some.pred_classes, kept.pred_classes) and torch.equal(some.scores, kept.scores)
 
 

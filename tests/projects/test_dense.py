@@ -3,7 +3,6 @@
 import json
 import logging
 from functools import partial
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from filelock import FileLock
 
 from regionspot import RegionSpot
 
-from ..helpers import NAMES, as_inputs, frozen_overrides, write_dataset, write_frozen_parts
+from ..helpers import NAMES, as_inputs, frozen_overrides, load_program, write_dataset, write_frozen_parts
 from ..modeling.test_meta_arch import assert_same
 from ..processes import run_program
 from .tiny_dense import PROJECT, tiny_dense_config
@@ -22,9 +21,8 @@ from .tiny_dense import PROJECT, tiny_dense_config
 logging.getLogger("detectron2").setLevel(logging.ERROR)
 CONFIGS = ("retinanet_R_50_FPN", "fcos_R_50_FPN")
 
-spec = spec_from_file_location("dense_train_net", PROJECT / "train_net.py")  # there is a train_net in tools/, too
-train_net = module_from_spec(spec)
-spec.loader.exec_module(train_net)
+training = load_program(PROJECT / "dense_training.py")
+COMMAND = load_program(PROJECT / "train_net.py").COMMAND
 
 
 def build(name, *overrides):
@@ -40,19 +38,19 @@ def build(name, *overrides):
 
 def batch():
     """Images of different sizes, whose outputs are larger, smaller, stretched, and as they are."""
-    wanted = [(96, 128), (30, 20), (50, 100), None]
+    sizes = [(96, 128), (30, 20), (50, 100), None]
     inputs = [as_inputs(i, size) for i, size in enumerate([(48, 64), (64, 40), (50, 50), (90, 130)])]
-    for x, size in zip(inputs, wanted):
+    for x, size in zip(inputs, sizes):
         for key in ("instances", "height", "width"):
             del x[key]
         x.update({"height": size[0], "width": size[1]} if size else {})
     return inputs
 
 
-def proposals_of(model, inputs, found):
-    """Return boxes found at output size in the image's frame, each once, best first: written anew, box by box."""
+def proposals_of(model, inputs, detections):
+    """Return a detector's boxes in the image's frame, each once, best first: a second implementation, box by box."""
     height, width = inputs["image"].shape[1:]
-    boxes, scores = found.pred_boxes.tensor, found.scores
+    boxes, scores = detections.pred_boxes.tensor, detections.scores
     x, y = width / inputs.get("width", width), height / inputs.get("height", height)
     boxes = boxes * torch.tensor([x, y, x, y])
     kept = []
@@ -73,7 +71,7 @@ def proposals_of(model, inputs, found):
         (CONFIGS[1], ["model.box_nms_thresh=1"]),
     ],
 )
-def test_results_are_those_of_regionspot_for_the_detectors_boxes(name, overrides):
+def test_results_equal_regionspot_for_detector_boxes(name, overrides):
     model = build(name, *overrides)
     reference = RegionSpot(
         recognizer=model.recognizer, input_format=model.input_format, masks="bitmask" if model.masks else ""
@@ -83,16 +81,16 @@ def test_results_are_those_of_regionspot_for_the_detectors_boxes(name, overrides
     for inputs, output, detections in zip(batch(), model(batch()), raw, strict=True):
         proposals = proposals_of(model, inputs, detections)
         expected = reference([{**inputs, "proposals": proposals}])[0]["instances"]
-        found = output["instances"]
-        assert set(output) == {"instances"} and len(found) > 5
-        assert_same(found, expected)
+        named = output["instances"]
+        assert set(output) == {"instances"} and len(named) > 5
+        assert_same(named, expected)
         size = (inputs.get("height", inputs["image"].shape[1]), inputs.get("width", inputs["image"].shape[2]))
-        assert found.image_size == size and found.has("pred_masks") == model.masks
-        distances = (found.pred_boxes.tensor[:, None] - detections.pred_boxes.tensor).abs().amax(dim=2)
+        assert named.image_size == size and named.has("pred_masks") == model.masks
+        distances = (named.pred_boxes.tensor[:, None] - detections.pred_boxes.tensor).abs().amax(dim=2)
         assert distances.amin(dim=1).max() < 1e-3  # the frame is that of the detector's own output
 
 
-def test_an_image_without_boxes_has_no_detections():
+def test_image_without_boxes():
     model = build(CONFIGS[0], "model.detector.test_score_thresh=1.0")
     assert [len(output["instances"]) for output in model(batch())] == [0] * 4
 
@@ -114,7 +112,7 @@ def train_a_little(model, cfg, inputs, steps=3):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_training_changes_the_attention_module_and_nothing_else(name):
+def test_training_changes_only_attention_module(name):
     model, inputs = build(name), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, number=0)]
     attention = {key for key in model.state_dict() if key.startswith("recognizer.knowledge_integration.")}
     assert {key for key, value in model.named_parameters() if value.requires_grad} == attention
@@ -124,7 +122,7 @@ def test_training_changes_the_attention_module_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_detector_that_is_not_frozen_learns_by_its_own_losses(name):
+def test_unfrozen_detector_has_its_own_losses(name):
     model, inputs = build(name, "model.freeze=False"), [as_inputs(0), as_inputs(1, (64, 40))]
     changed, losses = train_a_little(model, tiny_dense_config(name), inputs)
     assert "loss_regionspot" in losses and len(losses) >= 3
@@ -135,7 +133,7 @@ def test_a_detector_that_is_not_frozen_learns_by_its_own_losses(name):
     assert not [key for key in changed if key.startswith(frozen)]
 
 
-def test_loss_is_that_of_regionspot_for_the_annotated_boxes():
+def test_loss_equals_regionspot_for_annotated_boxes():
     model, inputs = build(CONFIGS[0]), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, number=0)]
     reference = RegionSpot(recognizer=model.recognizer, input_format="BGR")
     for module in (model.train(), reference.train()):
@@ -153,7 +151,7 @@ def test_loss_is_that_of_regionspot_for_the_annotated_boxes():
         (None, KeyError, "image scene 0: training needs the key 'instances'"),
     ],
 )
-def test_what_is_wrong_with_annotations_is_said(change, error, message):
+def test_invalid_annotations_are_refused(change, error, message):
     model, inputs = build(CONFIGS[0]).train(), as_inputs(0, number=1)
     for key, value in (change or {}).items():
         inputs["instances"].set(key, value)
@@ -163,14 +161,14 @@ def test_what_is_wrong_with_annotations_is_said(change, error, message):
         model([inputs])
 
 
-def test_what_is_wrong_with_the_model_is_said():
+def test_invalid_models_are_refused():
     with pytest.raises(ValueError, match="input_format: expected RGB or BGR, got 'GRB'"):
         build(CONFIGS[0], "model.input_format=GRB")
     with pytest.raises(ValueError, match="no vocabulary is set"):
         instantiate(tiny_dense_config(CONFIGS[0]).model).train()([as_inputs(0)])
 
 
-def test_roi_heads_of_explicit_arguments(tmp_path):
+def test_roi_heads_from_arguments(tmp_path):
     """The zoo's Mask R-CNN with RegionSpotROIHeads, and the weights of one with heads of its own."""
     name = "mask_rcnn_R_50_FPN"
     cfg = tiny_dense_config(name, f"model.weights={tmp_path}/rcnn.pth")
@@ -192,7 +190,7 @@ def test_roi_heads_of_explicit_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shipped_configs_load_anywhere_and_take_overrides(name, tmp_path, monkeypatch):
+def test_shipped_configs_with_overrides(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = LazyConfig.load(str(PROJECT / "configs" / f"{name}.py"))
     assert set(cfg) == {"model", "optimizer", "dataloader", "lr_multiplier", "train"}
@@ -206,7 +204,7 @@ def test_shipped_configs_load_anywhere_and_take_overrides(name, tmp_path, monkey
 
 
 def arguments(directory, *options):
-    return train_net.parse_arguments(["--config-file", str(directory / "tiny.py"), *map(str, options)])
+    return COMMAND.parse_arguments(["--config-file", str(directory / "tiny.py"), *map(str, options)])
 
 
 def metrics(output):
@@ -234,23 +232,21 @@ def directory(tmp_path_factory):
         "from tests.projects.tiny_dense import tiny_dense_config\n"
         f"globals().update(tiny_dense_config({CONFIGS[0]!r}, *{options!r}).items())\n"
     )
-    trained = train_net.main(arguments(directory, *WHOLE, f"train.output_dir={directory}/whole"))
+    trained = training.main(arguments(directory, *WHOLE, f"train.output_dir={directory}/whole"))
     torch.save({"model": trained.detector.state_dict()}, directory / "detector.pth")
     return directory
 
 
-def test_two_processes_train_and_evaluate_and_one_goes_on(directory, monkeypatch):
+def test_two_processes_train_and_one_resumes(directory, monkeypatch):
     forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
     output = f"train.output_dir={directory}/two"
     with monkeypatch.context() as patch:
         patch.setattr(torch.multiprocessing, "start_processes", forked)
-        train_net.launch(train_net.main, arguments(directory, "--num-gpus", 2, "--dist-url", "auto", output), "cpu")
+        training.launch(training.main, arguments(directory, "--num-gpus", 2, "--dist-url", "auto", output), "cpu")
     by_two = metrics(directory / "two")
     checkpoint = f"train.init_checkpoint={directory}/two/model_final.pth"
-    by_one = train_net.main(arguments(directory, "--eval-only", checkpoint, f"train.output_dir={directory}/one"))[
-        "bbox"
-    ]
-    random = train_net.main(arguments(directory, "--eval-only", f"train.output_dir={directory}/one"))["bbox"]
+    by_one = training.main(arguments(directory, "--eval-only", checkpoint, f"train.output_dir={directory}/one"))["bbox"]
+    random = training.main(arguments(directory, "--eval-only", f"train.output_dir={directory}/one"))["bbox"]
     assert by_one["AP"] > 5 and abs(by_one["AP"] - random["AP"]) > 0.1
     for metric in ("AP", "AP50", *(f"AP-{name}" for name in NAMES)):
         assert by_two[f"bbox/{metric}"] == pytest.approx(by_one[metric], abs=1e-6)
@@ -264,24 +260,24 @@ def test_two_processes_train_and_evaluate_and_one_goes_on(directory, monkeypatch
 
 def test_directory_of_another_run_is_refused(directory, tmp_path):
     with FileLock(tmp_path / ".run.lock"), pytest.raises(ValueError, match="another run is at work"):
-        train_net.main(arguments(directory, f"train.output_dir={tmp_path}"))
+        training.main(arguments(directory, f"train.output_dir={tmp_path}"))
     assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
 
 
-def test_names_are_those_of_the_data_set_unless_the_config_has_others(directory):
+def test_names_from_data_set_or_config(directory):
     cfg = LazyConfig.load(str(directory / "tiny.py"))
     recognizer = instantiate(cfg.model.recognizer)
-    assert train_net.names_of(recognizer, cfg.dataloader.test) == [NAMES[i] for i in (1, 0, 3, 2)]  # by category id
+    assert training.class_names(recognizer, cfg.dataloader.test) == [NAMES[i] for i in (1, 0, 3, 2)]  # by category id
     cfg.model.recognizer.cfg.overrides.extend(["MODEL.REGIONSPOT.VOCABULARY", "a,b,c,d"])
     recognizer = instantiate(cfg.model.recognizer)
-    assert train_net.names_of(recognizer, cfg.dataloader.test) == ["a", "b", "c", "d"]
+    assert training.class_names(recognizer, cfg.dataloader.test) == ["a", "b", "c", "d"]
 
 
-def test_a_detector_that_learns_is_saved_and_resumed_from(directory):
+def test_trained_detector_is_saved_and_resumed(directory):
     lines = [json.loads(line) for line in (directory / "whole" / "metrics.json").read_text().splitlines()]
     losses = ("loss_regionspot", "loss_cls", "loss_box_reg")
     assert all(lines[-2][loss] < 0.8 * lines[0][loss] for loss in losses)
-    resumed = train_net.main(arguments(directory, "--resume", *WHOLE, f"train.output_dir={directory}/whole"))
+    resumed = training.main(arguments(directory, "--resume", *WHOLE, f"train.output_dir={directory}/whole"))
     saved = torch.load(directory / "whole" / "model_final.pth", weights_only=True)["model"]
     detector = torch.load(directory / "detector.pth", weights_only=True)["model"]
     for key, value in resumed.state_dict().items():
@@ -298,7 +294,7 @@ def test_a_detector_that_learns_is_saved_and_resumed_from(directory):
         (["train.init_checkpoint=DETECTOR"], ValueError, "holds nothing of RegionSpot.*model.detector_weights"),
     ],
 )
-def test_what_is_wrong_is_said_before_training(directory, overrides, error, message):
+def test_mistakes_are_reported_before_training(directory, overrides, error, message):
     overrides = [x.replace("DETECTOR", f"{directory}/detector.pth") for x in overrides]
     with pytest.raises(error, match=message):
-        train_net.main(arguments(directory, *overrides, f"train.output_dir={directory}/wrong"))
+        training.main(arguments(directory, *overrides, f"train.output_dir={directory}/wrong"))

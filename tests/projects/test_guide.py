@@ -31,17 +31,17 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_there_are_three_snippets_and_the_first_is_short():
+def test_guide_has_three_snippets():
     assert len(GUIDE) == 3
     assert sum(bool(line.strip()) for line in GUIDE[0].splitlines()) <= 20
 
 
-def test_a_head_for_a_generalized_rcnn(directory, capsys):
+def test_head_of_generalized_rcnn(directory, capsys):
     image = as_inputs(0)["image"].flip(0)
     scope = {"image": image, "height": 96, "width": 128}
     exec(GUIDE[0], scope)
-    found = scope["output"]["instances"]
-    assert found.image_size == (96, 128) and set(found.pred_classes.tolist()) == {0, 1, 2}
+    detections = scope["output"]["instances"]
+    assert detections.image_size == (96, 128) and set(detections.pred_classes.tolist()) == {0, 1, 2}
     assert "tensor(" in capsys.readouterr().out
     model = scope["model"]
     assert model.roi_heads.recognizer.vocabulary == ["cup", "saucer"]
@@ -52,21 +52,21 @@ def test_a_head_for_a_generalized_rcnn(directory, capsys):
     assert set(again["instances"].pred_classes.tolist()) == {0, 1}
 
 
-def test_detectron2s_own_predictor(directory):
-    """``DefaultPredictor`` builds the model, loads the host's weights and resizes the picture by itself."""
+def test_default_predictor(directory):
+    """``DefaultPredictor`` builds the model, loads the host's weights and resizes the image by itself."""
     cfg = load_config(directory / "your_detector.yaml", ["MODEL.WEIGHTS", "your_detector.pth"])
     cfg.MODEL.ROI_HEADS.NAME = "RegionSpotROIHeads"
     cfg.MODEL.REGIONSPOT.HEAD.WEIGHTS = "regionspot_bb.pth"
     cfg.MODEL.REGIONSPOT.VOCABULARY = "cup, saucer"
     cfg.MODEL.MASK_ON = True
     cfg.INPUT.MIN_SIZE_TEST = 96
-    picture = as_inputs(0)["image"].flip(0).permute(1, 2, 0).numpy()
-    found = DefaultPredictor(cfg)(picture)["instances"]
-    assert len(found) and set(found.pred_classes.tolist()) <= {0, 1}
-    assert found.pred_masks.shape == (len(found), 48, 64)
+    bgr = as_inputs(0)["image"].flip(0).permute(1, 2, 0).numpy()
+    detections = DefaultPredictor(cfg)(bgr)["instances"]
+    assert len(detections) and set(detections.pred_classes.tolist()) <= {0, 1}
+    assert detections.pred_masks.shape == (len(detections), 48, 64)
 
 
-def test_a_recognizer_beside_another_detector(directory):
+def test_recognizer_beside_another_detector(directory):
     overrides = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"]
     overrides += ["MODEL.RETINANET.IN_FEATURES", "('p3', 'p4')", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     torch.manual_seed(0)

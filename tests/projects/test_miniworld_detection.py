@@ -13,7 +13,7 @@ from ..helpers import ROOT
 from ..processes import run_program
 
 
-def test_hosts_are_trained_and_their_boxes_named(tmp_path):
+def test_miniworld_hosts_and_their_named_boxes(tmp_path):
     cfg = miniworld_config(CONFIG, tmp_path)
     model = build_model(cfg)
     checkpointer = RegionSpotCheckpointer.from_config(cfg, model, str(tmp_path))
@@ -28,8 +28,8 @@ def test_hosts_are_trained_and_their_boxes_named(tmp_path):
     assert summary["the host, closed-set"]["bbox"]["APr"] == 0
     assert "segm" in summary["class-agnostic host + RegionSpot"] and "mask AP" in said
     assert len(list((tmp_path / "out").glob("scene_*.png"))) == 6
-    [found] = (tmp_path / "out" / "RegionSpot-head").rglob("lvis_instances_results.json")
-    numbers = Counter(entry["image_id"] for entry in json.loads(found.read_text()))
+    [path] = (tmp_path / "out" / "RegionSpot-head").rglob("lvis_instances_results.json")
+    numbers = Counter(entry["image_id"] for entry in json.loads(path.read_text()))
     assert set(numbers.values()) == {7}  # overrides reach the evaluation
     hosts = [
         torch.load(tmp_path / "out" / f"host_{name}" / "model_final.pth", weights_only=True)["model"]

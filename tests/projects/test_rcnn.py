@@ -35,7 +35,7 @@ from ..processes import run_program
 
 PROJECT = ROOT / "projects" / "RegionSpotRCNN"
 CONFIG = ROOT / "tests" / "tiny_rcnn.yaml"
-train_net = load_program(PROJECT / "train_net.py")
+rcnn_training = load_program(PROJECT / "rcnn_training.py")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def joint(directory):
     return directory / "one" / "model_final.pth"
 
 
-def test_training_on_one_process_and_on_two(directory, joint):
+def test_training_in_one_and_two_processes(directory, joint):
     log = run_project(directory, "two", processes=2, more=("SOLVER.MAX_ITER", 4))
     assert "copypaste: Task: bbox" in log
     first, last = trained_state(directory / "one" / "model_0000000.pth"), trained_state(joint)
@@ -87,7 +87,7 @@ def test_training_on_one_process_and_on_two(directory, joint):
             assert torch.equal(state[key], value) != ("knowledge_integration" in key), key
 
 
-def test_evaluation_on_one_process_and_on_two(directory, joint):
+def test_evaluation_in_one_and_two_processes(directory, joint):
     logs = [
         run_project(directory, f"eval{processes}", "--eval-only", processes=processes, more=("MODEL.WEIGHTS", joint))
         for processes in (1, 2)
@@ -100,7 +100,7 @@ def test_evaluation_on_one_process_and_on_two(directory, joint):
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN", "mask_rcnn_R_50_FPN", "faster_rcnn_R_50_FPN_keep_coco"])
-def test_shipped_configs_on_the_detectors_of_the_zoo(name):
+def test_shipped_configs_with_zoo_detectors(name):
     """The zoo's detectors at full size, RegionSpot at the tests' size, all weights random."""
     tiny = {
         key: value for key, value in tiny_config().MODEL.REGIONSPOT.items() if key in ("SAM", "CLIP", "INTEGRATION")
@@ -118,14 +118,14 @@ def test_shipped_configs_on_the_detectors_of_the_zoo(name):
         torch.nn.init.zeros_(predictor.cls_score.weight)
         predictor.cls_score.bias.data[0] = 10  # persons, all of them
     [output] = model([{**as_inputs(0), "height": 96, "width": 128}])
-    found = output["instances"]
-    assert 0 < len(found) <= 300 and found.pred_boxes.tensor[:, 2].max() <= 128
-    assert found.has("pred_masks") == name.startswith("mask")
-    persons = found.scores[found.pred_classes == 0]
+    detections = output["instances"]
+    assert 0 < len(detections) <= 300 and detections.pred_boxes.tensor[:, 2].max() <= 128
+    assert detections.has("pred_masks") == name.startswith("mask")
+    persons = detections.scores[detections.pred_classes == 0]
     assert len(persons) and (persons.min() > 0.9) == name.endswith("keep_coco")
 
 
-def test_what_was_trained_in_the_head_is_used_by_the_predictor(directory, joint):
+def test_predictor_loads_joint_checkpoint(directory, joint):
     cfg = tiny_config(*overrides(directory, "p", "MODEL.WEIGHTS", joint))
     predictor = RegionSpotPredictor(cfg)
     assert not predictor.random_parts
@@ -133,7 +133,7 @@ def test_what_was_trained_in_the_head_is_used_by_the_predictor(directory, joint)
     assert torch.equal(predictor.recognizer.knowledge_integration.to_clip.weight, expected)
 
 
-def test_detectron2s_own_trainer_and_evaluator(directory):
+def test_default_trainer_and_lvis_evaluator(directory):
     """No code of ours but the head: ``DefaultTrainer`` trains, its ``test`` evaluates."""
     more = ("SOLVER.MAX_ITER", 3, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value")
     cfg = load_config(CONFIG, overrides(directory, "theirs", *more))
@@ -152,8 +152,8 @@ def test_detectron2s_own_trainer_and_evaluator(directory):
         trainer.train()
     results = trainer._last_eval_results
     assert results["bbox"]["AP"] >= 0
-    ours = DetectionLVISEvaluator(cfg.DATASETS.TEST[0], directory / "ours")
-    assert DefaultTrainer.test(cfg, trainer.model, [ours])["bbox"]["APf"] == pytest.approx(results["bbox"]["APf"])
+    evaluator = DetectionLVISEvaluator(cfg.DATASETS.TEST[0], directory / "ours")
+    assert DefaultTrainer.test(cfg, trainer.model, [evaluator])["bbox"]["APf"] == pytest.approx(results["bbox"]["APf"])
     changed = {key for key, value in trainer.model.state_dict().items() if not torch.equal(before[key], value)}
     assert changed and all("knowledge_integration" in key for key in changed)
 
@@ -165,7 +165,7 @@ def test_resume_matches_uninterrupted_run(directory):
     options += ("MODEL.REGIONSPOT.VOCABULARY", ",".join(NAMES))
 
     def train(start):
-        trainer = train_net.Trainer(load_config(CONFIG, overrides(directory, "run", *options)))
+        trainer = rcnn_training.Trainer(load_config(CONFIG, overrides(directory, "run", *options)))
         trainer.resume_or_load(resume=True)
         trainer.train()
         assert trainer.start_iter == start
@@ -185,7 +185,7 @@ def test_resume_matches_uninterrupted_run(directory):
 def test_bfloat16_on_cpu(directory):
     more = ("SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
     cfg = load_config(CONFIG, overrides(directory, "bf16", *more, "MODEL.REGIONSPOT.VOCABULARY", ",".join(NAMES)))
-    trainer = train_net.Trainer(cfg)
+    trainer = rcnn_training.Trainer(cfg)
     trainer.train()
     assert trainer.loop.precision == torch.bfloat16 and trainer.storage.latest()["total_loss"][0] > 0
 
@@ -193,21 +193,21 @@ def test_bfloat16_on_cpu(directory):
 def test_unsupported_configs_are_refused(directory):
     with pytest.raises(ValueError, match="SOLVER.EMA averages RegionSpot's attention module, but backbone"):
         more = ("SOLVER.EMA.ENABLED", True, "MODEL.REGIONSPOT.HEAD.FREEZE_HOST", False)
-        train_net.Trainer(load_config(CONFIG, overrides(directory, "no", *more)))
+        rcnn_training.Trainer(load_config(CONFIG, overrides(directory, "no", *more)))
     with pytest.raises(ValueError, match="expected RegionSpot or CropBaseline, got 'RegionSpotRCNN'"):
         RegionSpotTrainer(load_config(CONFIG, overrides(directory, "no")))
     cfg = load_config(CONFIG, overrides(directory, "no", "MODEL.REGIONSPOT.VOCABULARY", "a, b, c"))
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     with pytest.raises(ValueError, match="3 names, but .* has 4 classes"):
-        train_net.Trainer.test(cfg, build_model(cfg))
+        rcnn_training.Trainer.test(cfg, build_model(cfg))
 
 
-def test_classes_that_a_data_set_has_not_are_refused(directory):
+def test_unknown_classes_are_refused(directory):
     name = f"{directory}/my.json:{directory}/my_images"
     check_registered([name], "DATASETS.TEST")
     evaluator = DetectionLVISEvaluator(name, directory / "wrong")
     evaluator.reset()
-    found = Instances((48, 64), pred_boxes=Boxes([[0, 0, 4, 4]]), scores=torch.ones(1), pred_classes=torch.tensor([4]))
-    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    output = Instances((48, 64), pred_boxes=Boxes([[0, 0, 4, 4]]), scores=torch.ones(1), pred_classes=torch.tensor([4]))
+    evaluator.process([{"image_id": 1}], [{"instances": output}])
     with pytest.raises(ValueError, match="predicts class 4, but .* has 4 classes"):
         evaluator.evaluate()

@@ -8,7 +8,7 @@ from .. import gpu_check
 
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
-    for catalog in (DatasetCatalog, MetadataCatalog):  # the miniature world is registered anew
+    for catalog in (DatasetCatalog, MetadataCatalog):  # the miniature world is registered again
         monkeypatch.setattr(catalog, "data", dict(catalog.data))
     return gpu_check.Setting("cpu", tmp_path, scenes=4, steps=4, images=2)
 

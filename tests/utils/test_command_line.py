@@ -25,6 +25,7 @@ from ..helpers import ROOT
 TABLES = (commands.COMMANDS, PREPARE, miniworld.COMMANDS, benchmarks.COMMANDS)
 COMMANDS = [(name, command) for table in TABLES for name, command in table.items()]
 SCRIPTS = sorted(path for path in (ROOT / "tools").glob("[a-z]*.py") if path.resolve().name != "moved.py")
+SCRIPTS += sorted((ROOT / "projects").glob("*/train_net.py"))
 SCRIPTS += sorted((ROOT / "datasets").glob("prepare_*.py"))
 PROGRAMS = [path for path in sorted((ROOT / "projects").glob("*/*.py")) if os.access(path, os.X_OK)]
 HELP_OF_ALL = f"""

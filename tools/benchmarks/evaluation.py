@@ -104,12 +104,12 @@ def benchmark_eval(directory: Path, args: Namespace) -> list[tuple[str, ...]]:
     for number in dict.fromkeys((args.detections, args.detections if args.alone else max(1, args.detections // 100))):
         paths = write_case(directory / str(number), args.images, number, args.categories, "segm" in args.task)
         for task in args.task:
-            ours = measure(_OURS, *paths, task, args.protocol)
-            row = [f"{args.protocol} {task}, {args.images} images, {args.images * number} detections", *_cells(ours)]
+            result = measure(_OURS, *paths, task, args.protocol)
+            row = [f"{args.protocol} {task}, {args.images} images, {args.images * number} detections", *_cells(result)]
             if not args.alone:
-                theirs = measure(_COCO if args.protocol == "coco" else _LVIS, *paths, task, args.protocol)
-                _same(ours["metrics"], theirs["metrics"])
-                row += [*_cells(theirs), *_ratios(ours, theirs)]
+                reference = measure(_COCO if args.protocol == "coco" else _LVIS, *paths, task, args.protocol)
+                _same(result["metrics"], reference["metrics"])
+                row += [*_cells(reference), *_ratios(result, reference)]
             rows.append(tuple(row))
     return rows
 
@@ -119,16 +119,16 @@ def _cells(run: dict) -> list[str]:
     return [f"{run['seconds']:.2f} s", f"{added:.2f} GB ({total:.2f})"]
 
 
-def _ratios(ours: dict, theirs: dict) -> list[str]:
+def _ratios(result: dict, reference: dict) -> list[str]:
     def added(run: dict) -> float:
         return run["peak"] - run["before"]
 
-    return [f"{theirs['seconds'] / ours['seconds']:.1f}", f"{added(theirs) / max(added(ours), 1):.1f}"]
+    return [f"{reference['seconds'] / result['seconds']:.1f}", f"{added(reference) / max(added(result), 1):.1f}"]
 
 
-def _same(ours: dict, theirs: dict) -> None:
-    for key, value in ours.items():
-        expected = float("nan") if theirs[key] < 0 else theirs[key]
+def _same(result: dict, reference: dict) -> None:
+    for key, value in result.items():
+        expected = float("nan") if reference[key] < 0 else reference[key]
         if not np.isclose(value, expected, rtol=0, atol=1e-9, equal_nan=True):
             raise RuntimeError(f"{key}: ours {value}, reference {expected}")
 

@@ -44,9 +44,9 @@ class Disk(threading.Thread):
 
 def peak_memory() -> int:
     """Return the most bytes that this process has held."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024
 
 
 def draw_detections(rule: DetectionRule, boxes: int, classes: int, generator: torch.Generator) -> Instances:

@@ -95,11 +95,11 @@ def benchmark_text(recognizer: RegionRecognizer, num_names: int, repeats: int) -
                 clip.tokenize([template.format(name) for template in encoder.templates]).to(device)
             ).mean(dim=0)
 
-    ours, against = seconds(lambda: encoder.encode(names), repeats), seconds(plain, repeats)
+    elapsed, against = seconds(lambda: encoder.encode(names), repeats), seconds(plain, repeats)
     encoder(names)
     cached = seconds(lambda: encoder(names), repeats)
     return [
-        (f"text embeddings of {num_names} names", "", f"{ours:.3f} s", f"{against / ours:.2f}"),
+        (f"text embeddings of {num_names} names", "", f"{elapsed:.3f} s", f"{against / elapsed:.2f}"),
         ("the same from the cache", "", f"{cached:.3f} s", f"{against / cached:.2f}"),
     ]
 

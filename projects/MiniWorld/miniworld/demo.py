@@ -81,7 +81,7 @@ def main(args: Namespace) -> None:
         model = experiment.train(cfg, args.output / "features")
     scenes = experiment.test_scenes("test", args.test)
     summary = evaluate(cfg, model, scenes, args.output, stage)
-    with stage("pictures", "images of test scenes, novel classes marked, and the attention of two regions"):
+    with stage("images", "images of test scenes, novel classes marked, and the attention of two regions"):
         for name, image in draw_predictions(model.recognizer, scenes[:6]).items():
             with atomic_path(args.output / f"{name}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")

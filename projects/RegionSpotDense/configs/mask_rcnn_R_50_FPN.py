@@ -14,7 +14,7 @@ from .common.naming import recognizer as _recognizer
 
 _ZOO = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
 optimizer, dataloader, lr_multiplier, train = recipe(_ZOO)
-dataloader.train.mapper.use_instance_mask = False  # SAM's masks are not learnt
+dataloader.train.mapper.use_instance_mask = False  # SAM's masks are not trained
 _rcnn = model_zoo.get_config(_ZOO).model
 _rcnn["_target_"] = RegionSpotRCNN  # which freezes the detector around the head
 _rcnn.roi_heads = L(RegionSpotROIHeads)(

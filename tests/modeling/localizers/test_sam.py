@@ -79,13 +79,13 @@ def test_multimask_chooses_by_iou(image):
     mlps = sam.mask_decoder.output_hypernetworks_mlps
     kernels = torch.stack([mlps[1 + index](token) for index, token in zip(best.tolist(), tokens)])
     output = model(embedding, Prompts(boxes=BOXES), with_masks=True, stages=("transformer", "mlp"))
-    for ours, theirs in (
+    for actual, expected in (
         (output.iou, ious[rows, best]),
         (output.masks, masks[rows, best]),
         (output.stage_tokens["transformer"], tokens),
         (output.stage_tokens["mlp"], kernels),
     ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "dim"), [("prompt_encoder", 32), ("transformer", 32), ("mlp", 4)])
@@ -121,12 +121,12 @@ def test_prompt_encoder_token_is_the_mean(image, boxes, labels):
     tokens = model(model.encode_images([image]), prompts).tokens
     encoder, size, expected = model.sam.prompt_encoder, (model.image_size, model.image_size), []
     for index, (points, kinds) in enumerate(zip(POINTS, labels)):
-        given = [(point, kind) for point, kind in zip(points, kinds.tolist()) if kind >= 0]
+        pairs = [(point, kind) for point, kind in zip(points, kinds.tolist()) if kind >= 0]
         if boxes is not None:
-            given += [(boxes[index, :2], 2), (boxes[index, 2:], 3)]
-        positions = torch.stack([point for point, _ in given])[None] + 0.5  # centers of pixels
+            pairs += [(boxes[index, :2], 2), (boxes[index, 2:], 3)]
+        positions = torch.stack([point for point, _ in pairs])[None] + 0.5  # centers of pixels
         codes = encoder.pe_layer.forward_with_coords(positions, size)[0]
-        expected.append((codes + torch.cat([encoder.point_embeddings[kind].weight for _, kind in given])).mean(dim=0))
+        expected.append((codes + torch.cat([encoder.point_embeddings[kind].weight for _, kind in pairs])).mean(dim=0))
     torch.testing.assert_close(tokens, torch.stack(expected), atol=1e-5, rtol=0)
 
 
@@ -142,12 +142,12 @@ def test_prompt_encoder_token_ignores_padding(image):
 def test_resizing_equals_sams_predictor(size):
     """Images in uint8 to the bit, by PIL; images in float as PIL does, which averages over what it takes together."""
     model, transform = localizer(), ResizeLongestSide(64)
-    given = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = torch.from_numpy(transform.apply_image(given.permute(1, 2, 0).numpy())).permute(2, 0, 1)
-    assert max(expected.shape) == 64 and torch.equal(model._resize(given), expected)
-    channels = [Image.fromarray(channel) for channel in given.float().numpy()]
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = torch.from_numpy(transform.apply_image(image.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+    assert max(expected.shape) == 64 and torch.equal(model._resize(image), expected)
+    channels = [Image.fromarray(channel) for channel in image.float().numpy()]
     channels = [np.array(x.resize(expected.shape[:0:-1], Image.Resampling.BILINEAR)) for x in channels]
-    torch.testing.assert_close(model._resize(given.float()), torch.from_numpy(np.stack(channels)), atol=1e-2, rtol=0)
+    torch.testing.assert_close(model._resize(image.float()), torch.from_numpy(np.stack(channels)), atol=1e-2, rtol=0)
 
 
 def test_masks_only_on_request(image, monkeypatch):

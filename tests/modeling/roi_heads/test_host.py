@@ -18,24 +18,24 @@ def test_images_are_restored_exactly(std):
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
     inputs = [as_inputs(0), as_inputs(1, (130, 90)), {"image": levels}]
     originals = model.roi_heads.host_images(model.preprocess_image([bgr(x) for x in inputs]))
-    for given, original in zip(inputs, originals):
-        assert torch.equal(given["image"], original)
+    for image_inputs, original in zip(inputs, originals):
+        assert torch.equal(image_inputs["image"], original)
 
 
-def sums_over_names(found):
+def sums_over_names(output):
     """Return, for each region, the sum of its detections' scores: its own score, where all of them are kept."""
-    return torch.zeros(int(found.region_indices.max()) + 1).index_add_(0, found.region_indices, found.scores)
+    return torch.zeros(int(output.region_indices.max()) + 1).index_add_(0, output.region_indices, output.scores)
 
 
 def test_box_scores():
     """Over all names the probabilities of a region sum up to 1."""
-    every = (*NO_NMS, *GIVEN, "TEST.DETECTIONS_PER_IMAGE", -1)
+    options = (*NO_NMS, *GIVEN, "TEST.DETECTIONS_PER_IMAGE", -1)
     inputs = bgr(with_proposals(0))
     objectness = inputs["proposals"].objectness_logits.sigmoid()
     for overrides in ((), REFINED):
-        found = rcnn(*every, *overrides)([inputs])[0]["instances"]
-        torch.testing.assert_close(sums_over_names(found), objectness)
-    model = rcnn(*every, *REFINED, HEAD + "BOX_SCORE", "foreground")
+        detections = rcnn(*options, *overrides)([inputs])[0]["instances"]
+        torch.testing.assert_close(sums_over_names(detections), objectness)
+    model = rcnn(*options, *REFINED, HEAD + "BOX_SCORE", "foreground")
     torch.nn.init.normal_(model.roi_heads.host.box_predictor.cls_score.weight, std=1e-4)
     features = model.backbone(model.preprocess_image([inputs]).tensor)
     [(_, foreground)] = refine_boxes(model.roi_heads.host, features, [inputs["proposals"]])

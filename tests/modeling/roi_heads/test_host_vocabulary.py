@@ -18,9 +18,9 @@ def matched(host, names, aliases=None):
 
 def test_coco_names_are_found_in_lvis(caplog):
     with caplog.at_level(logging.INFO):
-        found = matched(COCO, LVIS)
-    assert len(found) == 73 and "73 of its 80 names" in caplog.text
-    assert sum(host == name for host, name in found.items()) == 51
+        matches = matched(COCO, LVIS)
+    assert len(matches) == 73 and "73 of its 80 names" in caplog.text
+    assert sum(host == name for host, name in matches.items()) == 51
     expected = {
         "car": "car_(automobile)",
         "wine glass": "wineglass",
@@ -31,18 +31,18 @@ def test_coco_names_are_found_in_lvis(caplog):
         "skis": "ski",
         "person": "person",
     }
-    assert {host: found[host] for host in expected} == expected
+    assert {host: matches[host] for host in expected} == expected
     missing = {"sports ball", "hot dog", "potted plant", "laptop", "remote", "microwave", "hair drier"}
-    assert set(COCO) - found.keys() == missing
+    assert set(COCO) - matches.keys() == missing
     [warning] = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert all(name in warning for name in missing) and "tv -> television_set" in caplog.text
 
 
 def test_shipped_aliases_fit_coco_and_lvis():
     aliases = read_aliases(ROOT / "configs/aliases/coco_lvis.json", COCO)
-    found = matched(COCO, LVIS, aliases)
-    assert len(found) == 78 and set(COCO) - found.keys() == {"hot dog", "potted plant"}
-    assert found["laptop"] == "laptop_computer" and set(aliases.values()) <= set(LVIS)
+    matches = matched(COCO, LVIS, aliases)
+    assert len(matches) == 78 and set(COCO) - matches.keys() == {"hot dog", "potted plant"}
+    assert matches["laptop"] == "laptop_computer" and set(aliases.values()) <= set(LVIS)
 
 
 def test_nearest_spelling_wins():

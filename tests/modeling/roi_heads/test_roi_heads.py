@@ -24,9 +24,9 @@ def test_head_equals_meta_arch_and_predictor(output):
     head = rcnn(*GIVEN, *NO_NMS, "MODEL.MASK_ON", True)
     head.roi_heads.recognizer.load_state_dict(spot.recognizer.state_dict())
     inputs = [with_proposals(3, output=output), with_proposals(4, (130, 90))]
-    ours = [x["instances"] for x in spot(inputs)]
-    theirs = [x["instances"] for x in head([bgr(x) for x in inputs])]
-    for one, other in zip(ours, theirs):
+    spot_detections = [x["instances"] for x in spot(inputs)]
+    head_detections = [x["instances"] for x in head([bgr(x) for x in inputs])]
+    for one, other in zip(spot_detections, head_detections):
         assert_same(one, other, 1e-5)
         assert one.image_size == other.image_size and len(one) == len(NAMES) * len(one.region_indices.unique())
     predictor = RegionSpotPredictor(tiny_config())
@@ -36,20 +36,20 @@ def test_head_equals_meta_arch_and_predictor(output):
     result = predictor.predict(boxes=inputs[0]["proposals"].proposal_boxes.tensor.numpy(), top_k=4)
     objectness = inputs[0]["proposals"].objectness_logits.sigmoid()
     for region in range(len(result)):
-        found = theirs[0][theirs[0].region_indices == region]
-        assert found.pred_classes.tolist() == result.top_classes[region].tolist()
+        detections = head_detections[0][head_detections[0].region_indices == region]
+        assert detections.pred_classes.tolist() == result.top_classes[region].tolist()
         expected = torch.from_numpy(result.top_scores[region]) * objectness[region]
-        torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(detections.scores, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("overrides", [(), REFINED, (*REFINED, HEAD + "BOX_SCORE", "foreground")])
 def test_host_proposals_are_recognized(overrides):
     model = rcnn("MODEL.MASK_ON", True, "MODEL.REGIONSPOT.PROPOSALS.TOP_K", 7, *overrides)
     [output] = model([{**as_inputs(0), "height": 96, "width": 128}])
-    found = output["instances"]
-    assert 0 < len(found) <= 100 and found.region_indices.max() < 7
-    assert found.pred_masks.shape == (len(found), 96, 128) and found.image_size == (96, 128)
-    assert found.pred_classes.max() < len(NAMES) and (found.scores.diff() <= 0).all()
+    detections = output["instances"]
+    assert 0 < len(detections) <= 100 and detections.region_indices.max() < 7
+    assert detections.pred_masks.shape == (len(detections), 96, 128) and detections.image_size == (96, 128)
+    assert detections.pred_classes.max() < len(NAMES) and (detections.scores.diff() <= 0).all()
 
 
 @pytest.mark.parametrize("overrides", [(), REFINED, (HEAD + "HOST_VOCABULARY", "zebra, blue square, cup, red square")])
@@ -64,8 +64,8 @@ def test_batch_with_an_image_without_proposals(overrides):
 
 def test_thresholds_of_roi_heads():
     assert len(rcnn("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.9)([as_inputs(0)])[0]["instances"]) == 0
-    every, few = (rcnn("MODEL.ROI_HEADS.NMS_THRESH_TEST", t)([as_inputs(0)])[0]["instances"] for t in (1.0, 0.01))
-    assert 0 < len(few) < len(every)
+    unlimited, few = (rcnn("MODEL.ROI_HEADS.NMS_THRESH_TEST", t)([as_inputs(0)])[0]["instances"] for t in (1.0, 0.01))
+    assert 0 < len(few) < len(unlimited)
 
 
 def test_training_regions():
@@ -81,8 +81,8 @@ def test_training_regions():
     with EventStorage():
         [regions], losses = model.roi_heads(images, {}, [proposals], [target])
     assert sorted(regions.gt_classes.tolist()) == sorted(target.gt_classes.tolist() * 2)
-    found = {tuple(box) for box in regions.proposal_boxes.tensor.tolist()}
-    assert found == {tuple(box) for box in torch.cat([moved, target.gt_boxes.tensor]).tolist()}
+    sampled = {tuple(box) for box in regions.proposal_boxes.tensor.tolist()}
+    assert sampled == {tuple(box) for box in torch.cat([moved, target.gt_boxes.tensor]).tolist()}
     assert losses["loss_regionspot"].requires_grad
 
 
@@ -118,31 +118,31 @@ def host_detections(model, inputs):
 
 
 def test_known_names_are_the_hosts():
-    every = (*NO_NMS, "TEST.DETECTIONS_PER_IMAGE", -1, "MODEL.MASK_ON", True)
-    model, plain = rcnn(*every, HEAD + "HOST_VOCABULARY", KNOWN), rcnn(*every)
+    options = (*NO_NMS, "TEST.DETECTIONS_PER_IMAGE", -1, "MODEL.MASK_ON", True)
+    model, plain = rcnn(*options, HEAD + "HOST_VOCABULARY", KNOWN), rcnn(*options)
     torch.nn.init.normal_(model.roi_heads.host.box_predictor.cls_score.weight, std=0.02)
     plain.load_state_dict(model.state_dict(), strict=False)
     inputs = bgr(as_inputs(0))
-    [found], [ours] = model([inputs]), plain([inputs])
-    found, ours, known = found["instances"], ours["instances"], host_detections(model, inputs)
-    assert set(found.pred_classes.tolist()) == {0, 1, 2, 3} and (found.scores.diff() <= 0).all()
-    for index, theirs in ((2, 1), (0, 3)):  # blue square, red square
-        mine, expected = found[found.pred_classes == index], known[known.pred_classes == theirs]
-        torch.testing.assert_close(mine.scores, expected.scores)
-        torch.testing.assert_close(mine.pred_boxes.tensor, expected.pred_boxes.tensor)
+    [merged], [named] = model([inputs]), plain([inputs])
+    merged, named, known = merged["instances"], named["instances"], host_detections(model, inputs)
+    assert set(merged.pred_classes.tolist()) == {0, 1, 2, 3} and (merged.scores.diff() <= 0).all()
+    for index, host_index in ((2, 1), (0, 3)):  # blue square, red square
+        actual, expected = merged[merged.pred_classes == index], known[known.pred_classes == host_index]
+        torch.testing.assert_close(actual.scores, expected.scores)
+        torch.testing.assert_close(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
     for index in (1, 3):
-        mine, expected = found[found.pred_classes == index], ours[ours.pred_classes == index]
-        torch.testing.assert_close(mine.scores, expected.scores)
-        assert torch.equal(mine.pred_masks, expected.pred_masks)
+        actual, expected = merged[merged.pred_classes == index], named[named.pred_classes == index]
+        torch.testing.assert_close(actual.scores, expected.scores)
+        assert torch.equal(actual.pred_masks, expected.pred_masks)
     spot = tiny_model("MODEL.MASK_ON", True)  # the masks of the host's boxes are SAM's of these boxes
     spot.recognizer.load_state_dict(model.roi_heads.recognizer.state_dict())
     proposals = Instances((48, 64), proposal_boxes=known.pred_boxes)
     [output] = spot([{**as_inputs(0), "proposals": proposals}])
     expected = output["instances"]
     masks = {tuple(box.tolist()): mask for box, mask in zip(expected.pred_boxes.tensor, expected.pred_masks)}
-    mine = found[(found.pred_classes == 0) | (found.pred_classes == 2)]
-    assert len({tuple(mask.flatten().tolist()) for mask in mine.pred_masks}) > 1
-    for box, mask in zip(mine.pred_boxes.tensor, mine.pred_masks):
+    actual = merged[(merged.pred_classes == 0) | (merged.pred_classes == 2)]
+    assert len({tuple(mask.flatten().tolist()) for mask in actual.pred_masks}) > 1
+    for box, mask in zip(actual.pred_boxes.tensor, actual.pred_masks):
         assert torch.equal(masks[tuple(box.tolist())], mask)
 
 
@@ -151,8 +151,8 @@ def test_known_names_in_other_spellings(tmp_path):
     spelled = (HEAD + "HOST_VOCABULARY", "zebra, Blue_Squares, cup, crimson thing")
     aliases = (HEAD + "HOST_ALIASES", str(tmp_path / "aliases.json"))
     expected = rcnn(*NO_NMS, HEAD + "HOST_VOCABULARY", KNOWN)([bgr(as_inputs(0))])[0]["instances"]
-    found = rcnn(*NO_NMS, *spelled, *aliases)([bgr(as_inputs(0))])[0]["instances"]
-    assert torch.equal(found.pred_classes, expected.pred_classes) and torch.equal(found.scores, expected.scores)
+    merged = rcnn(*NO_NMS, *spelled, *aliases)([bgr(as_inputs(0))])[0]["instances"]
+    assert torch.equal(merged.pred_classes, expected.pred_classes) and torch.equal(merged.scores, expected.scores)
     without = rcnn(*NO_NMS, *spelled)([bgr(as_inputs(0))])[0]["instances"]
     assert not torch.equal(without.scores, expected.scores)
 

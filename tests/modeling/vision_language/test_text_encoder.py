@@ -138,12 +138,12 @@ def test_weights_are_hashed_once_per_change(clip_model, monkeypatch):
 def test_synonyms_are_averaged(clip_model):
     encoder = TextEncoder(clip_model, "one")
     cup, mug, table = encoder(["cup", "mug", "table"])
-    found = encoder(load_vocabulary({"vessel": ["cup", "mug"], "cup": ["cup"], "other": "table"}))
-    torch.testing.assert_close(found, torch.stack([F.normalize(cup + mug, dim=0), cup, table]))
+    encoded = encoder(load_vocabulary({"vessel": ["cup", "mug"], "cup": ["cup"], "other": "table"}))
+    torch.testing.assert_close(encoded, torch.stack([F.normalize(cup + mug, dim=0), cup, table]))
     again = TextEncoder(clip_model, "one")(
         load_vocabulary({"vessel": ["mug", "cup"], "cup": ["cup"], "other": "table"})
     )
-    torch.testing.assert_close(again, found)  # from another file
+    torch.testing.assert_close(again, encoded)  # from another file
 
 
 def test_stuck_lock_is_reported_and_ignored(clip_model, cache_directory, monkeypatch, caplog):
