@@ -105,14 +105,11 @@ class RegionSpotPredictor:
                 f"{cfg.MODEL.META_ARCHITECTURE}; tools/train_net.py --eval-only evaluates others"
             )
         self.model = load_model(cfg)
+        self.recognizer: RegionRecognizer = self.model.recognizer
         # Parts without weights from any file ("trained", "sam", "clip_model"), whose output is meaningless.
         self.random_parts = sorted(part for part, source in self.recognizer.weight_sources.items() if not source)
         self._deep_range = tuple(cfg.INPUT.DEEP_RANGE)
         self._features: ImageFeatures | None = None
-
-    @property
-    def recognizer(self) -> RegionRecognizer:
-        return self.model.recognizer
 
     @property
     def vocabulary(self) -> list[str]:
@@ -204,6 +201,7 @@ class RegionSpotPredictor:
         size: tuple[int, int],
     ) -> Prompts:
         prompts = {}
+        # SAM was trained with masks beside boxes or points: a mask alone gets the box around it.
         if masks is not None:
             prompts["masks"], around = self._mask_prompts(np.asarray(masks), size)
             if boxes is None and points is None:
@@ -249,6 +247,7 @@ class RegionSpotPredictor:
             masks = RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
         probabilities = self.recognizer.rule.probabilities(logits)
         unknown = self.recognizer.rule.is_unknown(probabilities, len(self.recognizer.background))
+        # background names count in the probabilities, but are no answers
         top_scores, top_classes = probabilities[:, : len(names)].topk(min(top_k, len(names)), dim=1)
         boxes = prompts.clip(size).boxes
         if boxes is None:

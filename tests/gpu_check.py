@@ -75,13 +75,13 @@ def train(cfg: CfgNode, resume: bool = False) -> list[float]:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Return how far the weights of two checkpoints are apart."""
+    """Return the largest difference between the weights of two checkpoints."""
     first, second = (torch.load(path, map_location="cpu", weights_only=True)["model"] for path in (one, other))
     return max(float((value.float() - second[key].float()).abs().max()) for key, value in first.items())
 
 
 def expect(value: float, tolerance: float, what: str) -> str:
-    """Return what was found, or raise an AssertionError where it is more than the tolerance or no number."""
+    """Return a line about a value; raise an AssertionError if it is NaN or exceeds the tolerance."""
     line = f"{what} {value:.1e} (at most {tolerance:.0e})" if value else f"{what} none, to the bit"
     if not value <= tolerance:
         raise AssertionError(line)
@@ -212,7 +212,7 @@ def run_checks(setting: Setting, names: list[str]) -> bool:
         _reset_peak(setting)
         try:
             line = f"ok      {CHECKS[name](setting)}"
-        except Exception:  # one failure must not hide what the other checks find
+        except Exception:  # one failure must not hide the results of other checks
             passed, line = False, f"FAILED  {traceback.format_exc()}"
         memory = peak_memory(torch.device(setting.device))
         print(f"{name:20} {time.perf_counter() - start:6.1f} s  peak {memory:6.2f} GB  {line}", flush=True)

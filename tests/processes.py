@@ -1,4 +1,4 @@
-"""Programs as a user runs them, but forked from the tests: nothing is imported again, which takes longest of all."""
+"""Programs as a user runs them, but forked from the tests, which saves the imports, the slowest step of all."""
 
 import logging
 import multiprocessing
@@ -16,7 +16,7 @@ from .helpers import load_program
 
 
 class Program:
-    """A Python program in a process of its own; what it says goes to a file."""
+    """A Python program in a process of its own; its output goes to a file."""
 
     def __init__(self, directory: Path, script: Path, *arguments: object) -> None:
         """
@@ -49,9 +49,9 @@ class Program:
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
         os.chdir(self.directory)
         sys.argv = self.argv
-        for sibling in Path(self.argv[0]).parent.glob("*_training.py"):  # which the programs of a project import
+        for sibling in Path(self.argv[0]).parent.glob("*_training.py"):  # imported by the programs of a project
             sys.modules[sibling.stem] = load_program(sibling)
-        for name in (None, *logging.root.manager.loggerDict):  # those of the tests lead elsewhere
+        for name in (None, *logging.root.manager.loggerDict):  # the tests' handlers write elsewhere
             logging.getLogger(name).handlers.clear()
         setup_logger.cache_clear()
         forked = partial(torch.multiprocessing.start_processes, start_method="fork")
@@ -60,7 +60,7 @@ class Program:
 
 
 def run_program(directory: Path, script: Path, *arguments: object) -> str:
-    """Run a Python program in ``directory`` and return what it says; it must succeed."""
+    """Run a Python program in ``directory`` and return its output; it must succeed."""
     program = Program(directory, script, *arguments)
     status = program.wait()
     assert status == 0, program.said()[-5000:]

@@ -14,7 +14,7 @@ from regionspot.modeling.vision_language.clip import CLIP_SIZES, build_clip
 
 from .helpers import ROOT, flat, tiny_config
 
-FRAGMENTS = ("Stage1", "Stage2")  # to be put over a model's config
+FRAGMENTS = ("Stage1", "Stage2")  # to be merged into a model's config
 MINIWORLD = ROOT / "projects" / "MiniWorld" / "configs"
 CONFIGS = [
     path
@@ -41,11 +41,11 @@ HOSTS = [path for path in sorted((ROOT / "projects" / "RegionSpotRCNN").rglob("*
 @pytest.mark.parametrize("path", HOSTS, ids=lambda path: path.stem)
 def test_host_config_builds(path):
     overrides = ["MODEL.REGIONSPOT.SAM.WEIGHTS", "", "MODEL.REGIONSPOT.CLIP.WEIGHTS", ""]
-    if "miniworld" in path.parts:  # whose names come with its annotations
+    if "miniworld" in path.parts:  # its names come with its annotations
         overrides += ["MODEL.REGIONSPOT.HEAD.HOST_VOCABULARY", ""]
     model = build_on_meta(path, *overrides)
     learning = {key for key, value in model.named_parameters() if value.requires_grad}
-    if "Host" in path.stem:  # which is trained before it gets the head
+    if "Host" in path.stem:  # trained before it gets the head
         assert type(model) is GeneralizedRCNN
         assert isinstance(model.roi_heads, StandardROIHeads) and len(learning) > 20
     else:
@@ -55,7 +55,7 @@ def test_host_config_builds(path):
 
 @pytest.mark.parametrize("name", ["BL", "BL-336", "LL", "HL", "mini"])
 def test_variant_changes_only_sizes(tmp_path, name):
-    """Put into any config, also a host's, it gives the sizes of RegionSpot-<name>.yaml and nothing else."""
+    """Merged into any config, also a host's, it sets the sizes of RegionSpot-<name>.yaml and nothing else."""
     host = ROOT / "projects" / "RegionSpotRCNN" / "configs" / "faster_rcnn_R_50_FPN.yaml"
     configs = MINIWORLD if name == "mini" else ROOT / "configs"
     (tmp_path / "mine.yaml").write_text(f"_BASE_: [{host}, {configs}/variants/{name}.yaml]\n")
@@ -85,7 +85,7 @@ def test_host_by_path_name_or_override(tmp_path):
         f"MODEL:\n  MASK_ON: False\n  REGIONSPOT:\n    HEAD:\n      HOST_CONFIG: {tmp_path}/mine.yaml\n"
     )
     cfg = load_config(tmp_path / "head.yaml")
-    assert cfg.MODEL.WEIGHTS == "mine.pth" and not cfg.MODEL.MASK_ON  # what stands on the host's wins
+    assert cfg.MODEL.WEIGHTS == "mine.pth" and not cfg.MODEL.MASK_ON  # the config on top overrides the host's
     with pytest.raises(FileNotFoundError, match="no config of Detectron2's model zoo"):
         load_config("", [key, "COCO-Detection/nothing.yaml"])
 

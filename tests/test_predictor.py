@@ -185,7 +185,7 @@ def test_background_names_make_regions_unknown():
     spread_tokens(predictor.recognizer, as_inputs(0))
     predictor.set_image(IMAGE)
     predictions = predictor.predict(boxes=BOXES, vocabulary=NAMES, with_masks=False)
-    predictor.recognizer.background = []  # the same names, as any others
+    predictor.recognizer.background = []  # the same names, as ordinary classes
     wider = predictor.predict(boxes=BOXES, vocabulary=NAMES + background, with_masks=False)
     expected = wider.logits.argmax(axis=1) >= len(NAMES)
     assert 0 < expected.sum() < len(expected)
@@ -194,7 +194,7 @@ def test_background_names_make_regions_unknown():
         assert label == ("unknown" if unknown else NAMES[best])
     assert predictions.vocabulary == NAMES and predictions.classes.max() < len(NAMES)
     np.testing.assert_allclose(predictions.logits, wider.logits[:, : len(NAMES)], atol=1e-5)
-    shares = np.exp(wider.logits) / np.exp(wider.logits).sum(axis=1, keepdims=True)  # the background takes its part
+    shares = np.exp(wider.logits) / np.exp(wider.logits).sum(axis=1, keepdims=True)  # the background has a share, too
     np.testing.assert_allclose(predictions.scores, shares[:, : len(NAMES)].max(axis=1), atol=1e-5)
 
 

@@ -1,6 +1,6 @@
 """Training and evaluation of a detector whose boxes RegionSpot names, behind train_net.py."""
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,21 +76,21 @@ class DenseTrainer(Trainer):
         return evaluate(self.cfg, self.model)
 
 
-def load(args: argparse.Namespace) -> DictConfig:
+def load(args: Namespace) -> DictConfig:
     """Return the config of the command line: Python code, which nobody should run by naming a YAML file."""
     if not args.config_file.endswith(".py") or not Path(args.config_file).is_file():
         raise FileNotFoundError(f"--config-file {args.config_file!r}: expected a lazy config, a .py file")
     return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
 
 
-def main(args: argparse.Namespace) -> Any:
+def main(args: Namespace) -> Any:
     cfg = load(args)
     with run_lock(cfg.train.output_dir):  # before anything is written there
         set_up_run(cfg, args)
         return train_or_evaluate(cfg, args)
 
 
-def train_or_evaluate(cfg: DictConfig, args: argparse.Namespace) -> Any:
+def train_or_evaluate(cfg: DictConfig, args: Namespace) -> Any:
     """Return the metrics, or the model that was trained."""
     for part in ("test",) if args.eval_only else ("train", "test"):
         names = cfg.dataloader[part].dataset.names
@@ -106,10 +106,10 @@ def train_or_evaluate(cfg: DictConfig, args: argparse.Namespace) -> Any:
     return model
 
 
-def start(args: argparse.Namespace) -> None:
+def start(args: Namespace) -> None:
     """Start the processes of the command line."""
     launch(main, args, load(args).train.device)
 
 
-def run(args: argparse.Namespace) -> NoReturn:
+def run(args: Namespace) -> NoReturn:
     run_command(start, args, kept="the checkpoints so far are kept", options=["--resume"])

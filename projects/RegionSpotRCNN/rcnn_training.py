@@ -1,7 +1,7 @@
 """Training and evaluation of a detector with RegionSpot's head, behind train_net.py."""
 
-import argparse
 import contextlib
+from argparse import Namespace
 from typing import Any, NoReturn
 
 from detectron2.config import CfgNode
@@ -86,7 +86,7 @@ def build_evaluator(cfg: CfgNode, name: str) -> DatasetEvaluator:
     return (DetectionLVISEvaluator if is_lvis else COCOEvaluator)(name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
 
 
-def main(args: argparse.Namespace) -> Any:
+def main(args: Namespace) -> Any:
     cfg = load_config(args.config_file, args.opts)
     check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")
     cfg.freeze()
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> Any:
         return train_or_evaluate(cfg, args)
 
 
-def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
+def train_or_evaluate(cfg: CfgNode, args: Namespace) -> Any:
     """Return the metrics of the last evaluation."""
     if args.eval_only:
         with seeded_weights(cfg.SEED):
@@ -111,10 +111,10 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
     return results
 
 
-def start(args: argparse.Namespace) -> None:
+def start(args: Namespace) -> None:
     """Start the processes of the command line."""
     launch(main, args, load_config(args.config_file, args.opts).MODEL.DEVICE)
 
 
-def run(args: argparse.Namespace) -> NoReturn:
+def run(args: Namespace) -> NoReturn:
     run_command(start, args, kept="the checkpoints so far are kept", options=["--resume"])

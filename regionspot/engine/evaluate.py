@@ -35,13 +35,10 @@ def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str 
         cfg: the config.
         model: a ``RegionSpot``, or one that DDP has wrapped.
         name: a registered data set.
-        output_dir: for predictions and metrics.
+        output_dir: for predictions and metrics; refused while another run uses it.
 
     Returns:
         Metrics in percent, by task; {} in all processes but the main one.
-
-    Raises:
-        ValueError: another run evaluates in this directory.
     """
     with run_lock(output_dir):
         records = DatasetCatalog.get(name)
@@ -104,7 +101,7 @@ def _hash_config(cfg: CfgNode) -> str:
     """Return a hash of the config's model and input, the same on all devices."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE = ""
+    cfg.MODEL.DEVICE = ""  # an evaluation on a GPU resumes on a CPU
     return short_hash(cfg.MODEL.dump() + cfg.INPUT.dump())
 
 

@@ -29,27 +29,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Extraction:
-    """What to extract, and how.
+    """What to extract, and how."""
 
-    Attributes:
-        stages: SAM's stages whose tokens to store.
-        flip: also extract from the horizontally flipped image.
-        feature_maps: also store CLIP's feature maps (300 kB per image at BB's size).
-        shard_images: images of the data set per shard.
-        batch_size: images per step; the localizer's ``encoder_batch_size`` of them are encoded at once.
-        workers: processes that read images.
-        skip_damaged: leave out images that cannot be read, with a warning, instead of an error at the end.
-        machine: rank of this machine and number of machines, if they share no disk: (0, 1) does all shards.
-    """
-
-    stages: Sequence[str] = ("transformer",)
-    flip: bool = False
-    feature_maps: bool = False
-    shard_images: int = 512
-    batch_size: int = 1
-    workers: int = 0
-    skip_damaged: bool = False
-    machine: tuple[int, int] = (0, 1)
+    stages: Sequence[str] = ("transformer",)  # SAM's stages whose tokens to store
+    flip: bool = False  # also extract from the horizontally flipped image
+    feature_maps: bool = False  # also store CLIP's feature maps (300 kB per image at BB's size)
+    shard_images: int = 512  # images of the data set per shard
+    batch_size: int = 1  # images per step; the localizer encodes ``encoder_batch_size`` of them at once
+    workers: int = 0  # processes that read images
+    skip_damaged: bool = False  # leave out unreadable images with a warning, instead of an error at the end
+    machine: tuple[int, int] = (0, 1)  # rank and number of machines that share no disk; (0, 1) does all shards
 
     def __post_init__(self) -> None:
         check_stages(self.stages, "--stages")
@@ -104,21 +93,14 @@ def extract_tokens(
     """Extract features of all annotated regions of a data set; images without any are left out.
 
     Several processes may extract into one directory at once: each takes shards that no other is working on. Finished
-    shards are kept. The content of a shard depends neither on who wrote it nor on what was there before.
-
-    Args:
-        recognizer: with its frozen weights loaded; the manifest names the files that they came from.
-        dataset_name: a registered data set.
-        directory: the store.
-        extraction: what to extract.
-        show_progress: show a progress bar over all images.
+    shards are kept. The content of a shard depends neither on who wrote it nor on what was there before. The manifest
+    names the files that the recognizer's frozen weights came from.
 
     Returns:
-        Whether the store is complete; if not, others are still at work on it.
+        Whether the store is complete; if not, other processes still work on it.
 
     Raises:
-        ValueError: image ids that are no integers or not unique; or images that cannot be read, after all other shards
-            are done.
+        ValueError: image ids that are not unique integers; or unreadable images, after all other shards are done.
     """
     records = _OriginalImages(DatasetCatalog.get(dataset_name), extraction.skip_damaged)
     check_image_ids(records.ids, dataset_name)
@@ -129,13 +111,12 @@ def extract_tokens(
     writer = StoreWriter(directory, describe_store(recognizer, dataset_name, extraction), len(shards))
     remedy = "--skip-damaged leaves such images out"
     check_images(records.records, np.arange(len(records)), dataset_name, None, extraction.skip_damaged, remedy)
+    # Images may have been replaced or repaired since a previous run: their shards are extracted again.
     writer.discard(_outdated_shards(writer, records, shards))
     if writer.is_complete():
         return True
-    done = writer.finished_images()
-    with tqdm(
-        total=len(records), initial=done, desc=f"tokens of {dataset_name}", unit="image", disable=not show_progress
-    ) as bar:
+    description, is_hidden, done = f"tokens of {dataset_name}", not show_progress, writer.finished_images()
+    with tqdm(total=len(records), initial=done, desc=description, unit="image", disable=is_hidden) as bar:
         failures = _write_shards(recognizer, writer, records, shards, extraction, bar)
     if failures:
         raise ValueError(
@@ -181,7 +162,7 @@ def _write_shards(
 
 
 def _outdated_shards(writer: StoreWriter, records: "_OriginalImages", shards: Sequence[range]) -> list[int]:
-    """Return the finished shards whose images have changed since, or that lack images that can be read now."""
+    """Return the finished shards whose images have changed, or that lack images that are readable now."""
     outdated = []
     for shard, rows in enumerate(shards):
         if not writer.is_finished(shard):

@@ -40,10 +40,11 @@ class RegionSpotTrainer(Trainer):
         """Build what ``cfg`` names; weights are loaded by ``resume_or_load``."""
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_architecture(cfg)
-        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # before what is wrong with the test sets
+        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # mistakes in these are reported before the test sets'
         check_test_sets(cfg)
         plan = TrainingPlan.from_config(cfg)
         data_loader = build_train_loader(cfg, plan.seed)
+        # encoded in ``train``, when CLIP's weights are loaded
         self.vocabularies = {name: dataset_vocabulary(cfg, name) for name in cfg.DATASETS.TRAIN}
         model = build_model(cfg)
         log_size(model)
@@ -82,13 +83,8 @@ class RegionSpotTrainer(Trainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
         """Evaluate on each of ``DATASETS.TEST`` against that data set's own vocabulary.
 
-        Args:
-            cfg: the config.
-            model: the model.
-            evaluators: one for each test set, such as Detectron2's, in place of RegionSpot's.
-
-        Returns:
-            Metrics; of several data sets by their names, with the "odinw_average" of those of ODinW.
+        ``evaluators``, one for each test set, such as Detectron2's, take the place of RegionSpot's. The metrics of
+        several data sets are returned by name, with the "odinw_average" of those of ODinW.
         """
         check_architecture(cfg)
         check_registered(cfg.DATASETS.TEST, "DATASETS.TEST")

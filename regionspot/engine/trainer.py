@@ -29,35 +29,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The settings of a run, beside its model, data, optimizer and schedule.
+    """The settings of a run, beside its model, data, optimizer and schedule."""
 
-    Attributes:
-        output_dir: for checkpoints and logs; one run at a time.
-        max_iter: iterations of the whole training.
-        seed: seed of data and dropout, the same in all processes.
-        weights: checkpoint to start from, "" for none.
-        accumulate: batches of the loader per step.
-        precision: dtype of autocast, None for float32.
-        average_decay: share of the moving average that a step keeps, None for no average.
-        checkpoint_period: iterations between checkpoints.
-        checkpoints_kept: number of last ones to keep beside ``model_final`` and ``model_best``; 0 for all.
-        eval_period: iterations between evaluations; 0 evaluates at the end.
-        best_metric: metric that selects ``model_best``, "" for none.
-        log_period: iterations between lines of the log.
-    """
-
-    output_dir: str
-    max_iter: int
-    seed: int
-    weights: str = ""
-    accumulate: int = 1
-    precision: torch.dtype | None = None
-    average_decay: float | None = None
-    checkpoint_period: int = 5000
-    checkpoints_kept: int = 0
-    eval_period: int = 0
-    best_metric: str = ""
-    log_period: int = 20
+    output_dir: str  # for checkpoints and logs; one run at a time
+    max_iter: int  # iterations of the whole training
+    seed: int  # of data and dropout, the same in all processes
+    weights: str = ""  # checkpoint to start from
+    accumulate: int = 1  # batches of the loader per step
+    precision: torch.dtype | None = None  # of autocast; None is float32
+    average_decay: float | None = None  # share of the moving average that a step keeps; None: no average
+    checkpoint_period: int = 5000  # iterations between checkpoints
+    checkpoints_kept: int = 0  # number of last ones to keep beside model_final and model_best; 0: all
+    eval_period: int = 0  # iterations between evaluations; 0: only at the end
+    best_metric: str = ""  # metric that selects model_best; "": none
+    log_period: int = 20  # iterations between lines of the log
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TrainingPlan":
@@ -116,6 +101,7 @@ class Trainer(TrainerBase):
         options = {"broadcast_buffers": False, "device_ids": device_ids, **ddp_options}
         self.model, self.plan = create_ddp_model(model, **options), plan
         self.optimizer, self.scheduler = optimizer, scheduler
+        # A loop of its own, as in DefaultTrainer, whose checkpoints it shares: the state is under "_trainer".
         self.loop = TrainLoop(self.model, data_loader, optimizer, plan.seed, plan.accumulate, plan.precision)
         self.start_iter, self.max_iter = 0, plan.max_iter
         checkpointables: dict[str, Any] = {"trainer": weakref.proxy(self)}  # the trainer holds the checkpointer
@@ -174,6 +160,7 @@ class Trainer(TrainerBase):
                 for leftover in Path(self.plan.output_dir).glob(".*.pth.*.tmp"):
                     leftover.unlink()
             self.loop.resume_from(self.start_iter)
+            # fvcore's schedules are functions of the iteration alone; PyTorch's also of a checkpoint's learning rate
             if 0 < self.start_iter < self.max_iter and isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
                 warn_of_jump(self.optimizer, self.scheduler, self.start_iter)
             super().train(self.start_iter, self.max_iter)
@@ -212,7 +199,7 @@ class Trainer(TrainerBase):
         return self.last_results
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "_trainer": self.loop.state_dict()}  # as Detectron2's DefaultTrainer has it
+        return {**super().state_dict(), "_trainer": self.loop.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -25,23 +25,14 @@ DETS_PER_CLASS = 10_000  # of the fixed protocol
 
 @dataclass(eq=False)
 class LvisEvaluation(Evaluation):
-    """Precision and recall, and which detections took part.
+    """Precision and recall, and which detections took part."""
 
-    Attributes:
-        frequencies: (K,) "r", "c" or "f".
-        num_detections: all detections of the results.
-        num_limited: those within the limit per image or per class.
-        num_judged: those of them in an image that was verified for their category.
-        num_images_with_detections: images of the results.
-        max_dets: limit per image; None in the fixed protocol.
-    """
-
-    frequencies: list[str | None]
-    num_detections: int
-    num_limited: int
-    num_judged: int
+    frequencies: list[str | None]  # (K,) "r", "c" or "f"
+    num_detections: int  # all detections of the results
+    num_limited: int  # those within the limit per image or per class
+    num_judged: int  # those of them in an image that was verified for their category
     num_images_with_detections: int
-    max_dets: int | None
+    max_dets: int | None  # limit per image; None in the fixed protocol
 
     def metrics(self) -> dict[str, float]:
         """Return AP, AP50, AP75, APs, APm, APl, APr, APc, APf in percent, NaN where nothing is annotated."""

@@ -32,31 +32,18 @@ def _none(dtype: type, shape: tuple[int, ...] = (0,)) -> Any:
 
 
 class ImagePredictions(msgspec.Struct, eq=False):
-    """The detections of an image, and the best classes of its annotated regions.
-
-    Attributes:
-        image_id: the image.
-        classes: (D,) int, contiguous classes.
-        scores: (D,) float.
-        regions: (D,) int, the row of ``boxes`` and ``rles``.
-        boxes: (R, 4) float XYWH, original pixels.
-        rles: counts of the regions' compressed RLE; empty without masks.
-        size: (height, width) of the masks.
-        targets: (N,) int, annotated classes of the regions, where the boxes are the annotated ones.
-        top: (N, k) int, the best classes of each of these regions, best first.
-        unreadable: why the image could not be read; it then has no detections.
-    """
+    """The detections of an image, and the best classes of its annotated regions."""
 
     image_id: int
-    classes: np.ndarray = _none(np.int32)
-    scores: np.ndarray = _none(np.float32)
-    regions: np.ndarray = _none(np.int32)
-    boxes: np.ndarray = _none(np.float32, (0, 4))
-    rles: list[str] = []
-    size: tuple[int, int] = (0, 0)
-    targets: np.ndarray | None = None
-    top: np.ndarray | None = None
-    unreadable: str = ""
+    classes: np.ndarray = _none(np.int32)  # (D,) contiguous classes
+    scores: np.ndarray = _none(np.float32)  # (D,)
+    regions: np.ndarray = _none(np.int32)  # (D,) rows of ``boxes`` and ``rles``
+    boxes: np.ndarray = _none(np.float32, (0, 4))  # (R, 4) XYWH, original pixels
+    rles: list[str] = []  # counts of the R regions' compressed RLE; empty without masks
+    size: tuple[int, int] = (0, 0)  # (height, width) of the masks
+    targets: np.ndarray | None = None  # (N,) annotated classes of the regions, if the boxes are the annotated ones
+    top: np.ndarray | None = None  # (N, k) the best classes of each of these regions, best first
+    unreadable: str = ""  # why the image could not be read; it then has no detections
 
     def select(self, keep: np.ndarray) -> "ImagePredictions":
         """Return the detections of ``keep`` (D,) bool, with their regions only."""
@@ -81,11 +68,9 @@ class PredictionLog:
     """
 
     def __init__(self, directory: str | Path, identity: str, cap: ClassCap | None = None) -> None:
-        """
-        Args:
-            directory: of the files, on the disk of each process.
-            identity: hash of model, data and protocol; files with another identity are removed.
-            cap: detections that it does not admit are dropped.
+        """Write to ``directory``, and remove files with another ``identity``: a hash of model, data and protocol.
+
+        Detections that ``cap`` does not admit are dropped.
         """
         self.directory, self.cap = Path(directory), cap
         self.prefix = f"predictions.{identity[:16]}."
@@ -111,7 +96,7 @@ class PredictionLog:
         return done
 
     def admits(self, image_id: int, classes: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Return (D,) bool: which of an image's detections are worth writing, by their classes and scores (D,)."""
+        """Return (D,) bool: which of an image's detections are worth writing, see ``ClassCap.admits``."""
         return self.cap.admits(image_id, classes, scores) if self.cap else np.ones(len(classes), bool)
 
     def append(self, predictions: ImagePredictions) -> None:
@@ -121,7 +106,7 @@ class PredictionLog:
         if self.cap:
             self.cap.add(predictions.image_id, predictions.classes, predictions.scores)
         _write(self._file, predictions)
-        self._file.flush()
+        self._file.flush()  # a killed process loses no image that is done
         self._written += len(predictions.classes)
         if self.cap and self._written > max(_REWRITTEN, 4 * self.cap.num_kept):
             self._rewrite(self.cap)

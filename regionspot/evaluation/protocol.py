@@ -10,31 +10,18 @@ ANNOTATED = "annotated"  # boxes that are the annotated ones
 
 @dataclass
 class Protocol:
-    """Everything that an evaluation's numbers depend on.
+    """Everything that an evaluation's numbers depend on; hashes are the first digits of SHA-256."""
 
-    Attributes:
-        dataset: registered name, and the hash of its annotation file.
-        metric: "lvis", "fixed" (LVIS's fixed AP) or "coco".
-        boxes: their source, with the file's hash if there is one.
-        labels_per_box: classes of a box that may become detections; -1 for all.
-        detections_per_image: at most; -1 for all.
-        score: the rule, and how class probabilities are computed.
-        vocabulary: number of names, and their hash.
-        templates: which prompt templates, and their hash.
-        checkpoint: source of the weights, and their hash.
-        config: hash of the config's model and input.
-    """
-
-    dataset: str
-    metric: str
-    boxes: str
-    labels_per_box: int
-    detections_per_image: int
-    score: str
-    vocabulary: str
-    templates: str
-    checkpoint: str
-    config: str
+    dataset: str  # registered name, and the hash of its annotation file
+    metric: str  # "lvis", "fixed" (LVIS's fixed AP) or "coco"
+    boxes: str  # their source, with the file's hash if there is one
+    labels_per_box: int  # number of classes of a box that may become detections; -1 for all
+    detections_per_image: int  # limit; -1 for none
+    score: str  # the rule, and how class probabilities are computed
+    vocabulary: str  # number of names, and their hash
+    templates: str  # number of prompt templates, and their hash
+    checkpoint: str  # source of the weights, and their hash
+    config: str  # hash of the config's model and input
 
     def line(self, num_evaluated: int, num_images: int) -> str:
         """Describe the protocol in one line, the heading of a table."""

@@ -51,6 +51,7 @@ class CropRecognizer(RegionRecognizer):
     ) -> list[torch.Tensor]:
         logits = []
         for image, image_boxes, size, output in zip(images, boxes, features.sizes, located):
+            # a chunk of masks at full size is alive at a time, however many regions there are
             masks, corners = self._masks(output, size), image_boxes.tensor.tolist()
             embeddings = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
             for start in range(0, len(corners), self.batch_size):

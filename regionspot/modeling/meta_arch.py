@@ -134,6 +134,7 @@ class RegionSpot(nn.Module):
         targets = [read_targets(inputs, num) for inputs, num in zip(batched_inputs, num_classes)]
         tokens, maps = self._stored(batched_inputs, "tokens"), self._stored(batched_inputs, "feature_map")
         feature_map = None if maps is None else torch.stack(maps)  # (B, L, width)
+        # with all features stored, a training batch carries no pixels at all
         needs_map = feature_map is None and self.recognizer.vision_language.features != "none"
         images = []
         if tokens is None or needs_map:

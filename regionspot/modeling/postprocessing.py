@@ -131,6 +131,7 @@ class DetectionRule:
         labels = self.labels_per_box
         if proposal_scores is not None and self.score_rule == "proposal":
             scores, labels = proposal_scores.to(scores)[:, None].expand_as(scores), 1
+        # the best by probability, not by score: where a proposal's score is 0, all scores tie
         if 0 < labels < scores.shape[1]:
             best = probabilities.topk(labels, dim=1).indices
             scores = torch.full_like(scores, -1).scatter(1, best, scores.gather(1, best))
@@ -147,6 +148,7 @@ class DetectionRule:
         pairs = scores.flatten()  # (N * K,)
         # suppression comes before the limit, so it needs all pairs
         num_pairs = len(pairs) if self.top_k < 0 or self.nms_thresh < 1 else min(self.top_k, len(pairs))
+        # topk, not sort: an image may have a million pairs
         best, index = pairs.topk(num_pairs)
         index = index[best >= max(self.score_thresh, 0)]  # pairs that must not be kept have -1
         regions, classes = index // max(scores.shape[1], 1), index % max(scores.shape[1], 1)
@@ -169,11 +171,8 @@ def merge_detections(detections: Instances, preferred: Instances, nms_thresh: fl
     Best first, each detection suppresses those of the other source that overlap it by more than ``nms_thresh`` (1 keeps
     all), whatever their classes. Detections of the same source do not affect each other: their own rule did that.
 
-    Args:
-        detections: with ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices``.
-        preferred: likewise, of the other source; it comes first where scores tie.
-        nms_thresh: IoU.
-        top_k: number of best detections to keep; -1 for all.
+    Both have ``pred_boxes``, ``scores``, ``pred_classes`` and ``region_indices``; ``preferred`` ones come first where
+    scores tie. At most ``top_k`` detections stay, best first; -1 for all.
     """
     merged = Instances.cat([preferred, detections])
     order = merged.scores.argsort(descending=True, stable=True)

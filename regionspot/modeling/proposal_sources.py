@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import transforms as T
-from detectron2.modeling import ProposalNetwork, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork, build_model
 from detectron2.structures import Boxes, Instances
 from segment_anything import SamAutomaticMaskGenerator
-from torch import nn
 
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.config import find_host_config
@@ -48,25 +47,27 @@ class DetectorProposals(FrozenModule):
     """The boxes of a Detectron2 detector, or the proposals of its RPN; the detector is frozen and never saved."""
 
     def __init__(self, detector_cfg: CfgNode, output: str = "boxes") -> None:
-        """Build a detector and load its weights.
+        """Build the detector of a config, with its weights.
 
         Args:
-            detector_cfg: config of the detector, with its weights.
+            detector_cfg: config of the detector, not frozen.
             output: "boxes" for its detections of all classes, or "rpn" for the proposals of its RPN.
-
-        Raises:
-            ValueError: another output, or one that the detector lacks.
         """
         super().__init__()
         if output not in ("boxes", "rpn"):
             raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT: expected boxes or rpn, got {output!r}")
+        model, key = detector_cfg.MODEL, "MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT"
+        name, kind = model.META_ARCHITECTURE, META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
+        has_rpn = issubclass(kind, (GeneralizedRCNN, ProposalNetwork))
+        if output == "rpn" and not (has_rpn and model.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals"):
+            raise ValueError(f"{key} rpn: {name} has no RPN; take boxes")
+        if output == "boxes" and issubclass(kind, ProposalNetwork):
+            raise ValueError(f"{key} boxes: {name} has an RPN alone; take rpn")
+        if output == "rpn":  # the same backbone and RPN, which then scales its proposals to the image itself
+            detector_cfg = detector_cfg.clone()
+            detector_cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
         self.detector = build_model(detector_cfg)
-        SafeDetectionCheckpointer(self.detector).load(detector_cfg.MODEL.WEIGHTS)
-        kind = type(self.detector).__name__
-        if output == "rpn" and not isinstance(getattr(self.detector, "proposal_generator", None), nn.Module):
-            raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT rpn: {kind} has no RPN; take boxes")
-        if output == "boxes" and isinstance(self.detector, ProposalNetwork):
-            raise ValueError(f"MODEL.REGIONSPOT.PROPOSALS.DETECTOR.OUTPUT boxes: {kind} has an RPN alone; take rpn")
+        SafeDetectionCheckpointer(self.detector).load(model.WEIGHTS)
         self.output, self.image_format = output, detector_cfg.INPUT.FORMAT
         side = detector_cfg.INPUT.MIN_SIZE_TEST
         self.resize = T.ResizeShortestEdge([side, side], detector_cfg.INPUT.MAX_SIZE_TEST)
@@ -75,22 +76,12 @@ class DetectorProposals(FrozenModule):
     @torch.no_grad()
     def forward(self, images: Sequence[torch.Tensor]) -> list[Instances]:
         """Return ``proposal_boxes`` (XYXY, image pixels) and ``scores`` for each (3, H, W) RGB image in [0, 255]."""
-        inputs = [self._input(image) for image in images]
+        outputs = self.detector([self._input(image) for image in images])
         if self.output == "boxes":
-            detections = [output["instances"] for output in self.detector(inputs)]
+            detections = [output["instances"] for output in outputs]
             return [to_proposals(x.pred_boxes.tensor, x.scores, x.image_size) for x in detections]
-        if isinstance(self.detector, ProposalNetwork):  # scales its proposals to the image itself
-            rpn = [output["proposals"] for output in self.detector(inputs)]
-            return [to_proposals(x.proposal_boxes.tensor, x.objectness_logits.sigmoid(), x.image_size) for x in rpn]
-        batch = self.detector.preprocess_image(inputs)
-        proposals, _ = self.detector.proposal_generator(batch, self.detector.backbone(batch.tensor), None)
-        results = []
-        for proposal, image in zip(proposals, images):
-            size = (image.shape[1], image.shape[2])
-            boxes = proposal.proposal_boxes.clone()  # in the frame of the resized image
-            boxes.scale(size[1] / proposal.image_size[1], size[0] / proposal.image_size[0])
-            results.append(to_proposals(boxes.tensor, proposal.objectness_logits.sigmoid(), size))
-        return results
+        rpn = [output["proposals"] for output in outputs]
+        return [to_proposals(x.proposal_boxes.tensor, x.objectness_logits.sigmoid(), x.image_size) for x in rpn]
 
     def _input(self, image: torch.Tensor) -> dict[str, Any]:
         pixels = to_rgb(image, self.image_format).permute(1, 2, 0).cpu().numpy()  # in the detector's channel order
@@ -107,12 +98,7 @@ def to_proposals(boxes: torch.Tensor, scores: torch.Tensor, size: tuple[int, int
 
 
 def build_proposal_source(cfg: CfgNode, localizer: Localizer) -> SamAutomaticProposals | DetectorProposals | None:
-    """Build the source of ``MODEL.REGIONSPOT.PROPOSALS.SOURCE``; None where proposals come with the images.
-
-    Raises:
-        ValueError: another source.
-        FileNotFoundError: no such detector config.
-    """
+    """Build the source of ``MODEL.REGIONSPOT.PROPOSALS.SOURCE``; None where proposals come with the images."""
     node = cfg.MODEL.REGIONSPOT.PROPOSALS
     if node.SOURCE not in SOURCES:
         raise ValueError(

@@ -42,7 +42,7 @@ def detector_config(directory):
 
 
 def assert_alike(one, other):
-    """Compare detections and regions that were found on two devices."""
+    """Compare the detections and regions of two devices."""
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
         for key in a:

@@ -174,13 +174,13 @@ def test_killed_evaluation_resumes_exactly(dataset, tmp_path):
         process.join()
         seen.append(number_written())
     evaluate(other)
-    assert max(seen) > 0  # something was gone on from
+    assert max(seen) > 0  # a run was resumed
     assert [(other / "out" / "inference" / NAME / name).read_text() for name in names] == expected
     assert not list(directory.glob("predictions.*"))
 
 
 def test_finished_predictions_are_not_computed_again(dataset, tmp_path, monkeypatch):
-    """The run was cut between its last image and the metrics."""
+    """The run was interrupted between its last image and the metrics."""
     evaluate(tmp_path)
     expected = written(tmp_path)
     monkeypatch.setattr("regionspot.evaluation.region_evaluator.GroundTruth", lambda *_: 1 / 0)
@@ -226,12 +226,12 @@ def test_second_evaluation_in_a_directory_is_refused(dataset, tmp_path):
         evaluate(tmp_path, "MODEL.REGIONSPOT.SCORE_RULE", "class")
     process.kill()
     process.join()
-    evaluate(tmp_path)  # the lock has gone with the process
+    evaluate(tmp_path)  # the lock ended with the process
 
 
 @pytest.mark.parametrize("limit", [3, 7])
 def test_fixed_ap_keeps_best_per_class(dataset, tmp_path, monkeypatch, limit):
-    """With three scores for all: whom the limit takes is decided by image and order."""
+    """With only three different scores the image id and the order decide which detections are within the limit."""
     probabilities = DetectionRule.probabilities
     monkeypatch.setattr(DetectionRule, "probabilities", lambda *args: (probabilities(*args) * 3).round() / 3)
     fixed = ["TEST.PROTOCOL", "fixed", "TEST.DETECTIONS_PER_IMAGE", -1]
@@ -258,7 +258,7 @@ def test_region_accuracy():
 
 
 def boxes_of(model, tmp_path, *overrides):
-    """Return for each image the boxes that the model recognized."""
+    """Return the boxes that the model recognized in each image."""
     outputs = [output for batch in build_test_loader(config(tmp_path, *overrides), NAME) for output in model(batch)]
     return [output["regions"].pred_boxes.tensor for output in outputs]
 
@@ -340,7 +340,7 @@ def test_detector_boxes(dataset, detector, tmp_path, weights):
     overrides += [f"{node}.DETECTOR.WEIGHTS", str(tmp_path / weights)]
     boxes = boxes_of(tiny_model(*overrides), tmp_path, *overrides)
     for index in range(10):
-        image = np.ascontiguousarray(draw_scene(index)[0][..., ::-1])  # BGR, as DefaultPredictor has it
+        image = np.ascontiguousarray(draw_scene(index)[0][..., ::-1])  # BGR, as DefaultPredictor expects
         large = T.ResizeShortestEdge([96, 96], 1333).get_transform(image).apply_image(image)
         with torch.no_grad():
             [output] = plain([{"image": torch.as_tensor(large.transpose(2, 0, 1).copy()), "height": 48, "width": 64}])
@@ -429,7 +429,7 @@ def test_odinw_average(tmp_path, register):
 
 def test_dataset_registered_with_detectron2(dataset, tmp_path):
     records = [dict(record) for record in DatasetCatalog.get(NAME)]
-    for record in records:  # annotations as Detectron2's data sets have them
+    for record in records:  # annotations in the format of Detectron2's data sets
         for annotation in record["annotations"]:
             x, y, w, h = annotation["bbox"]
             annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]

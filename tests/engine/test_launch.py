@@ -20,7 +20,7 @@ NO_DATA = "DATASETS: {TRAIN: [], TEST: []}\n"
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Let this machine seem to have two GPUs wherever the environment does not hide them."""
+    """Pretend that this machine has two GPUs, unless the environment hides them."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     visible = lambda: os.environ["CUDA_VISIBLE_DEVICES"] != ""  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_available", visible)
@@ -33,7 +33,9 @@ def write_backend(args):
 
 
 def test_cpu_processes_use_gloo_beside_gpus(two_gpus, tmp_path, monkeypatch):
-    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    forked = partial(
+        torch.multiprocessing.start_processes, start_method="fork"
+    )  # saves the imports
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", directory=tmp_path)
     launch(write_backend, args, "cpu")

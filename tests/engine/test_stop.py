@@ -58,7 +58,7 @@ def test_second_signal_stops_at_once(scenes, tmp_path, monkeypatch):  # noqa: F8
         def before_step(self):
             if self.trainer.iter == 3:
                 signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)  # at the same moment, as a launcher does: still one
+                signal.raise_signal(signal.SIGINT)  # at the same moment, as a launcher does: counts as one
                 monkeypatch.setattr("regionspot.engine.stop._TOGETHER", 0.0)
                 time.sleep(0.01)
                 signal.raise_signal(signal.SIGINT)
@@ -103,7 +103,7 @@ def test_stopped_evaluation_runs_first_on_resume(scenes, tmp_path, monkeypatch):
 
 
 class SendToParent(HookBase):
-    """The last process asks the launcher to stop, which tells all."""
+    """The last process asks the launcher to stop, which forwards the signal to all."""
 
     def before_step(self):
         if self.trainer.iter == 4 and comm.get_rank() == 1:
@@ -122,7 +122,9 @@ def train_in_process(args):
 
 def test_two_stopped_processes_resume_exactly(scenes, tmp_path, monkeypatch):  # noqa: F811
     torch.set_num_threads(1)
-    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    forked = partial(
+        torch.multiprocessing.start_processes, start_method="fork"
+    )  # saves the imports
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
 
     def train_two(output, stops=False):

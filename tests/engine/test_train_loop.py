@@ -21,7 +21,7 @@ NAME = "test_train_loop"
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Return the overrides of a registered data set, its store, and the frozen weights that it is of."""
+    """Return the overrides for a registered data set, its store, and the frozen weights that made it."""
     directory = tmp_path_factory.mktemp("scenes")
     register_json_dataset(NAME, write_dataset(directory / "data", 12), directory / "data" / "images")
     model, store = tiny_model(names=None), directory / "store"
@@ -43,7 +43,7 @@ def cfg(scenes, tmp_path):
 
 
 def build(cfg, precision=torch.float16):
-    """Return a trainer; float16 on a CPU is for tests only, which is why no config gives it."""
+    """Return a trainer; float16 on a CPU is for tests only, so no config allows it."""
     torch.manual_seed(0)
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -59,13 +59,13 @@ def spoil_losses(trainer, iterations, value):
 
 
 def steps_taken(trainer):
-    """Return how often the optimizer has moved the weights."""
+    """Return the number of steps of the optimizer."""
     return int(next(iter(trainer.loop.optimizer.state.values()))["step"])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e36], ids=["inf", "nan", "overflow"])
 def test_float16_overflow_skips_the_step(cfg, tmp_path, caplog, value):
-    """Of an infinite loss as of a finite one whose scaled gradients are not; clipping sees neither."""
+    """With an infinite loss, and with a finite one whose scaled gradients are infinite; clipping sees neither."""
     trainer = build(cfg)
     spoil_losses(trainer, {1}, value)
     with caplog.at_level("INFO"):
@@ -110,7 +110,7 @@ def test_first_steps_log_memory_and_time(cfg, caplog):
 
 
 def train_process(args):
-    """Train; the second process has a loss that is not finite. Write how it ended."""
+    """Train with a loss that is not finite in the second process; write how each process ended."""
     trainer = build(args.cfg, args.precision)
     if comm.get_rank() == 1:
         spoil_losses(trainer, {1}, float("inf"))
@@ -125,7 +125,9 @@ def train_process(args):
 
 @pytest.mark.parametrize("precision", [torch.float16, None])
 def test_processes_agree_on_infinite_loss(cfg, tmp_path, monkeypatch, precision):
-    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    forked = partial(
+        torch.multiprocessing.start_processes, start_method="fork"
+    )  # saves the imports
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
     group = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
     launch(train_process, Namespace(**group, cfg=cfg, directory=tmp_path, precision=precision), "cpu")

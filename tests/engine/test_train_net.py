@@ -25,7 +25,7 @@ def directory(tmp_path_factory):
     write_user_files(directory)
     path = directory / "my_val.json"
     content = json.loads(path.read_text())
-    for annotation in content["annotations"]:  # no more than is needed
+    for annotation in content["annotations"]:  # only the required keys
         for key in ("id", "area", "iscrowd"):
             del annotation[key]
     path.write_text(json.dumps(content))

@@ -25,7 +25,7 @@ logging.getLogger("detectron2").setLevel(logging.ERROR)
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A registered data set, its stores, and the frozen weights that they are of."""
+    """A registered data set, its stores, and the frozen weights that made them."""
     directory = tmp_path_factory.mktemp("scenes")
     name = "test_trainer"
     register_json_dataset(name, write_dataset(directory / "data", 12), directory / "data" / "images", "lvis")
@@ -98,7 +98,7 @@ def test_killed_run_resumes_exactly(scenes, tmp_path, precision):
         last = killed / "last_checkpoint"
         iterations.append(saved(killed, last.read_text())["iteration"] if last.is_file() else -1)
     train(scenes, killed, *overrides, resume=True)
-    assert max(iterations) > 0  # something was resumed from
+    assert max(iterations) > 0  # a run was resumed
     assert_same(saved(killed), saved(tmp_path / "undisturbed"))
 
 
@@ -182,7 +182,7 @@ def test_best_checkpoint_is_kept(scenes, tmp_path):
     best = saved(tmp_path, "model_best.pth")
     state = saved(tmp_path, "model_0000009.pth")["trainer"]["hooks"]["BestCheckpointer"]
     assert state["best_iter"] == 9 and best["iteration"] in (9, 20)
-    assert set(best) == {"model", "frozen", "iteration"}  # what is needed to recognize, and no more
+    assert set(best) == {"model", "frozen", "iteration"}  # only what recognition needs
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert {"bbox/AP", "images_per_second", "data_share", "lr", "total_loss"} <= set().union(*lines)
@@ -230,7 +230,7 @@ VOCABULARIES = {
 
 @pytest.fixture
 def three(tmp_path, scenes, register):
-    """Three data sets with scenes, names and ids of their own, and their stores."""
+    """Three data sets with different scenes, names and ids, and their stores."""
     recognizer = tiny_model(names=None).recognizer
     recognizer.weight_sources.update(sam=str(scenes / "sam.pth"), clip_model=str(scenes / "clip.pth"))
     for number, (name, (ids, names)) in enumerate(VOCABULARIES.items()):
@@ -242,7 +242,7 @@ def three(tmp_path, scenes, register):
 
 
 def accuracy(trainer, name):
-    """Return how many regions of a data set are given their own class of its own vocabulary."""
+    """Return how many regions of a data set get their annotated class, with the data set's vocabulary."""
     recognizer, right, number = trainer.recognizer, 0, 0
     with recognizer.using_vocabulary(list(MetadataCatalog.get(name).thing_classes)):
         for batch in build_test_loader(trainer.cfg, name):

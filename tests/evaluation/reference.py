@@ -161,7 +161,7 @@ def run_lvis(annotations: Path, predictions: list, task: str, max_dets: int = 30
 
 
 def best_of_each_class(predictions: list, limit: int) -> list:
-    """The fixed protocol's choice, in plain words."""
+    """The fixed protocol's limit, in the simplest code."""
     by_class = defaultdict(list)
     for entry in predictions:
         by_class[entry["category_id"]].append(entry)

@@ -16,7 +16,7 @@ def draw(seed, images=60, classes=5, levels=4, rising=False):
 
 
 def best(images, limit):
-    """Return the best of each class as (class, score, image id, place), in plain words: by score, then image."""
+    """Return the best of each class as (class, score, image id, place), in the simplest code: by score, then image."""
     rows = [(c, -s, i, k) for i, classes, scores in images for k, (c, s) in enumerate(zip(classes, scores))]
     rows.sort()
     return [row for n, row in enumerate(rows) if n < limit or rows[n - limit][0] != row[0]]
@@ -38,7 +38,7 @@ def test_rejected_detections_are_never_needed(monkeypatch, levels, limit, rising
     kept = [(i, c[keep], s[keep]) for i, c, s in written for keep in [cap.admits(i, c, s)]]
     drop_place = [row[:3] for row in best(whole, limit)]
     assert [row[:3] for row in best(kept, limit)] == drop_place
-    ties_of_one_image = 40  # the most that an image has here
+    ties_of_one_image = 40  # the maximum of these images
     assert sum(len(c) for _, c, _ in kept) <= len(drop_place) + 5 * ties_of_one_image
     assert cap.num_kept == len(drop_place)
 

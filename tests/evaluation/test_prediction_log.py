@@ -15,7 +15,7 @@ from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
 
 
 def predict(image_id, num_detections=4, level=0.0):
-    """Return drawn predictions of an image, with masks."""
+    """Return random predictions of an image, with masks."""
     rng = np.random.default_rng(abs(image_id))
     return ImagePredictions(
         image_id=image_id,
@@ -31,7 +31,7 @@ def predict(image_id, num_detections=4, level=0.0):
 
 
 def plain(predictions):
-    """Return predictions as what ``==`` compares."""
+    """Return predictions as a dict that ``==`` compares."""
     values = msgspec.structs.asdict(predictions)
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()}
 
@@ -89,7 +89,7 @@ def test_predictions_of_another_model_are_removed(tmp_path):
 
 
 def run_cut(directory, images, limit, cuts, rising):
-    """Evaluate in runs that end after each of ``cuts`` images; return what the log then has of the best of a class."""
+    """Evaluate in runs that end after each of ``cuts`` images; return the content of the log, and the log."""
     for first, last in zip([0, *cuts], [*cuts, len(images)]):
         log = PredictionLog(directory, "one", ClassCap(3, limit) if limit else None)
         done = log.open()
@@ -116,7 +116,7 @@ def test_cap_after_interruptions(tmp_path, monkeypatch, cuts, rising):
         for key in ("boxes", "rles"):
             assert [image[key][r] for r in image["regions"]] == [full[key][full["regions"][i]] for i in rows]
         assert len(image["boxes"]) == len({*image["regions"]}) and image["top"] == full["top"]
-    if rising:  # nearly all was admitted when it came
+    if rising:  # nearly all detections were admitted when they came
         size = sum(path.stat().st_size for path in log.directory.iterdir())
         assert size < sum(path.stat().st_size for path in (tmp_path / "whole").iterdir()) / 1.5
 
@@ -146,7 +146,7 @@ def _two(rank, directories, store):
 def test_two_processes_without_common_disk(tmp_path, monkeypatch, disks):
     monkeypatch.setattr(prediction_log, "_CHUNK", 100)
     directories = [tmp_path / ("0" if disks == "common" else str(rank)) for rank in range(2)]
-    before = PredictionLog(directories[1], "one", ClassCap(3, 10))  # a run that was cut
+    before = PredictionLog(directories[1], "one", ClassCap(3, 10))  # an interrupted run
     before.open()
     before.append(predict(1))
     torch.multiprocessing.start_processes(_two, (directories, tmp_path / "store"), 2, start_method="fork")

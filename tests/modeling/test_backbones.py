@@ -1,4 +1,4 @@
-"""CLIP's image encoder as a backbone: the feature map is that of the encoder itself, each place that of its patch."""
+"""CLIP's image encoder as a backbone: its feature map equals the encoder's, patch by patch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""CLIP on crops is what CLIP itself says of the crops."""
+"""The baseline's logits equal those of CLIP itself on the same crops."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ def mixed_batch():
 
 
 def assert_same(one: Instances, other: Instances, tolerance: float = 1e-5):
-    """Equal as sets of (region, class) pairs: pairs whose scores all but tie may change places."""
+    """Equal as sets of (region, class) pairs: pairs with nearly equal scores may change places."""
     assert len(one) == len(other)
     order = [torch.argsort(x.region_indices * 1000 + x.pred_classes) for x in (one, other)]
     one, other = one[order[0]], other[order[1]]
@@ -258,7 +258,7 @@ def test_tiny_model_overfits_eight_images():
     optimizer = torch.optim.AdamW(model.recognizer.knowledge_integration.parameters(), lr=7e-4)
     batch = [as_inputs(i) for i in range(8)]
     images, boxes = [x["image"] for x in batch], [x["instances"].gt_boxes for x in batch]
-    tokens = model.recognizer.position_tokens(images, boxes)  # of the frozen parts, once
+    tokens = model.recognizer.position_tokens(images, boxes)  # computed once by the frozen parts
     feature_maps = model.recognizer.vision_language.encode_images(images)
     stored = [{**x, "tokens": t, "feature_map": m} for x, t, m in zip(batch, tokens, feature_maps)]
     with torch.no_grad():  # start where the tokens of a random SAM differ: half the steps

@@ -53,7 +53,7 @@ HALF = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 5]])  # IoU 0.5, to the bit
 
 
 def test_scores_at_the_threshold_are_kept():
-    """What scores, overlaps or is as probable as a threshold says exactly is on the side that the docs say."""
+    """Scores, IoUs and probabilities exactly at a threshold fall on the documented side."""
     scores = torch.tensor([[0.5, 0.25], [0.125, 0.0]])
     detections = DetectionRule(score_thresh=0.25).select(HALF, scores, (50, 50))
     assert detections.scores.tolist() == [0.5, 0.25]  # "scoring lower are dropped"
@@ -81,7 +81,7 @@ def test_overlap_at_the_threshold_is_kept():
 
 
 def test_background_names_come_last():
-    probabilities = torch.eye(4)  # each region is of one name; the last two are the background's
+    probabilities = torch.eye(4)  # one name for each region; the last two are background names
     assert DetectionRule().is_unknown(probabilities, 2).tolist() == [False, False, True, True]
     assert not DetectionRule().is_unknown(probabilities).any()
 
@@ -118,7 +118,7 @@ def test_background_names_make_regions_unknown():
 
 
 def random_detections(number, seed):
-    """Return detections of which many overlap and some tie."""
+    """Return detections, many of which overlap and some of which tie."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(number, 2, generator=generator) * 30
     detections = Instances((50, 50), pred_boxes=Boxes(torch.cat([corners, corners + 15], dim=1)))
@@ -143,13 +143,13 @@ def test_merging_by_score():
     named = make_detections([[0, 0, 10, 10], [0, 0, 10, 10], [30, 30, 40, 40]], [0.5, 0.4, 0.3], [5, 6, 7])
     preferred = make_detections([[1, 0, 10, 10], [30, 30, 40, 41]], [0.45, 0.9], [0, 1])
     merged = merge_detections(named, preferred, 0.5, -1)
-    # the first object is ours (0.5 beats 0.45), and both of our names for it stay; the other is theirs
+    # the first object stays named (0.5 beats 0.45), with both of its names; the second is the preferred source's
     assert merged.pred_classes.tolist() == [1, 5, 6]
     assert merge_detections(named, preferred, 1.0, -1).pred_classes.tolist() == [1, 5, 0, 6, 7]
     assert merge_detections(named, preferred, 1.0, 2).pred_classes.tolist() == [1, 5]
     assert merge_detections(make_detections([], [], []), preferred, 0.5, -1).pred_classes.tolist() == [1, 0]
     tied = make_detections([[0, 0, 10, 10]], [0.45], [9])
-    assert merge_detections(tied, preferred[:1], 0.5, -1).pred_classes.tolist() == [0]  # theirs
+    assert merge_detections(tied, preferred[:1], 0.5, -1).pred_classes.tolist() == [0]  # the preferred one
 
 
 def test_suppressed_detections_suppress_nothing():
@@ -164,7 +164,7 @@ def test_merging_is_greedy_between_sources(number, others):
     kept = []
     candidates = [(x, i, False) for i, x in enumerate(preferred.scores.tolist())]
     candidates += [(x, i, True) for i, x in enumerate(named.scores.tolist())]
-    for _, index, is_named in sorted(candidates, key=lambda x: -x[0]):  # stable: theirs first
+    for _, index, is_named in sorted(candidates, key=lambda x: -x[0]):  # stable: preferred ones first
         box = (named if is_named else preferred).pred_boxes[index]
         rivals = [other for other, source in kept if source != is_named]
         if not any(pairwise_iou(box, other.pred_boxes) > 0.3 for other in rivals):
@@ -175,7 +175,7 @@ def test_merging_is_greedy_between_sources(number, others):
 
 
 class CountScalars(TorchDispatchMode):
-    """Counts reads of single numbers, each of which waits for an accelerator."""
+    """Counts reads of single values, each of which waits for an accelerator."""
 
     number = 0
 

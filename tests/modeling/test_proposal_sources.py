@@ -1,4 +1,4 @@
-"""Proposals that are computed at inference; tests/engine/test_evaluate.py has them in whole evaluations."""
+"""Proposals that are computed at inference; tests/engine/test_evaluate.py evaluates with them."""
 
 import pytest
 import torch

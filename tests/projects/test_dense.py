@@ -37,7 +37,7 @@ def build(name, *overrides):
 
 
 def batch():
-    """Images of different sizes, whose outputs are larger, smaller, stretched, and as they are."""
+    """Images of different sizes; their outputs are larger, smaller, stretched, and of the same size."""
     sizes = [(96, 128), (30, 20), (50, 100), None]
     inputs = [as_inputs(i, size) for i, size in enumerate([(48, 64), (64, 40), (50, 50), (90, 130)])]
     for x, size in zip(inputs, sizes):
@@ -96,7 +96,7 @@ def test_image_without_boxes():
 
 
 def train_a_little(model, cfg, inputs, steps=3):
-    """Return what has changed: keys of the state dict; and the last losses."""
+    """Return the keys of the state dict that have changed, and the last losses."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     cfg.optimizer.params.model = model
     cfg.optimizer.lr = 1e-3
@@ -118,7 +118,7 @@ def test_training_changes_only_attention_module(name):
     assert {key for key, value in model.named_parameters() if value.requires_grad} == attention
     changed, losses = train_a_little(model, tiny_dense_config(name), inputs)
     assert changed == attention and len(attention) > 20 and set(losses) == {"loss_regionspot"}
-    assert any("running_mean" in key for key in model.state_dict())  # of BatchNorm, which would have changed
+    assert any("running_mean" in key for key in model.state_dict())  # BatchNorm's, which training would have changed
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -216,7 +216,7 @@ WHOLE = ["model.freeze=False", "model.detector_weights=''", "optimizer.lr=3e-3",
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A user's files: a data set, frozen weights, a config that names them, and a detector that was trained by it."""
+    """A user's files: a data set, frozen weights, a config that names them, and a detector trained with it."""
     directory = tmp_path_factory.mktemp("user")
     write_dataset(directory / "data").rename(directory / "my.json")
     (directory / "data" / "images").rename(directory / "my_images")
@@ -238,7 +238,9 @@ def directory(tmp_path_factory):
 
 
 def test_two_processes_train_and_one_resumes(directory, monkeypatch):
-    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # nothing need be imported again
+    forked = partial(
+        torch.multiprocessing.start_processes, start_method="fork"
+    )  # saves the imports
     output = f"train.output_dir={directory}/two"
     with monkeypatch.context() as patch:
         patch.setattr(torch.multiprocessing, "start_processes", forked)

@@ -1,4 +1,4 @@
-"""The guide of projects/README.md does what it says, on detectors that no project prepared."""
+"""The snippets of projects/README.md work, on detectors that no project prepared."""
 
 import re
 
@@ -20,7 +20,7 @@ GUIDE = re.findall(r"```python\n(.*?)```", (ROOT / "projects" / "README.md").rea
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """A user's directory: a detector of theirs, its weights, and a RegionSpot checkpoint."""
+    """A user's directory: a detector, its weights, and a RegionSpot checkpoint."""
     host = load_config(ROOT / "tests" / "tiny_rcnn.yaml", [*NO_HEAD])
     (tmp_path / "your_detector.yaml").write_text(host.dump())
     DetectionCheckpointer(build_model(host), str(tmp_path)).save("your_detector")

@@ -60,7 +60,7 @@ def run_project(directory, output, *options, processes=1, more=()):
 
 
 def metrics_of(log):
-    """Return the numbers of Detectron2's last line of results of boxes."""
+    """Return the metrics in Detectron2's last line of results of boxes."""
     lines = [line for line in log.splitlines() if "copypaste: " in line]
     at = next(i for i, line in enumerate(lines) if "Task: bbox" in line)
     return [float(value) for value in lines[at + 2].split("copypaste: ")[1].split(",")]
@@ -82,7 +82,7 @@ def test_training_in_one_and_two_processes(directory, joint):
     assert "copypaste: Task: bbox" in log
     first, last = trained_state(directory / "one" / "model_0000000.pth"), trained_state(joint)
     two = trained_state(directory / "two" / "model_final.pth")
-    for key, value in first.items():  # host and frozen parts stay, of one process or two
+    for key, value in first.items():  # the host and frozen parts stay, in one process and in two
         for state in (last, two):
             assert torch.equal(state[key], value) != ("knowledge_integration" in key), key
 
@@ -116,7 +116,7 @@ def test_shipped_configs_with_zoo_detectors(name):
     if name.endswith("keep_coco"):
         predictor = model.roi_heads.host.box_predictor
         torch.nn.init.zeros_(predictor.cls_score.weight)
-        predictor.cls_score.bias.data[0] = 10  # persons, all of them
+        predictor.cls_score.bias.data[0] = 10  # detects only persons
     [output] = model([{**as_inputs(0), "height": 96, "width": 128}])
     detections = output["instances"]
     assert 0 < len(detections) <= 300 and detections.pred_boxes.tensor[:, 2].max() <= 128
@@ -134,7 +134,7 @@ def test_predictor_loads_joint_checkpoint(directory, joint):
 
 
 def test_default_trainer_and_lvis_evaluator(directory):
-    """No code of ours but the head: ``DefaultTrainer`` trains, its ``test`` evaluates."""
+    """Only the head is RegionSpot's: ``DefaultTrainer`` trains, its ``test`` evaluates."""
     more = ("SOLVER.MAX_ITER", 3, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value")
     cfg = load_config(CONFIG, overrides(directory, "theirs", *more))
     (directory / "theirs").mkdir()
@@ -159,7 +159,7 @@ def test_default_trainer_and_lvis_evaluator(directory):
 
 
 def test_resume_matches_uninterrupted_run(directory):
-    """With accumulation and an average; images come in batches of one orientation."""
+    """With accumulation, an average, and batches of images of the same orientation."""
     options = ("SOLVER.ACCUMULATE", 2, "SOLVER.EMA.ENABLED", True, "SEED", 3)
     options += ("SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")
     options += ("MODEL.REGIONSPOT.VOCABULARY", ",".join(NAMES))

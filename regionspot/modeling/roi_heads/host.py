@@ -28,7 +28,7 @@ def build_host_heads(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Modu
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NAME = name
-    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False  # masks are SAM's; keypoints of open classes do not exist
     return build_roi_heads(cfg, input_shape)
 
 
@@ -94,10 +94,7 @@ class BoxSelection:
     ) -> tuple[list[Boxes], list[torch.Tensor | None]]:
         """Return the boxes to recognize of B images, and their scores in [0, 1].
 
-        Args:
-            heads: the host's own, one of ``HOSTS``; needed for refined boxes only.
-            features: feature maps of the host's backbone.
-            proposals: B ``Instances`` with ``proposal_boxes`` and, optionally, their scores.
+        ``heads`` are one of ``HOSTS``; they and the backbone's ``features`` are needed for refined boxes only.
         """
         if self.is_refined:
             assert heads is not None

@@ -40,10 +40,6 @@ class HostVocabulary:
         aliases = read_aliases(node.HOST_ALIASES, names) if node.HOST_ALIASES else {}
         return cls(names, aliases, node.MERGE_NMS_THRESH)
 
-    def match(self, vocabulary: Sequence[str]) -> tuple[int, ...]:
-        """Return the index in ``vocabulary`` of each of the host's classes, -1 for none."""
-        return match_names(self.names, vocabulary, self.aliases)
-
 
 def read_aliases(path: str | Path, host_names: Sequence[str]) -> dict[str, str | None]:
     """Read a JSON object from the host's names to names to recognize, or to null for none.
@@ -69,6 +65,7 @@ def match_names(
     that differs just in case, underscores, hyphens, spaces and brackets; the only name of an LVIS category with the
     host's name as a synonym; the only name that differs just in a final s. An ambiguous name matches none.
     """
+    # Called for every batch, with the names of a data set: cached, and thereby logged once.
     return _match(tuple(host_names), tuple(names), tuple((aliases or {}).items()))
 
 

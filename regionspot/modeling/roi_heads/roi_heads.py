@@ -19,7 +19,7 @@ from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.postprocessing import DetectionRule, merge_detections
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.roi_heads.host import BoxSelection, HostImages, build_host_heads
-from regionspot.modeling.roi_heads.host_vocabulary import HostVocabulary
+from regionspot.modeling.roi_heads.host_vocabulary import HostVocabulary, match_names
 from regionspot.structures import Prompts, check_boxes, check_targets
 from regionspot.vocabulary import VocabularySource, dataset_names
 
@@ -76,6 +76,7 @@ class RegionSpotROIHeads(ROIHeads):
         self.host, self.host_vocabulary = host, host_vocabulary
         self.masks, self.freeze = masks, freeze
         self.host_is_frozen = False
+        # hooks rather than an override of load_state_dict, which a host that holds this head would not call
         self.register_load_state_dict_pre_hook(_to_own_keys)
         self.register_state_dict_post_hook(_to_host_keys)
         self.register_load_state_dict_post_hook(_forgive_loaded_parts)
@@ -157,6 +158,7 @@ class RegionSpotROIHeads(ROIHeads):
     def _detect(
         self, images: list[torch.Tensor], features: dict[str, torch.Tensor], proposals: list[Instances]
     ) -> list[Instances]:
+        # A host with diverged weights proposes NaN: say so before SAM turns them into arbitrary masks.
         for i, image_proposals in enumerate(proposals):
             what = f"proposals of image {i} of the batch"
             check_boxes(image_proposals.proposal_boxes.tensor, image_proposals.image_size, what)
@@ -165,10 +167,11 @@ class RegionSpotROIHeads(ROIHeads):
         if self.host_vocabulary is None:
             return [result.detections for result in self.recognizer.recognize(images, boxes, scores, masks=masks)]
         assert self.host is not None
-        matches = torch.tensor(self.host_vocabulary.match(self.recognizer.vocabulary))  # (K of the host,)
+        known_names, names = self.host_vocabulary, self.recognizer.vocabulary
+        matches = torch.tensor(match_names(known_names.names, names, known_names.aliases))  # (K of the host,)
         host_detections, _ = self.host(None, features, proposals)  # at inference none of HOSTS uses the images
         known = [_rename_classes(detections, matches) for detections in host_detections]
-        others = ~torch.isin(torch.arange(len(self.recognizer.vocabulary)), matches)
+        others = ~torch.isin(torch.arange(len(names)), matches)  # (K,) RegionSpot detects what the host does not know
         encoded = self.recognizer.encode_images(images)  # once, for RegionSpot's boxes and masks of the host's
         named = self.recognizer.recognize(images, boxes, scores, None, masks, others, encoded)
         prompts = [Prompts(boxes=detections.pred_boxes.tensor) for detections in known]
@@ -212,6 +215,7 @@ class RegionSpotROIHeads(ROIHeads):
             )
         for i, target in enumerate(targets):
             check_targets(target, self.num_classes, f"image {i} of the batch")
+        # annotated boxes are among the proposals (PROPOSAL_APPEND_GT), so that an untrained RPN is no obstacle
         sampled = self.label_and_sample_proposals(proposals, targets)
         regions = [x[x.gt_classes != self.num_classes] for x in sampled]
         boxes, classes = [x.proposal_boxes for x in regions], [x.gt_classes for x in regions]

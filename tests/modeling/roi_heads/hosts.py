@@ -31,7 +31,7 @@ def bgr(inputs):
 
 
 def with_proposals(index, size=(48, 64), output=None):
-    """Return a drawn scene with its boxes as scored proposals, as a host sees it."""
+    """Return a drawn scene with its boxes as scored proposals, in a host's format."""
     inputs = as_inputs(index, size)
     proposals = Instances(size, proposal_boxes=inputs["instances"].gt_boxes)
     proposals.objectness_logits = torch.linspace(2, -1, len(proposals))
@@ -40,7 +40,7 @@ def with_proposals(index, size=(48, 64), output=None):
 
 
 def train(model, batches=3, rate=1e-2):
-    """Train as a host does: over all that takes a gradient; return the losses."""
+    """Train all parameters that take a gradient, as a host does; return the losses."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.1)
     losses = []

@@ -1,4 +1,4 @@
-"""The host's own heads and images: refined boxes, their scores, and the images that the host was given."""
+"""The host's own heads and images: refined boxes, their scores, and the original images."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What learns of a detector with a RegionSpot head."""
+"""Which parameters of a detector with a RegionSpot head learn."""
 
 import copy
 

@@ -198,7 +198,7 @@ def test_checkpoints_joint_and_apart(tmp_path, caplog):
     train(trained)
     DetectionCheckpointer(plain, str(tmp_path)).save("host")
     DetectionCheckpointer(trained, str(tmp_path)).save("joint")
-    RegionSpotCheckpointer(trained, str(tmp_path)).save("head")  # in the released layout, without frozen parts
+    RegionSpotCheckpointer(trained, str(tmp_path)).save("head")  # released layout, without frozen parts
     write_frozen_parts(trained.roi_heads.recognizer, tmp_path)
     expected = trained.eval()([bgr(as_inputs(0))])[0]["instances"]
 
@@ -218,11 +218,13 @@ def test_checkpoints_joint_and_apart(tmp_path, caplog):
         assert_same(model.eval()([bgr(as_inputs(0))])[0]["instances"], expected, 1e-6)
 
     spot = tiny_model()
-    RegionSpotCheckpointer(spot).load(str(tmp_path / "joint.pth"))  # the head of a joint one, for any other way in
+    RegionSpotCheckpointer(spot).load(
+        str(tmp_path / "joint.pth")
+    )  # the head of a joint checkpoint, in RegionSpot itself
     assert equal(spot.recognizer, trained.roi_heads.recognizer)
     host = rcnn(*NO_HEAD)
     scramble(host)
-    DetectionCheckpointer(host).load(str(tmp_path / "joint.pth"))  # and its host, for a detector without us
+    DetectionCheckpointer(host).load(str(tmp_path / "joint.pth"))  # and its host, in a detector without RegionSpot
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in host.state_dict().items())
 
 
