@@ -33,9 +33,7 @@ def write_backend(args):
 
 
 def test_cpu_processes_use_gloo_beside_gpus(two_gpus, tmp_path, monkeypatch):
-    forked = partial(
-        torch.multiprocessing.start_processes, start_method="fork"
-    )  # saves the imports
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # saves the imports
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
     args = Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto", directory=tmp_path)
     launch(write_backend, args, "cpu")

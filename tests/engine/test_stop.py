@@ -122,9 +122,7 @@ def train_in_process(args):
 
 def test_two_stopped_processes_resume_exactly(scenes, tmp_path, monkeypatch):  # noqa: F811
     torch.set_num_threads(1)
-    forked = partial(
-        torch.multiprocessing.start_processes, start_method="fork"
-    )  # saves the imports
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # saves the imports
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
 
     def train_two(output, stops=False):

@@ -125,9 +125,7 @@ def train_process(args):
 
 @pytest.mark.parametrize("precision", [torch.float16, None])
 def test_processes_agree_on_infinite_loss(cfg, tmp_path, monkeypatch, precision):
-    forked = partial(
-        torch.multiprocessing.start_processes, start_method="fork"
-    )  # saves the imports
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # saves the imports
     monkeypatch.setattr(torch.multiprocessing, "start_processes", forked)
     group = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
     launch(train_process, Namespace(**group, cfg=cfg, directory=tmp_path, precision=precision), "cpu")

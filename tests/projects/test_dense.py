@@ -238,9 +238,7 @@ def directory(tmp_path_factory):
 
 
 def test_two_processes_train_and_one_resumes(directory, monkeypatch):
-    forked = partial(
-        torch.multiprocessing.start_processes, start_method="fork"
-    )  # saves the imports
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")  # saves the imports
     output = f"train.output_dir={directory}/two"
     with monkeypatch.context() as patch:
         patch.setattr(torch.multiprocessing, "start_processes", forked)
