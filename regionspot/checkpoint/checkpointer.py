@@ -111,7 +111,7 @@ class RegionSpotCheckpointer(SafeDetectionCheckpointer):
 
         Returns the other contents of the file, such as ``iteration``; raises as ``load_weights``.
         """
-        # A resumed run goes on with the weights that the optimizer changed; all others want their average.
+        # A resumed run continues with the weights that the optimizer changed; all others want their average.
         is_resuming = checkpointables is None and "trainer" in self.checkpointables
         rest = load_weights(self.recognizer, path, self.frozen_sources, prefer_average=not is_resuming)
         for key in self.checkpointables if checkpointables is None else checkpointables:
