@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -18,7 +18,6 @@ from regionspot.engine import Trainer, TrainingPlan, launch, set_up_run
 from regionspot.engine.evaluate import load_host
 from regionspot.engine.optimizer import clip_before_steps
 from regionspot.engine.train_loop import autocast_precision
-from regionspot.utils.command_line import run_command
 from regionspot.utils.run_lock import run_lock
 from regionspot.vocabulary import dataset_names
 
@@ -109,7 +108,3 @@ def train_or_evaluate(cfg: DictConfig, args: Namespace) -> Any:
 def start(args: Namespace) -> None:
     """Start the processes of the command line."""
     launch(main, args, load(args).train.device)
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(start, args, kept="the checkpoints so far are kept", options=["--resume"])

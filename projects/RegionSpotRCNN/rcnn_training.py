@@ -2,7 +2,7 @@
 
 import contextlib
 from argparse import Namespace
-from typing import Any, NoReturn
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader, get_detection_dataset_dicts
@@ -30,7 +30,6 @@ from regionspot.engine.evaluate import load_host
 from regionspot.engine.optimizer import build_lr_scheduler, build_optimizer
 from regionspot.engine.run_setup import log_size
 from regionspot.evaluation import DetectionLVISEvaluator
-from regionspot.utils.command_line import run_command
 from regionspot.utils.run_lock import run_lock
 
 
@@ -114,7 +113,3 @@ def train_or_evaluate(cfg: CfgNode, args: Namespace) -> Any:
 def start(args: Namespace) -> None:
     """Start the processes of the command line."""
     launch(main, args, load_config(args.config_file, args.opts).MODEL.DEVICE)
-
-
-def run(args: Namespace) -> NoReturn:
-    run_command(start, args, kept="the checkpoints so far are kept", options=["--resume"])

@@ -11,7 +11,8 @@ Examples:
 from regionspot_cli.command import Command
 from regionspot_cli.commands import parse_train
 
-COMMAND = Command(parse_train, "rcnn_training", __doc__)  # the module beside this file
+# the module beside this file
+COMMAND = Command(parse_train, "rcnn_training", __doc__, "the checkpoints so far are kept", "start")
 
 if __name__ == "__main__":
     COMMAND.run()
