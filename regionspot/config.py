@@ -25,7 +25,7 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     # "dataset:coco_2017_val", or "" for those of the data set in use.
     node.VOCABULARY = ""
 
-    # Which of SAM's tokens stands for a region: "prompt_encoder", "transformer" or "mlp".
+    # Which of SAM's tokens represents a region: "prompt_encoder", "transformer" or "mlp".
     node.TOKEN_STAGE = "transformer"
 
     _add_inference_config(node)
@@ -55,7 +55,7 @@ def _add_inference_config(node: CfgNode) -> None:
     # Class probabilities from logits: "softmax" over the vocabulary or "sigmoid".
     node.SCORE_FUNCTION = "softmax"
     # Score of a detection: "product" of the proposal's score (if it has one) and the class probability, or either
-    # alone: "class" or "proposal" (which goes to the best class).
+    # alone: "class" or "proposal" (for the best class only).
     node.SCORE_RULE = "product"
     # Best classes of a region that may become detections; -1 for all.
     node.LABELS_PER_BOX = -1
@@ -107,14 +107,14 @@ def _add_head_config(node: CfgNode) -> None:
     # file; PROPOSALS.TOP_K limits the boxes per image, SAM.PROMPT_CHUNK how many are decoded at once. With VOCABULARY
     # "" the names are those of the first of DATASETS.TEST; training uses those of DATASETS.TRAIN.
     node.HEAD = CfgNode()
-    # The config that this one stands on, a path or a name in Detectron2's model zoo, and with it the zoo's weights (a
-    # GeneralizedRCNN becomes a RegionSpotRCNN); read by ``load_config`` alone. "" where the host's config is merged in
-    # by other means.
+    # The host's config, a path or a name in Detectron2's model zoo, which this config overrides. It sets the zoo's
+    # weights, and a GeneralizedRCNN becomes a RegionSpotRCNN. Only ``load_config`` reads it; leave it "" if you merge
+    # the host's config yourself.
     node.HEAD.HOST_CONFIG = ""
     # A RegionSpot checkpoint, released or your own, read when the model is built; "" leaves the attention random.
     node.HEAD.WEIGHTS = ""
-    # True: nothing but the knowledge integration learns; training wants MODEL.META_ARCHITECTURE RegionSpotRCNN, which
-    # freezes the rest. False: the host learns, too, by its own losses.
+    # True: only the knowledge integration learns; training needs MODEL.META_ARCHITECTURE RegionSpotRCNN, which freezes
+    # the rest. False: the host is also trained, with its own losses.
     node.HEAD.FREEZE_HOST = True
     # Boxes to recognize: the "proposals" of the host's RPN, or these "refined" by the host's box regression.
     node.HEAD.BOXES = "proposals"
@@ -151,7 +151,7 @@ def _add_training_config(cfg: CfgNode) -> None:
     # size, as long as the shorter side keeps this many pixels (for example CLIP's input size). 0 decodes it fully.
     cfg.INPUT.REDUCED_JPEG = 0
     # Images with more than 8 bits per channel (depth, thermal, 12-bit cameras) are scaled to 8: the (lowest, highest)
-    # value, such as (0, 65535), becomes 0 and 255; () takes each image's own.
+    # value, such as (0, 65535), becomes 0 and 255; () uses those of each image.
     cfg.INPUT.DEEP_RANGE = ()
 
     # "AdamW" (the paper's) or "SGD" (Detectron2's).

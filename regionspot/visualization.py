@@ -1,4 +1,4 @@
-"""Drawings of recognized regions, and of what they attend to in the feature map."""
+"""Drawings of recognized regions, and their attention to the feature map."""
 
 from typing import Any
 

@@ -112,6 +112,13 @@ def parse_train(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return args
 
 
+def parse_project(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse the command line of a ``projects/*/train_net.py``, whose evaluation keeps no predictions."""
+    args = parse_train(parser, arguments)
+    args.kept, args.resume_options = "the checkpoints so far are kept", ["--resume"]
+    return args
+
+
 def parse_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     add_launch(parser)
     parser.set_defaults(eval_only=True)

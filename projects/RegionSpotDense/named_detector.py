@@ -27,7 +27,7 @@ def load_detector(detector: nn.Module, weights: str) -> nn.Module:
 
 
 class NamedDetector(nn.Module):
-    """A detector finds boxes, whatever it calls them; the recognizer names them over any vocabulary."""
+    """A detector finds boxes, whatever their classes; the recognizer names them over any vocabulary."""
 
     def __init__(
         self,
@@ -43,17 +43,17 @@ class NamedDetector(nn.Module):
     ) -> None:
         """
         Args:
-            detector: any model of Detectron2's contract that gives ``instances`` with ``pred_boxes`` and ``scores`` in
-                [0, 1]: RetinaNet, FCOS, ...
-            recognizer: the model proper; its ``rule`` says how detections follow from boxes and names.
+            detector: any model with Detectron2's contract that returns ``instances`` with ``pred_boxes`` and ``scores``
+                in [0, 1]: RetinaNet, FCOS, ...
+            recognizer: names the boxes; its ``rule`` has the thresholds.
             input_format: channel order of the detector's images, "RGB" or "BGR".
             detector_weights: file or URL of the detector's own checkpoint; "" leaves it as it is.
             masks: whether detections have SAM's masks.
-            freeze: let nothing of the detector learn. Else it learns by its own losses, and its classes must be those
-                of the data set.
-            box_nms_thresh: of two boxes with more IoU than this only the better is named, whatever the detector calls
-                them (it may give a box once for every class); 1 for none.
-            top_k: boxes kept of an image, best first; -1 for all.
+            freeze: whether the detector is frozen. Otherwise its own losses train it, and its classes must be those of
+                the data set.
+            box_nms_thresh: IoU of the class-agnostic suppression before naming (a detector may return a box once for
+                every class); 1 for none.
+            top_k: number of best boxes to keep of an image; -1 for all.
         """
         super().__init__()
         self.input_format = check_image_format(input_format, "input_format")
@@ -63,7 +63,7 @@ class NamedDetector(nn.Module):
         load_detector(detector, detector_weights)
         if freeze:
             freeze_host(self)
-        self.register_load_state_dict_pre_hook(_to_our_keys)
+        self.register_load_state_dict_pre_hook(_translate_keys)
 
     def set_vocabulary(self, names: str | Sequence[str], key: str = "default") -> None:
         """Recognize ``names`` from now on, see ``RegionRecognizer.set_vocabulary``."""
@@ -74,7 +74,7 @@ class NamedDetector(nn.Module):
 
         Args:
             batched_inputs: one dict an image: ``image`` (3, H, W), uint8 or float in [0, 255], of any sizes;
-                ``height`` and ``width``, the output size wanted (by default the image's own); in training
+                ``height`` and ``width``, the output size (by default the image's own); in training
                 ``instances`` with ``gt_boxes`` (XYXY, pixels of ``image``) and ``gt_classes`` (of the vocabulary).
 
         Returns:
@@ -82,14 +82,15 @@ class NamedDetector(nn.Module):
             ``{"instances": Instances}`` at output size, as ``RegionRecognizer.forward`` describes them.
 
         Raises:
-            KeyError: an image to train with has no annotations.
+            KeyError: a training image without annotations.
             ValueError: an invalid annotated box, or a class outside the vocabulary.
         """
         if self.training:
             return self._losses(batched_inputs)
         frames = [(x["image"].shape[-2], x["image"].shape[-1]) for x in batched_inputs]
         sizes = [(int(x.get("height", h)), int(x.get("width", w))) for x, (h, w) in zip(batched_inputs, frames)]
-        with torch.no_grad():  # an output as large as the image has its boxes in the image's own frame
+        # The recognizer needs boxes in the frame of the image, so the detector's output has the image's size.
+        with torch.no_grad():
             outputs = self.detector([{**x, "height": h, "width": w} for x, (h, w) in zip(batched_inputs, frames)])
             boxes, scores = zip(*(self._regions(x["instances"], size) for x, size in zip(outputs, frames)))
             masks = "bitmask" if self.masks else ""
@@ -101,7 +102,7 @@ class NamedDetector(nn.Module):
         return [to_rgb(inputs["image"], self.input_format) for inputs in batched_inputs]
 
     def _regions(self, detections: Instances, size: tuple[int, int]) -> tuple[Boxes, torch.Tensor | None]:
-        """Return the boxes to name, of those found in an image of (height, width), and their (N,) scores."""
+        """Return the best boxes of an image of (height, width), and their (N,) scores."""
         return read_proposals(
             to_proposals(detections.pred_boxes.tensor, detections.scores, size), self.top_k, self.box_nms_thresh
         )
@@ -113,7 +114,7 @@ class NamedDetector(nn.Module):
         return losses if self.frozen else {**losses, **self.detector(batched_inputs)}
 
 
-def _to_our_keys(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, *__: object) -> None:
+def _translate_keys(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, *__: object) -> None:
     """Let a checkpoint in the released layout, such as one of the attention module alone, load into the recognizer."""
     translate_released_keys(state, f"{prefix}recognizer.")
     if state and not any(key.startswith(f"{prefix}recognizer.") for key in state):

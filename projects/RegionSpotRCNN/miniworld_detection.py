@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Open-vocabulary detection in miniature: a small Faster R-CNN finds objects, RegionSpot names them, novel ones, too.
+"""Open-vocabulary detection in miniature: a small Faster R-CNN finds objects, RegionSpot names them, also novel ones.
 
 Trains the detector twice, on base boxes of one class ("object") and as a closed-set detector of the base names, and
 RegionSpot's attention module (or takes --weights), and evaluates on scenes with objects of classes without annotations.
@@ -37,7 +37,7 @@ from regionspot.visualization import draw_labels
 CONFIGS = Path(__file__).resolve().parent / "configs" / "miniworld"
 
 
-def register_hosts_data(split: str) -> None:
+def register_host_data(split: str) -> None:
     """Register the training set with one class, and a split to test on as a detector of the base names sees it."""
 
     def objects() -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def register_hosts_data(split: str) -> None:
     DatasetCatalog.get("miniworld_train"), DatasetCatalog.get(f"miniworld_{split}")  # names come with annotations
     train, test = MetadataCatalog.get("miniworld_train"), MetadataCatalog.get(f"miniworld_{split}")
     labels, test_labels = train.thing_dataset_id_to_contiguous_id, test.thing_dataset_id_to_contiguous_id
-    others = [category for category in test_labels if category not in labels]  # which it never predicts
+    others = [category for category in test_labels if category not in labels]  # the detector never predicts these
     DatasetCatalog.register(f"miniworld_{split}_closed", lambda: DatasetCatalog.get(f"miniworld_{split}"))
     MetadataCatalog.get(f"miniworld_{split}_closed").set(
         json_file=test.json_file,
@@ -116,9 +116,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="RegionSpot's, such as those of make demo; trained by default")
     parser.add_argument("--train", type=int, default=3200, help="training scenes")
     parser.add_argument("--test", type=int, default=200, help="scenes to evaluate on")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="that they are of")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="split of these scenes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="drawing processes")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return parser.parse_args()
 
@@ -128,7 +128,7 @@ def main() -> None:
     setup_logger()
     start = time.perf_counter()
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, args.workers)
-    register_hosts_data(args.split)
+    register_host_data(args.split)
     agnostic, closed = train_host("class-agnostic", args), train_host("closed-set", args)
     spot = train_recognizer(args)
     rows = {

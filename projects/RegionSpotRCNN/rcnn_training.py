@@ -39,7 +39,7 @@ class Trainer(engine.Trainer):
     def __init__(self, cfg: CfgNode) -> None:
         """Build what ``cfg`` names; weights are loaded by ``resume_or_load``."""
         self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # the head looks up their names when it is built
+        check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # the head needs their names when it is built
         plan, model = TrainingPlan.from_config(cfg), build_model(cfg)
         log_size(model)
         optimizer = build_optimizer(cfg, model)

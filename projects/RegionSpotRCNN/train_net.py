@@ -9,10 +9,9 @@ Examples:
 """
 
 from regionspot_cli.command import Command
-from regionspot_cli.commands import parse_train
+from regionspot_cli.commands import parse_project
 
-# the module beside this file
-COMMAND = Command(parse_train, "rcnn_training", __doc__, "the checkpoints so far are kept", "start")
+COMMAND = Command(parse_project, "rcnn_training", __doc__, start="start")  # the module beside this file
 
 if __name__ == "__main__":
     COMMAND.run()

@@ -61,7 +61,7 @@ def load_host(model: nn.Module, weights: str, output_dir: str, resume: bool = Fa
     Args:
         model: the detector, with RegionSpot inside or before it gets it.
         weights: its checkpoint, "" for none.
-        output_dir: directory of a run, whose last checkpoint ``resume`` prefers.
+        output_dir: directory of a run; ``resume`` prefers its last checkpoint.
     """
     has_recognizer = any(isinstance(module, RegionRecognizer) for module in model.modules())
     average = {"ema": find_recognizer(model).knowledge_integration} if has_recognizer else {}
@@ -106,7 +106,7 @@ def _hash_config(cfg: CfgNode) -> str:
 
 
 def choose_metric(cfg: CfgNode, name: str) -> str:
-    """Return the metric of a data set: ``TEST.PROTOCOL``, or what its metadata say.
+    """Return the metric of a data set: ``TEST.PROTOCOL``, or by default that of its metadata.
 
     Raises:
         ValueError: unknown protocol, LVIS's for a data set of another kind, or metadata without a known evaluator.

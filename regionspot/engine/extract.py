@@ -170,7 +170,7 @@ def _outdated_shards(writer: StoreWriter, records: "_OriginalImages", shards: Se
         files, left_out = writer.image_files(shard), writer.left_out(shard)
         index_of = {int(image_id): row for row, image_id in zip(rows, records.ids[rows.start : rows.stop])}
         lacks_images = left_out and (
-            not records.skip_damaged or any(records.is_readable(index_of[image_id]) for image_id in left_out)
+            not records.skip_damaged or any("unreadable" not in records[index_of[image_id]] for image_id in left_out)
         )
         if lacks_images or not all(
             is_same_file(path_of_image(records.records, index_of[image_id]), file) for image_id, file in files.items()
@@ -209,13 +209,6 @@ class _OriginalImages(Dataset):
                 raise
             logger.warning("left out: %s", error)
             return {"image_id": self.records[index]["image_id"], "unreadable": str(error)}
-
-    def is_readable(self, index: int) -> bool:
-        try:
-            self.mapper.read_image(self.records[index])
-        except UnreadableImageError:
-            return False
-        return True
 
 
 def _extract_shard(

@@ -106,13 +106,14 @@ class UnreadableImages(HookBase):
         return set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.is_file() else set()
 
 
-class Throughput(HookBase):
-    """Logs images per second and the share of time spent waiting for data."""
+class Speed(HookBase):
+    """Logs images per second, and after the first steps of a run memory and remaining time (without evaluations)."""
 
-    def __init__(self, period: int = 20) -> None:
-        self.period = period
+    def __init__(self, period: int, device: torch.device, first_steps: int = 5) -> None:
+        self.period, self.device, self.first_steps = period, device, first_steps
 
     def after_step(self) -> None:
+        done = self.trainer.iter + 1 - self.trainer.start_iter
         if (self.trainer.iter + 1) % self.period == 0:
             latest = self.trainer.storage.histories()
             logger.info(
@@ -120,19 +121,9 @@ class Throughput(HookBase):
                 latest["images_per_second"].median(self.period),
                 100 * latest["data_share"].median(self.period),
             )
-
-
-class FirstSteps(HookBase):
-    """Logs after a run's first steps what it takes: memory, and the time left without evaluations."""
-
-    def __init__(self, device: torch.device, steps: int = 5) -> None:
-        self.device, self.steps = device, steps
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1 - self.trainer.start_iter
         if done == 1:  # the first step is not timed: it also starts workers and chooses kernels
             self.start = time.perf_counter()
-        if done == self.steps:
+        if done == self.first_steps:
             seconds, end = (time.perf_counter() - self.start) / (done - 1), self.trainer.max_iter
             left = timedelta(seconds=round(seconds * (end - self.trainer.iter - 1)))
             logger.info(

@@ -59,7 +59,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
 
     A warm-up longer than ``SOLVER.MAX_ITER`` would never reach the learning rate, and steps past it would never lower
     it: such a warm-up becomes a tenth of the training, and such steps are scaled so that the last is at 14/15 of it, as
-    in the paper. A warning gives the numbers.
+    in the paper. The log warns of both.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -69,7 +69,7 @@ class RegionSpotTrainer(Trainer):
         return self.test(self.cfg, self.model)
 
     def _check_token_stores(self) -> None:
-        """Refuse token stores that another SAM or CLIP made than the model's, whose weights are loaded by now."""
+        """Refuse token stores that another SAM or CLIP made; the model's weights must be loaded."""
         stores = [mapper.token_store for mapper in self.loop.data_loader.dataset.mappers if mapper.token_store]
         if not stores:
             return

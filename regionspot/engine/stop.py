@@ -1,4 +1,4 @@
-"""Training that is asked to stop (SIGTERM on a preempted machine, Ctrl-C) saves a checkpoint first."""
+"""Training that a signal stops (SIGTERM on a preempted machine, Ctrl-C) saves a checkpoint first."""
 
 import logging
 import os
@@ -53,7 +53,7 @@ class StopOnSignal(HookBase):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Stop if a signal came before, and inside the block as soon as one comes."""
+        """Stop if a signal was received before, and inside the block as soon as one is."""
         self.evaluation_due = True
         if self._agree():
             self._stop()

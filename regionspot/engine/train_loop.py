@@ -1,4 +1,4 @@
-"""One training step: mixed precision, gradient accumulation, and what happens when a loss is not a number."""
+"""One training step: mixed precision, gradient accumulation, and losses that are not finite."""
 
 import contextlib
 import logging

@@ -17,7 +17,7 @@ from torch import nn
 
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.checkpoint.loading import find_recognizer
-from regionspot.engine.hooks import BestCheckpointer, FirstSteps, Throughput, UnreadableImages, WeightAverage
+from regionspot.engine.hooks import BestCheckpointer, Speed, UnreadableImages, WeightAverage
 from regionspot.engine.optimizer import warn_of_jump
 from regionspot.engine.stop import StopOnSignal
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
@@ -114,7 +114,7 @@ class Trainer(TrainerBase):
 
     @abstractmethod
     def build_checkpointer(self, model: nn.Module, **checkpointables: Any) -> SafeDetectionCheckpointer:
-        """Return what saves and loads ``model`` in ``plan.output_dir``."""
+        """Return a checkpointer that saves and loads ``model`` in ``plan.output_dir``."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
@@ -135,8 +135,7 @@ class Trainer(TrainerBase):
             max_to_keep = plan.checkpoints_kept if plan.checkpoints_kept > 0 else None
             result += [
                 hooks.PeriodicCheckpointer(checkpointer, plan.checkpoint_period, max_to_keep=max_to_keep),
-                Throughput(plan.log_period),
-                FirstSteps(self.loop.device),
+                Speed(plan.log_period, self.loop.device),
                 hooks.PeriodicWriter(default_writers(plan.output_dir, self.max_iter), plan.log_period),
             ]
         return [*result, self.stop]  # last: it sees the step as the other hooks have left it

@@ -1,4 +1,4 @@
-"""Average precision and recall from matches: what LVIS's and COCO's metrics have in common."""
+"""Average precision and recall from matches, shared by LVIS's and COCO's metrics."""
 
 import logging
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The best detections of each class, while detections still come."""
+"""A running limit on the detections of each class."""
 
 import numpy as np
 
@@ -17,8 +17,8 @@ class ClassCap:
     def __init__(self, num_classes: int, limit: int) -> None:
         """Keep the ``limit`` best detections of each class of the vocabulary."""
         self.num_classes, self.limit = num_classes, limit
-        # Kept detections, then pending ones, in arrays that are allocated once. One small array for each image would
-        # lie between the large ones that come and go, and memory would grow with the number of images.
+        # Kept detections, then pending ones, in arrays that are allocated once. Small arrays of each image would
+        # fragment the heap between the large ones, and memory would grow with the number of images.
         self._columns = _allocate(_PENDING)
         self._num_kept = self._num_pending = 0
         self._scores = np.full(num_classes, -np.inf)  # of the last detection within the limit

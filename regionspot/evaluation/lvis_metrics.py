@@ -63,7 +63,7 @@ def evaluate_lvis(
     Args:
         ground_truth: in LVIS format.
         results: the detections.
-        task: "bbox" or "segm", whose IoU counts.
+        task: "bbox" or "segm", by whose IoU detections are matched.
         protocol: "lvis": the ``max_dets`` best detections of each image; or "fixed" (Dave et al. 2021, Evaluating
             Large-Vocabulary Object Detectors): the ``dets_per_class`` best of each class in the whole data set.
         max_dets: -1 for no limit.

@@ -1,4 +1,4 @@
-"""Predictions written as they come, so that an interrupted evaluation resumes where it stopped."""
+"""Predictions, written image by image, so that an interrupted evaluation resumes."""
 
 import logging
 import struct
@@ -176,7 +176,7 @@ class PredictionLog:
         return unreadable
 
     def _rewrite(self, cap: ClassCap) -> None:
-        """Drop from the file what has fallen below the thresholds."""
+        """Drop detections that are below the thresholds by now from the file."""
         assert self._file is not None
         self._file.close()
         cap.rank()

@@ -66,7 +66,7 @@ class RegionEvaluator(DatasetEvaluator):
         self.finished = self.log.open()
 
     def reset(self) -> None:
-        """Nothing to forget: predictions of an interrupted run count."""
+        """Do nothing: predictions of an interrupted run stay."""
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Write the predictions of a batch, see ``RegionSpot.forward``."""

@@ -4,7 +4,7 @@ from torch import nn
 
 
 class FrozenModule(nn.Module):
-    """A module whose parameters take no gradient and which stays in eval mode when its parents are set to train."""
+    """A module without gradients that stays in eval mode when its parents are set to train."""
 
     def freeze(self) -> None:
         """Turn gradients off; called when all submodules are in place."""

@@ -71,7 +71,7 @@ def test_detection_in_miniature(tmp_path, monkeypatch):
     few = ["MODEL.RPN.POST_NMS_TOPK_TEST", "8", "TEST.DETECTIONS_PER_IMAGE", "5"]
     args = Namespace(output=tmp_path, weights=None, seed=0, split="test", opts=[*MINI, *few])
     experiment.draw_data(tmp_path / "data", {"train": 6, "test": 2}, 1)
-    miniworld_detection.register_hosts_data("test")
+    miniworld_detection.register_host_data("test")
     host, head = miniworld_detection.train_host("class-agnostic", args), miniworld_detection.train_recognizer(args)
     cfg, model = miniworld_detection.build("RegionSpot-head", args, host, head)
     assert model.device.type == "meta" and "segm" in miniworld_detection.Trainer.test(cfg, model)

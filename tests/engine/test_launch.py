@@ -13,7 +13,7 @@ from torch import distributed
 
 from regionspot.engine import launch
 
-from ..helpers import ROOT, TINY
+from ..helpers import ROOT, TINY, load_program
 
 NO_DATA = "DATASETS: {TRAIN: [], TEST: []}\n"
 
@@ -61,8 +61,10 @@ def test_device_from_config_file(two_gpus, tmp_path, monkeypatch, tool, config):
     group |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}
     for name, value in group.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("regionspot.engine.set_up_run", reached)
     monkeypatch.setattr("regionspot_cli.train.set_up_run", reached)
+    for module in (ROOT / tool).parent.glob("*_training.py"):  # a project's work, imported from beside the script
+        monkeypatch.setitem(sys.modules, module.stem, load_program(module))
+        monkeypatch.setattr(sys.modules[module.stem], "set_up_run", reached)
     monkeypatch.setattr("detectron2.utils.comm._LOCAL_PROCESS_GROUP", None)
     monkeypatch.setattr(sys, "argv", [tool, "--config-file", str(path)])
     monkeypatch.chdir(tmp_path)

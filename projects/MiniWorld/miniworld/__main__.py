@@ -46,7 +46,7 @@ def parse_demo(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--config-file", type=Path, default=CONFIGS / "RegionSpot-mini.yaml", metavar="FILE")
     parser.add_argument("--train", type=int, default=3200, help="number of training scenes")
     parser.add_argument("--test", type=int, default=200, help="number of test scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     parser.add_argument("--workers", type=int, default=CPUS, help="drawing processes")
     add_overrides(parser)
     return parser.parse_args(arguments)
@@ -69,7 +69,7 @@ def parse_pretrain(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
     parser.add_argument("--batch", type=int, help="images in a batch")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--images", "--pictures", type=int, help="images to draw")
-    parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images, weights and batches")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--workers", type=int, default=CPUS, help="drawing processes")
     parser.add_argument("--save-every", type=int, default=250, help="iterations between checkpoints")
@@ -85,7 +85,7 @@ def parse_draw(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--train", type=int, default=4000, help="number of scenes")
     parser.add_argument("--val", type=int, default=300, help="number of scenes")
     parser.add_argument("--test", type=int, default=300, help="number of scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the world")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world")
     parser.add_argument("--workers", type=int, default=CPUS, help="processes")
     parser.add_argument(
         "--sheet", "--picture", type=Path, metavar="FILE", help="only draw one image: scenes above captioned images"

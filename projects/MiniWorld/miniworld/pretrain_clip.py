@@ -3,7 +3,7 @@
 It sees images of 1 to 3 objects, framed loosely, under captions in CLIP's own prompt templates. It sees no tight
 crops, no boxes and none of the annotated scenes; all categories, novel ones too, occur in captions, as they did on
 the web. Beside CLIP's contrastive loss, a second head predicts the caption's words from either feature and is
-discarded afterwards: without it, so small a model takes far longer to attend to shapes.
+discarded after the training: without it, so small a model takes far longer to attend to shapes.
 """
 
 from pathlib import Path

@@ -34,7 +34,7 @@ class RegionSpotRCNN(GeneralizedRCNN):
 
 
 def freeze_host(model: nn.Module) -> None:
-    """Freeze a detector around its ``RegionRecognizer``, of which only the knowledge integration learns.
+    """Freeze a detector around its ``RegionRecognizer``; only the knowledge integration learns.
 
     The children of ``model`` that do not hold the recognizer take no gradient and stay in eval mode, also after
     ``model.train()``. A ``RegionSpotRCNN`` does this by itself.
