@@ -45,7 +45,7 @@ def frozen_files(directory):
     return {"sam_weights": str(directory / "sam.pth"), "clip_weights": str(directory / "clip.pth")}
 
 
-def test_released_checkpoint_with_and_without_frozen_parts(released):
+def test_released_checkpoint_without_frozen_parts(released):
     whole, trained = tiny_model(), tiny_model()
     RegionSpotCheckpointer(whole).load(str(released / "whole.pth"))
     RegionSpotCheckpointer(trained, **frozen_files(released)).load(str(released / "trained.pth"))
@@ -58,7 +58,7 @@ def test_released_checkpoint_with_and_without_frozen_parts(released):
     assert torch.equal(whole.state_dict()[key], expected["model.sam.mask_decoder.iou_token.weight"])
 
 
-def test_detectron2_checkpointer_reads_released_layout(released):
+def test_detectron2_reads_released_layout(released):
     by_ours, by_detectron2 = tiny_model(), tiny_model()
     RegionSpotCheckpointer(by_ours).load(str(released / "whole.pth"))
     DetectionCheckpointer(by_detectron2).load(str(released / "whole.pth"))
@@ -80,7 +80,7 @@ def test_saved_checkpoint_holds_trained_parts_only(released, tmp_path):
     torch.testing.assert_close(logits_of(model), logits_of(other), atol=0, rtol=0)
 
 
-def test_recorded_sources_of_frozen_parts_are_loaded(released, tmp_path):
+def test_recorded_frozen_sources_are_loaded(released, tmp_path):
     """A checkpoint fine-tuned from one with SAM and CLIP loads without any other file named."""
     model = tiny_model()
     checkpointer = RegionSpotCheckpointer(model, str(tmp_path / "out"))
@@ -149,7 +149,7 @@ def test_refused_checkpoint_leaves_model_unchanged(released, tmp_path):
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
 
 
-def test_error_names_both_fingerprints_of_frozen_parts(released, tmp_path):
+def test_other_frozen_parts_are_refused(released, tmp_path):
     model = tiny_model()
     RegionSpotCheckpointer(model, **frozen_files(released)).load(str(released / "trained.pth"))
     RegionSpotCheckpointer(model, str(tmp_path / "out")).save("model")
@@ -237,7 +237,7 @@ def test_checkpoint_with_a_call_is_not_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "evil.txt").exists()
 
 
-def test_whole_model_that_holds_another_recognizer(released):
+def test_whole_model_with_another_recognizer(released):
     model = tiny_model()
     state = {f"roi_heads.{key}": value for key, value in released_model(released).state_dict().items()}
     state |= {"speller.recognizer.conv.weight": torch.zeros(3), "decoder.layers.0.weight": torch.zeros(3)}

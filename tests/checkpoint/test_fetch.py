@@ -1,4 +1,4 @@
-"""Fetching of weights: resuming, digests, the cache, and what is said without a network."""
+"""Fetching of weights: resuming, digests, the cache, and the error without a network."""
 
 import hashlib
 import http.server
@@ -56,13 +56,13 @@ def test_fetch_resumes_a_cut_transfer(server, tmp_path):
     assert len(Server.requests) == 2  # the third call sent no request
 
 
-def test_wrong_digest_is_refused_and_file_removed(server, tmp_path):
+def test_wrong_digest_removes_file(server, tmp_path):
     with pytest.raises(ValueError, match="expected sha256 00"):
         fetch(server, tmp_path / "weights.pth", "00" * 32)
     assert not (tmp_path / "weights.pth").exists() and not (tmp_path / "weights.pth.part").exists()
 
 
-def test_server_without_ranges_is_read_from_the_start(server, tmp_path, monkeypatch):
+def test_server_without_ranges_restarts(server, tmp_path, monkeypatch):
     path, sha256 = tmp_path / "weights.pth", hashlib.sha256(CONTENT).hexdigest()
     (tmp_path / "weights.pth.part").write_bytes(b"something else")
     monkeypatch.setattr(Server, "resumes", False)
@@ -74,7 +74,7 @@ def test_url_is_fetched_into_the_cache(server, cache_directory):
     assert resolve_weights(server).is_relative_to(cache_directory)
 
 
-def test_error_without_network_names_url_and_path(monkeypatch):
+def test_no_network_error_names_url_and_path(monkeypatch):
     def no_network(*_, **__):
         raise OSError("network is unreachable")
 

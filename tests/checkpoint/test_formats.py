@@ -1,4 +1,4 @@
-"""Files of weights: no file reaches a function or class, every byte is checked, formats have one fingerprint."""
+"""Files of weights: no file reaches a function or class, all bytes are checked, formats have one fingerprint."""
 
 import functools
 import pickle
@@ -40,14 +40,14 @@ def write_archive(path, program, members=(), compression=zipfile.ZIP_STORED):
     return path
 
 
-def storage(key, number, kind="FloatStorage"):
+def storage(key, numel, kind="FloatStorage"):
     text = b"X" + struct.pack("<I", len(key)) + key.encode()
-    return b"(X\x07\0\0\0storagectorch\n%b\n%bX\x03\0\0\0cpuJ%btQ" % (kind.encode(), text, struct.pack("<i", number))
+    return b"(X\x07\0\0\0storagectorch\n%b\n%bX\x03\0\0\0cpuJ%btQ" % (kind.encode(), text, struct.pack("<i", numel))
 
 
-def tensor(key, number, size=None, stride=b"K\x01\x85", offset=b"K\0"):
-    size = size or b"J" + struct.pack("<i", number) + b"\x85"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(%b%b%b%b\x89}tR" % (storage(key, number), offset, size, stride)
+def tensor(key, numel, size=None, stride=b"K\x01\x85", offset=b"K\0"):
+    size = size or b"J" + struct.pack("<i", numel) + b"\x85"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(%b%b%b%b\x89}tR" % (storage(key, numel), offset, size, stride)
 
 
 def module(*pairs):
@@ -162,12 +162,12 @@ def test_flipped_bits_are_detected_or_harmless(tmp_path):
         load_checkpoint_file(tmp_path / "bad.pth")
 
 
-def test_checkpoint_of_old_pytorch_without_checksums(tmp_path):
+def test_old_pytorch_file_without_checksums(tmp_path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert load_checkpoint_file(tmp_path / "old.pth")["a"].tolist() == [0, 1, 2, 3]
 
 
-def test_error_omits_torchs_advice_to_trust_the_file(tmp_path):
+def test_error_omits_advice_to_trust_file(tmp_path):
     torch.save({"a": zlib.crc32}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="zlib.crc32") as caught:
         load_checkpoint_file(tmp_path / "evil.pth")

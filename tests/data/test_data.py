@@ -63,7 +63,7 @@ def test_wrong_annotations_are_refused(tmp_path, register, content, message):
 def test_mapper_drops_crowds_and_empty_boxes(tmp_path, register, is_train):
     path = write_dataset(tmp_path, 1)
     content = json.loads(path.read_text())
-    kept = [a["bbox"] for a in content["annotations"]]
+    xywh = [a["bbox"] for a in content["annotations"]]
     extra = {**content["annotations"][0], "id": 100}
     content["annotations"] += [
         {**extra, "iscrowd": 1},
@@ -73,7 +73,7 @@ def test_mapper_drops_crowds_and_empty_boxes(tmp_path, register, is_train):
     path.write_text(json.dumps(content))
     [record] = DatasetCatalog.get(register("test_mapper", path, tmp_path / "images"))
     mapped = RegionSpotDatasetMapper(tiny_config(), is_train)(record)
-    expected = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in kept])
+    expected = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in xywh])
     assert torch.equal(mapped["instances"].gt_boxes.tensor, expected.float())
     assert torch.equal(mapped["image"], torch.from_numpy(draw_scene(0)[0]).permute(2, 0, 1))
     assert "annotations" in record and "annotations" not in mapped

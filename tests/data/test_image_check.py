@@ -66,22 +66,22 @@ def test_unreadable_image_is_replaced_by_next(dataset, tmp_path):
     for index in (3, 4, 11):
         (images / f"{index}.png").write_bytes(b"no image")
 
-    def samples(workers, start, number):
+    def samples(workers, start, num_batches):
         overrides = ("DATALOADER.SKIP_UNREADABLE", True, "DATALOADER.NUM_WORKERS", workers)
         loader = build_train_loader(config(*overrides, "INPUT.RANDOM_FLIP", "horizontal"))
         training_stream(loader).start = start
         iterator = iter(loader)
-        return [sample for _ in range(number) for sample in next(iterator)]
+        return [sample for _ in range(num_batches) for sample in next(iterator)]
 
     stream = training_stream(build_train_loader(config("DATALOADER.SKIP_UNREADABLE", True)))
     order = [index for _, index in zip(range(24), (index for _, index in stream))]
-    records = samples(0, 0, 6)
-    instead = {3: 5, 4: 5, 11: 0}
-    assert [sample["image_id"] - 1 for sample in records] == [instead.get(index, index) for index in order]
-    for sample, index in zip(records, order):
+    expected = samples(0, 0, 6)
+    replaced = {3: 5, 4: 5, 11: 0}
+    assert [sample["image_id"] - 1 for sample in expected] == [replaced.get(index, index) for index in order]
+    for sample, index in zip(expected, order):
         assert len(sample.get("unreadable", [])) == {3: 2, 4: 1, 11: 1}.get(index, 0)
-    for other in (samples(2, 0, 6), samples(0, 8, 4)):  # other workers, and going on
-        for one, two in zip(other[::-1], records[::-1]):
+    for other in (samples(2, 0, 6), samples(0, 8, 4)):  # other workers, and resuming
+        for one, two in zip(other[::-1], expected[::-1]):
             assert one["image_id"] == two["image_id"] and np.array_equal(one["image"], two["image"])
 
 

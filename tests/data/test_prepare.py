@@ -117,7 +117,7 @@ def test_sizes_are_saved_while_reading(openimages, monkeypatch):
     assert written == [1, 2, 3, 3]
 
 
-def test_missing_and_damaged_images_are_skipped_on_request(openimages, capsys):
+def test_missing_and_damaged_images_can_be_skipped(openimages, capsys):
     directory = openimages / "openimages" / "validation"
     (directory / "00ff.jpg").unlink()
     (directory / "beef.jpg").write_bytes(b"no image")
@@ -209,15 +209,15 @@ def test_minival_of_another_file_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "lvis").iterdir()] == ["lvis_v1_val.json"]
 
 
-def roboflow(directory, name, first=("fish", "none"), used=1, number=2):
+def roboflow(directory, name, first=("fish", "none"), used=1, num_images=2):
     directory.mkdir(parents=True, exist_ok=True)
-    for index in range(number):
+    for index in range(num_images):
         Image.new("RGB", (9, 8)).save(directory / f"{index}.jpg")
     categories = [(0, *first), (1, "fish", "fish"), (2, "puffin", "fish")]
     content = {
         "info": {"year": "2020"},
         "categories": [{"id": i, "name": n, "supercategory": s} for i, n, s in categories],
-        "images": [{"id": i, "file_name": f"{i}.jpg", "height": 8, "width": 9} for i in range(number)],
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": 8, "width": 9} for i in range(num_images)],
         "annotations": [
             {"id": 0, "image_id": 0, "category_id": used, "bbox": [1, 1, 2, 2], "area": 4, "segmentation": [],
              "iscrowd": 0}

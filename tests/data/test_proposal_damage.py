@@ -154,5 +154,5 @@ def test_damaged_proposal_files(fast_path, monkeypatch, format):
             start = time.perf_counter()
             read += use(path, [1, 2, 3])
             slowest = max(slowest, time.perf_counter() - start)
-    assert 10 < read < NUMBER - 10  # else the damage was too small, or too great, to say anything
+    assert 10 < read < NUMBER - 10  # else the damage was too small or too great to test
     assert slowest < 3

@@ -61,7 +61,10 @@ def test_proposals_replace_annotated_boxes(dataset, tmp_path):
     write_json(tmp_path / "p.json", {"1": {"boxes": boxes, "scores": [0.9, 0.5, 0.4]}})
     batches = list(loader(tmp_path / "p.json", dataset, "INPUT.MIN_SIZE_TEST", 96))
     proposals = batches[0][0]["proposals"]
-    assert proposals.proposal_boxes.tensor.tolist() == [[10, 12, 60, 80], [100, 0, 128, 40]]  # cut, scaled, none empty
+    assert proposals.proposal_boxes.tensor.tolist() == [
+        [10, 12, 60, 80],
+        [100, 0, 128, 40],
+    ]  # clipped, scaled, none empty
     assert proposals.scores.tolist() == pytest.approx([0.9, 0.5]) and proposals.image_size == (96, 128)
     assert [len(batch[0]["proposals"]) for batch in batches] == [2, 0, 0, 0, 0, 0]
     model = tiny_model("TEST.DETECTIONS_PER_IMAGE", 300)
@@ -80,7 +83,9 @@ def test_one_proposal_file_per_test_set(dataset, tmp_path, register):
 
 def test_formats_give_identical_boxes(dataset, tmp_path):
     content, _ = random_proposals(tmp_path)
-    paths = {format: tmp_path / f"{format}.bin" for format in FORMATS}  # written by hand, with names that say nothing
+    paths = {
+        format: tmp_path / f"{format}.bin" for format in FORMATS
+    }  # written by hand, with names that do not tell the format
     write_json(paths["glip"], content)
     rows = []
     for image_id, entry in content.items():
@@ -119,12 +124,12 @@ def test_boxes_keep_their_scores_and_labels(tmp_path):
     file = ProposalFile(tmp_path / "random3.json")
     for key, entry in content.items():
         proposals = file.get(int(key), (48, 64))
-        cut = np.clip(np.array(entry["boxes"], np.float32), 0, [64, 48, 64, 48])
-        kept = (cut[:, 2:] > cut[:, :2]).all(axis=1)
-        assert 0 < kept.sum() < len(kept)
-        np.testing.assert_array_equal(proposals.proposal_boxes.tensor, cut[kept])
-        np.testing.assert_array_equal(proposals.scores, np.array(entry["scores"], np.float32)[kept])
-        np.testing.assert_array_equal(proposals.proposal_labels, np.array(entry["labels"])[kept])
+        clipped = np.clip(np.array(entry["boxes"], np.float32), 0, [64, 48, 64, 48])
+        has_area = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        assert 0 < has_area.sum() < len(has_area)
+        np.testing.assert_array_equal(proposals.proposal_boxes.tensor, clipped[has_area])
+        np.testing.assert_array_equal(proposals.scores, np.array(entry["scores"], np.float32)[has_area])
+        np.testing.assert_array_equal(proposals.proposal_labels, np.array(entry["labels"])[has_area])
 
 
 def test_scores_and_labels_may_be_missing(tmp_path, dataset):
@@ -147,8 +152,8 @@ def test_thresholds_are_exact(tmp_path):
     entry = {"boxes": [[0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 1.9]], "scores": [0.5, 0.3, below]}
     arrays = ProposalFile(write_json(tmp_path / "p.json", {"1": entry})).arrays
     assert len(select_proposals(arrays, min_score=0.3).boxes) == 2
-    kept = select_proposals(arrays, nms_iou=0.5)
-    assert kept.boxes[:, 3].tolist() == [4, 2]  # IoU 0.5 with the first, and the third of 0.95 with the second
+    selected = select_proposals(arrays, nms_iou=0.5)
+    assert selected.boxes[:, 3].tolist() == [4, 2]  # IoU 0.5 with the first, and the third of 0.95 with the second
     assert (
         len(select_proposals(arrays, nms_iou=0.499).boxes) == 2 and len(select_proposals(arrays, nms_iou=1).boxes) == 3
     )

@@ -27,17 +27,17 @@ NAMES = ("test_small", "test_large")
 @pytest.fixture
 def datasets(tmp_path, register):
     """Two data sets, of 3 and of 9 images, with names of their own."""
-    for name, number, ids, names in (
+    for name, num_images, ids, names in (
         (NAMES[0], 3, (3, 1, 10, 7), ["a", "b", "c", "d"]),
         (NAMES[1], 9, (0, 1, 2, 3), ["e", "f", "g", "h"]),
     ):
-        path = write_dataset(tmp_path / name, number, ids, names)
+        path = write_dataset(tmp_path / name, num_images, ids, names)
         register(name, path, tmp_path / name / "images", "lvis")
     return NAMES
 
 
-def take(stream, number):
-    return list(itertools.islice(stream, number))
+def take(stream, length):
+    return list(itertools.islice(stream, length))
 
 
 @pytest.mark.parametrize("factors", [None, torch.tensor([1.0, 2.5, 1.0, 0.5, 1.0])])
@@ -65,8 +65,8 @@ def test_processes_share_the_stream(monkeypatch):
 def test_dataset_ratio(datasets, ratio, share):
     records = [DatasetCatalog.get(name) for name in datasets]
     stream = build_training_stream(tiny_config("DATASETS.TRAIN_RATIO", ratio), records, 0)
-    measured = np.mean([index < 3 for _, index in take(stream, 6000)])
-    assert measured == pytest.approx(share, abs=0.03)
+    actual = np.mean([index < 3 for _, index in take(stream, 6000)])
+    assert actual == pytest.approx(share, abs=0.03)
 
 
 def test_rare_classes_are_repeated():
@@ -86,8 +86,8 @@ def test_repeat_factors_match_detectron2(datasets, root):
         for dataset in (subset, [subset[i] for i in range(len(subset))]):
             stream = build_training_stream(cfg, [dataset], 0)
             torch.testing.assert_close(stream.repeat_factors, expected)
-    taken, reference = take(stream, 60), take(RepeatFactorTrainingSampler(expected, seed=0), 60)
-    assert [index for _, index in taken] == reference
+    stream, detectron2 = take(stream, 60), take(RepeatFactorTrainingSampler(expected, seed=0), 60)
+    assert [index for _, index in stream] == detectron2
 
 
 def test_repeat_factors_are_scaled_to_ratio():
@@ -168,13 +168,13 @@ def test_proposal_at_iou_threshold_matches(datasets, tmp_path):
     record["annotations"] = [{"bbox": [10, 10, 20, 20], "bbox_mode": 0, "category_id": 2, "iscrowd": 0}]
     boxes = [[10, 10, 20, 15], [10, 10, 20, 14.9], [10, 10, 20, 12.5]]  # IoU 0.5, 0.49, 0.25
     (tmp_path / "p.json").write_text(json.dumps({"1": {"boxes": boxes}}))
-    for threshold, number in ((0.5, 1), (0.25, 3), (0.51, 0)):
+    for threshold, num_matches in ((0.5, 1), (0.25, 3), (0.51, 0)):
         cfg = tiny_config("MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", threshold)
         mapper = RegionSpotDatasetMapper(cfg, True, proposal_file=ProposalFile(tmp_path / "p.json"))
-        instances = mapper(record)["instances"]
-        assert len(instances) == 1 + number and instances.gt_classes.tolist() == [2] * (1 + number)
+        regions = mapper(record)["instances"]
+        assert len(regions) == 1 + num_matches and regions.gt_classes.tolist() == [2] * (1 + num_matches)
         torch.testing.assert_close(
-            instances.gt_boxes.tensor[1:], torch.tensor(boxes[:number], dtype=torch.float32).reshape(-1, 4)
+            regions.gt_boxes.tensor[1:], torch.tensor(boxes[:num_matches], dtype=torch.float32).reshape(-1, 4)
         )
 
 

@@ -32,7 +32,7 @@ def test_report_and_exit_status(tmp_path, capsys):
     assert len(json.loads((tmp_path / "report.json").read_text())["unusable"]) == 30
 
 
-def test_what_is_no_data_set_ends_in_one_line(tmp_path, capsys):
+def test_invalid_dataset_is_one_line(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     for name, message in (("lvis_v1_trian", "do you mean lvis_v1_train"), (f"{tmp_path}/bad.json:{tmp_path}", "JSON")):
         with pytest.raises(SystemExit, match="1"):

@@ -76,12 +76,12 @@ def test_top_k_nms_and_min_score(tmp_path, with_labels):
         original = content[key]
         labels = np.array(original.get("labels", [0] * 60))
         scores = torch.tensor(original["scores"])
-        kept = []
+        selected = []
         for label in set(labels.tolist()):
             rows = np.flatnonzero((labels == label) & (scores.numpy() >= 0.25))
-            kept += rows[nms(torch.tensor(original["boxes"])[rows], scores[rows], 0.5).numpy()].tolist()
-        kept = sorted(sorted(sorted(kept), key=lambda i: -original["scores"][i])[:15])
-        assert entry == {name: [column[i] for i in kept] for name, column in original.items()}
+            selected += rows[nms(torch.tensor(original["boxes"])[rows], scores[rows], 0.5).numpy()].tolist()
+        selected = sorted(sorted(sorted(selected), key=lambda i: -original["scores"][i])[:15])
+        assert entry == {name: [column[i] for i in selected] for name, column in original.items()}
         if not with_labels:
             boxes = torch.tensor(entry["boxes"])
             assert (box_iou(boxes, boxes) - torch.eye(len(boxes))).max() <= 0.5

@@ -1,4 +1,4 @@
-"""tests/gpu_check.py: its checks, on the CPU in place of a GPU, and what it says where there is none."""
+"""tests/gpu_check.py: its checks, on the CPU in place of a GPU, and its message where there is none."""
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,7 +22,7 @@ def test_checks_agree_with_themselves(setting, capsys):
     assert [line.endswith("none, to the bit") for line in lines] == [False, True, True, True]
 
 
-def test_failed_check_is_told_and_others_go_on(setting, capsys, monkeypatch):
+def test_failed_check_does_not_stop_others(setting, capsys, monkeypatch):
     monkeypatch.setitem(gpu_check.CHECKS, "demo", lambda _: gpu_check.expect(0.2, 0.1, "error"))
     monkeypatch.setitem(gpu_check.CHECKS, "resuming", lambda _: "ran")
     assert not gpu_check.run_checks(setting, ["demo", "resuming"])

@@ -67,7 +67,7 @@ class Data:
 
 
 def end(capsys, error, *options, **keywords):
-    """Return exit code and what is said of a command that ends in ``error``."""
+    """Return exit code and message of a command that ends in ``error``."""
 
     def main():
         raise error
@@ -80,10 +80,10 @@ def end(capsys, error, *options, **keywords):
 @pytest.fixture(autouse=True)
 def handlers():
     """Give the signals back to pytest."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ def handlers():
     ids=repr,
 )
 def test_user_error_is_one_line(capsys, error, line):
-    code, said = end(capsys, error)
-    assert code == 1 and said.startswith(f"error: {line}") and said.count("\n") == 1
+    code, message = end(capsys, error)
+    assert code == 1 and message.startswith(f"error: {line}") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "error", [TypeError("x"), AssertionError(), KeyError("key"), IndexError(3), RuntimeError("x y")]
 )
 def test_bug_keeps_traceback(capsys, error, monkeypatch):
-    code, said = end(capsys, error)
-    assert code == 1 and "Traceback" in said and "in main" in said
+    code, message = end(capsys, error)
+    assert code == 1 and "Traceback" in message and "in main" in message
     monkeypatch.setenv("REGIONSPOT_TRACEBACK", "1")
     assert "Traceback" in end(capsys, ValueError("a user's"))[1]
 
@@ -123,11 +123,11 @@ def test_returned_numbers_are_exit_codes():
         assert ended.value.code == code
 
 
-def test_interruption_names_what_is_kept_and_next_step(capsys, monkeypatch):
+def test_interruption_names_results_and_next_step(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tools/train_net.py", "--config-file", "a b.yaml"])
-    code, said = end(capsys, KeyboardInterrupt(), kept="checkpoints are kept", options=["--resume"])
+    code, message = end(capsys, KeyboardInterrupt(), kept="checkpoints are kept", options=["--resume"])
     command = "tools/train_net.py --resume --config-file 'a b.yaml'"
-    assert (code, said) == (130, f"interrupted: checkpoints are kept; to go on: {command}\n")
+    assert (code, message) == (130, f"interrupted: checkpoints are kept; to go on: {command}\n")
     assert "model_3.pth is kept; to go on" in end(capsys, KeyboardInterrupt("model_3.pth is kept"), kept="others")[1]
     monkeypatch.setattr(sys, "argv", ["regionspot", "train", "--eval-only"])
     assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("regionspot train --resume --eval-only\n")
@@ -135,17 +135,17 @@ def test_interruption_names_what_is_kept_and_next_step(capsys, monkeypatch):
     assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("to start again: x.py --resume\n")
 
 
-def test_handled_interruption_has_code_of_its_signal(capsys):
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        assert end(capsys, Interrupted("model_3.pth is kept", number))[0] == code
+def test_interruption_has_exit_code_of_signal(capsys):
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        assert end(capsys, Interrupted("model_3.pth is kept", signum))[0] == code
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_a_command_in_one_line(capsys, number, code):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_command_in_one_line(capsys, signum, code):
     with pytest.raises(SystemExit) as ended:
-        run_command(signal.raise_signal, number)
-    said = capsys.readouterr().err
-    assert ended.value.code == code and said.startswith("interrupted: nothing was kept") and said.count("\n") == 1
+        run_command(signal.raise_signal, signum)
+    message = capsys.readouterr().err
+    assert ended.value.code == code and message.startswith("interrupted: nothing was kept") and message.count("\n") == 1
 
 
 def test_loader_worker_error_is_one_line():
@@ -159,14 +159,14 @@ def fail(rank, kind):
 
 
 def test_multiprocess_error_is_one_line(capsys):
-    """Both fail, one line is said; a bug in one keeps its traceback."""
-    for kind, said in (("user", "error: x.pth: no such weights"), ("bug", "TypeError: a bug")):
+    """Both fail with one line; a bug keeps its traceback."""
+    for kind, message in (("user", "error: x.pth: no such weights"), ("bug", "TypeError: a bug")):
         with pytest.raises(SystemExit) as ended:
             run_command(
                 torch.multiprocessing.start_processes, partial(run_process, fail), (kind,), 2, True, False, "fork"
             )
         lines = capsys.readouterr().err.strip().splitlines()
-        assert ended.value.code == 1 and lines[-1] == said and (len(lines) > 1) == (kind == "bug")
+        assert ended.value.code == 1 and lines[-1] == message and (len(lines) > 1) == (kind == "bug")
 
 
 def test_control_characters_are_escaped():
@@ -206,6 +206,6 @@ def test_failing_command_prints_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(tmp_path / "no.yaml")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools" / "train_net.py"), run_name="__main__")
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.count("\n") == 1
-    assert said.startswith("error: config ") and "no such file" in said
+    message = capsys.readouterr().err
+    assert ended.value.code == 1 and message.count("\n") == 1
+    assert message.startswith("error: config ") and "no such file" in message

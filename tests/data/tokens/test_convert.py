@@ -35,9 +35,9 @@ def dataset(tmp_path, register):
 def write_files(directory, content, keep=lambda annotation: True, shape=(1, 32)):
     """Write the authors' layout; the token of an annotation is full of its id."""
     for image in content["images"]:
-        kept = [a for a in content["annotations"] if a["image_id"] == image["id"] and keep(a)]
-        tokens = torch.stack([torch.full(shape, float(a["id"])) for a in kept])
-        classes = torch.tensor([a["category_id"] for a in kept])
+        annotations = [a for a in content["annotations"] if a["image_id"] == image["id"] and keep(a)]
+        tokens = torch.stack([torch.full(shape, float(a["id"])) for a in annotations])
+        classes = torch.tensor([a["category_id"] for a in annotations])
         torch.save({"mask_tokens": tokens, "classes": classes}, directory / f"{image['id']}.pth")
 
 

@@ -32,9 +32,9 @@ def store(dataset, tmp_path):  # noqa: F811
     return tmp_path / "store"
 
 
-def change_entry(store, number, **values):
+def change_entry(store, shard, **values):
     manifest = json.loads((store / "manifest.json").read_text())
-    manifest["shards"][number].update(values)
+    manifest["shards"][shard].update(values)
     (store / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -81,7 +81,7 @@ def test_checksums_are_compared_once(store, monkeypatch):
     monkeypatch.setattr("regionspot.data.tokens.store.sha256_of_file", count)
     build_train_loader(cfg)
     build_train_loader(cfg)
-    assert hashed == [f"shard-{number:05d}.safetensors" for number in range(3)]
+    assert hashed == [f"shard-{shard:05d}.safetensors" for shard in range(3)]
     path = store / "shard-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
@@ -106,8 +106,8 @@ def test_truncated_shard_is_written_again(store, tmp_path, dataset):  # noqa: F8
     (unfinished / "manifest.json").unlink()
     origin = {key: value for key, value in manifest.items() if key not in ("shards", "images", "boxes")}
     (unfinished / "origin.json").write_text(json.dumps(origin))
-    for number, entry in enumerate(manifest["shards"]):
-        (unfinished / f"shard-{number:05d}.json").write_text(json.dumps(entry))
+    for shard, entry in enumerate(manifest["shards"]):
+        (unfinished / f"shard-{shard:05d}.json").write_text(json.dumps(entry))
     os.truncate(unfinished / "shard-00001.safetensors", 200)
     with pytest.raises(ValueError, match="not finished"):
         TokenStore(unfinished)

@@ -140,8 +140,8 @@ def test_flipped_features_match_online_features(dataset, tmp_path, flips):
     torch.testing.assert_close(stored["tokens"], tokens, atol=4e-3, rtol=4e-3)
 
 
-def test_box_that_vanishes_when_flipped_drops_its_token(tmp_path, register):
-    """In float32: 640 - 0.0001 and 640 - 0.00012 are one number."""
+def test_box_without_area_when_flipped_has_no_token(tmp_path, register):
+    """In float32: 640 - 0.0001 and 640 - 0.00012 are the same number."""
     path = write_dataset(tmp_path / "data", 1)
     annotated = json.loads(path.read_text())
     annotated["images"][0].update(width=640, height=48)
@@ -295,7 +295,7 @@ def test_verify_names_damaged_shards(dataset, tmp_path):
         TokenStore(tmp_path / "store")
 
 
-def test_extraction_killed_ten_times_resumes_exactly(dataset, tmp_path):
+def test_killed_extraction_resumes_exactly(dataset, tmp_path):
     extract(tmp_path / "undisturbed")
     context, rng, killed = multiprocessing.get_context("fork"), random.Random(3), 0
     while killed < 10:
@@ -427,7 +427,7 @@ def test_unsupported_image_ids_are_refused(ids, message):
         check_image_ids(np.array(ids), "mine")
 
 
-def test_thin_box_at_border_keeps_its_token_when_flipped(dataset, tmp_path):
+def test_flipped_thin_box_keeps_its_token(dataset, tmp_path):
     path = tmp_path / "data" / "annotations.json"
     annotations = json.loads(path.read_text())
     annotations["annotations"][0]["bbox"] = [0, 5, 2e-5, 10]
