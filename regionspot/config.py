@@ -27,6 +27,9 @@ def add_regionspot_config(cfg: CfgNode) -> None:
 
     # Which of SAM's tokens represents a region: "prompt_encoder", "transformer" or "mlp".
     node.TOKEN_STAGE = "transformer"
+    # Of the frozen SAM and CLIP, in training, too: "float32", "bf16", or "fp16" (on CUDA). Token stores and cached text
+    # embeddings are of one precision.
+    node.PRECISION = "float32"
 
     _add_inference_config(node)
     _add_proposal_config(node)

@@ -188,7 +188,7 @@ class RegionSpotPredictor:
             recognizer.classifier.get() if vocabulary is None else recognizer.encode_vocabulary(vocabulary)
         )
         # without boxes in the prompts, the regions' boxes are those around the masks
-        [output] = recognizer.locate(features, [prompts], with_masks or prompts.boxes is None)
+        [output] = recognizer.locate(features, [prompts], with_masks or prompts.boxes is None, with_iou=True)
         [logits] = recognizer.classify([output.tokens], features.feature_map, [embeddings], with_background=True)
         return self._predictions(prompts, output, logits, names, int(top_k), with_masks, features.sizes[0])
 
@@ -245,6 +245,7 @@ class RegionSpotPredictor:
         if output.masks is not None:
             rows = torch.arange(len(output.masks), device=output.masks.device)
             masks = RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
+        assert output.iou is not None
         probabilities = self.recognizer.rule.probabilities(logits)
         unknown = self.recognizer.rule.is_unknown(probabilities, len(self.recognizer.background))
         # background names count in the probabilities, but are no answers

@@ -39,7 +39,7 @@ class CropRecognizer(RegionRecognizer):
         if features is None:
             features = self.encode_images(images, with_masks or self.masked, with_feature_map=False)
         if not with_masks and not self.masked:
-            return features, [LocalizerOutput({}, torch.zeros(len(x)), None) for x in boxes]
+            return features, [LocalizerOutput({}, None, None) for x in boxes]
         return super().locate_boxes(images, boxes, True, features)
 
     def region_logits(

@@ -1,6 +1,16 @@
 """Modules that are never trained."""
 
+import torch
 from torch import nn
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def get_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of a precision's name."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"MODEL.REGIONSPOT.PRECISION: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+    return PRECISIONS[precision]
 
 
 class FrozenModule(nn.Module):

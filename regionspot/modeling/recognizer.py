@@ -89,6 +89,8 @@ class RegionRecognizer(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.REGIONSPOT
+        if node.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
+            raise ValueError("MODEL.REGIONSPOT.PRECISION: fp16 needs a CUDA device; on a CPU use bf16 or float32")
         localizer, vision_language = SamLocalizer(cfg), ClipVisionLanguageModel(cfg)
         return {
             "localizer": localizer,
@@ -170,11 +172,16 @@ class RegionRecognizer(nn.Module):
         return [output.tokens for output in self.locate(features, _box_prompts(boxes))]
 
     def locate(
-        self, features: ImageFeatures, prompts: list[Prompts], with_masks: bool = False, stages: Sequence[str] = ()
+        self,
+        features: ImageFeatures,
+        prompts: list[Prompts],
+        with_masks: bool = False,
+        stages: Sequence[str] = (),
+        with_iou: bool = False,
     ) -> list[LocalizerOutput]:
         """Decode each image's prompts (boxes and points in that image's own pixels; boxes are clipped to it).
 
-        ``stages`` says where to take the tokens from, by default from the configured stage.
+        The other arguments are ``Localizer.forward``'s.
         """
         assert features.embeddings is not None
         outputs = []
@@ -183,7 +190,7 @@ class RegionRecognizer(nn.Module):
             clipped = image_prompts.to(embedding.device).clip((height, width))
             # the sides of SAM's input are whole pixels: x and y have factors of their own
             scaled = clipped.scale(input_width / width, input_height / height)
-            outputs.append(self.localizer(embedding[None], scaled, with_masks, stages))
+            outputs.append(self.localizer(embedding[None], scaled, with_masks, stages, with_iou))
         return outputs
 
     def classify(

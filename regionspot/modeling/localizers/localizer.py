@@ -20,12 +20,12 @@ class LocalizerOutput:
 
     Attributes:
         stage_tokens: for each requested stage, (N, D) float32 position-aware tokens.
-        iou: (N,) float32, the localizer's own estimate of each mask's IoU.
+        iou: (N,) float32, the localizer's own estimate of each mask's IoU, or None when not requested.
         masks: (N, h, w) float32 mask logits over the padded square input, or None when not requested.
     """
 
     stage_tokens: dict[str, torch.Tensor]
-    iou: torch.Tensor
+    iou: torch.Tensor | None
     masks: torch.Tensor | None
 
     @property
@@ -77,7 +77,12 @@ class Localizer(FrozenModule, ABC):
 
     @abstractmethod
     def forward(
-        self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool = False, stages: Sequence[str] = ()
+        self,
+        embedding: torch.Tensor,
+        prompts: Prompts,
+        with_masks: bool = False,
+        stages: Sequence[str] = (),
+        with_iou: bool = False,
     ) -> LocalizerOutput:
         """Decode the prompts of one image.
 
@@ -86,6 +91,7 @@ class Localizer(FrozenModule, ABC):
             prompts: N prompts, boxes and points in pixels of the localizer's input.
             with_masks: compute the masks, too.
             stages: where to take tokens from; the localizer's own stage by default.
+            with_iou: estimate the IoU of the masks, too.
 
         Returns:
             Tokens, IoU estimates and masks of the N prompts, in their order.

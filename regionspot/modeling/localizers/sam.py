@@ -13,9 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
+from regionspot.modeling.frozen import get_dtype
+from regionspot.modeling.localizers import sam_encoder
 from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput, check_stages
+from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
+
+CPU_CHUNK = 8  # prompts decoded at once on a CPU: more leave its cache
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class SamLocalizer(Localizer):
         prompt_chunk: int = 64,
         multimask: bool = False,
         encoder_batch_size: int = 1,
+        precision: str = "float32",
     ) -> None:
         """
         Args:
@@ -127,6 +133,8 @@ class SamLocalizer(Localizer):
             prompt_chunk: number of prompts decoded at once.
             multimask: choose among SAM's several masks by predicted IoU instead of taking the single-mask output.
             encoder_batch_size: number of images encoded at once.
+            precision: of the image encoder and the mask decoder; prompts are encoded in float32, as their coordinates
+                need it.
         """
         super().__init__()
         check_stages([token_stage], "MODEL.REGIONSPOT.TOKEN_STAGE")
@@ -138,6 +146,9 @@ class SamLocalizer(Localizer):
         self.prompt_chunk = prompt_chunk
         self.multimask = multimask
         self.encoder_batch_size = encoder_batch_size
+        self.dtype = get_dtype(precision)
+        sam.image_encoder.to(self.dtype)
+        sam.mask_decoder.to(self.dtype)
         self.freeze()
 
     @classmethod
@@ -149,6 +160,7 @@ class SamLocalizer(Localizer):
             "prompt_chunk": node.SAM.PROMPT_CHUNK,
             "multimask": node.SAM.MULTIMASK,
             "encoder_batch_size": node.SAM.ENCODER_BATCH_SIZE,
+            "precision": node.PRECISION,
         }
 
     @property
@@ -176,7 +188,7 @@ class SamLocalizer(Localizer):
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
         device = self.sam.pixel_mean.device
         inputs = [self.sam.preprocess(self._resize(image).to(device, non_blocking=True).float()) for image in images]
-        return self.sam.image_encoder(torch.stack(inputs)).float()
+        return sam_encoder.encode(self.sam.image_encoder, torch.stack(inputs).to(self.dtype)).float()
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:
         size = self.input_size((image.shape[-2], image.shape[-1]))
@@ -189,50 +201,63 @@ class SamLocalizer(Localizer):
 
     @torch.no_grad()
     def forward(
-        self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool = False, stages: Sequence[str] = ()
+        self,
+        embedding: torch.Tensor,
+        prompts: Prompts,
+        with_masks: bool = False,
+        stages: Sequence[str] = (),
+        with_iou: bool = False,
     ) -> LocalizerOutput:
         stages = stages or (self.token_stage,)
-        chunks = [
-            self._decode(embedding, prompts[i : i + self.prompt_chunk], with_masks, stages)
-            for i in range(0, len(prompts), self.prompt_chunk)
-        ]
-        if not chunks:
+        if not len(prompts):
             side = 4 * embedding.shape[-1]
             empty = embedding.new_zeros
             tokens = {stage: empty(0, self.stage_dim(stage)) for stage in stages}
-            return LocalizerOutput(tokens, empty(0), empty(0, side, side) if with_masks else None)
-        masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
+            masks = empty(0, side, side) if with_masks else None
+            return LocalizerOutput(tokens, empty(0) if with_iou else None, masks)
+        decoder = self._prompt_decoder(embedding, prompts)
+        size = min(self.prompt_chunk, CPU_CHUNK) if embedding.device.type == "cpu" else self.prompt_chunk
+        parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        chunks = [self._decode(decoder, part, with_masks, stages, with_iou) for part in parts]
         tokens = {stage: torch.cat([chunk.stage_tokens[stage] for chunk in chunks]) for stage in stages}
-        return LocalizerOutput(tokens, torch.cat([chunk.iou for chunk in chunks]), masks)
+        iou = torch.cat([chunk.iou for chunk in chunks if chunk.iou is not None]) if with_iou else None
+        masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
+        return LocalizerOutput(tokens, iou, masks)
+
+    def _prompt_decoder(self, embedding: torch.Tensor, prompts: Prompts) -> PromptDecoder:
+        encoder = self.sam.prompt_encoder
+        if prompts.masks is None:
+            embedding = embedding + encoder.no_mask_embed.weight[:, :, None, None]
+        position = encoder.get_dense_pe()
+        return PromptDecoder(self.sam.mask_decoder, embedding.to(self.dtype), position.to(self.dtype))
 
     def _decode(
-        self, embedding: torch.Tensor, prompts: Prompts, with_masks: bool, stages: Sequence[str]
+        self, prompt_decoder: PromptDecoder, prompts: Prompts, with_masks: bool, stages: Sequence[str], with_iou: bool
     ) -> LocalizerOutput:
         decoder = self.sam.mask_decoder
         points = None if prompts.points is None else (prompts.points, prompts.point_labels)
         sparse, dense = self.sam.prompt_encoder(
             points=points, boxes=prompts.boxes, masks=prompts.masks
         )  # (N, P, C), (N, C, h, w)
+        mask_embeddings = None if prompts.masks is None else dense.to(self.dtype)
+        # SAM's output tokens: the IoU token, then M mask tokens, of which the first is the single-mask output's
+        first, last = 0 if with_iou or self.multimask else 1, decoder.num_mask_tokens if self.multimask else 1
+        hidden, image = prompt_decoder.decode(sparse.to(self.dtype), mask_embeddings, slice(first, last + 1))
 
-        # All prompts share one image: its embedding keeps batch size 1 until the transformer's first layer makes it
-        # differ from prompt to prompt, and the attention of that layer broadcasts.
-        image = embedding + (dense if prompts.masks is not None else dense[:1])
-        outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([outputs.expand(len(prompts), -1, -1), sparse], dim=1)
-        hidden, image = decoder.transformer(image, self.sam.prompt_encoder.get_dense_pe(), tokens)
-
-        # hidden: the IoU token, M mask tokens (the single-mask output's first), then the prompt's
-        ious = decoder.iou_prediction_head(hidden[:, 0])  # (N, M)
         rows = torch.arange(len(prompts), device=hidden.device)
-        best = 1 + ious[:, 1:].argmax(dim=1) if self.multimask else torch.zeros_like(rows)
-        mask_tokens = hidden[rows, 1 + best]  # (N, C)
-        kernels = self._kernels(mask_tokens, best) if with_masks or "mlp" in stages else None  # (N, C / 8)
+        best = torch.zeros_like(rows)
+        ious = decoder.iou_prediction_head(hidden[:, 0]) if first == 0 else None  # (N, M)
+        if self.multimask:
+            assert ious is not None
+            best = 1 + ious[:, 1:].argmax(dim=1)
+        mask_tokens = hidden[rows, 1 - first + best]  # (N, C)
+        kernels = self._kernels(mask_tokens, best)  # (N, C / 8)
         return LocalizerOutput(
             stage_tokens={
                 stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
             },
-            iou=ious[rows, best].float(),
-            masks=self._masks(image, embedding.shape[-2:], kernels).float() if with_masks else None,
+            iou=ious[rows, best].float() if with_iou and ious is not None else None,
+            masks=prompt_decoder.predict_masks(image, kernels).float() if with_masks else None,
         )
 
     def _kernels(self, mask_tokens: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
@@ -245,12 +270,11 @@ class SamLocalizer(Localizer):
 
     @staticmethod
     def _stage_tokens(
-        stage: str, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor | None
+        stage: str, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor
     ) -> torch.Tensor:
         if stage == "transformer":
             return mask_tokens
         if stage == "mlp":
-            assert kernels is not None
             return kernels
         if sparse.shape[1] == 0:
             raise ValueError("TOKEN_STAGE prompt_encoder: a mask alone has no sparse embedding; give its box, too")
@@ -261,12 +285,6 @@ class SamLocalizer(Localizer):
             if prompts.boxes is None:  # SAM itself then pads by one point
                 weights[:, num_points:] = 0
         return (sparse * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
-
-    def _masks(self, image: torch.Tensor, grid: torch.Size, kernels: torch.Tensor | None) -> torch.Tensor:
-        assert kernels is not None
-        image = image.transpose(1, 2).unflatten(2, grid)  # (N, C, h, w)
-        upscaled = self.sam.mask_decoder.output_upscaling(image)  # (N, C / 8, 4h, 4w)
-        return torch.einsum("nc,nchw->nhw", kernels, upscaled)
 
     def mask_upsampler(self, image_size: tuple[int, int]) -> MaskUpsampler:
         return MaskUpsampler(self.image_size, self.input_size(image_size), self.sam.mask_threshold)

@@ -4,10 +4,11 @@ import inspect
 from dataclasses import asdict, dataclass
 
 import torch
-from clip.model import CLIP, VisionTransformer
+from clip.model import CLIP, LayerNorm, VisionTransformer
 from detectron2.config import CfgNode, configurable
 from torch.nn import functional as F
 
+from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.vision_language.vision_language_model import FEATURES, VisionLanguageModel
 
 # CLIP's own, RGB in [0, 1].
@@ -89,6 +90,18 @@ def encode_patches(visual: VisionTransformer, images: torch.Tensor) -> torch.Ten
     return visual.transformer(x.transpose(0, 1)).transpose(0, 1)
 
 
+def _set_dtype(clip_model: CLIP, dtype: torch.dtype) -> None:
+    """Convert the weights, but for those that CLIP itself uses in float32: layer norms and the logit scale."""
+    if clip_model.dtype == dtype:
+        return
+    logit_scale = clip_model.logit_scale
+    clip_model.to(dtype)
+    clip_model.logit_scale = logit_scale
+    for module in clip_model.modules():
+        if isinstance(module, LayerNorm):
+            module.float()
+
+
 def text_weights(clip_model: CLIP) -> dict[str, torch.Tensor]:
     """Return the parameters of CLIP that text embeddings depend on."""
     return {
@@ -131,11 +144,14 @@ class ClipVisionLanguageModel(VisionLanguageModel):
     pixel_std: torch.Tensor
 
     @configurable
-    def __init__(self, *, clip_model: CLIP, features: str = "feature_map+class_token") -> None:
+    def __init__(
+        self, *, clip_model: CLIP, features: str = "feature_map+class_token", precision: str = "float32"
+    ) -> None:
         """
         Args:
             clip_model: the model, any size, with a vision transformer.
             features: content of the feature map: "none", "feature_map" or "feature_map+class_token".
+            precision: of both encoders; see ``MODEL.REGIONSPOT.PRECISION``.
         """
         super().__init__()
         if features not in FEATURES:
@@ -144,11 +160,17 @@ class ClipVisionLanguageModel(VisionLanguageModel):
         self.features = features
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        _set_dtype(clip_model, get_dtype(precision))
         self.freeze()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        return {"clip_model": build_clip(get_clip_size(cfg)), "features": cfg.MODEL.REGIONSPOT.CLIP.FEATURES}
+        node = cfg.MODEL.REGIONSPOT
+        return {
+            "clip_model": build_clip(get_clip_size(cfg)),
+            "features": node.CLIP.FEATURES,
+            "precision": node.PRECISION,
+        }
 
     @property
     def width(self) -> int:

@@ -7,6 +7,7 @@ from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from regionspot.modeling.localizers.sam import SamLocalizer
+from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.structures import Prompts
 
 from ...helpers import as_inputs, tiny_config, tiny_model
@@ -49,7 +50,7 @@ def test_equals_sam(image, prompts, multimask):
     model = localizer("MODEL.REGIONSPOT.SAM.MULTIMASK", multimask, "MODEL.REGIONSPOT.SAM.PROMPT_CHUNK", 2)
     sam = model.sam
     embedding = model.encode_images([image])
-    output = model(embedding, prompts, with_masks=True)
+    output = model(embedding, prompts, with_masks=True, with_iou=True)
     points = None if prompts.points is None else (prompts.points, prompts.point_labels)
     sparse, dense = sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
     with torch.no_grad():
@@ -78,7 +79,7 @@ def test_multimask_chooses_by_iou(image):
     tokens = hidden[0][rows, 1 + 1 + best]  # behind the IoU token and the single-mask token
     mlps = sam.mask_decoder.output_hypernetworks_mlps
     kernels = torch.stack([mlps[1 + index](token) for index, token in zip(best.tolist(), tokens)])
-    output = model(embedding, Prompts(boxes=BOXES), with_masks=True, stages=("transformer", "mlp"))
+    output = model(embedding, Prompts(boxes=BOXES), with_masks=True, stages=("transformer", "mlp"), with_iou=True)
     for actual, expected in (
         (output.iou, ious[rows, best]),
         (output.masks, masks[rows, best]),
@@ -153,29 +154,14 @@ def test_resizing_equals_sams_predictor(size):
 def test_masks_only_on_request(image, monkeypatch):
     model = localizer()
     embedding = model.encode_images([image])
-    monkeypatch.setattr(
-        model.sam.mask_decoder.output_upscaling, "forward", lambda *_: pytest.fail("a mask was computed")
-    )
-    assert model(embedding, Prompts(boxes=BOXES)).masks is None
-
-
-def test_image_embedding_is_not_copied(image, monkeypatch):
-    model = localizer()
-    embedding = model.encode_images([image])
-    transformer = model.sam.mask_decoder.transformer
-    original, batches = transformer.forward, []
-    monkeypatch.setattr(
-        transformer,
-        "forward",
-        lambda x, pe, tokens: batches.append((len(x), len(pe), len(tokens))) or original(x, pe, tokens),
-    )
-    model(embedding, Prompts(boxes=BOXES))
-    assert batches == [(1, 1, 5)]
+    monkeypatch.setattr(PromptDecoder, "predict_masks", lambda *_: pytest.fail("a mask was computed"))
+    output = model(embedding, Prompts(boxes=BOXES))
+    assert output.masks is None and output.iou is None
 
 
 def test_no_prompts(image):
     model = localizer()
-    output = model(model.encode_images([image]), Prompts(boxes=torch.zeros(0, 4)), with_masks=True)
+    output = model(model.encode_images([image]), Prompts(boxes=torch.zeros(0, 4)), with_masks=True, with_iou=True)
     assert output.tokens.shape == (0, 32) and output.iou.shape == (0,) and output.masks.shape == (0, 32, 32)
     assert model.upsample_masks(output.masks, (48, 64), (48, 64)).shape == (0, 48, 64)
 
@@ -200,8 +186,8 @@ def test_tokens_depend_on_image_and_box():
 def test_images_are_encoded_in_chunks(monkeypatch):
     images = [as_inputs(i, size)["image"] for i, size in enumerate([(48, 64), (64, 40), (130, 90)])]
     model, batches = localizer("MODEL.REGIONSPOT.SAM.ENCODER_BATCH_SIZE", 3), []
-    expected, original = model.encode_images(images), model.sam.image_encoder.forward
-    monkeypatch.setattr(model.sam.image_encoder, "forward", lambda x: batches.append(len(x)) or original(x))
+    expected, original = model.encode_images(images), model.sam.image_encoder.patch_embed.forward
+    monkeypatch.setattr(model.sam.image_encoder.patch_embed, "forward", lambda x: batches.append(len(x)) or original(x))
     for model.encoder_batch_size in (1, 2, 3):
         torch.testing.assert_close(model.encode_images(images), expected, atol=1e-5, rtol=1e-5)
     assert batches == [1, 1, 1, 2, 1, 3]
@@ -215,3 +201,24 @@ def test_float_images_are_resized_like_uint8():
     model = localizer()
     image = (torch.arange(3 * 200 * 256).reshape(3, 200, 256) * 2654435761 % 256).to(torch.uint8)  # noise
     assert (model._resize(image.float()) - model._resize(image).float()).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("prompts", [Prompts(boxes=BOXES), Prompts(boxes=BOXES[:2], masks=torch.randn(2, 1, 32, 32))])
+def test_bf16_is_close_to_float32(image, prompts):
+    exact, rounded = localizer(), localizer("MODEL.REGIONSPOT.PRECISION", "bf16")
+    assert rounded.sam.state_dict().keys() == exact.sam.state_dict().keys()
+    embedding = exact.encode_images([image])
+    rounded_embedding = rounded.encode_images([image])
+    assert rounded_embedding.dtype == torch.float32 and not torch.equal(rounded_embedding, embedding)
+    torch.testing.assert_close(rounded_embedding, embedding, atol=0.05, rtol=0)
+    output, expected = rounded(rounded_embedding, prompts, True, (), True), exact(embedding, prompts, True)
+    assert output.tokens.dtype == output.iou.dtype == output.masks.dtype == torch.float32
+    torch.testing.assert_close(output.tokens, expected.tokens, atol=0.05, rtol=0)
+    torch.testing.assert_close(output.masks, expected.masks, atol=0.05 * float(expected.masks.abs().max()), rtol=0)
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="PRECISION: expected one of float32, bf16, fp16; got 'half'"):
+        localizer("MODEL.REGIONSPOT.PRECISION", "half")
+    with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
+        tiny_model("MODEL.REGIONSPOT.PRECISION", "fp16")

@@ -1,0 +1,170 @@
+"""SAM's mask decoder for many prompts of one image: ``segment_anything``'s modules and numbers, a fifth of the work.
+
+Two things make it cheap. Until the image is first updated all prompts share it, so that its keys, values and queries
+are computed once. After that each prompt has an image of its own, whose projections would cost more than all else.
+They are moved to the other side of the product, to the few tokens: ``(t Wq) (x Wk)^T = ((t Wq) Wk^T) x^T`` for the
+scores, and ``a (x Wv) = (a x) Wv`` for the values.
+
+Shapes: N prompts with T tokens each, H heads of D channels, an image of P = h * w positions with C channels.
+"""
+
+import torch
+from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling.transformer import Attention
+from torch import nn
+from torch.nn import functional as F
+
+
+class PromptDecoder:
+    """Decodes prompts of one image, in as many calls as memory asks for; it keeps what they share."""
+
+    def __init__(self, decoder: MaskDecoder, embedding: torch.Tensor, position: torch.Tensor) -> None:
+        """
+        Args:
+            decoder: SAM's mask decoder.
+            embedding: (1, C, h, w) image embedding; with the embedding of "no mask" where prompts have none.
+            position: (1, C, h, w) positional encoding of the image.
+        """
+        self.decoder = decoder
+        self.side = embedding.shape[-1]
+        self.image = embedding.flatten(2).transpose(1, 2)  # (1, P, C)
+        self.position = position.flatten(2).transpose(1, 2)  # (1, P, C)
+        self._projections: dict[nn.Linear, torch.Tensor] = {}
+
+    def decode(
+        self, sparse: torch.Tensor, dense: torch.Tensor | None, outputs: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the two-way transformer.
+
+        Args:
+            sparse: (N, T', C) embeddings of the prompts' boxes and points.
+            dense: (N, C, h, w) embeddings of the prompts' masks; None in all calls if there are none.
+            outputs: which of SAM's output tokens are needed; 0 is the IoU token, then come the mask tokens.
+
+        Returns:
+            (N, O, C) output tokens, and the (N, P, C) image that masks are made of.
+        """
+        output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
+        tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)  # (N, T, C)
+        transformer, queries = self.decoder.transformer, tokens
+        image, is_shared = self.image, dense is None  # (1, P, C)
+        if dense is not None:
+            image = image + dense.flatten(2).transpose(1, 2)  # (N, P, C)
+        for layer in transformer.layers:
+            if layer.skip_first_layer_pe:
+                queries = layer.norm1(_attend_tokens(layer.self_attn, queries, queries))
+            else:
+                queries = layer.norm1(queries + _attend_tokens(layer.self_attn, queries + tokens, queries))
+            attended = self._attend_image(layer.cross_attn_token_to_image, queries + tokens, image, is_shared)
+            queries = layer.norm2(queries + attended)
+            queries = layer.norm3(queries + layer.mlp(queries))
+            attention = layer.cross_attn_image_to_token
+            image = layer.norm4(self._update_image(attention, queries + tokens, queries, image, is_shared))
+            is_shared = False
+        queries, tokens = queries[:, outputs], tokens[:, outputs]
+        attended = self._attend_image(transformer.final_attn_token_to_image, queries + tokens, image, is_shared)
+        return transformer.norm_final_attn(queries + attended), image
+
+    def predict_masks(self, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+        """Upscale the image and apply one kernel for each prompt.
+
+        A transposed convolution whose stride is its kernel size is a linear layer with 2 x 2 outputs a position. They
+        stay beside the channels until one channel is left, so that nothing large is moved around.
+
+        Args:
+            image: (N, P, C), as ``decode`` returns it.
+            kernels: (N, C / 8), from the hypernetwork MLP.
+
+        Returns:
+            (N, 4h, 4w) mask logits.
+        """
+        first, norm, activation, second, last_activation = self.decoder.output_upscaling
+        x = _upscale(first, image)  # (N, P, 2, 2, C / 4)
+        x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+        x = last_activation(_upscale(second, x))  # (N, P, 2, 2, 2, 2, C / 8)
+        logits = x.flatten(1, -2) @ kernels[:, :, None]  # (N, P * 16, 1)
+        logits = logits.view(len(x), -1, self.side, 2, 2, 2, 2)  # (N, h, w, then y, x in the 2 x 2, in that again)
+        return logits.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # (N, 4h, 4w)
+
+    def _attend_image(
+        self, attention: Attention, tokens: torch.Tensor, image: torch.Tensor, is_shared: bool
+    ) -> torch.Tensor:
+        """Cross-attention of (N, T, C) tokens to the image, (1, P, C) if it is shared, else (N, P, C)."""
+        queries = _split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
+        if is_shared:
+            keys = self._project_once(attention, attention.k_proj, image + self.position)  # (1, H, P, D)
+            values = self._project_once(attention, attention.v_proj, image)
+            together = queries.transpose(0, 1).flatten(1, 2)[None]  # (1, H, N * T, D)
+            attended = F.scaled_dot_product_attention(together, keys, values)[0]
+            attended = attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)  # (N, H, T, D)
+            return attention.out_proj(_merge_heads(attended))
+        queries = queries * queries.shape[-1] ** -0.5
+        scores = self._scores(attention, attention.k_proj, queries, image, is_shared)  # (N, H, T, P)
+        attended = scores.softmax(dim=-1).flatten(1, 2) @ image  # (N, H * T, C)
+        value_weight = attention.v_proj.weight.unflatten(0, (attention.num_heads, -1))  # (H, D, C)
+        attended = attended.unflatten(1, queries.shape[1:3]) @ value_weight.transpose(1, 2)  # (N, H, T, D)
+        return attention.out_proj(_merge_heads(attended) + attention.v_proj.bias)
+
+    def _update_image(
+        self, attention: Attention, keys: torch.Tensor, values: torch.Tensor, image: torch.Tensor, is_shared: bool
+    ) -> torch.Tensor:
+        """Return the (N, P, C) image plus its cross-attention to tokens: (N, T, C) ``keys`` and ``values``."""
+        keys = _split_heads(attention, attention.k_proj(keys))  # (N, H, T, D)
+        keys = keys * keys.shape[-1] ** -0.5
+        scores = self._scores(attention, attention.q_proj, keys, image, is_shared)  # (N, H, T, P)
+        weights = scores.softmax(dim=2).flatten(1, 2)  # over the tokens; (N, H * T, P)
+        values = _split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
+        output_weight = attention.out_proj.weight.t().unflatten(0, (attention.num_heads, -1))  # (H, D, C)
+        updates = values @ output_weight  # (N, H, T, C): what a token adds to a position that attends to it alone
+        updates[:, 0] += attention.out_proj.bias  # added once: a head's weights sum to 1
+        image = image.expand(len(weights), -1, -1)
+        return torch.baddbmm(image, weights.transpose(1, 2), updates.flatten(1, 2))
+
+    def _scores(
+        self, attention: Attention, projection: nn.Linear, tokens: torch.Tensor, image: torch.Tensor, is_shared: bool
+    ) -> torch.Tensor:
+        """Return the (N, H, T, P) products of (N, H, T, D) with the projection of image + position."""
+        if is_shared:
+            return _shared_scores(tokens, self._project_once(attention, projection, image + self.position))
+        weight = projection.weight.unflatten(0, (attention.num_heads, -1))  # (H, D, C)
+        scores = (tokens @ weight).flatten(1, 2) @ image.transpose(1, 2)  # (N, H * T, P)
+        position = self._project_once(attention, projection, self.position)  # with the bias
+        return scores.unflatten(1, tokens.shape[1:3]) + _shared_scores(tokens, position)
+
+    def _project_once(self, attention: Attention, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """Return the (1, H, P, D) projection of what all prompts share; the first call computes it."""
+        if projection not in self._projections:
+            self._projections[projection] = _split_heads(attention, projection(x))
+        return self._projections[projection]
+
+
+def _attend_tokens(attention: Attention, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Self-attention of (N, T, C) tokens; the keys are the queries, too."""
+    queries, keys, values = (
+        _split_heads(attention, projection(x))
+        for projection, x in ((attention.q_proj, keys), (attention.k_proj, keys), (attention.v_proj, values))
+    )
+    return attention.out_proj(_merge_heads(F.scaled_dot_product_attention(queries, keys, values)))
+
+
+def _split_heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """(B, L, H * D) -> (B, H, L, D)."""
+    return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, L, D) -> (B, L, H * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _shared_scores(tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Return the (N, H, T, P) products of (N, H, T, D) with (1, H, P, D), by one matrix product a head."""
+    scores = tokens.transpose(0, 1).flatten(1, 2) @ image[0].transpose(1, 2)  # (H, N * T, P)
+    return scores.unflatten(1, (len(tokens), -1)).transpose(0, 1)
+
+
+def _upscale(layer: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """(..., C) -> (..., 2, 2, channels)."""
+    assert layer.bias is not None
+    weight = layer.weight.permute(2, 3, 1, 0)  # (2, 2, channels, C)
+    return F.linear(x, weight.flatten(0, 2), layer.bias.repeat(4)).unflatten(-1, weight.shape[:3])
