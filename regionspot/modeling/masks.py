@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from regionspot.utils.rle import encode_masks
 
-MAX_PIXELS = 1 << 25  # of the masks that are resized at once: 128 MB of float32
+MAX_PIXELS = 1 << 22  # of the masks that are resized at once: 16 MB of float32
+BAND = 64  # pixels of the output that are made by one matrix product
 
 # ``pred_masks`` as bool tensors, ``pred_masks_rle`` as COCO's RLEs, ``pred_masks`` as ``RegionMasks``; "" for no masks.
 MASK_FORMATS = ("", "bitmask", "rle", "lazy")
@@ -45,17 +46,53 @@ class MaskUpsampler:
 
     def chunk_size(self, output_size: tuple[int, int]) -> int:
         """Return the number of masks that are resized to ``output_size`` at once."""
-        return max(MAX_PIXELS // max(self.side**2, output_size[0] * output_size[1]), 1)
+        return max(MAX_PIXELS // (output_size[0] * output_size[1]), 1)
 
     def chunks(
-        self, logits: torch.Tensor, rows: torch.Tensor | None, output_size: tuple[int, int]
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor | None,
+        output_size: tuple[int, int],
+        column_major: bool = False,
     ) -> Iterator[torch.Tensor]:
-        """Yield the masks of the (N,) ``rows`` of ``logits``, by default all, in order: (n, *output_size) bool."""
+        """Yield the masks of the (N,) ``rows`` of ``logits``, by default all, in order: (n, *output_size) bool.
+
+        SAM resizes to its square input, removes the padding and resizes again. All of it is linear and separable, so
+        one matrix for the rows and one for the columns do the same, and nothing of the input's size is made.
+        ``column_major`` is the order in memory that RLE needs.
+        """
         rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+        first, last = (0, 1) if column_major else (1, 0)  # the dimension that is resized first, and then the other
+        matrix = self._resizing_matrix(logits.shape[1 + first], first, output_size[first]).to(logits.device)
+        bands = [
+            (band, weights.to(logits.device))
+            for band, weights in _bands(self._resizing_matrix(logits.shape[1 + last], last, output_size[last]))
+        ]
         for part in rows.split(self.chunk_size(output_size)) if len(rows) else ():
-            masks = F.interpolate(logits[part, None].float(), (self.side, self.side), mode="bilinear")
-            masks = masks[..., : self.input_size[0], : self.input_size[1]]  # without the padding
-            yield F.interpolate(masks, output_size, mode="bilinear")[:, 0] > self.threshold
+            masks = logits[part].float()  # (n, h, w)
+            masks = (masks.transpose(1, 2) if column_major else masks) @ matrix  # (n, w, H) or (n, h, W)
+            masks = torch.cat([weights @ masks[:, band] > self.threshold for band, weights in bands], dim=1)
+            yield masks.transpose(1, 2) if column_major else masks  # (n, H, W)
+
+    def _resizing_matrix(self, length: int, dim: int, size: int) -> torch.Tensor:
+        """Return (length, size): what each of the logits along a dimension adds to each pixel of the output."""
+        impulses = torch.eye(length)[None]
+        resized = F.interpolate(impulses, self.side, mode="linear")[..., : self.input_size[dim]]  # without the padding
+        return F.interpolate(resized, size, mode="linear")[0]
+
+
+def _bands(matrix: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+    """Split a resizing matrix where it is not zero: a pixel depends on its three nearest logits at most.
+
+    Returns:
+        For each BAND pixels the slice of logits that they depend on, and its (BAND, n) weights.
+    """
+    bands = []
+    for weights in matrix.split(BAND, dim=1):
+        used = weights.any(dim=1).nonzero()
+        band = slice(int(used[0]), int(used[-1]) + 1)
+        bands.append((band, weights[band].t().contiguous()))
+    return bands
 
 
 class RegionMasks(ROIMasks):
@@ -109,7 +146,7 @@ class RegionMasks(ROIMasks):
         """Return the masks at an output of (height, width) as RLEs; only one chunk at a time is at full size."""
         unique, inverse = self.rows.unique(return_inverse=True)
         rles: list[dict] = []
-        for full in self.upsample.chunks(self.logits, unique, (height, width)):
+        for full in self.upsample.chunks(self.logits, unique, (height, width), column_major=True):
             rles += encode_masks(full)
         return RleMasks(rles[i] for i in inverse.tolist())
 

@@ -53,7 +53,7 @@ class PackedRles(Sequence[dict]):
 
 def encode_masks(masks: torch.Tensor) -> list[dict]:
     """Return COCO's compressed RLE, with ``counts`` as text, of (N, H, W) bool masks."""
-    rles = mask_utils.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+    rles = mask_utils.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().view(np.uint8)))
     return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 

@@ -33,7 +33,7 @@ def expected_masks(localizer, logits, size):
     return sam.postprocess_masks(logits[:, None], localizer.input_size(SIZE), size)[:, 0] > sam.mask_threshold
 
 
-@pytest.mark.parametrize("max_pixels", [1, 3 * 64 * 64, 1 << 25])
+@pytest.mark.parametrize("max_pixels", [1, 3 * 60 * 100, 1 << 25])
 @pytest.mark.parametrize("size", [SIZE, (31, 47)])
 def test_every_form_is_as_sam_gives_it(localizer, logits, size, max_pixels, monkeypatch):
     monkeypatch.setattr(masks_module, "MAX_PIXELS", max_pixels)
