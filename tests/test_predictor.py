@@ -85,9 +85,9 @@ def test_points_masks_and_combinations(predictor):
 def test_masks_are_computed_on_demand(predictor, monkeypatch):
     original, shown = MaskUpsampler.chunks, []
 
-    def chunks(self, logits, rows, size):
+    def chunks(self, logits, rows, size, column_major=False):
         shown.extend(rows.tolist())
-        return original(self, logits, rows, size)
+        return original(self, logits, rows, size, column_major)
 
     monkeypatch.setattr(MaskUpsampler, "chunks", chunks)
     predictions = predictor.predict(boxes=BOXES)

@@ -92,7 +92,7 @@ def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
         score=rule,
         vocabulary=f"{len(recognizer.vocabulary)} names ({short_hash(json.dumps(phrases))})",
         templates=f"{len(encoder.templates)} ({short_hash(json.dumps([*encoder.templates, node.CLIP.NAME_STYLE]))})",
-        checkpoint=f"{architecture} {weights} ({fingerprint(recognizer.state_dict())[:12]})",
+        checkpoint=f"{architecture} {weights} ({fingerprint(recognizer.state_dict())[:12]}) in {node.PRECISION}",
         config=_hash_config(cfg),
     )
 

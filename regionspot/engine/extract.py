@@ -52,7 +52,7 @@ class Extraction:
 def describe_sam(recognizer: RegionRecognizer) -> dict[str, Any]:
     """Return what tokens depend on: SAM's weights, their source, and which of its masks is taken."""
     return {
-        "source": recognizer.weight_sources["sam"],
+        "source": _describe_source(recognizer.weight_sources["sam"], recognizer.localizer.dtype),
         "fingerprint": fingerprint(recognizer.localizer.sam.state_dict()),
         "multimask": recognizer.localizer.multimask,
     }
@@ -62,10 +62,14 @@ def describe_clip(recognizer: RegionRecognizer) -> dict[str, Any]:
     """Return what feature maps depend on: CLIP's image encoder, and which of its outputs are taken."""
     vision = recognizer.vision_language
     return {
-        "source": recognizer.weight_sources["clip_model"],
+        "source": _describe_source(recognizer.weight_sources["clip_model"], vision.clip_model.dtype),
         "fingerprint": fingerprint(vision.clip_model.visual.state_dict()),
         "part": vision.features,
     }
+
+
+def _describe_source(source: str, dtype: torch.dtype) -> str:
+    return source if dtype == torch.float32 else f"{source} in {str(dtype).removeprefix('torch.')}"
 
 
 def describe_store(recognizer: RegionRecognizer, dataset_name: str, extraction: Extraction) -> dict[str, Any]:

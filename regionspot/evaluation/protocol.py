@@ -20,7 +20,7 @@ class Protocol:
     score: str  # the rule, and how class probabilities are computed
     vocabulary: str  # number of names, and their hash
     templates: str  # number of prompt templates, and their hash
-    checkpoint: str  # source of the weights, and their hash
+    checkpoint: str  # source of the weights, their hash, the precision of the frozen parts
     config: str  # hash of the config's model and input
 
     def line(self, num_evaluated: int, num_images: int) -> str:

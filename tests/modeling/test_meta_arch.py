@@ -311,3 +311,16 @@ def test_invalid_inputs_are_refused():
     inputs["instances"].gt_classes[0] = 4
     with pytest.raises(ValueError, match="class 4 is outside the vocabulary of 4 names"):
         model.train()([inputs])
+
+
+def test_bf16_of_the_frozen_parts_recognizes_and_trains():
+    """The trained module stays in float32, and its gradients are finite."""
+    model, exact = tiny_model("MODEL.REGIONSPOT.PRECISION", "bf16"), tiny_model()
+    assert {p.dtype for p in model.recognizer.knowledge_integration.parameters()} == {torch.float32}
+    for output, expected in zip(model(mixed_batch()), exact(mixed_batch())):
+        assert_same(output["instances"], expected["instances"], tolerance=0.1)
+    model.train()
+    loss = sum(model(mixed_batch()).values())
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert loss.dtype == torch.float32 and all(p.grad.isfinite().all() for p in trained)

@@ -47,9 +47,11 @@ class Localizer(FrozenModule, ABC):
 
     Attributes:
         sam: the model itself, of any family; the name is that of the released checkpoints' keys.
+        dtype: of its weights.
     """
 
     sam: Any
+    dtype: torch.dtype
 
     @property
     @abstractmethod

@@ -221,6 +221,9 @@ def test_store_of_other_origin_is_refused(dataset, tmp_path):
     torch.nn.init.zeros_(model.recognizer.localizer.sam.mask_decoder.iou_token.weight)
     with pytest.raises(ValueError, match=r"another sam: expected other.pth \(\w+.*got sam.pth"):
         store.check_origin({"sam": describe_sam(model.recognizer)})
+    rounded = tiny_model("MODEL.REGIONSPOT.PRECISION", "bf16").recognizer
+    with pytest.raises(ValueError, match=r"another sam: expected .*in bfloat16 \(\w+.*got sam.pth"):
+        store.check_origin({"sam": describe_sam(rounded)})
     path = tmp_path / "data" / "annotations.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(ValueError, match=r"another annotations: expected annotations.json \(\w+"):

@@ -76,3 +76,21 @@ def test_feature_choices(features, length):
     assert feature_map is None if length is None else feature_map.shape == (1, length, 64)
     [logits] = model.classify([torch.randn(3, 32)], feature_map)
     assert logits.shape == (3, 4)
+
+
+def test_bf16_is_close_to_float32():
+    """Layer norms and the logit scale stay in float32, as in CLIP's own half precision; keys stay, too."""
+    exact = tiny_model(names=["cup", "spoon"]).recognizer
+    rounded = tiny_model("MODEL.REGIONSPOT.PRECISION", "bf16", names=["cup", "spoon"]).recognizer
+    dtypes = {key: value.dtype for key, value in rounded.vision_language.clip_model.state_dict().items()}
+    assert dtypes.keys() == exact.vision_language.clip_model.state_dict().keys()
+    assert dtypes["logit_scale"] == dtypes["ln_final.weight"] == torch.float32
+    assert dtypes["text_projection"] == dtypes["visual.conv1.weight"] == torch.bfloat16
+    assert torch.equal(rounded.vision_language.clip_model.logit_scale, exact.vision_language.clip_model.logit_scale)
+    images = [as_inputs(0)["image"]]
+    feature_map, expected = (x.vision_language.encode_images(images) for x in (rounded, exact))
+    assert feature_map.dtype == torch.float32 and not torch.equal(feature_map, expected)
+    torch.testing.assert_close(feature_map, expected, atol=0.1, rtol=0)
+    embeddings, expected = rounded.classifier.embeddings, exact.classifier.embeddings
+    assert embeddings.dtype == torch.float32 and not torch.equal(embeddings, expected)
+    assert (embeddings * expected).sum(dim=1).min() > 0.99
