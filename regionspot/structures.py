@@ -118,6 +118,7 @@ def clipped_sides(boxes: np.ndarray, image_sizes: Any) -> np.ndarray:
         boxes: (N, 4) XYXY, pixels.
         image_sizes: (height, width) of all boxes' image, or (N, 2) of each box's.
     """
+    # float32, in which Detectron2 clips: whether a thin box has area must not depend on who asks
     boxes, limits = np.asarray(boxes, np.float32), np.asarray(image_sizes, np.float32)[..., ::-1]  # (width, height)
     return np.clip(boxes[:, 2:], 0, limits) - np.clip(boxes[:, :2], 0, limits)
 
@@ -214,6 +215,7 @@ def read_proposals(proposals: Instances, top_k: int = -1, nms_thresh: float = 1.
         scores = proposals.scores
     elif proposals.has("objectness_logits"):
         scores = proposals.objectness_logits.sigmoid()
+    # Without scores the first boxes are the best guess: detectors write them in the order of their scores.
     if scores is None:
         return (boxes[:top_k] if top_k >= 0 else boxes), None
     if nms_thresh < 1:
@@ -221,5 +223,6 @@ def read_proposals(proposals: Instances, top_k: int = -1, nms_thresh: float = 1.
         boxes, scores = boxes[keep], scores[keep]
     if not 0 <= top_k < len(boxes):
         return boxes, scores
+    # topk also sorts: with fewer boxes than top_k the order of the file stays
     scores, best = scores.topk(top_k)
     return boxes[best], scores

@@ -163,6 +163,7 @@ def load_vocabulary(source: VocabularySource) -> list[str]:
                 "are '@annotations.json'"
             )
         return check_names(names, f"vocabulary {source!r}")
+    # No class is named "a.json": without the @ a path is meant, too.
     if source.startswith("@") or source.endswith((".txt", ".json")):
         path = expand_user(source.removeprefix("@"))
         if not path.is_file():
@@ -213,12 +214,14 @@ def check_names(names: Sequence[Any], what: str) -> list[str]:
         return names
     if not isinstance(names, Iterable):
         raise ValueError(f"{what}: expected class names, got {names!r:.80}")
+    # a string is a sequence of strings, too: its characters
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError(f"{what}: no class names; expected at least one")
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{what}: name number {index} is {name!r}; expected a non-empty string")
+    # A warning only: official data sets have repeated names.
     if len(set(names)) < len(names):
         repeated = [name for name, count in Counter(names).items() if count > 1]
         logger.warning(

@@ -42,8 +42,9 @@ class Command:
     def run(self, arguments: Sequence[str] | None = None, program: str | None = None) -> NoReturn:
         """Do the work and exit; errors and interruptions end as one line, see ``run_command``."""
         args = self.parse_arguments(sys.argv[1:] if arguments is None else arguments, program)
+        # Ctrl-C ends the slow imports without a traceback; run_command restores Python's handler.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         start = getattr(importlib.import_module(self.module), self.start)
         from regionspot.utils.command_line import run_command  # as slow to import as the module
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from regionspot_cli.command import Command, add_overrides
 
 PREDICTIONS_KEPT = "the predictions so far are kept"
+# As regionspot.data.proposals.FORMATS, whose import takes seconds.
 FORMATS = ("glip", "coco", "detectron2", "safetensors")
+# As regionspot.model_zoo.CONFIGS.
 TABLES = Path(__file__).resolve().parents[1] / "regionspot" / "model_zoo" / "configs" / "tables"
+# The format of a proposal file by the suffix of its name.
 SUFFIXES = {".json": "glip", ".pkl": "detectron2", ".pickle": "detectron2", ".safetensors": "safetensors"}
 
 TRAIN = """train a model, or with --eval-only evaluate one; Detectron2's usual arguments
@@ -251,6 +254,7 @@ def parse_table(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--output", type=Path, default=Path("output/tables"), metavar="DIR")
     parser.add_argument("--num-gpus", default="1", help="processes")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides for all rows")
+    # intermixed, as options may follow the overrides, which nargs=REMAINDER would swallow
     return parser.parse_intermixed_args(arguments)
 
 

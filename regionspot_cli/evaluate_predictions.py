@@ -35,14 +35,15 @@ def main(args: Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     truth, results = GroundTruth(args.annotations), read_results(args.predictions)
     args.protocol = args.protocol or ("lvis" if truth.is_lvis else "coco")
-    asked = bool(args.task)
+    # Masks that are there but incomplete end the command only if --task asks for them.
+    is_task_chosen = bool(args.task)
     args.task = args.task or (["bbox", "segm"] if results.regions is not None else ["bbox"])
     evaluations = {}
     for task in args.task:
         try:
             evaluations[task] = evaluate_task(truth, results, task, args.protocol, args.max_dets, args.segm_areas)
         except ValueError as error:
-            if asked or task == "bbox":
+            if is_task_chosen or task == "bbox":
                 raise
             print(f"masks are not evaluated: {error}", file=sys.stderr)
     args.task = list(evaluations)

@@ -46,6 +46,7 @@ def verify(directories: list[Path]) -> int:
 def work(index: int, args: Namespace, cfg: CfgNode) -> None:
     """Extract in one of the processes."""
     fork_workers()
+    # Each process has a GPU, or an equal share of the cores.
     if args.num_gpus > 1 and cfg.MODEL.DEVICE == "cuda":
         cfg.MODEL.DEVICE = f"cuda:{index}"
     elif args.num_gpus > 1:

@@ -117,6 +117,7 @@ def read_sizes(directory: Path, names: np.ndarray, cache: Path, workers: int = 1
     """
     sizes = np.zeros((len(names), 2), np.int32)
     if cache.is_file():
+        # names as bytes: NumPy's unicode takes four bytes for each character
         with np.load(cache) as stored:
             _, rows, stored_rows = np.intersect1d(names.astype("S"), stored["names"], return_indices=True)
             sizes[rows] = stored["sizes"][stored_rows]
@@ -140,6 +141,7 @@ def _headers(paths: list[str], workers: int) -> Iterator[tuple[int, int]]:
     if workers <= 1:
         yield from map(read_header, paths)
         return
+    # spawn: forking after threads were started may deadlock. Ctrl-C is for the parent, which saves and ends the pool.
     with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap(read_header, paths, chunksize=64)
 
@@ -168,6 +170,7 @@ def convert(directory: Path, split: str, workers: int = 1, skip_missing: bool = 
             raise FileNotFoundError(f"{path}: no such file; it is one of OpenImages' downloads")
     classes = read_classes(directory / "class-descriptions-boxable.csv")
     boxes = read_boxes(directory / annotations, classes)
+    # Ids follow the sorted names, whatever the order in which pandas lists its categories.
     order = np.argsort(boxes["ImageID"].cat.categories.to_numpy(str))
     names = boxes["ImageID"].cat.categories.to_numpy(str)[order]
     rows = np.argsort(order)[boxes["ImageID"].cat.codes.to_numpy()]  # (M,) into names

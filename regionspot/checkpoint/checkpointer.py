@@ -49,6 +49,7 @@ class SafeDetectionCheckpointer(DetectionCheckpointer):
             temporary.write_text(last_filename_basename)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        # By suffix, as Detectron2 does, whose own method would run the pickle.
         if filename.endswith(".pkl"):
             loaded = _read_pickled_weights(filename)
         else:

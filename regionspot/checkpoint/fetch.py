@@ -84,6 +84,7 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    # All processes of a run ask for the same file: one fetches it, the others wait.
     with FileLock(f"{path}.lock"):
         if path.is_file():  # another process fetched it meanwhile
             return path

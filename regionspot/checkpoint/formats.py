@@ -141,6 +141,7 @@ def _check_archive(path: Path) -> None:
 
 def fingerprint(state: dict[str, torch.Tensor]) -> str:
     """Return a SHA-256 over names, shapes and float32 values: the same for the same weights in any file format."""
+    # In float32: OpenAI's CLIP is float16 in its archive and float32 in a model.
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().to("cpu", torch.float32).contiguous()

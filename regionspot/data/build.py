@@ -134,6 +134,7 @@ def _start_worker(_: int) -> None:
 
 def training_stream(loader: DataLoader) -> TrainingStream:
     """Return the stream that a training loader draws from."""
+    # both kinds of batches, BatchSampler and AspectRatioBatches, keep it as their sampler
     assert isinstance(loader.batch_sampler, BatchSampler)
     assert isinstance(loader.batch_sampler.sampler, TrainingStream)
     return loader.batch_sampler.sampler
@@ -166,6 +167,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = (
     records = DatasetCatalog.get(dataset_name)
     proposals = open_proposals(path, records) if source == "file" else None
     mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
+    # Skipped images are those whose predictions an interrupted evaluation has written already.
     rows = np.array([row for row, image_id in enumerate(image_ids(records).tolist()) if image_id not in skip], int)
     if not len(rows):
         return []  # Detectron2's sampler needs at least one image
@@ -215,6 +217,7 @@ def check_registered(names: Sequence[str], key: str) -> None:
     """Refuse unknown data sets and missing annotation files; register names such as "my.json:my_images"."""
     for name in names:
         if name not in DatasetCatalog and not register_from_spec(name):
+            # A low cutoff: a suggestion that is far off costs nothing.
             close = difflib.get_close_matches(name, list(DatasetCatalog), 5, 0.3)
             raise KeyError(
                 f"{key}: data set {name!r} is not registered; do you mean {', '.join(close) or 'my.json:my_images'}? "

@@ -17,7 +17,7 @@ from regionspot.data.datasets import category_ids
 from regionspot.structures import clipped_sides, has_area
 from regionspot.vocabulary import TEMPLATE_SETS, clean_name, dataset_names
 
-CONTEXT = 77  # tokens of a prompt, in every CLIP
+CONTEXT = 77  # tokens of a prompt, for all CLIP models
 LEFT_OUT = ("crowds", "boxes without area", "boxes outside the image")
 
 
@@ -79,6 +79,7 @@ def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], An
     records, names = DatasetCatalog.get(name), dataset_names(name)
     loader = DataLoader(_CheckedImages(records), batch_size=8, num_workers=workers, collate_fn=list)
     checks = list(progress((check for batch in loader for check in batch), len(records)))
+    # An empty array first, since a data set may have no image.
     labels = np.concatenate([np.zeros(0, np.int32), *(check.labels for check in checks)])
     sides = np.concatenate([np.zeros((0, 2), np.float32), *(check.sides for check in checks)])
     is_unknown = (labels < 0) | (labels >= len(names))
@@ -110,6 +111,7 @@ def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], An
 
 def describe_boxes(num_regions: np.ndarray, sides: np.ndarray) -> dict[str, Any]:
     """Return quartiles of the regions per image (I,) and of the geometric mean of sides (N, 2), and COCO's sizes."""
+    # The geometric mean of a box's sides is the root of its area, which COCO's sizes refer to.
     quartiles = partial(np.percentile, q=[0, 25, 50, 75, 100])
     lengths = np.sqrt(sides.astype(np.float64).prod(axis=1))
     counts = np.histogram(lengths, [0, 32, 96, np.inf])[0]  # COCO's limits of small, medium and large

@@ -48,6 +48,7 @@ def check_images(
     """
     paths = [path_of_image(records, row) for row in rows.tolist()]
     missing = find_missing(paths)
+    # A sample shows a wrong format or damaged copy within seconds; tools/check_dataset.py decodes all.
     absent, sample, reasons = set(missing), [], []
     if mapper is not None and len(missing) < len(paths):
         sample = _spread(len(paths), _SAMPLE).tolist()
@@ -57,6 +58,7 @@ def check_images(
                     mapper.read_image(records[int(rows[index])])
                 except UnreadableImageError as error:
                     reasons.append(str(error))
+    # (error, problem, images, number of checked images)
     problems = (
         (FileNotFoundError, "missing", missing, len(paths)),
         (ValueError, "unreadable, of a sample", reasons, len(sample)),

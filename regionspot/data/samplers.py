@@ -41,6 +41,7 @@ class TrainingStream(Sampler):
             sampler: Sampler = TrainingSampler(self.size, seed=self.seed)
         else:
             sampler = _RepeatSampler(self.repeat_factors, seed=self.seed)
+        # Detectron2's samplers give each process every world_size-th index; positions follow the same pattern.
         positions = itertools.count(comm.get_rank(), comm.get_world_size())
         return itertools.islice(zip(positions, sampler), self.start, None)
 
@@ -106,7 +107,8 @@ def _region_labels(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the classes (M,) of a data set's regions, and the index (M,) of the image of each region."""
     indices = getattr(dataset, "indices", None)
     records = dataset if indices is None else dataset.dataset
-    if hasattr(records, "offsets"):  # arrays: no record is made
+    # A JsonDataset has its labels in arrays: building millions of records would take minutes.
+    if hasattr(records, "offsets"):
         images = np.repeat(np.arange(len(records)), np.diff(records.offsets))
         rank = np.full(len(records), -1)  # index in the subset, -1 outside
         rank[np.arange(len(records)) if indices is None else indices] = np.arange(len(dataset))
@@ -134,6 +136,7 @@ def build_training_stream(cfg: CfgNode, datasets: Sequence[Any], seed: int) -> T
             f"DATASETS.TRAIN_RATIO: expected a positive share for each of {len(datasets)} data sets, got {tuple(ratio)}"
         )
     size = sum(len(dataset) for dataset in datasets)
+    # Without repeated images Detectron2's plain sampler, whose epochs are permutations.
     by_class = name == "RepeatFactorTrainingSampler"
     if not ratio and not by_class:
         return TrainingStream(size, seed)
@@ -148,5 +151,6 @@ def balance(factors: list[np.ndarray], ratio: Sequence[float]) -> np.ndarray:
     """Scale repeat factors so that the data sets' sums have this ratio and no factor decreases."""
     if not ratio:
         return np.concatenate(factors)
+    # Relative to the smallest scale, so that no factor decreases: below 1, images would be left out of epochs.
     scales = np.array([share / factor.sum() for share, factor in zip(ratio, factors)])
     return np.concatenate([factor * scale for factor, scale in zip(factors, scales / scales.min())])

@@ -72,6 +72,7 @@ class TrainingSet(Dataset):
         # Python's and NumPy's generators are those that Detectron2's augmentations draw from.
         random.seed(f"{self.seed} {position}")
         np.random.seed(random.getrandbits(32))
+        # side="right", so that empty data sets are passed over
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.mappers[part](self.datasets[part][index - int(self.starts[part])])
 
@@ -96,7 +97,7 @@ def open_training_images(
     mapper = RegionSpotDatasetMapper(cfg, True, token_store=store, proposal_file=file, vocabulary=name)
     if store is not None:
         store.check_origin({"annotations": describe_annotations(name)})
-        if comm.is_main_process():
+        if comm.is_main_process():  # hashing terabytes once is enough
             store.verify()
     category_ids(name)  # raises if the labels are not the file's
 
@@ -154,6 +155,7 @@ def describe_annotations(name: str) -> dict[str, str]:
     json_file = MetadataCatalog.get(name).get("json_file")
     if json_file:
         return {"source": Path(json_file).name, "fingerprint": sha256_of_file(json_file)}
+    # Records without a file: the parts that tokens depend on.
     digest = hashlib.sha256()
     for record in DatasetCatalog.get(name):
         regions = [[list(map(float, a["bbox"])), a["category_id"]] for a in record.get("annotations", ())]

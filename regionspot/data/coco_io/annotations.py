@@ -170,7 +170,8 @@ class AnnotationFile(JsonFile):
 
     @property
     def is_lvis(self) -> bool:
-        """Whether every category has a frequency and every image ``neg_category_ids``."""
+        """Whether all categories have a frequency and all images ``neg_category_ids``."""
+        # Both are needed for LVIS AP; COCO's files have neither.
         return self.images.negatives.complete and all(c.frequency is not None for c in self.categories)
 
     def annotations(self, for_evaluation: bool = False) -> Annotations:
@@ -188,9 +189,11 @@ class AnnotationFile(JsonFile):
             has_id_zero=np.empty(num_evaluated, bool),
         )
         category_ids = np.array([category.id for category in self.categories], np.int64)
+        # Ids are looked up in sorted arrays: a dict of millions of ids takes several times the memory.
         order = np.argsort(self.images.ids, kind="stable")
         image_ids, ids = self.images.ids[order], []
         entry_type: Any = _EvaluatedAnnotation if for_evaluation else _Annotation
+        # Columns are filled in place, chunk by chunk: the peak is one chunk of objects above the arrays.
         for start, entries in self.section("annotations", entry_type):
             rows = slice(start, start + len(entries))
             columns.labels[rows] = self._positions(start, entries, "category", category_ids)
@@ -204,6 +207,7 @@ class AnnotationFile(JsonFile):
                 # pycocotools takes a match with annotation 0 for no match: its numbers depend on this id
                 columns.has_id_zero[rows] = [entry.id == 0 for entry in entries]
                 ids += [entry.id for entry in entries if entry.id is not None]
+        # Detections are matched by id in lvis and pycocotools, where a repeated id hides an annotation.
         if len(set(ids)) < len(ids):
             repeated, count = Counter(ids).most_common(1)[0]
             raise ValueError(f"{self.name}: annotations: id {repeated} occurs {count} times; expected unique ids")

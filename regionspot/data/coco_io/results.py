@@ -61,6 +61,7 @@ class Results:
             ValueError: arrays of different lengths, scores or boxes that are not finite, a negative width or height,
                 unknown regions, damaged RLEs.
         """
+        # Regions before boxes: boxes may be those around the masks.
         self.image_ids = self._integers("image_ids", self.image_ids)
         self.category_ids = self._integers("category_ids", self.category_ids)
         self.scores = np.asarray(self.scores, np.float64)
@@ -128,6 +129,7 @@ class Results:
 
     def _check_boxes(self) -> None:
         self.boxes = np.asarray(self.boxes, np.float64)
+        # An empty list has the shape (0,).
         if not len(self.boxes):
             self.boxes = self.boxes.reshape(0, 4)
         shapes = [self.image_ids.shape, self.category_ids.shape, self.scores.shape, self.boxes.shape]
@@ -147,6 +149,7 @@ class Results:
 
     def _integers(self, key: str, values: Any) -> np.ndarray:
         array = np.asarray(values)
+        # an empty list is float64, and floats would be cut to integers without an error
         if array.size and array.dtype.kind not in "iu":
             raise ValueError(f"{self.name}: expected {key} to be integers, got {array.dtype}")
         return array.astype(np.int64)

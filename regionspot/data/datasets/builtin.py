@@ -69,6 +69,7 @@ def register_all(root: Path) -> None:
         for name, (json_file, images, evaluator_type, keep_parts) in _TRAIN_AND_VAL.items():
             table[name.format(split)] = (json_file.format(split), images.format(split), evaluator_type, keep_parts)
     for name, (json_file, images, evaluator_type, keep_parts) in table.items():
+        # A user's code may have registered the name before, which must win.
         if name not in DatasetCatalog:
             register_json_dataset(name, root / json_file, root / images, evaluator_type, keep_parts=keep_parts)
     for name, (path, directory) in odinw_paths(root).items():
@@ -76,9 +77,4 @@ def register_all(root: Path) -> None:
             register_json_dataset(name, path, directory, "coco")
 
 
-def datasets_root() -> Path:
-    """Return ``$DETECTRON2_DATASETS``, or "datasets"."""
-    return expand_user(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-
-
-register_all(datasets_root())
+register_all(expand_user(os.environ.get("DETECTRON2_DATASETS", "datasets")))

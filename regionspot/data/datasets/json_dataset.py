@@ -52,6 +52,7 @@ class JsonDataset(Dataset):
         images, annotations = file.images, file.annotations()
         self.image_root, self.keep_parts = str(image_root), keep_parts
         self.image_ids, self.heights, self.widths = images.ids, images.heights, images.widths
+        # File names stay bytes in one array: forked workers would copy Python strings when they count references.
         self._names, self._name_ends = images.names, images.name_ends
         unnamed = np.diff(images.name_ends) == 0
         if unnamed.any():
@@ -69,6 +70,7 @@ class JsonDataset(Dataset):
         num_images = len(self.image_ids)
         self.offsets = np.concatenate([[0], np.bincount(rows, minlength=num_images).cumsum()]).astype(np.int64)
 
+        # Clipped to the image: official files have boxes that are wholly outside.
         is_region = self._has_area(rows) & ~self.crowd
         self.num_regions = np.bincount(rows[is_region], minlength=num_images).astype(np.int32)
         self.num_crowd = int(self.crowd.sum())
@@ -80,7 +82,8 @@ class JsonDataset(Dataset):
         for start in range(0, len(rows), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             boxes = self.boxes[chunk].copy()
-            boxes[:, 2:] += boxes[:, :2]  # XYXY, in float32
+            # XYXY, added in float32 as BoxMode.convert does with the record's box
+            boxes[:, 2:] += boxes[:, :2]
             sizes = np.stack([self.heights[rows[chunk]], self.widths[rows[chunk]]], axis=1)
             result[chunk] = has_area(boxes, sizes)
         return result
@@ -101,6 +104,7 @@ class JsonDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]  # negative indices count from the end; raises IndexError
         rows = slice(self.offsets[index], self.offsets[index + 1])
+        # tolist(): Detectron2's records have Python numbers, which are also pickled in less space
         columns = (self.boxes[rows].tolist(), self.labels[rows].tolist(), self.crowd[rows].tolist())
         return {
             "file_name": self.file_name(index),

@@ -78,6 +78,7 @@ def gather_images(
     Raises:
         ValueError: an image id occurs twice.
     """
+    # Sorted by image id, so that an image is found by binary search.
     order = np.argsort(image_ids, kind="stable")
     image_ids, sorted_lengths = image_ids[order], lengths[order]
     repeated = np.flatnonzero(np.diff(image_ids) == 0)
@@ -110,6 +111,7 @@ def gather_rows(
             if column is not None:
                 column[:] = column[order]
         rles = None if rles is None else [rles[row] for row in order]
+    # An image begins where the id differs from the one before; the prepended id makes the first row a beginning.
     starts = np.flatnonzero(np.diff(row_ids, prepend=row_ids[:1] - 1)) if len(row_ids) else np.zeros(0, np.int64)
     offsets = np.append(starts, len(row_ids)).astype(np.int64)
     return _finish(ProposalArrays(row_ids[starts], offsets, boxes, scores, labels, rles), False)
@@ -140,6 +142,7 @@ def _finish(arrays: ProposalArrays, are_logits: bool) -> ProposalArrays:
 
 def _as_probabilities(scores: np.ndarray, are_logits: bool) -> tuple[np.ndarray, bool]:
     """Return (N,) float32 in [0, 1], and whether the scores were logits: if one is outside [0, 1], all are."""
+    # One score outside [0, 1] decides for all: files do not mix logits and probabilities.
     if len(scores) and not (scores.min() >= -_ROUNDING and scores.max() <= 1 + _ROUNDING):
         are_logits = True
     result = np.empty(len(scores), np.float32)

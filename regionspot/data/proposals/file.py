@@ -75,6 +75,7 @@ class ProposalFile:
         index = int(np.searchsorted(self.image_ids, image_id))
         has_entry = index < len(self) and self.image_ids[index] == image_id
         rows = self.arrays.rows(index) if has_entry else slice(0, 0)
+        # torch.tensor copies: clipping must not change the shared arrays
         proposals = Instances(size, proposal_boxes=Boxes(torch.tensor(self.boxes[rows])))
         if self.scores is not None:
             proposals.scores = torch.tensor(self.scores[rows])
@@ -100,6 +101,7 @@ class ProposalFile:
         """
         ids = _as_ids(image_ids)
         missing = self.count_missing(ids)
+        # Some missing images are normal (no proposals survived); all of them mean another data set.
         if missing == len(ids):
             raise ValueError(
                 f"proposals {self.path}: none of the {len(ids)} images of the data set has an entry; the file has "

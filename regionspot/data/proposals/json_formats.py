@@ -49,6 +49,7 @@ def read_json(path: Path, with_masks: bool = False) -> tuple[str, ProposalArrays
     Raises:
         ValueError: not JSON, or an invalid entry; it names the place.
     """
+    # Strict JSON first; the few files with NaN are changed in memory and read again.
     file = JsonFile(path, "proposals", writable=True)
     try:
         return _read(file, with_masks)
@@ -75,6 +76,7 @@ def _replace_non_finite(buffer: memoryview) -> bool:
 
 
 def _read_images(file: JsonFile) -> ProposalArrays:
+    # One object of all images: its entries stay bytes until their turn.
     entries = file.decode(dict[str, msgspec.Raw])
     if "annotations" in entries:
         raise ValueError(

@@ -34,6 +34,7 @@ def _gather(path: Path, proposals: Any) -> ProposalArrays:
     all_scores = None if scores is None else _column(path, "scores", scores, lengths, np.float64)
     labels = proposals.get("labels")
     all_labels = None if labels is None else _column(path, "labels", labels, lengths, np.int64)
+    # float64 until XYWH is added up: rounded to float32 once
     all_boxes = np.concatenate([np.zeros((0, 4)), *boxes])  # (N, 4)
     mode = proposals.get("bbox_mode", 0)
     if type(mode) is not int or mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
@@ -118,5 +119,6 @@ def _to_floats(values: Any) -> np.ndarray:
 
 
 def _to_integers(values: Any) -> np.ndarray:
+    # type() and not isinstance: True is an int, too.
     are_integers = all(type(value) is int and abs(value) < 2**63 for value in values)
     return np.array(values, np.int64 if are_integers else np.float64)  # float64 is refused

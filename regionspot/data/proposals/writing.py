@@ -37,6 +37,7 @@ def write_proposals(path: str | Path, format: str, proposals: ProposalArrays) ->
 
 
 def _write_glip(path: Path, proposals: ProposalArrays) -> None:
+    # Written image by image, in the order of the ids: the whole as Python objects may not fit into memory.
     encoder, separator = msgspec.json.Encoder(), b"{"
     with path.open("wb") as file:
         for index, image_id in enumerate(proposals.image_ids.tolist()):
@@ -70,6 +71,7 @@ def _coco_entries(proposals: ProposalArrays) -> Iterator[dict[str, Any]]:
             yield entry
 
 
+# The keys and containers that Detectron2's load_proposals_into_dataset expects.
 def _write_pickle(path: Path, proposals: ProposalArrays) -> None:
     def split(column: np.ndarray) -> list[np.ndarray]:
         return [column[proposals.rows(index)] for index in range(len(proposals.image_ids))]
@@ -80,6 +82,7 @@ def _write_pickle(path: Path, proposals: ProposalArrays) -> None:
         "bbox_mode": int(BoxMode.XYXY_ABS),
     }
     if proposals.scores is not None:
+        # log(p / (1 - p)) in float64, of which the sigmoid gives back the same float32
         probabilities = proposals.scores.astype(np.float64)
         with np.errstate(divide="ignore"):
             logits = np.log(probabilities) - np.log1p(-probabilities)

@@ -63,6 +63,7 @@ def convert_tokens(
                 if entry is not None:
                     images.append({f"tokens.{stage}" if key == "tokens" else key: x for key, x in entry.items()})
                 bar.update()
+            # Empty shards are written, too: images and shards correspond as in an extraction.
             writer.write(shard, pack_images(images), len(rows))
     if not counts["imported"]:
         shutil.rmtree(directory)
@@ -84,6 +85,7 @@ def _convert(record: dict[str, Any], path: Path, raw_ids: np.ndarray, dim: int) 
         content = load_checkpoint_file(path)
         tokens, classes = content["mask_tokens"], [int(c) for c in content["classes"]]
         tokens = tokens.reshape(len(classes), dim)
+    # A file with other contents must not end the import of a million others.
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         logger.warning("%s is left out: expected mask_tokens (N, %d) and classes (N,); %s", path, dim, error)
         return "damaged", None

@@ -52,6 +52,7 @@ class TokenStore:
                 f"{', '.join(self.manifest['stages'])}; set MODEL.REGIONSPOT.TOKEN_STAGE, or extract this stage"
             )
         self._shards = [_open_shard(self.directory, entry) for entry in self.manifest["shards"]]
+        # (image id -> shard, row) as sorted arrays: a dict of millions of images would be copied by forked workers.
         ids = [shard["image_ids"].numpy() for shard in self._shards] or [np.zeros(0, np.int64)]
         locations = [np.stack([np.full(len(x), shard), np.arange(len(x))], axis=1) for shard, x in enumerate(ids)]
         all_ids = np.concatenate(ids)
@@ -106,6 +107,7 @@ class TokenStore:
                 f"token store {self.directory}: image {image_id} has other boxes than when the tokens were extracted "
                 f"({stop - start} then, {len(boxes)} now); extract them again"
             )
+        # float16 on the disk, float32 for the model
         prefix = "flipped_" if flipped else ""
         features = {"tokens": shard[f"{prefix}tokens.{self.stage}"][start:stop].float()}
         if self.has_feature_maps:
@@ -177,6 +179,7 @@ def _open_shard(directory: Path, entry: dict[str, Any]) -> dict[str, torch.Tenso
                 f"token store: shard {path} is damaged: {key} has shape {tuple(tensor.shape)}, expected {length} rows "
                 f"as the manifest says; {REMEDY}"
             )
+    # Offsets index into the map: invalid ones would read other images' tokens.
     if offsets[0] != 0 or offsets[-1] != boxes or (offsets.diff() < 0).any():
         raise ValueError(f"token store: shard {path} is damaged: its offsets do not go from 0 up to {boxes}; {REMEDY}")
     return content
@@ -203,6 +206,7 @@ def find_damage(directory: str | Path) -> Iterator[str]:
             yield f"{path} is missing: run tools/extract_tokens.py again, which writes it again"
         elif problem := _compare_sha256(path, entry["sha256"]):
             yield problem
+    # Left from an extraction with other shards: they are not read, but may be copied around.
     for path in sorted(directory.glob("*.safetensors")):
         if path.name not in entries:
             yield f"{path} is not in the manifest"

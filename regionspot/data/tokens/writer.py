@@ -42,6 +42,7 @@ class StoreWriter:
         self.directory, self.num_shards = Path(directory), num_shards
         self.origin = {"format": FORMAT, **origin, "num_shards": num_shards}
         self.directory.mkdir(parents=True, exist_ok=True)
+        # A finished store has a manifest, one in progress its beginning; both name the origin.
         for name in (MANIFEST, ORIGIN):
             if (self.directory / name).is_file():
                 check_origin(self.directory, read_origin(self.directory / name), self.origin)
@@ -108,6 +109,7 @@ class StoreWriter:
                 raise ValueError(f"{self.path(shard)}: {key} has NaN, or numbers beyond the range of float16")
         with atomic_path(self.path(shard)) as temporary:
             save_file({key: value.contiguous() for key, value in content.items()}, temporary)
+            # of the file as written, before it is renamed: what was read back later might be damaged already
             sha256, size = sha256_of_file(temporary), temporary.stat().st_size
         counts = {"images": len(content["image_ids"]), "boxes": len(content["boxes"]), "seen": seen}
         entry = {"file": self.path(shard).name, "sha256": sha256, "bytes": size, **counts}
@@ -124,6 +126,7 @@ class StoreWriter:
                 return False
             counts = {key: sum(entry[key] for entry in entries) for key in ("images", "boxes")}
             write_json(self.directory / MANIFEST, {**self.origin, **counts, "shards": entries})
+        # After the manifest: if this is interrupted, the next run cleans up.
         for pattern in ("shard-*.json", ".shard-*.tmp", ORIGIN):
             for leftover in self.directory.glob(pattern):
                 leftover.unlink(missing_ok=True)
