@@ -133,7 +133,7 @@ class RegionSpotPredictor:
             ValueError: not an image, or an array of another shape or dtype.
         """
         array = to_rgb_array(image, self._deep_range)
-        tensor = torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
+        tensor = torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)  # a copy: the user's array may change
         return self.recognizer.encode_images([tensor])
 
     def set_image(self, image: str | Path | Image.Image | np.ndarray) -> None:
@@ -171,8 +171,8 @@ class RegionSpotPredictor:
             RuntimeError: no image was set.
             ValueError: a prompt of wrong shape or outside the image, or no vocabulary.
         """
-        is_shared = features is None  # with features of its own a call must not change the predictor: any thread calls
-        features = self._features if features is None else features
+        is_independent = features is not None  # then any thread may call, so nothing of the predictor may change
+        features = features if is_independent else self._features
         if features is None:
             raise RuntimeError("no image is set: call set_image(image) first, or give features=encode(image)")
         if not isinstance(features, ImageFeatures) or len(features.sizes) != 1:
@@ -180,15 +180,16 @@ class RegionSpotPredictor:
         if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:
             raise ValueError(f"top_k: expected an integer of at least 1, got {top_k!r}")
         prompts = self._prompts(boxes, points, point_labels, masks, features.sizes[0])
-        if vocabulary is not None and is_shared:
-            self.set_vocabulary(vocabulary)
-            vocabulary = None
         recognizer = self.recognizer
-        names, embeddings = (
-            recognizer.classifier.get() if vocabulary is None else recognizer.encode_vocabulary(vocabulary)
-        )
+        if is_independent and vocabulary is not None:
+            names, embeddings = recognizer.encode_vocabulary(vocabulary)
+        else:
+            if vocabulary is not None:
+                self.set_vocabulary(vocabulary)
+            names, embeddings = recognizer.classifier.get()  # K names, (K, text_dim)
         # without boxes in the prompts, the regions' boxes are those around the masks
         [output] = recognizer.locate(features, [prompts], with_masks or prompts.boxes is None, with_iou=True)
+        # (N, K + number of background names)
         [logits] = recognizer.classify([output.tokens], features.feature_map, [embeddings], with_background=True)
         return self._predictions(prompts, output, logits, names, int(top_k), with_masks, features.sizes[0])
 
@@ -243,7 +244,7 @@ class RegionSpotPredictor:
     ) -> RegionPredictions:
         masks = None
         if output.masks is not None:
-            rows = torch.arange(len(output.masks), device=output.masks.device)
+            rows = torch.arange(len(output.masks), device=output.masks.device)  # one mask for each region
             masks = RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
         assert output.iou is not None
         probabilities = self.recognizer.rule.probabilities(logits)

@@ -45,6 +45,7 @@ def evaluate_dataset(cfg: CfgNode, model: nn.Module, name: str, output_dir: str 
         check_image_ids(image_ids(records), name)
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         evaluator = RegionEvaluator(name, output_dir, describe_protocol(cfg, model, name), tasks, len(records))
+        # Each process reads its share of what is left, so the number of processes may change between runs.
         loader = build_test_loader(cfg, name, skip=evaluator.finished)
         regionspot = next(module for module in model.modules() if isinstance(module, RegionSpot))  # inside DDP
         masks = "rle" if regionspot.masks else ""  # one RLE per region, in place of full-size masks

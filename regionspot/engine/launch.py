@@ -46,7 +46,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, 
 
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    fork_workers()
+    fork_workers()  # in each process: a spawned one inherits "spawn" as its start method
     try:
         result = run_process(main, args) if comm.get_world_size() > 1 else main(args)
     except Interrupted:  # in all processes at once

@@ -29,6 +29,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         )
     if clipping.ENABLED and not full_model:
         raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: AdamW takes full_model, got {clipping.CLIP_TYPE!r}")
+    # Detectron2's groups: weight decay of norms and biases has keys of its own
     groups = get_default_optimizer_params(
         model,
         base_lr=cfg.SOLVER.BASE_LR,

@@ -97,7 +97,7 @@ class Trainer(TrainerBase):
         super().__init__()
         device = next(model.parameters()).device
         device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
-        # The model's buffers are constants (means, embeddings): processes need not exchange them.
+        # As in Detectron2, processes do not exchange buffers: means and text embeddings are constants.
         options = {"broadcast_buffers": False, "device_ids": device_ids, **ddp_options}
         self.model, self.plan = create_ddp_model(model, **options), plan
         self.optimizer, self.scheduler = optimizer, scheduler

@@ -28,6 +28,7 @@ class DetectionLVISEvaluator(LVISEvaluator):
 
     def _eval_predictions(self, predictions: list[dict[str, Any]]) -> None:
         detections = list(itertools.chain.from_iterable(x["instances"] for x in predictions))
+        # Detectron2 adds 1 to the classes of a data set without an id mapping: right for LVIS, but not for every file.
         ids = category_ids(self._metadata.name).tolist()
         for detection in detections:
             label = detection["category_id"]

@@ -57,6 +57,7 @@ class GroundTruth:
         self.image_ids = images.ids[order]
         self.sizes = np.stack([images.heights, images.widths], axis=1)[order].astype(np.int64)
         self._lists = {"neg_category_ids": images.negatives, "not_exhaustive_category_ids": images.not_exhaustive}
+        # Federated annotation: an image lists categories that are absent, and categories annotated incompletely.
         pairs = []
         for lists in self._lists.values():
             positions, unknown = look_up(self.category_ids, lists.category_ids)

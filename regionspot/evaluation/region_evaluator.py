@@ -122,6 +122,7 @@ class RegionEvaluator(DatasetEvaluator):
             )
         truth = GroundTruth(self.json_file)
         results, regions, unreadable = self._read_log()
+        # the names of Detectron2's evaluators, which other tools look for
         kind = "coco" if self.protocol.metric == "coco" else "lvis"
         write_results(self.output_dir / f"{kind}_instances_results.json", results)
         evaluations = self._evaluate_tasks(truth, results)
@@ -163,6 +164,7 @@ class RegionEvaluator(DatasetEvaluator):
         images: list[tuple[np.ndarray, ...]] = [no_detections]
         rles, classes_of_regions, unreadable = PackedRles(), [], []
         for image in self.log:
+            # D detections of R regions; boxes (R, 4) -> (D, 4)
             image_ids = np.full(len(image.classes), image.image_id)
             rows = len(rles) + image.regions.astype(np.int64)  # an image's regions are numbered from 0
             columns = (image_ids, self.category_ids[image.classes], image.scores, image.boxes[image.regions], rows)

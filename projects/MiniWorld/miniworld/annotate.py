@@ -1,8 +1,6 @@
 """Writes splits of the miniature world in LVIS format."""
 
 import json
-import multiprocessing
-import signal
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +12,7 @@ from pycocotools import mask as mask_api
 from tqdm import tqdm
 
 from miniworld.categories import FREQUENCIES, NAMES
-from miniworld.generator import SIZE, draw_scene, is_annotated
+from miniworld.generator import SIZE, draw_scene, drawing_pool, is_annotated
 from regionspot.utils.files import atomic_path
 
 
@@ -42,9 +40,7 @@ def write_split(directory: Path, split: str, num_scenes: int, seed: int = 0, wor
     with ExitStack() as stack:
         drawn: Iterable = map(write_scene, arguments)
         if workers > 1:  # starting them takes as long as a few hundred scenes
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)))
-            drawn = pool.imap(write_scene, arguments, chunksize=32)
+            drawn = stack.enter_context(drawing_pool(workers)).imap(write_scene, arguments, chunksize=32)
         for image, objects in tqdm(drawn, total=num_scenes, desc=f"drawing {split}"):
             images.append(image)
             for entry in objects:

@@ -1,8 +1,6 @@
 """Captioned images, and the batches that the miniature CLIP learns from."""
 
 import json
-import multiprocessing
-import signal
 from pathlib import Path
 
 import clip
@@ -11,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from miniworld.categories import CATEGORIES, COLORS, NAMES, PATTERNS, SHAPES
-from miniworld.generator import Scene, draw_captioned
+from miniworld.generator import Scene, draw_captioned, drawing_pool
 from regionspot.modeling.vision_language.clip import PIXEL_MEAN, PIXEL_STD
 from regionspot.vocabulary import get_templates
 
@@ -52,7 +50,7 @@ class CaptionedImages:
     @staticmethod
     def _draw(path: Path, num_images: int, seed: int, workers: int) -> None:
         images, labels = np.zeros((num_images, 96, 96, 3), np.uint8), []
-        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        with drawing_pool(workers) as pool:
             drawn = pool.imap(draw_image, [(seed, i) for i in range(num_images)], chunksize=64)
             for i, (image, classes) in enumerate(tqdm(drawn, total=num_images, desc="drawing captioned images")):
                 images[i] = image

@@ -1,6 +1,9 @@
 """Draws the scenes: every image is a function of (seed, split, index) and of nothing else."""
 
+import multiprocessing
+import signal
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 
 import numpy as np
 from PIL import Image
@@ -39,6 +42,11 @@ class Scene:
         """The caption: the objects, largest first."""
         order = np.argsort(-self.masks.sum(axis=(1, 2)))
         return " and ".join(f"a {NAMES[self.classes[i]]}" for i in order)
+
+
+def drawing_pool(workers: int) -> Pool:
+    """Return a pool of processes that leave Ctrl-C to this one."""
+    return multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def draw_scene(split: str, index: int, seed: int = 0) -> Scene:

@@ -1,7 +1,5 @@
 """Trains the miniature SAM: from boxes and points to masks, without any class."""
 
-import multiprocessing
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from miniworld.generator import SIZE, draw_scene
+from miniworld.generator import SIZE, draw_scene, drawing_pool
 from regionspot.modeling.localizers.sam import SamLocalizer, SamSize, build_sam
 from regionspot.structures import Prompts
 
@@ -50,7 +48,7 @@ class SamPretraining(nn.Module):
             workers: drawing processes.
         """
         super().__init__()
-        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        with drawing_pool(workers) as pool:
             drawn = pool.imap(draw_masks, [(seed, i) for i in range(num_scenes)], chunksize=32)
             self.scenes = list(tqdm(drawn, total=num_scenes, desc="drawing scenes"))
         self.seed = seed
