@@ -43,9 +43,9 @@ def test_full_size_takes_a_fifth_of_the_work():
     sparse, dense = torch.empty(100, 2, 256, device="meta"), torch.empty(100, 256, 64, 64, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as plain:
         decoder.predict_masks(embedding, position, sparse, dense)
-    with torch.no_grad(), FlopCounterMode(display=False) as ours, PeakMemory() as memory:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, PeakMemory() as memory:
         prompt_decoder = PromptDecoder(decoder, embedding, position)
         for chunk in sparse.split(8):
             prompt_decoder.decode(chunk, None, slice(1, 2))
-    assert ours.get_total_flops() <= plain.get_total_flops() / 5
+    assert counter.get_total_flops() <= plain.get_total_flops() / 5
     assert memory.peak < 0.15e9
