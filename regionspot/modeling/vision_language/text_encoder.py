@@ -2,31 +2,24 @@
 
 import hashlib
 import json
-import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import clip
 import torch
 from clip.model import CLIP
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from regionspot.checkpoint.formats import fingerprint
 from regionspot.modeling.vision_language.clip import encode_tokens, text_weights
-from regionspot.utils.files import atomic_path, cache_dir
+from regionspot.modeling.vision_language.text_cache import TextCache
+from regionspot.utils.files import cache_dir
 from regionspot.vocabulary import clean_name, get_phrases, get_templates
 
-logger = logging.getLogger(__name__)
-
 NUM_IN_MEMORY = 4  # vocabularies whose embeddings stay in memory
-LOCK_TIMEOUTS = (30, 1770)  # seconds to wait for another process before the first warning, and before giving up
 _LOCK = threading.RLock()  # of all encoders: one of their own would keep models from being copied
 
 
@@ -55,7 +48,7 @@ class TextEncoder:
         self.batch_size = batch_size
         self._checksum: list[float] = []  # of CLIP's weights when they were hashed last
         self._fingerprint = ""
-        self._in_memory: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._in_memory: OrderedDict[tuple, torch.Tensor] = OrderedDict()
 
     @torch.inference_mode(False)  # cached embeddings may be trained with later, which inference tensors may not
     @torch.no_grad()
@@ -72,71 +65,35 @@ class TextEncoder:
             ValueError: a name is too long for CLIP's context, or CLIP's weights give no finite numbers.
         """
         cleaned = [tuple(clean_name(phrase, self.name_style) for phrase in phrases) for phrases in get_phrases(names)]
-        key = self._key(cleaned)
+        directory = self._cache_directory()
+        key = (directory, tuple(cleaned))
         embeddings = self._in_memory.get(key)
         if embeddings is None:
-            path = cache_dir() / "text" / f"{key}.safetensors"
-            embeddings = self._read(path, len(cleaned))
-            if embeddings is None:
-                embeddings = self._encode_once(cleaned, path)
+            cache = TextCache(directory, self.clip_model.text_projection.shape[1])
+            flat = cache.get([phrase for phrases in cleaned for phrase in phrases], self._encode_finite)
+            embeddings = _average(flat, [len(phrases) for phrases in cleaned])
             with _LOCK:
                 self._in_memory[key] = embeddings
                 while len(self._in_memory) > NUM_IN_MEMORY:
                     self._in_memory.popitem(last=False)
         return embeddings.to(self.clip_model.text_projection.device)
 
-    def _encode_once(self, cleaned: list[tuple[str, ...]], path: Path) -> torch.Tensor:
-        """Encode into the cache: one of several processes does, the others wait and read."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _acquire(FileLock(f"{path}.lock")):
-                embeddings = self._read(path, len(cleaned))
-                if embeddings is None:
-                    embeddings = self._average(cleaned).cpu()
-                    with atomic_path(path) as temporary:
-                        save_file({"embeddings": embeddings}, temporary, {"sha256": _digest(embeddings)})
-        except OSError as error:
-            logger.warning("text embeddings are not cached, %s cannot be used (%s)", path, error)
-            embeddings = self._average(cleaned)
+    def _encode_finite(self, cleaned: list[str]) -> torch.Tensor:
+        embeddings = self.encode(cleaned)
+        if not embeddings.isfinite().all():
+            raise ValueError("text embeddings are not finite: CLIP's weights are damaged, or too large for their dtype")
         return embeddings
 
-    def _average(self, cleaned: list[tuple[str, ...]]) -> torch.Tensor:
-        """Encode each class's phrases and average them."""
-        flat = self.encode([phrase for phrases in cleaned for phrase in phrases])
-        if not flat.isfinite().all():
-            raise ValueError("text embeddings are not finite: CLIP's weights are damaged, or too large for their dtype")
-        lengths = [len(phrases) for phrases in cleaned]
-        if max(lengths) == 1:
-            return flat
-        means = [phrases.mean(dim=0) if len(phrases) > 1 else phrases[0] for phrases in flat.split(lengths)]
-        return F.normalize(torch.stack(means), dim=1)
-
-    def _key(self, cleaned: list[tuple[str, ...]]) -> str:
+    def _cache_directory(self) -> Path:
+        """Return the directory of this CLIP with these templates in this precision."""
         with _LOCK:
             weights = text_weights(self.clip_model)
-            # hashing all bytes takes a second; sums tell at once whether a weight or its dtype has changed since
-            sums = torch.stack([value.sum(dtype=torch.float64) for value in weights.values()])
-            if (checksum := sums.tolist()) != self._checksum:
+            # hashing all bytes takes a second; sums of every 16th weight tell at once whether they have changed since
+            sums = [value.flatten()[::16].sum(dtype=torch.float64) for value in weights.values()]
+            if (checksum := torch.stack(sums).tolist()) != self._checksum:
                 self._checksum, self._fingerprint = checksum, fingerprint(weights)
-            content = [self._fingerprint, self.templates, cleaned, str(self.clip_model.dtype)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    def _read(self, path: Path, num_classes: int) -> torch.Tensor | None:
-        """Return the cached embeddings, None where there are none or they are damaged."""
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                embeddings, metadata = file.get_tensor("embeddings"), file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            problem = str(error)
-        else:
-            shape = (num_classes, self.clip_model.text_projection.shape[1])
-            problem = _find_damage(embeddings, shape, metadata.get("sha256", ""))
-            if not problem:
-                return embeddings
-        logger.warning("cached text embeddings %s are damaged (%s); encoding again", path, problem)
-        return None
+            content = [self._fingerprint, self.templates, str(self.clip_model.dtype)]
+        return cache_dir() / "text" / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -174,33 +131,9 @@ class TextEncoder:
         return stacked, stacked.argmax(dim=1) + 1  # end-of-text has the highest id
 
 
-def _digest(embeddings: torch.Tensor) -> str:
-    return hashlib.sha256(embeddings.contiguous().numpy().data).hexdigest()
-
-
-def _find_damage(embeddings: torch.Tensor, shape: tuple[int, int], sha256: str) -> str:
-    """Return what is wrong with embeddings from a file, "" for nothing."""
-    if embeddings.shape != shape or embeddings.dtype != torch.float32:
-        return f"expected {shape} float32, got {tuple(embeddings.shape)} {embeddings.dtype}"
-    if not ((embeddings.norm(dim=1) - 1).abs() < 1e-3).all():  # NaN fails this, too
-        return "not of length 1"
-    return "" if _digest(embeddings) == sha256 else "not the SHA-256 that was written with it"
-
-
-@contextmanager
-def _acquire(lock: FileLock) -> Iterator[None]:
-    """Hold ``lock``; warn when another process keeps it, and proceed without it when that takes too long."""
-    for seconds in LOCK_TIMEOUTS:
-        try:
-            lock.acquire(timeout=seconds)
-            break
-        except Timeout:
-            logger.warning(
-                "another process has held %s for %d s: it encodes the same vocabulary, or it was stopped (then end it)",
-                lock.lock_file,
-                seconds,
-            )
-    try:
-        yield
-    finally:
-        lock.release()
+def _average(embeddings: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Return a (K, D) embedding of each class from those of its phrases, ``lengths`` of them."""
+    if max(lengths) == 1:
+        return embeddings
+    means = [phrases.mean(dim=0) if len(phrases) > 1 else phrases[0] for phrases in embeddings.split(lengths)]
+    return F.normalize(torch.stack(means), dim=1)

@@ -8,11 +8,12 @@ import clip
 import pytest
 import torch
 from clip.model import convert_weights
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from regionspot.checkpoint.formats import fingerprint
-from regionspot.modeling.vision_language import text_encoder
+from regionspot.modeling.vision_language import text_cache, text_encoder
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.vocabulary import load_vocabulary
 
@@ -62,7 +63,7 @@ def test_cache_key_covers_all_inputs(clip_model, change, cache_directory):
             "MODEL.REGIONSPOT.CLIP.CUSTOM.TEXT_LAYERS", 1, names=None
         ).recognizer.vision_language.clip_model
     TextEncoder(model, templates, style)(names)
-    assert len(list(cache_directory.glob("text/*.safetensors"))) == 2
+    assert len(list(cache_directory.glob("text/*/*.safetensors"))) == 2
 
 
 def test_cache_key_covers_the_precision(clip_model, cache_directory):
@@ -71,8 +72,23 @@ def test_cache_key_covers_the_precision(clip_model, cache_directory):
     convert_weights(half)
     single.load_state_dict(half.state_dict())  # what half precision can hold
     values = [TextEncoder(model, "one")(NAMES) for model in (single, half)]
-    assert len(list(cache_directory.glob("text/*.safetensors"))) == 2
+    assert len(list(cache_directory.glob("text/*/*.safetensors"))) == 2
     assert not torch.equal(*values)
+
+
+def test_one_more_name_is_encoded_alone(clip_model, cache_directory, monkeypatch):
+    """In any order, and after so many additions that files are merged."""
+    encoded, original = [], TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, names: encoded.append(names) or original(self, names))
+    monkeypatch.setattr(text_cache, "MAX_FILES", 3)
+    names, expected = [], original(TextEncoder(clip_model, "one"), [*"abcdefg"])
+    for name in "abcdefg":
+        names.insert(0, name)
+        embeddings = TextEncoder(clip_model, "one")(names)
+        torch.testing.assert_close(embeddings.flip(0), expected[: len(names)], atol=1e-6, rtol=0)
+    assert encoded == [[name] for name in "abcdefg"]
+    assert len(list(cache_directory.glob("text/*/*.safetensors"))) == 1
+    assert len(TextEncoder(clip_model, "one")(["c", "a", "c"])) == 3 and len(encoded) == 7
 
 
 def other_bytes(path):
@@ -89,9 +105,10 @@ def rewritten(change):
     """Return what writes changed embeddings, with a digest that fits them."""
 
     def damage(path):
-        embeddings = change(load_file(path)["embeddings"]).contiguous()
+        with safe_open(path, "pt") as file:
+            embeddings, metadata = change(file.get_tensor("embeddings")).contiguous(), file.metadata()
         digest = hashlib.sha256(embeddings.numpy().data).hexdigest()
-        save_file({"embeddings": embeddings}, path, {"sha256": digest})
+        save_file({"embeddings": embeddings}, path, {**metadata, "sha256": digest})
 
     return damage
 
@@ -110,7 +127,7 @@ def rewritten(change):
 )
 def test_damaged_cache_is_encoded_again(clip_model, cache_directory, damage, caplog):
     first = TextEncoder(clip_model, "one")(NAMES)
-    [path] = cache_directory.glob("text/*.safetensors")
+    [path] = cache_directory.glob("text/*/*.safetensors")
     damage(path)
     assert torch.equal(TextEncoder(clip_model, "one")(NAMES), first) and "are damaged" in caplog.text
     caplog.clear()
@@ -148,16 +165,18 @@ def test_synonyms_are_averaged(clip_model):
 
 def test_stuck_lock_is_reported_and_ignored(clip_model, cache_directory, monkeypatch, caplog):
     expected = TextEncoder(clip_model, "one")(NAMES)
-    [path] = cache_directory.glob("text/*.safetensors")
+    [path] = cache_directory.glob("text/*/*.safetensors")
     path.unlink()
-    monkeypatch.setattr(text_encoder, "LOCK_TIMEOUTS", (0.1, 0.1))
-    held = subprocess.Popen(["flock", f"{path}.lock", "sh", "-c", "echo held; exec sleep 60"], stdout=subprocess.PIPE)
+    monkeypatch.setattr(text_cache, "LOCK_TIMEOUTS", (0.1, 0.1))
+    held = subprocess.Popen(
+        ["flock", path.parent / "lock", "sh", "-c", "echo held; exec sleep 60"], stdout=subprocess.PIPE
+    )
     try:
         assert held.stdout.readline() == b"held\n"
         assert torch.equal(TextEncoder(clip_model, "one")(NAMES), expected)
     finally:
         held.kill()
-    assert "another process has held" in caplog.text and path.name in caplog.text and path.is_file()
+    assert "another process has held" in caplog.text and path.parent.name in caplog.text and path.is_file()
 
 
 def test_non_finite_embeddings_are_refused(clip_model, cache_directory):
@@ -165,7 +184,7 @@ def test_non_finite_embeddings_are_refused(clip_model, cache_directory):
     torch.nn.init.constant_(clip_model.text_projection, float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         TextEncoder(clip_model, "one")(NAMES)
-    assert not list(cache_directory.glob("text/*.safetensors"))
+    assert not list(cache_directory.glob("text/*/*.safetensors"))
 
 
 def test_autocast_and_inference_mode_change_nothing(clip_model):
