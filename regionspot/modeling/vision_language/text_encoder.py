@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from regionspot.utils.files import cache_dir
 from regionspot.vocabulary import clean_name, get_phrases, get_templates
 
 NUM_IN_MEMORY = 4  # vocabularies whose embeddings stay in memory
+# A name whose tokens do not depend on the prompt around it, which CLIP's tokenizer splits at spaces and symbols.
+_IS_SIMPLE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ,_'()/-]*[A-Za-z0-9])?")
 _LOCK = threading.RLock()  # of all encoders: one of their own would keep models from being copied
 
 
@@ -118,17 +121,31 @@ class TextEncoder:
     def _tokenize(self, cleaned: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the (K * T, context) tokens of all prompts, name by name, and their (K * T,) lengths."""
         context = self.clip_model.context_length
-        tokens = []
-        for name in cleaned:
+        around = [[self._words(part) for part in template.split("{}")] for template in self.templates]
+        start, end = clip.tokenize("")[0, :2].tolist()
+        prompts = torch.zeros(len(cleaned), len(self.templates), context, dtype=torch.int32)
+        for row, name in zip(prompts, cleaned):
             try:
-                tokens.append(clip.tokenize([template.format(name) for template in self.templates], context).int())
+                if _IS_SIMPLE.fullmatch(name):
+                    words = self._words(name)
+                    tokens = [[start, *before, *words, *after, end] for before, after in around]
+                    if max(map(len, tokens)) > context:
+                        raise RuntimeError("too many tokens")
+                    row.copy_(torch.tensor([prompt + [0] * (context - len(prompt)) for prompt in tokens]))
+                else:
+                    row.copy_(clip.tokenize([template.format(name) for template in self.templates], context))
             except RuntimeError as error:
                 raise ValueError(
                     f"class name {name!r} is too long: its prompts do not fit CLIP's {context} tokens. "
                     "Give a shorter name"
                 ) from error
-        stacked = torch.cat(tokens)
-        return stacked, stacked.argmax(dim=1) + 1  # end-of-text has the highest id
+        flat = prompts.flatten(0, 1)
+        return flat, flat.argmax(dim=1) + 1  # end-of-text has the highest id
+
+    def _words(self, text: str) -> list[int]:
+        """Return the tokens of a part of a prompt, without those of its start and end."""
+        tokens = clip.tokenize(text, self.clip_model.context_length)[0]
+        return tokens[1 : int(tokens.argmax())].tolist()
 
 
 def _average(embeddings: torch.Tensor, lengths: list[int]) -> torch.Tensor:

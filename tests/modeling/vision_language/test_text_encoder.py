@@ -40,6 +40,16 @@ def test_embedding_is_the_normalized_mean(clip_model, templates, number):
     torch.testing.assert_close(encoder(names), torch.stack(expected), atol=1e-5, rtol=0)
 
 
+def test_tokens_are_those_of_whole_prompts(clip_model):
+    """Names that split at the prompt's symbols or not, that end in symbols, digits, accents, entities."""
+    encoder = TextEncoder(clip_model, "all")
+    names = ["cup", "arctic (type of shoe)", "first-aid kit", "o'clock", "U.S.", "10", "#2", "caf\u00e9", "tea & jam"]
+    names += ["dog's", "a/c", "what?", "3d", "_x_", "black_(sheep)", "it's", "R&amp;B", "\U0001f600", "a  b", "s", "ll"]
+    tokens, lengths = encoder._tokenize(names)
+    expected = torch.cat([clip.tokenize([x.format(name) for x in encoder.templates]) for name in names])
+    assert torch.equal(tokens.long(), expected) and torch.equal(lengths, expected.argmax(dim=1) + 1)
+
+
 def test_second_call_reads_the_cache(clip_model, monkeypatch):
     first = TextEncoder(clip_model, "one")(NAMES)
     monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("encoded again"))
