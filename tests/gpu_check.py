@@ -160,12 +160,12 @@ def check_processes(setting: Setting) -> str:
     """Two processes, joined by NCCL where there are two GPUs, end with the weights of one."""
     several = setting.device == "cuda" and torch.cuda.device_count() > 1
     device, paths = (setting.device if several else "cpu"), []
-    for number in (1, 2):
-        cfg = setting.config(f"processes-{number}", "MODEL.DEVICE", device)
+    for num_processes in (1, 2):
+        cfg = setting.config(f"processes-{num_processes}", "MODEL.DEVICE", device)
         path = Path(cfg.OUTPUT_DIR) / "config.in.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(cfg.dump())
-        options = ["--config-file", path, "--num-gpus", number, "--dist-url", "auto"]
+        options = ["--config-file", path, "--num-gpus", num_processes, "--dist-url", "auto"]
         command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *map(str, options)]
         env = {**os.environ, "DETECTRON2_DATASETS": str(setting.directory / "data")}
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)

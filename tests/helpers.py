@@ -91,12 +91,12 @@ def draw_scene(index: int, size: tuple[int, int] = (48, 64)) -> tuple[np.ndarray
     return image, np.array(boxes, np.float32), np.array(classes)
 
 
-def as_inputs(index: int, size: tuple[int, int] = (48, 64), number: int | None = None) -> dict:
+def as_inputs(index: int, size: tuple[int, int] = (48, 64), num_objects: int | None = None) -> dict:
     """Return a drawn scene as Detectron2's model input."""
     image, boxes, classes = draw_scene(index, size)
     instances = Instances(size)
-    instances.gt_boxes = Boxes(torch.from_numpy(boxes[:number]))
-    instances.gt_classes = torch.from_numpy(classes[:number])
+    instances.gt_boxes = Boxes(torch.from_numpy(boxes[:num_objects]))
+    instances.gt_classes = torch.from_numpy(classes[:num_objects])
     return {
         "image": torch.from_numpy(image).permute(2, 0, 1),
         "height": size[0],
@@ -108,7 +108,7 @@ def as_inputs(index: int, size: tuple[int, int] = (48, 64), number: int | None =
 
 def write_dataset(
     directory: Path,
-    number: int = 8,
+    num_scenes: int = 8,
     category_ids: tuple[int, ...] = (3, 1, 10, 7),
     names: list[str] = NAMES,
     first: int = 0,
@@ -116,15 +116,15 @@ def write_dataset(
     """Write drawn scenes as a data set in LVIS format; return the annotation file.
 
     Args:
-        directory: of the data set.
-        number: of scenes.
+        directory: the data set's.
+        num_scenes: number of scenes.
         category_ids: of the four classes, in the order of ``NAMES``; by default with gaps.
         names: what the four classes are called.
         first: index of the first scene.
     """
     (directory / "images").mkdir(parents=True)
     images, annotations = [], []
-    for index in range(number):
+    for index in range(num_scenes):
         image, boxes, classes = draw_scene(first + index)
         Image.fromarray(image).save(directory / "images" / f"{index}.png")
         present = sorted({category_ids[label] for label in classes})

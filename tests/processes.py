@@ -30,7 +30,7 @@ class Program:
         self.process = multiprocessing.get_context("fork").Process(target=self._become)
         self.process.start()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.is_file() else ""
 
     def wait(self, seconds: float = 300) -> int:
@@ -63,5 +63,5 @@ def run_program(directory: Path, script: Path, *arguments: object) -> str:
     """Run a Python program in ``directory`` and return its output; it must succeed."""
     program = Program(directory, script, *arguments)
     status = program.wait()
-    assert status == 0, program.said()[-5000:]
-    return program.said()
+    assert status == 0, program.output()[-5000:]
+    return program.output()

@@ -135,9 +135,9 @@ def test_lvis_ap_is_limited_to_300_detections(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "regionspot.evaluation.region_evaluator.evaluate_task", lambda *args: limits.append(args[-1]) or 1 / 0
     )
-    for number in (20, 1000, -1):
+    for limit in (20, 1000, -1):
         with pytest.raises(ZeroDivisionError):
-            evaluate(tmp_path, "TEST.DETECTIONS_PER_IMAGE", number)
+            evaluate(tmp_path, "TEST.DETECTIONS_PER_IMAGE", limit)
     assert limits == [20, 300, 300]
 
 
@@ -242,10 +242,10 @@ def test_fixed_ap_keeps_best_per_class(dataset, tmp_path, monkeypatch, limit):
     monkeypatch.setattr("regionspot.evaluation.region_evaluator.DETS_PER_CLASS", limit)
     monkeypatch.setattr("regionspot.evaluation.class_cap._PENDING", 1)
     evaluate(tmp_path, *fixed)
-    kept = read_results(path)
-    assert len(kept) < len(whole)
+    capped = read_results(path)
+    assert len(capped) < len(whole)
     for task in ("bbox", "segm"):
-        evaluations = [evaluate_lvis(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, kept)]
+        evaluations = [evaluate_lvis(truth, x, task, "fixed", dets_per_class=limit) for x in (whole, capped)]
         np.testing.assert_array_equal(evaluations[0].precision, evaluations[1].precision)
 
 
@@ -411,9 +411,9 @@ def test_table_row_is_run_once(tmp_path, monkeypatch):
         return table_command.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(table_command.subprocess, "run", run)
-    for overrides, number in (([], 1), ([], 1), (["TEST.DETECTIONS_PER_IMAGE", "7"], 2)):
+    for overrides, num_calls in (([], 1), ([], 1), (["TEST.DETECTIONS_PER_IMAGE", "7"], 2)):
         results = table_command.run_row(TINY, tmp_path, overrides, [])
-        assert len(calls) == number
+        assert len(calls) == num_calls
     assert table_command.average(results, "bbox", "AP") == 15 and table_command.average(results, "bbox", "APm") is None
 
 

@@ -20,35 +20,35 @@ OVERRIDES = (*EXACT, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 100)
 
 
 class SendSignal(HookBase):
-    def __init__(self, iteration, number):
-        self.iteration, self.number = iteration, number
+    def __init__(self, iteration, signum):
+        self.iteration, self.signum = iteration, signum
 
     def before_step(self):
         if self.trainer.iter == self.iteration:
-            signal.raise_signal(self.number)
+            signal.raise_signal(self.signum)
 
 
-def train_until_signal(directory, output, iteration, number=signal.SIGTERM, overrides=OVERRIDES):
+def train_until_signal(directory, output, iteration, signum=signal.SIGTERM, overrides=OVERRIDES):
     cfg = config(directory, output, *overrides)
     output.mkdir(exist_ok=True)
     torch.manual_seed(cfg.SEED)
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=True)
-    trainer.register_hooks([SendSignal(iteration, number)])
+    trainer.register_hooks([SendSignal(iteration, signum)])
     with pytest.raises(Interrupted) as stopped:
         trainer.train()
-    assert stopped.value.number == number
+    assert stopped.value.number == signum
     return str(stopped.value)
 
 
 def test_stopped_run_resumes_exactly(scenes, tmp_path):  # noqa: F811
     train(scenes, tmp_path / "whole", *OVERRIDES)
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
     text = train_until_signal(scenes, tmp_path / "run", 4)
     assert text == "stopped after iteration 5 of 12: model_0000004.pth is kept"
     assert saved(tmp_path / "run", (tmp_path / "run" / "last_checkpoint").read_text())["iteration"] == 4
     assert "model_0000008.pth" in train_until_signal(scenes, tmp_path / "run", 8, signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert train(scenes, tmp_path / "run", *OVERRIDES, resume=True).start_iter == 9
     assert_same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
 

@@ -129,8 +129,8 @@ def test_log_is_short_and_plain(directory, tmp_path, monkeypatch):
     logging.getLogger("detectron2").warning(colored("in color", "red"))
     log = (tmp_path / "log.txt").read_text()
     assert "in color" in log and "\x1b" not in log and len(log.splitlines()) < 60
-    for said in ("torch", "8 images with", "0.16 million parameters learn", "iter: 59", "bbox", "Saved checkpoint"):
-        assert said in log, said
+    for text in ("torch", "8 images with", "0.16 million parameters learn", "iter: 59", "bbox", "Saved checkpoint"):
+        assert text in log, text
     written = load_config(tmp_path / "config.yaml")
     assert written.SOLVER.MAX_ITER == 60 and str(tmp_path) == written.OUTPUT_DIR
     assert "PyTorch" in (tmp_path / "environment.txt").read_text()

@@ -233,8 +233,8 @@ def three(tmp_path, scenes, register):
     """Three data sets with different scenes, names and ids, and their stores."""
     recognizer = tiny_model(names=None).recognizer
     recognizer.weight_sources.update(sam=str(scenes / "sam.pth"), clip_model=str(scenes / "clip.pth"))
-    for number, (name, (ids, names)) in enumerate(VOCABULARIES.items()):
-        path = write_dataset(tmp_path / name, 16, ids, names, first=100 * number)
+    for index, (name, (ids, names)) in enumerate(VOCABULARIES.items()):
+        path = write_dataset(tmp_path / name, 16, ids, names, first=100 * index)
         register(name, path, tmp_path / name / "images", "lvis")
         extraction = Extraction(feature_maps=True)
         extract_tokens(recognizer, name, tmp_path / f"{name}_store", extraction, show_progress=False)
@@ -243,7 +243,7 @@ def three(tmp_path, scenes, register):
 
 def accuracy(trainer, name):
     """Return how many regions of a data set get their annotated class, with the data set's vocabulary."""
-    recognizer, right, number = trainer.recognizer, 0, 0
+    recognizer, num_correct, num_regions = trainer.recognizer, 0, 0
     with recognizer.using_vocabulary(list(MetadataCatalog.get(name).thing_classes)):
         for batch in build_test_loader(trainer.cfg, name):
             for inputs in batch:
@@ -252,9 +252,9 @@ def accuracy(trainer, name):
                 tokens = recognizer.position_tokens([inputs["image"]], [instances.gt_boxes])
                 with torch.no_grad():
                     [logits] = recognizer.classify(tokens, features.feature_map)
-                right += int((logits.argmax(dim=1) == instances.gt_classes).sum())
-                number += len(instances)
-    return right / number
+                num_correct += int((logits.argmax(dim=1) == instances.gt_classes).sum())
+                num_regions += len(instances)
+    return num_correct / num_regions
 
 
 def test_second_stage_improves_all_vocabularies(three, scenes):

@@ -60,7 +60,7 @@ def test_permuted_boxes():
 def test_region_attention():
     for attention in (True, False):
         model = tiny_model("MODEL.REGIONSPOT.INTEGRATION.REGION_ATTENTION", attention)
-        [alone, beside] = [model([as_inputs(4, number=n)])[0]["instances"] for n in (1, 2)]
+        [alone, beside] = [model([as_inputs(4, num_objects=n)])[0]["instances"] for n in (1, 2)]
         alone, beside = (x[x.region_indices == 0] for x in (alone, beside))
         difference = (
             (alone.scores[alone.pred_classes.argsort()] - beside.scores[beside.pred_classes.argsort()]).abs().max()
@@ -239,7 +239,7 @@ def test_gradient_is_clipped_over_the_full_model():
 
 def test_training_batch_without_boxes():
     model = tiny_model().train()
-    loss = model([as_inputs(0, number=0)])["loss_cls"]
+    loss = model([as_inputs(0, num_objects=0)])["loss_cls"]
     loss.backward()
     assert loss.item() == 0
     assert all(
@@ -293,7 +293,7 @@ def test_tiny_model_overfits_eight_images():
 )
 @pytest.mark.parametrize("training", [False, True])
 def test_invalid_box_is_refused(box, message, training):
-    inputs = as_inputs(0, number=1)
+    inputs = as_inputs(0, num_objects=1)
     inputs["instances"].gt_boxes = Boxes(torch.tensor([box], dtype=torch.float32))
     with pytest.raises(ValueError, match=f"(?s)scene 0.*{message}"):
         tiny_model().train(training)([inputs])

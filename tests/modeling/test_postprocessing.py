@@ -117,14 +117,14 @@ def test_background_names_make_regions_unknown():
     )
 
 
-def random_detections(number, seed):
+def random_detections(num_detections, seed):
     """Return detections, many of which overlap and some of which tie."""
     generator = torch.Generator().manual_seed(seed)
-    corners = torch.rand(number, 2, generator=generator) * 30
+    corners = torch.rand(num_detections, 2, generator=generator) * 30
     detections = Instances((50, 50), pred_boxes=Boxes(torch.cat([corners, corners + 15], dim=1)))
-    detections.scores = (torch.rand(number, generator=generator) * 20).round() / 20
-    detections.pred_classes = torch.arange(number) + 1000 * seed
-    detections.region_indices = torch.arange(number)
+    detections.scores = (torch.rand(num_detections, generator=generator) * 20).round() / 20
+    detections.pred_classes = torch.arange(num_detections) + 1000 * seed
+    detections.region_indices = torch.arange(num_detections)
     return detections
 
 
@@ -158,33 +158,33 @@ def test_suppressed_detections_suppress_nothing():
     assert merge_detections(named, preferred, 0.5, -1).pred_classes.tolist() == [6, 5]
 
 
-@pytest.mark.parametrize(("number", "others"), [(60, 60), (1, 80), (0, 3), (0, 0)])
-def test_merging_is_greedy_between_sources(number, others):
-    named, preferred = random_detections(number, 1), random_detections(others, 0)
-    kept = []
+@pytest.mark.parametrize(("num_named", "num_preferred"), [(60, 60), (1, 80), (0, 3), (0, 0)])
+def test_merging_is_greedy_between_sources(num_named, num_preferred):
+    named, preferred = random_detections(num_named, 1), random_detections(num_preferred, 0)
+    selected = []
     candidates = [(x, i, False) for i, x in enumerate(preferred.scores.tolist())]
     candidates += [(x, i, True) for i, x in enumerate(named.scores.tolist())]
     for _, index, is_named in sorted(candidates, key=lambda x: -x[0]):  # stable: preferred ones first
         box = (named if is_named else preferred).pred_boxes[index]
-        rivals = [other for other, source in kept if source != is_named]
+        rivals = [other for other, source in selected if source != is_named]
         if not any(pairwise_iou(box, other.pred_boxes) > 0.3 for other in rivals):
-            kept.append(((named if is_named else preferred)[index], is_named))
+            selected.append(((named if is_named else preferred)[index], is_named))
     merged = merge_detections(named, preferred, 0.3, -1)
-    assert merged.pred_classes.tolist() == [int(x.pred_classes) for x, _ in kept]
-    assert 0 < len(kept) < number + others or number == 0
+    assert merged.pred_classes.tolist() == [int(x.pred_classes) for x, _ in selected]
+    assert 0 < len(selected) < num_named + num_preferred or num_named == 0
 
 
 class CountScalars(TorchDispatchMode):
     """Counts reads of single values, each of which waits for an accelerator."""
 
-    number = 0
+    num_reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += func is torch.ops.aten._local_scalar_dense.default
+        self.num_reads += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
 def test_merging_reads_few_scalars():
     with CountScalars() as count:
         merge_detections(random_detections(60, 1), random_detections(60, 0), 0.3, 10)
-    assert count.number < 5
+    assert count.num_reads < 5

@@ -53,13 +53,13 @@ def proposals_of(model, inputs, detections):
     boxes, scores = detections.pred_boxes.tensor, detections.scores
     x, y = width / inputs.get("width", width), height / inputs.get("height", height)
     boxes = boxes * torch.tensor([x, y, x, y])
-    kept = []
+    selected = []
     for index in scores.argsort(descending=True).tolist():
-        others = Boxes(boxes[kept])
-        if not kept or pairwise_iou(Boxes(boxes[index : index + 1]), others).max() <= model.box_nms_thresh:
-            kept.append(index)
-    kept = kept if model.top_k < 0 else kept[: model.top_k]
-    return Instances((height, width), proposal_boxes=Boxes(boxes[kept]), scores=scores[kept])
+        selected_boxes = Boxes(boxes[selected])
+        if not selected or pairwise_iou(Boxes(boxes[index : index + 1]), selected_boxes).max() <= model.box_nms_thresh:
+            selected.append(index)
+    selected = selected if model.top_k < 0 else selected[: model.top_k]
+    return Instances((height, width), proposal_boxes=Boxes(boxes[selected]), scores=scores[selected])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def train_a_little(model, cfg, inputs, steps=3):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_changes_only_attention_module(name):
-    model, inputs = build(name), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, number=0)]
+    model, inputs = build(name), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, num_objects=0)]
     attention = {key for key in model.state_dict() if key.startswith("recognizer.knowledge_integration.")}
     assert {key for key, value in model.named_parameters() if value.requires_grad} == attention
     changed, losses = train_a_little(model, tiny_dense_config(name), inputs)
@@ -134,7 +134,7 @@ def test_unfrozen_detector_has_its_own_losses(name):
 
 
 def test_loss_equals_regionspot_for_annotated_boxes():
-    model, inputs = build(CONFIGS[0]), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, number=0)]
+    model, inputs = build(CONFIGS[0]), [as_inputs(0), as_inputs(1, (64, 40)), as_inputs(2, num_objects=0)]
     reference = RegionSpot(recognizer=model.recognizer, input_format="BGR")
     for module in (model.train(), reference.train()):
         module.recognizer.knowledge_integration.eval()  # no dropout
@@ -152,7 +152,7 @@ def test_loss_equals_regionspot_for_annotated_boxes():
     ],
 )
 def test_invalid_annotations_are_refused(change, error, message):
-    model, inputs = build(CONFIGS[0]).train(), as_inputs(0, number=1)
+    model, inputs = build(CONFIGS[0]).train(), as_inputs(0, num_objects=1)
     for key, value in (change or {}).items():
         inputs["instances"].set(key, value)
     if change is None:

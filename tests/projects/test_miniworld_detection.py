@@ -22,11 +22,11 @@ def test_miniworld_hosts_and_their_named_boxes(tmp_path):
     script = ROOT / "projects" / "RegionSpotRCNN" / "miniworld_detection.py"
     options = ["--output", tmp_path / "out", "--weights", tmp_path / "regionspot.pth", "--train", 24, "--test", 6]
     overrides = ["SOLVER.MAX_ITER", 2, "TEST.DETECTIONS_PER_IMAGE", 7]
-    said = run_program(tmp_path, script, *options, "--workers", 1, *overrides)
+    log = run_program(tmp_path, script, *options, "--workers", 1, *overrides)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary) == 3 and all("APr" in row["bbox"] for row in summary.values())
     assert summary["the host, closed-set"]["bbox"]["APr"] == 0
-    assert "segm" in summary["class-agnostic host + RegionSpot"] and "mask AP" in said
+    assert "segm" in summary["class-agnostic host + RegionSpot"] and "mask AP" in log
     assert len(list((tmp_path / "out").glob("scene_*.png"))) == 6
     [path] = (tmp_path / "out" / "RegionSpot-head").rglob("lvis_instances_results.json")
     numbers = Counter(entry["image_id"] for entry in json.loads(path.read_text()))

@@ -66,9 +66,9 @@ def test_overlap_at_the_threshold_is_kept():
     inputs = bgr(as_inputs(0))
     inputs["proposals"] = Instances((48, 64), proposal_boxes=Boxes([[0, 0, 10, 10], [0, 0, 10, 5]]))
     inputs["proposals"].objectness_logits = torch.tensor([2.0, 1.0])
-    for threshold, number in ((0.5, 2), (0.499, 1)):
+    for threshold, num_regions in ((0.5, 2), (0.499, 1)):
         [output] = rcnn(*GIVEN, *NO_NMS, HEAD + "BOX_NMS_THRESH", threshold)([inputs])
-        assert len(output["instances"].region_indices.unique()) == number
+        assert len(output["instances"].region_indices.unique()) == num_regions
 
 
 @pytest.mark.parametrize(

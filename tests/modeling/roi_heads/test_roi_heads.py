@@ -89,7 +89,7 @@ def test_training_regions():
 def test_training_without_annotations():
     model = rcnn().train()
     with EventStorage():
-        loss = model([bgr(as_inputs(0, number=0))])["loss_regionspot"]
+        loss = model([bgr(as_inputs(0, num_objects=0))])["loss_regionspot"]
     loss.backward()
     assert loss.item() == 0
 
