@@ -134,13 +134,7 @@ def check_regions(
     scores: Sequence[torch.Tensor | None] | None,
     names: Sequence[str] = (),
 ) -> None:
-    """Refuse invalid arguments of ``RegionRecognizer.forward``, which describes the first three.
-
-    Args:
-        images: B images.
-        boxes: B ``Boxes``.
-        scores: B tensors of the boxes' scores, each of which may be None; or None.
-        names: of the images, for messages.
+    """Refuse invalid arguments of ``RegionRecognizer.forward``; messages have the images' ``names``.
 
     Raises:
         ValueError: not as many of each, an image or scores of wrong shape, scores outside [0, 1], boxes that are not
@@ -166,13 +160,7 @@ def check_regions(
 
 
 def check_targets(targets: Instances, num_classes: int, name: str) -> None:
-    """Refuse annotations with an invalid box, or a class outside the vocabulary.
-
-    Args:
-        targets: with ``gt_boxes`` (XYXY, pixels of the image) and ``gt_classes`` (N,) int64.
-        num_classes: size of the vocabulary.
-        name: the image's, for the message.
-    """
+    """Refuse ``gt_boxes`` that are invalid (see ``check_boxes``), and ``gt_classes`` outside the vocabulary."""
     check_boxes(targets.gt_boxes.tensor, targets.image_size, f"annotated boxes of {name}")
     outside = targets.gt_classes[(targets.gt_classes < 0) | (targets.gt_classes >= num_classes)]
     if len(outside):

@@ -72,10 +72,7 @@ def resolve_weights(source: str) -> Path:
 def fetch(url: str, path: Path, sha256: str = "") -> Path:
     """Fetch ``url`` to ``path`` unless it exists, resuming an interrupted transfer; return ``path``.
 
-    Args:
-        url: address of the file.
-        path: destination; the file appears there complete or not at all.
-        sha256: expected digest, or "" if none is known.
+    The file appears complete or not at all. ``sha256`` is its expected digest, or "" if none is known.
 
     Raises:
         FileNotFoundError: no such file, or the address does not answer; the message says which file to put where.

@@ -165,7 +165,11 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = (
         raise ValueError(f"TEST.BATCH_SIZE: expected at least 1, got {cfg.TEST.BATCH_SIZE}")
     source, path = proposal_source(cfg, dataset_name)
     records = DatasetCatalog.get(dataset_name)
-    proposals = open_proposals(path, records) if source == "file" else None
+    proposals = None
+    if source == "file":
+        proposals, ids = ProposalFile(path), image_ids(records)
+        summary = proposals.summarize(ids, image_sizes(records))
+        logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
     mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
     # Skipped images are those whose predictions an interrupted evaluation has written already.
     rows = np.array([row for row, image_id in enumerate(image_ids(records).tolist()) if image_id not in skip], int)
@@ -203,14 +207,6 @@ def proposal_source(cfg: CfgNode, dataset_name: str) -> tuple[str, str]:
     if source == "auto":
         source = "file" if path else "gt"
     return source, path if source == "file" else ""
-
-
-def open_proposals(path: str, records: Any) -> ProposalFile:
-    """Open a proposal file and log how many of its boxes a data set can use."""
-    proposals, ids = ProposalFile(path), image_ids(records)
-    summary = proposals.summarize(ids, image_sizes(records))
-    logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
-    return proposals
 
 
 def check_registered(names: Sequence[str], key: str) -> None:

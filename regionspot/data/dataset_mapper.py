@@ -127,7 +127,10 @@ class RegionSpotDatasetMapper:
 
         # 2. The image. Stored feature maps replace it; augmentations are then drawn for its size alone.
         needs_image = self.token_store is None or not self.token_store.has_feature_maps
-        inputs = T.AugInput(self.read_image(record) if needs_image else _placeholder(record))
+        if needs_image:
+            inputs = T.AugInput(self.read_image(record))
+        else:  # a broadcast zero takes no memory
+            inputs = T.AugInput(np.broadcast_to(np.uint8(0), (record["height"], record["width"], 3)))
         transforms = self.augmentations(inputs)
         size = inputs.image.shape[:2]  # of the model's input
         if needs_image:
@@ -199,7 +202,7 @@ def _is_identity(augmentation: T.Augmentation) -> bool:
 
 def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> None:
     covered = "no augmentation"
-    if store.has_flips:
+    if store.manifest["flip"]:
         covered = "the horizontal flip only"
         augmentations = [a for a in augmentations if not (isinstance(a, T.RandomFlip) and a.horizontal)]
     if augmentations:
@@ -209,11 +212,6 @@ def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> N
             "set INPUT.MIN_SIZE_TRAIN (0,), INPUT.RANDOM_FLIP none (or horizontal, with a store made with --flip) and "
             "INPUT.CROP.ENABLED False, or train without stored tokens"
         )
-
-
-def _placeholder(record: dict[str, Any]) -> np.ndarray:
-    # Augmentations look at the size of their input alone; a broadcast zero takes no memory.
-    return np.broadcast_to(np.uint8(0), (record["height"], record["width"], 3))
 
 
 def annotated_regions(record: dict[str, Any]) -> Instances:

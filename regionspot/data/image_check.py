@@ -35,9 +35,9 @@ def check_images(
     """Look up all images and decode a sample.
 
     Args:
-        records: a data set's.
+        records: all records of data set ``name``.
         rows: (n,) the records to check.
-        name: the data set's.
+        name: for messages.
         mapper: decodes the sample; None skips it.
         skip_unreadable: warn instead of raising, unless no image is readable.
         remedy: how to continue without such images, for messages.
@@ -74,11 +74,7 @@ def check_images(
 def check_unchanged(store: TokenStore, records: Any, rows: np.ndarray, ids: np.ndarray) -> None:
     """Refuse a store whose images have changed since it recorded them; of many images a sample is checked.
 
-    Args:
-        store: the tokens.
-        records: the data set's.
-        rows: (n,) the records in the store.
-        ids: (I,) image ids of all records.
+    ``rows`` (n,) are the records in the store, ``ids`` (I,) the image ids of all records.
     """
     rows = rows[_spread(len(rows), _COMPARED)]
     changed: list[tuple[str, list[int]]] = []

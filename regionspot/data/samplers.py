@@ -22,17 +22,13 @@ class TrainingStream(Sampler):
     together they see the same samples as a single process.
 
     Attributes:
-        start: number of samples that this process has used before; to be set before iteration.
+        size: number of images.
         seed: determines the order; the same in all processes.
+        repeat_factors: (size,) float, how often each image occurs in an epoch; None for once.
+        start: number of samples that this process has used before; to be set before iteration.
     """
 
     def __init__(self, size: int, seed: int, repeat_factors: torch.Tensor | None = None) -> None:
-        """
-        Args:
-            size: number of images.
-            seed: see above.
-            repeat_factors: (size,) float, how often each image occurs in an epoch; once by default.
-        """
         self.size, self.seed, self.repeat_factors = size, seed, repeat_factors
         self.start = 0
 
@@ -47,15 +43,9 @@ class TrainingStream(Sampler):
 
 
 class AspectRatioBatches(BatchSampler):
-    """Batches of a ``TrainingStream`` whose images are all wide or all tall, resumable like the stream itself."""
+    """Batches of a ``TrainingStream`` whose images are all wide or all tall by ``is_wide`` (size,) bool, resumable."""
 
     def __init__(self, stream: TrainingStream, batch_size: int, is_wide: np.ndarray) -> None:
-        """
-        Args:
-            stream: the images' order.
-            batch_size: images per batch.
-            is_wide: (size,) bool.
-        """
         super().__init__(stream, batch_size, drop_last=True)
         self.stream, self.is_wide = stream, is_wide
 
@@ -87,11 +77,7 @@ class _RepeatSampler(RepeatFactorTrainingSampler):
 def category_repeat_factors(labels: np.ndarray, images: np.ndarray, num_images: int, cfg: CfgNode) -> np.ndarray:
     """Return each image's repeat factor by its rarest class, (num_images,) float64, at least 1, as in Detectron2.
 
-    Args:
-        labels: (M,) classes of the regions.
-        images: (M,) index of the image of each region.
-        num_images: of the data set.
-        cfg: with ``DATALOADER.REPEAT_THRESHOLD`` and ``REPEAT_SQRT``.
+    ``labels`` (M,) are the regions' classes, ``images`` (M,) the indices of their images.
     """
     pairs = np.unique(np.stack([images, labels]), axis=1)  # (2, P): each class of each image, once
     frequency = np.bincount(pairs[1]) / num_images

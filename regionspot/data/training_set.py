@@ -30,7 +30,8 @@ class TrainingSet(Dataset):
     """Mapped images of several data sets, one after the other.
 
     Seed and position in the stream determine the augmentation of a sample; the number of workers and processes and
-    resuming do not matter.
+    resuming do not matter. With ``skip_unreadable`` the next image replaces an unreadable one; ``unreadable`` of the
+    sample has the reasons.
     """
 
     def __init__(
@@ -40,13 +41,6 @@ class TrainingSet(Dataset):
         seed: int,
         skip_unreadable: bool = False,
     ) -> None:
-        """
-        Args:
-            datasets: sequences of records.
-            mappers: one for each data set.
-            seed: of the augmentation.
-            skip_unreadable: replace an unreadable image by the next one; ``unreadable`` of the sample has the reasons.
-        """
         self.datasets, self.mappers, self.seed, self.skip_unreadable = datasets, mappers, seed, skip_unreadable
         self.starts = np.cumsum([0] + [len(dataset) for dataset in datasets])
 

@@ -12,10 +12,7 @@ CONFIGS = Path(__file__).parent / "configs"  # in a checkout a link to its confi
 
 
 def get_config_file(config_path: str) -> str:
-    """Return the path of a shipped config.
-
-    Args:
-        config_path: below ``configs/``, such as ``"RegionSpot-BB.yaml"``.
+    """Return the path of a shipped config, of which ``config_path`` is the part below ``configs/``.
 
     Raises:
         ValueError: no such config.

@@ -321,10 +321,6 @@ def array_of(value: Any) -> Any:
 def check_size(content: Any, file_bytes: int) -> None:
     """Refuse a content that is far larger than its file; what is shared counts each time.
 
-    Args:
-        content: arrays, tensors and plain values in dicts, lists and tuples.
-        file_bytes: size of the file that it was read from.
-
     Raises:
         pickle.UnpicklingError: more than 64 MiB and 16 times the file; or a container holds itself.
     """

@@ -40,9 +40,7 @@ def reason_of(error: Exception) -> str:
 def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
     """Refuse a file that is not a config: empty, a list, endless, or with a ``_BASE_`` that is missing or circular.
 
-    Args:
-        path: the file.
-        above: the files whose ``_BASE_`` it is.
+    ``above`` are the files whose ``_BASE_`` it is.
     """
     what = f"config {str(path)!r}"
     if not path.is_file():

@@ -116,10 +116,7 @@ class AnnotationFile(JsonFile):
     """
 
     def __init__(self, path: str | Path, only_categories: bool = False) -> None:
-        """
-        Args:
-            path: the file.
-            only_categories: skip the other sections.
+        """Open a file, without the other sections if only categories are needed.
 
         Raises:
             FileNotFoundError: no such file.

@@ -114,13 +114,10 @@ class JsonFile:
             if stop == len(self.buffer):
                 return
             num_entries, start = num_entries + len(entries), stop + 1
-            self._release_pages()
+            # Else a file of gigabytes that was read once would count as this process's memory.
+            if hasattr(mmap, "MADV_DONTNEED") and self.buffer.readonly:  # a private copy would lose its changes
+                self._map.madvise(mmap.MADV_DONTNEED)
         yield from self.chunks_of(self.decode(list[msgspec.Raw]), entry_type, "entry {}", num_entries)
-
-    def _release_pages(self) -> None:
-        # Else a file of gigabytes that was read once would count as this process's memory.
-        if hasattr(mmap, "MADV_DONTNEED") and self.buffer.readonly:  # a private copy would lose its changes
-            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _end_of_chunk(self, start: int) -> int:
         """Return the position of the last comma between entries in the chunk from ``start`` on, or 0 for none.

@@ -38,11 +38,7 @@ class JsonDataset(Dataset):
     """
 
     def __init__(self, json_file: str | Path, image_root: str | Path, *, keep_parts: int | None = None) -> None:
-        """
-        Args:
-            json_file: annotations in COCO or LVIS format.
-            image_root: directory that the file names are relative to.
-            keep_parts: how many parts of each file name to keep, from its end; None for all.
+        """Read a file; for the arguments see ``register_json_dataset``.
 
         Raises:
             FileNotFoundError: no such annotation file.

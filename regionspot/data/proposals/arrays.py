@@ -64,19 +64,10 @@ def gather_images(
     labels: np.ndarray | None = None,
     are_logits: bool = False,
 ) -> ProposalArrays:
-    """Return the proposals of a file that groups them by image.
+    """Return the proposals of a file that groups them by image; a ``ValueError`` names an id that occurs twice.
 
-    Args:
-        path: the file, for messages.
-        image_ids: (I,) int64 in any order.
-        lengths: (I,) int64, number of rows of each image.
-        boxes: (N, 4) float32 XYXY; may hold NaN and infinity.
-        scores: (N,) float, probabilities or logits; may hold NaN and infinity.
-        labels: (N,) int64.
-        are_logits: the file says that the scores are logits.
-
-    Raises:
-        ValueError: an image id occurs twice.
+    ``image_ids`` (I,) are in any order, and ``lengths`` (I,) int64 their numbers of rows. ``boxes``, ``scores`` and
+    ``labels`` are as in ``ProposalArrays``, but may have NaN and infinity, and scores may be logits.
     """
     # Sorted by image id, so that an image is found by binary search.
     order = np.argsort(image_ids, kind="stable")

@@ -41,10 +41,7 @@ class ProposalFile:
     """
 
     def __init__(self, path: str | Path, with_masks: bool = False) -> None:
-        """
-        Args:
-            path: the file.
-            with_masks: keep the RLEs of COCO results, in ``arrays.rles``.
+        """Read a file, with the RLEs of COCO results as ``arrays.rles`` if asked to.
 
         Raises:
             FileNotFoundError: no such file.
@@ -92,12 +89,7 @@ class ProposalFile:
     def summarize(self, image_ids: Sequence[int] | np.ndarray, sizes: Sequence[tuple[int, int]] | np.ndarray) -> str:
         """Describe in one line what the file has for a data set, and which boxes are dropped.
 
-        Args:
-            image_ids: those of the data set.
-            sizes: (height, width) of each of its images.
-
-        Raises:
-            ValueError: no image of the data set has an entry.
+        ``sizes`` are the (height, width) of its images. A ``ValueError`` is raised if none of them has an entry.
         """
         ids = _as_ids(image_ids)
         missing = self.count_missing(ids)

@@ -11,6 +11,7 @@ from regionspot.data.proposals.arrays import ProposalArrays, gather_images
 from regionspot.utils.unpickling import array_of, describe, load_arrays
 
 
+@np.errstate(over="ignore", invalid="ignore")  # boxes with infinity or NaN are dropped later
 def read_pickle(path: Path) -> ProposalArrays:
     """Read ``{"ids", "boxes", "objectness_logits", "bbox_mode"}``, or Detectron's ``indexes`` and ``scores``.
 
@@ -20,11 +21,7 @@ def read_pickle(path: Path) -> ProposalArrays:
     Raises:
         ValueError: not such a pickle, or it holds anything but arrays and plain containers.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # boxes with infinity or NaN are dropped later
-        return _gather(path, load_arrays(path))
-
-
-def _gather(path: Path, proposals: Any) -> ProposalArrays:
+    proposals = load_arrays(path)
     if type(proposals) is not dict:
         raise ValueError(f"proposals {path}: expected a pickled dict, got {describe(proposals)}")
     ids = _items(path, "ids", proposals.get("ids", proposals.get("indexes")), None)

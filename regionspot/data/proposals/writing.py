@@ -22,13 +22,8 @@ def write_proposals(path: str | Path, format: str, proposals: ProposalArrays) ->
     COCO results have no images without boxes; only they have RLEs. In Detectron2's pickle scores are logits (float64),
     and labels are in the list ``labels``, which Detectron2 ignores; it does not read a file without scores.
 
-    Args:
-        path: the file, which appears whole or not at all.
-        format: "glip", "coco", "detectron2" or "safetensors".
-        proposals: what to write.
-
     Raises:
-        ValueError: no such format.
+        ValueError: ``format`` is none of ``FORMATS``.
     """
     if format not in _WRITERS:
         raise ValueError(f"proposals {path}: expected one of the formats {', '.join(FORMATS)}, got {format!r}")

@@ -79,16 +79,7 @@ def _has_types(content: dict[str, Any], types: dict[str, type]) -> bool:
 
 
 def check_origin(directory: Path, origin: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a store whose features were extracted from other annotations or with other frozen parts.
-
-    Args:
-        directory: the store.
-        origin: its manifest, or the beginning of it.
-        expected: the entries to compare.
-
-    Raises:
-        ValueError: an entry differs; it names both values.
-    """
+    """Refuse a store with a manifest, or its beginning, of another origin than ``expected``; the error names both."""
     for key, value in expected.items():
         if _without_source(origin.get(key)) != _without_source(value):
             raise ValueError(

@@ -35,10 +35,7 @@ class TokenStore:
     """
 
     def __init__(self, directory: str | Path, stage: str = "transformer") -> None:
-        """
-        Args:
-            directory: the store.
-            stage: whose tokens to read, "prompt_encoder", "transformer" or "mlp".
+        """Open a store with the tokens of ``stage``, "prompt_encoder", "transformer" or "mlp".
 
         Raises:
             FileNotFoundError: no such store, or a shard is missing.
@@ -70,10 +67,6 @@ class TokenStore:
     @property
     def has_feature_maps(self) -> bool:
         return self.manifest["clip"] is not None
-
-    @property
-    def has_flips(self) -> bool:
-        return bool(self.manifest["flip"])
 
     def get(self, image_id: int, boxes: torch.Tensor, flipped: bool = False) -> dict[str, torch.Tensor]:
         """Return the features of an image.

@@ -25,20 +25,15 @@ from regionspot.utils.files import atomic_path, sha256_of_file, write_json
 class StoreWriter:
     """Writes a store shard by shard; any number of processes may write to one directory, and be killed at any time.
 
-    A shard is finished when the small JSON file beside it is there; both appear whole or not at all. When all shards
-    are finished, ``finish`` gathers these files into the manifest.
+    A shard is finished when the small JSON file beside it is there; both appear whole or not at all. When all
+    ``num_shards`` are finished, ``finish`` gathers these files into the manifest, which begins with ``origin``: what
+    the features are extracted from.
+
+    Raises:
+        ValueError: the directory has a store, finished or not, of another origin.
     """
 
     def __init__(self, directory: str | Path, origin: dict[str, Any], num_shards: int) -> None:
-        """
-        Args:
-            directory: the store.
-            origin: the beginning of the manifest: what the features are extracted from.
-            num_shards: number of shards of the complete store.
-
-        Raises:
-            ValueError: the directory has a store, finished or not, of another origin.
-        """
         self.directory, self.num_shards = Path(directory), num_shards
         self.origin = {"format": FORMAT, **origin, "num_shards": num_shards}
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -96,13 +91,9 @@ class StoreWriter:
             self.path(shard, ".json").unlink(missing_ok=True)
 
     def write(self, shard: int, content: dict[str, torch.Tensor], seen: int, left_out: Sequence[int] = ()) -> None:
-        """Write a shard.
+        """Write a shard with the tensors that ``TokenStore`` describes.
 
-        Args:
-            shard: its index.
-            content: tensors, see ``TokenStore``.
-            seen: number of images of the data set in it, with regions or without.
-            left_out: ids of the unreadable images.
+        ``seen`` is its number of images of the data set, with regions or without; ``left_out`` has the unreadable ones.
         """
         for key, value in content.items():
             if value.is_floating_point() and not value.isfinite().all():
