@@ -35,13 +35,13 @@ def install_handlers(handler: Callable[[int, Any], None]) -> dict[int, Any]:
     # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in STOPPING}
+    return {signum: signal.signal(signum, handler) for signum in STOPPING}
 
 
 def restore_handlers(previous: dict[int, Any]) -> None:
     """Undo ``install_handlers``."""
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    for signum, handler in previous.items():
+        signal.signal(signum, handler)
     previous.clear()
 
 
@@ -127,9 +127,9 @@ def run_command(main: Callable[..., Any], *arguments: Any, kept: str = "", optio
         # Options are inserted before the first one: after `regionspot train`, and before KEY VALUE at the end.
         words = next((i for i, word in enumerate(sys.argv) if word.startswith("-")), len(sys.argv))
         again = [*sys.argv[:words], *(option for option in options if option not in sys.argv), *sys.argv[words:]]
-        left = printable(interrupt) or kept
+        saved = printable(interrupt) or kept
         number = interrupt.number if isinstance(interrupt, Interrupted) else number
-        text = f"{left}; to go on" if left else "nothing was kept; to start again"
+        text = f"{saved}; to resume" if saved else "nothing was kept; to start again"
         _end(f"interrupted: {text}: {shlex.join(again)}", 128 + number)
     except Exception as error:
         if (line := _one_line(error)) is None:

@@ -127,8 +127,8 @@ def test_interruption_names_results_and_next_step(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tools/train_net.py", "--config-file", "a b.yaml"])
     code, message = end(capsys, KeyboardInterrupt(), kept="checkpoints are kept", options=["--resume"])
     command = "tools/train_net.py --resume --config-file 'a b.yaml'"
-    assert (code, message) == (130, f"interrupted: checkpoints are kept; to go on: {command}\n")
-    assert "model_3.pth is kept; to go on" in end(capsys, KeyboardInterrupt("model_3.pth is kept"), kept="others")[1]
+    assert (code, message) == (130, f"interrupted: checkpoints are kept; to resume: {command}\n")
+    assert "model_3.pth is kept; to resume" in end(capsys, KeyboardInterrupt("model_3.pth is kept"), kept="others")[1]
     monkeypatch.setattr(sys, "argv", ["regionspot", "train", "--eval-only"])
     assert end(capsys, KeyboardInterrupt(), options=["--resume"])[1].endswith("regionspot train --resume --eval-only\n")
     monkeypatch.setattr(sys, "argv", ["x.py", "--resume"])

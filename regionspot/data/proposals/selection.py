@@ -16,7 +16,7 @@ def select_proposals(
         proposals: of many images.
         top_k: keep the best of each image, after the other two steps; the first of equal scores.
         nms_iou: drop boxes that overlap a better one (of the same label, if there are labels) with more than this IoU.
-        min_score: drop boxes with a lower score.
+        min_score: drop boxes with lower scores.
 
     Raises:
         ValueError: a value out of its range, or proposals without scores.
