@@ -186,7 +186,7 @@ def _add_sam_config(node: CfgNode) -> None:
     node.SAM.NAME = "vit_b"
     # A known name ("vit_b", "vit_l", "vit_h": downloaded once), a path, a URL, or "" for random weights.
     node.SAM.WEIGHTS = "vit_b"
-    # Prompts decoded at once, on a CPU 8 at most; limits the memory (12 MB a prompt at full size, 35 MB with masks).
+    # Prompts decoded at once, fewer on a CPU; limits the memory (12 MB a prompt at full size, 35 MB with masks).
     node.SAM.PROMPT_CHUNK = 64
     # Images encoded at once; limits the memory (0.3 GB per image at full size in float32) for any batch size.
     node.SAM.ENCODER_BATCH_SIZE = 1

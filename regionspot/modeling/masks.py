@@ -55,7 +55,18 @@ class MaskUpsampler:
         output_size: tuple[int, int],
         column_major: bool = False,
     ) -> Iterator[torch.Tensor]:
-        """Yield the masks of the (N,) ``rows`` of ``logits``, by default all, in order: (n, *output_size) bool.
+        """Yield the masks of ``logit_chunks``: (n, *output_size) bool."""
+        for resized in self.logit_chunks(logits, rows, output_size, column_major):
+            yield resized > self.threshold
+
+    def logit_chunks(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor | None,
+        output_size: tuple[int, int],
+        column_major: bool = False,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the (N,) ``rows`` of ``logits``, by default all, in order: (n, *output_size) float32.
 
         SAM resizes to its square input, removes the padding and resizes again. All of it is linear and separable, so
         one matrix for the rows and one for the columns do the same, and nothing of the input's size is made.
@@ -71,7 +82,7 @@ class MaskUpsampler:
         for part in rows.split(self.chunk_size(output_size)) if len(rows) else ():
             masks = logits[part].float()  # (n, h, w)
             masks = (masks.transpose(1, 2) if column_major else masks) @ matrix  # (n, w, H) or (n, h, W)
-            masks = torch.cat([weights @ masks[:, band] > self.threshold for band, weights in bands], dim=1)
+            masks = torch.cat([weights @ masks[:, band] for band, weights in bands], dim=1)
             yield masks.transpose(1, 2) if column_major else masks  # (n, H, W)
 
     def _resizing_matrix(self, length: int, dim: int, size: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Proposals that are computed at inference: boxes of SAM's automatic masks, or of any Detectron2 detector."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,38 +10,71 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork, build_model
 from detectron2.structures import Boxes, Instances
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, calculate_stability_score
+from torchvision.ops import nms
 
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.config import find_host_config
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.localizers.localizer import Localizer
 from regionspot.modeling.localizers.sam import SamLocalizer
-from regionspot.structures import to_rgb
+from regionspot.structures import Prompts, to_rgb
 from regionspot.utils.yaml_config import merge_yaml
 
 SOURCES = ("auto", "gt", "file", "sam_automatic", "detector")
 
 
 class SamAutomaticProposals:
-    """The boxes of SAM's automatic masks, from a grid of points; their scores are SAM's own estimates of the IoU."""
+    """The boxes of SAM's automatic masks, from a grid of points; their scores are SAM's own estimates of the IoU.
 
-    def __init__(self, localizer: SamLocalizer, **settings: Any) -> None:
-        """Use the localizer's SAM, with ``settings`` of ``SamAutomaticMaskGenerator`` (``points_per_side``, ...)."""
-        self.generator = SamAutomaticMaskGenerator(localizer.sam, **settings)
+    They are those of ``SamAutomaticMaskGenerator``. Only masks that can be kept are made, and no RLEs.
+    """
+
+    def __init__(
+        self,
+        localizer: SamLocalizer,
+        points_per_side: int = 32,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        box_nms_thresh: float = 0.7,
+    ) -> None:
+        """
+        Args:
+            localizer: whose SAM is used.
+            points_per_side: of the grid; each point has three masks.
+            pred_iou_thresh: masks whose estimated IoU is not above it are dropped; 0 or less keeps all.
+            stability_score_thresh: masks that change more when the threshold of their logits does are dropped.
+            box_nms_thresh: IoU of boxes above which the mask of lower estimated IoU is a duplicate.
+        """
+        self.localizer = localizer
+        self.points = torch.from_numpy(build_point_grid(points_per_side)).float()  # (P, 2) xy in [0, 1]
+        self.pred_iou_thresh = pred_iou_thresh if pred_iou_thresh > 0 else -math.inf
+        self.stability_score_thresh = stability_score_thresh
+        self.box_nms_thresh = box_nms_thresh
 
     def __call__(self, images: Sequence[torch.Tensor]) -> list[Instances]:
         """Return ``proposal_boxes`` (XYXY, image pixels) and ``scores`` for each (3, H, W) RGB image in [0, 255]."""
-        results = []
-        for image in images:
-            pixels = image.permute(1, 2, 0).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
-            masks = self.generator.generate(np.ascontiguousarray(pixels))
-            boxes = torch.tensor([mask["bbox"] for mask in masks], dtype=torch.float32).reshape(-1, 4)
-            # XYWH to XYXY; the generator's boxes end at the last pixel inside the mask, ours after it
-            boxes[:, 2:] += boxes[:, :2] + 1
-            scores = torch.tensor([mask["predicted_iou"] for mask in masks], dtype=torch.float32).clamp(0, 1)
-            results.append(to_proposals(boxes, scores, (image.shape[1], image.shape[2])))
-        return results
+        return [self._propose(image.round().clamp(0, 255).to(torch.uint8)) for image in images]
+
+    def _propose(self, image: torch.Tensor) -> Instances:
+        size = (image.shape[1], image.shape[2])
+        embedding = self.localizer.encode_images([image])
+        height, width = self.localizer.input_size(size)
+        points = (self.points * torch.tensor([width, height]))[:, None].to(embedding.device)  # (P, 1, 2)
+        prompts = Prompts(points=points, point_labels=torch.ones_like(points[..., 0], dtype=torch.int64))
+        all_boxes, all_scores = [torch.zeros(0, 4, device=embedding.device)], [embedding.new_zeros(0)]
+        upsampler = self.localizer.mask_upsampler(size)
+        for ious, masks in self.localizer.all_masks(embedding, prompts, self.pred_iou_thresh):
+            chunks = upsampler.logit_chunks(masks, None, size)
+            for scores, logits in zip(ious.split(upsampler.chunk_size(size)), chunks):
+                stability = calculate_stability_score(logits, upsampler.threshold, 1.0)
+                is_stable = stability >= self.stability_score_thresh if self.stability_score_thresh > 0 else ...
+                all_boxes.append(batched_mask_to_box(logits[is_stable] > upsampler.threshold).float())
+                all_scores.append(scores[is_stable])
+        boxes, scores = torch.cat(all_boxes), torch.cat(all_scores)
+        kept = nms(boxes, scores, self.box_nms_thresh)
+        boxes[:, 2:] += 1  # SAM's boxes end at the last pixel inside the mask, ours after it
+        return to_proposals(boxes[kept], scores[kept].clamp(0, 1), size)
 
 
 class DetectorProposals(FrozenModule):

@@ -1,7 +1,9 @@
 """Proposals that are computed at inference; tests/engine/test_evaluate.py evaluates with them."""
 
+import numpy as np
 import pytest
 import torch
+from segment_anything import SamAutomaticMaskGenerator
 from torch import nn
 
 from regionspot.modeling.proposal_sources import SamAutomaticProposals, build_proposal_source, to_proposals
@@ -16,12 +18,17 @@ def test_proposals_are_clipped_and_have_area():
     assert proposals.scores.tolist() == pytest.approx([0.9, 0.6]) and proposals.image_size == (48, 64)
 
 
-def test_sam_automatic_boxes_and_scores():
+@pytest.mark.parametrize(
+    ("iou", "stability", "nms"), [(-10.0, -1.0, 0.7), (0.0, 0.0, 1.0), ("median", -1.0, 0.9), (-10.0, "median", 0.5)]
+)
+def test_sam_automatic_boxes_and_scores(iou, stability, nms):
     localizer, image = tiny_model(names=None).recognizer.localizer, as_inputs(0)["image"]
-    settings = {"points_per_side": 2, "pred_iou_thresh": -10.0, "stability_score_thresh": -1.0}
-    source = SamAutomaticProposals(localizer, **settings)
-    [proposals] = source([image.float()])
-    masks = source.generator.generate(image.permute(1, 2, 0).numpy())
+    settings = {"points_per_side": 5, "pred_iou_thresh": -10.0, "stability_score_thresh": -1.0, "box_nms_thresh": nms}
+    masks = SamAutomaticMaskGenerator(localizer.sam, **settings).generate(image.permute(1, 2, 0).numpy())
+    for key, measure, value in (("pred_iou", "predicted_iou", iou), ("stability_score", "stability_score", stability)):
+        settings[f"{key}_thresh"] = np.median([mask[measure] for mask in masks]) if value == "median" else value
+    masks = SamAutomaticMaskGenerator(localizer.sam, **settings).generate(image.permute(1, 2, 0).numpy())
+    [proposals] = SamAutomaticProposals(localizer, **settings)([image.float()])
     assert len(proposals) == len(masks) > 0 and proposals.image_size == (48, 64)
     for box, score, mask in zip(proposals.proposal_boxes.tensor, proposals.scores, masks):
         x, y, width, height = mask["bbox"]  # ends at the last pixel inside

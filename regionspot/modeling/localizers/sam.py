@@ -1,6 +1,6 @@
 """SAM as localizer, at every size (paper, section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
-CPU_CHUNK = 8  # prompts decoded at once on a CPU: more leave its cache
+CPU_BYTES = 1 << 25  # of the images of the prompts decoded at once on a CPU: more leave its cache
 
 
 @dataclass(frozen=True)
@@ -216,13 +216,43 @@ class SamLocalizer(Localizer):
             masks = empty(0, side, side) if with_masks else None
             return LocalizerOutput(tokens, empty(0) if with_iou else None, masks)
         decoder = self._prompt_decoder(embedding, prompts)
-        size = min(self.prompt_chunk, CPU_CHUNK) if embedding.device.type == "cpu" else self.prompt_chunk
-        parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        chunks = [self._decode(decoder, part, with_masks, stages, with_iou) for part in parts]
+        chunks = [self._decode(decoder, part, with_masks, stages, with_iou) for part in self._split(prompts, embedding)]
         tokens = {stage: torch.cat([chunk.stage_tokens[stage] for chunk in chunks]) for stage in stages}
         iou = torch.cat([chunk.iou for chunk in chunks if chunk.iou is not None]) if with_iou else None
         masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
         return LocalizerOutput(tokens, iou, masks)
+
+    @torch.no_grad()
+    def all_masks(
+        self, embedding: torch.Tensor, prompts: Prompts, min_iou: float
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Decode SAM's several masks of each prompt; yield those of a chunk of prompts that may be good.
+
+        Args:
+            embedding, prompts: as in ``forward``; no mask prompts.
+            min_iou: masks whose estimated IoU is not above it are not made.
+
+        Yields:
+            (n,) float32 estimated IoUs, and (n, h, w) float32 mask logits over the padded square input.
+        """
+        decoder, prompt_decoder = self.sam.mask_decoder, self._prompt_decoder(embedding, prompts)
+        for part in self._split(prompts, embedding):
+            sparse, _ = self._encode_prompts(part)
+            hidden, image = prompt_decoder.decode(sparse, None, slice(0, 1 + decoder.num_mask_tokens))
+            ious = decoder.iou_prediction_head(hidden[:, 0])[:, 1:].float()  # (N, M), without the single-mask output
+            rows, outputs = torch.where(ious > min_iou)
+            used, positions = rows.unique(return_inverse=True)
+            if len(used):
+                mlps = decoder.output_hypernetworks_mlps
+                kernels = torch.stack([mlps[i](hidden[used, 1 + i]) for i in range(1, len(mlps))], dim=1)  # (n, M, C/8)
+                masks = prompt_decoder.predict_masks(image[used], kernels)
+                yield ious[rows, outputs], masks[positions, outputs].float()
+
+    def _split(self, prompts: Prompts, embedding: torch.Tensor) -> list[Prompts]:
+        size = self.prompt_chunk
+        if embedding.device.type == "cpu":
+            size = max(min(size, CPU_BYTES // embedding.nbytes), 1)
+        return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def _prompt_decoder(self, embedding: torch.Tensor, prompts: Prompts) -> PromptDecoder:
         encoder = self.sam.prompt_encoder
@@ -235,14 +265,10 @@ class SamLocalizer(Localizer):
         self, prompt_decoder: PromptDecoder, prompts: Prompts, with_masks: bool, stages: Sequence[str], with_iou: bool
     ) -> LocalizerOutput:
         decoder = self.sam.mask_decoder
-        points = None if prompts.points is None else (prompts.points, prompts.point_labels)
-        sparse, dense = self.sam.prompt_encoder(
-            points=points, boxes=prompts.boxes, masks=prompts.masks
-        )  # (N, P, C), (N, C, h, w)
-        mask_embeddings = None if prompts.masks is None else dense.to(self.dtype)
+        sparse, mask_embeddings = self._encode_prompts(prompts)
         # SAM's output tokens: the IoU token, then M mask tokens, of which the first is the single-mask output's
         first, last = 0 if with_iou or self.multimask else 1, decoder.num_mask_tokens if self.multimask else 1
-        hidden, image = prompt_decoder.decode(sparse.to(self.dtype), mask_embeddings, slice(first, last + 1))
+        hidden, image = prompt_decoder.decode(sparse, mask_embeddings, slice(first, last + 1))
 
         rows = torch.arange(len(prompts), device=hidden.device)
         best = torch.zeros_like(rows)
@@ -257,8 +283,14 @@ class SamLocalizer(Localizer):
                 stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
             },
             iou=ious[rows, best].float() if with_iou and ious is not None else None,
-            masks=prompt_decoder.predict_masks(image, kernels).float() if with_masks else None,
+            masks=prompt_decoder.predict_masks(image, kernels[:, None])[:, 0].float() if with_masks else None,
         )
+
+    def _encode_prompts(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (N, T, C) embeddings of boxes and points, and (N, C, h, w) of masks, None without."""
+        points = None if prompts.points is None else (prompts.points, prompts.point_labels)
+        sparse, dense = self.sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+        return sparse.to(self.dtype), None if prompts.masks is None else dense.to(self.dtype)
 
     def _kernels(self, mask_tokens: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """Put each mask token through the hypernetwork MLP of its own output."""

@@ -66,25 +66,25 @@ class PromptDecoder:
         return transformer.norm_final_attn(queries + attended), image
 
     def predict_masks(self, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-        """Upscale the image and apply one kernel for each prompt.
+        """Upscale the image and apply M kernels for each prompt.
 
         A transposed convolution whose stride is its kernel size is a linear layer with 2 x 2 outputs a position. They
         stay beside the channels until one channel is left, so that nothing large is moved around.
 
         Args:
             image: (N, P, C), as ``decode`` returns it.
-            kernels: (N, C / 8), from the hypernetwork MLP.
+            kernels: (N, M, C / 8), from the hypernetwork MLPs.
 
         Returns:
-            (N, 4h, 4w) mask logits.
+            (N, M, 4h, 4w) mask logits.
         """
         first, norm, activation, second, last_activation = self.decoder.output_upscaling
         x = _upscale(first, image)  # (N, P, 2, 2, C / 4)
         x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
         x = last_activation(_upscale(second, x))  # (N, P, 2, 2, 2, 2, C / 8)
-        logits = x.flatten(1, -2) @ kernels[:, :, None]  # (N, P * 16, 1)
-        logits = logits.view(len(x), -1, self.side, 2, 2, 2, 2)  # (N, h, w, then y, x in the 2 x 2, in that again)
-        return logits.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # (N, 4h, 4w)
+        logits = x.flatten(1, -2) @ kernels.transpose(1, 2)  # (N, P * 16, M)
+        logits = logits.unflatten(1, (-1, self.side, 2, 2, 2, 2))  # (N, h, w, then y, x in the 2 x 2, in that again, M)
+        return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)  # (N, M, 4h, 4w)
 
     def _attend_image(
         self, attention: Attention, tokens: torch.Tensor, image: torch.Tensor, is_shared: bool

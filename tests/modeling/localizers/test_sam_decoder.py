@@ -32,8 +32,10 @@ def test_equals_sam_in_float64(chunks, with_masks, depth):
             tokens, decoded = prompt_decoder.decode(sparse[rows], dense[rows] if with_masks else None, slice(1, 4))
             torch.testing.assert_close(tokens, hidden[rows, 1:4], atol=1e-10, rtol=0)
             torch.testing.assert_close(decoded, image[rows], atol=1e-10, rtol=0)
-            masks = prompt_decoder.predict_masks(decoded, decoder.output_hypernetworks_mlps[0](tokens[:, 0]))
-            torch.testing.assert_close(masks, expected_masks[rows, 0], atol=1e-9, rtol=0)
+            mlps = decoder.output_hypernetworks_mlps[:3]
+            kernels = torch.stack([mlp(token) for mlp, token in zip(mlps, tokens.unbind(1))], dim=1)
+            masks = prompt_decoder.predict_masks(decoded, kernels)
+            torch.testing.assert_close(masks, expected_masks[rows, :3], atol=1e-9, rtol=0)
 
 
 def test_full_size_takes_a_fifth_of_the_work():
