@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
+from segment_anything import SamAutomaticMaskGenerator
 
 from regionspot.data import build_test_loader
 from regionspot.engine import RegionSpotTrainer
@@ -269,7 +270,8 @@ def test_sam_automatic_masks(dataset, tmp_path):
     overrides += [p for k, v in settings.items() for p in (f"MODEL.REGIONSPOT.PROPOSALS.SAM_AUTOMATIC.{k}", v)]
     model = tiny_model(*overrides)
     boxes = boxes_of(model, tmp_path, *overrides)
-    masks = model.proposal_source.generator.generate(draw_scene(0)[0])
+    names = {key.lower(): value for key, value in settings.items()}
+    masks = SamAutomaticMaskGenerator(model.recognizer.localizer.sam, **names).generate(draw_scene(0)[0])
     expected = torch.tensor([mask["bbox"] for mask in masks]).float()
     assert len(boxes[0]) == len(masks) > 0
     torch.testing.assert_close(boxes[0][:, :2], expected[:, :2])
