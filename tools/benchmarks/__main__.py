@@ -9,7 +9,7 @@ from regionspot_cli.command import Command, add_overrides, run_one_of
 MODEL = """time every part on one image
 
 Example:
-    python -m tools.benchmarks model --config-file configs/RegionSpot-BB.yaml
+    python -m tools.benchmarks model --config-file configs/RegionSpot-BL.yaml --boxes 1 10 100 300
 """
 TEXT = """time the text embeddings of a vocabulary
 
@@ -42,16 +42,21 @@ def add_config(parser: ArgumentParser) -> None:
 
 
 def parse_model(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    parser.add_argument("--boxes", type=int, default=100, help="boxes in the image")
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
+    parser.add_argument("--boxes", type=int, nargs="+", default=[100], help="boxes in the image, one after the other")
+    _add_repeats(parser)
     parser.set_defaults(benchmark="model")
     add_config(parser)
     return parser.parse_args(arguments)
 
 
+def _add_repeats(parser: ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts; the plain way: one")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the figures there, too")
+
+
 def parse_text(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--names", type=int, default=20, help="class names")
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
+    _add_repeats(parser)
     parser.set_defaults(benchmark="text")
     add_config(parser)
     return parser.parse_args(arguments)

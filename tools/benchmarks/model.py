@@ -1,117 +1,178 @@
-"""The time of each part on one image, and of text embeddings, against SAM's decoder and CLIP as they are."""
+"""Time and memory of each part on one image, and of text embeddings, against the plain way in the same run."""
 
+import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import clip
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from tabulate import tabulate
-from torch import nn
 
 from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer
+from regionspot.modeling.masks import RegionMasks
+from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
+from tools.benchmarks.plain import PlainRecognizer, encode_names
+
+HEADERS = ("part", "time", "memory", "plain time", "plain memory", "times as fast")
+SIZE = (480, 640)  # of the image, pixels
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Return the shortest of ``repeats`` runs, after one that does not count."""
+def measure(function: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float]:
+    """Return the shortest time in seconds of ``repeats`` runs, and by how many GB memory grows at most (Linux)."""
     times = []
-    for _ in range(repeats + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    before = _reset_peak(device)
+    for _ in range(repeats):
+        _synchronize(device)
         start = time.perf_counter()
         function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times), (_peak(device) - before) / 2**30
 
 
-def build(cfg: CfgNode) -> RegionRecognizer:
-    """Build the model with random weights: they cost as much as trained ones."""
-    torch.manual_seed(0)
-    return build_model(cfg).eval().recognizer
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def random_boxes(num_boxes: int, side: int) -> torch.Tensor:
-    corners = torch.rand(num_boxes, 2, 2) * side * 0.9
-    return torch.cat([corners.min(dim=1).values, corners.max(dim=1).values + side * 0.05], dim=1)
+def _reset_peak(device: torch.device) -> int:
+    """Start measuring anew; return the bytes in use."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return 1024 * int(line.split()[1])
+
+
+def random_boxes(num_boxes: int) -> torch.Tensor:
+    """Return (N, 4) float XYXY boxes inside the image."""
+    corners = torch.rand(num_boxes, 2, 2) * torch.tensor([SIZE[1] * 0.9, SIZE[0] * 0.9])
+    return torch.cat([corners.min(dim=1).values, corners.max(dim=1).values + 20], dim=1)
+
+
+class Table:
+    """Rows of measurements, ours beside the plain way."""
+
+    def __init__(self, repeats: int, device: torch.device) -> None:
+        self.repeats, self.device = repeats, device
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, part: str, ours: Callable[[], object], plain: Callable[[], object] | None = None) -> None:
+        """Measure ``ours`` and, once, ``plain``."""
+        row: dict[str, Any] = {"part": part}
+        row["seconds"], row["gigabytes"] = measure(ours, self.repeats, self.device)
+        if plain is not None:
+            row["plain_seconds"], row["plain_gigabytes"] = measure(plain, 1, self.device)
+            row["ratio"] = row["plain_seconds"] / row["seconds"]
+        self.rows.append(row)
+        headers = HEADERS if len(self.rows) == 1 else ()
+        print(tabulate([self._cells(row)], headers=headers, tablefmt="plain"), flush=True)
+
+    @staticmethod
+    def _cells(row: dict[str, Any]) -> list[str]:
+        formats = {"seconds": "{:.3f} s", "gigabytes": "{:.2f} GB", "plain_seconds": "{:.3f} s"}
+        formats |= {"plain_gigabytes": "{:.2f} GB", "ratio": "{:.1f}"}
+        return [row["part"].ljust(36), *(text.format(row[key]) if key in row else "" for key, text in formats.items())]
 
 
 @torch.no_grad()
-def benchmark_model(recognizer: RegionRecognizer, boxes: int, repeats: int) -> list[tuple[str, str, str, str]]:
-    """Time every part on one 640 x 480 image, against SAM's own decoder where ours differs."""
-    image = torch.randint(256, (3, 480, 640), dtype=torch.uint8)
-    prompts = [Prompts(boxes=random_boxes(boxes, 480))]
+def benchmark_model(recognizer: RegionRecognizer, numbers: list[int], table: Table) -> None:
+    """Measure every part on one image, with each number of boxes."""
+    localizer, plain = recognizer.localizer, PlainRecognizer(recognizer)
+    image = torch.randint(256, (3, *SIZE), dtype=torch.uint8)
+    height, width = localizer.input_size(SIZE)
+    resized = torch.randint(256, (3, height, width), dtype=torch.uint8)  # what the plain way begins with
     recognizer.classifier.text_encoder.templates = ("{}",)  # how the embeddings came about does not matter here
     recognizer.set_vocabulary([str(i) for i in range(1203)])
+    recognizer([image], [Boxes(random_boxes(1))], masks="rle")  # warms up
+    table.add("SAM image encoder", lambda: localizer.encode_images([image]), lambda: plain.encode(resized))
+    table.add("CLIP image encoder", lambda: recognizer.vision_language.encode_images([image]))
     features = recognizer.encode_images([image])
-    [located] = recognizer.locate(features, prompts)
-    sam = recognizer.localizer.sam
-    sparse, dense = sam.prompt_encoder(None, prompts[0].boxes.to(features.embeddings.device), None)  # type: ignore[union-attr]
-    pe = sam.prompt_encoder.get_dense_pe()
+    for number in numbers:
+        _benchmark_boxes(recognizer, plain, (image, resized), features, random_boxes(number), table)
 
-    def times(function: Callable[[], object]) -> float:
-        return seconds(function, repeats)
 
-    plain = times(lambda: sam.mask_decoder(features.embeddings, pe, sparse, dense, False))
-    tokens = times(lambda: recognizer.locate(features, prompts))
-    masks = times(lambda: recognizer.locate(features, prompts, with_masks=True))
-    vision, integration = recognizer.vision_language, recognizer.knowledge_integration
-    encode_sam = times(lambda: recognizer.localizer.encode_images([image]))
-    encode_clip = times(lambda: vision.encode_images([image]))
-    classify = times(lambda: recognizer.classify([located.tokens], features.feature_map))
-    rows: list[tuple[str, nn.Module, float, float | None]] = [
-        ("SAM image encoder", sam.image_encoder, encode_sam, None),
-        ("CLIP image encoder", vision.clip_model.visual, encode_clip, None),
-        (f"{boxes} boxes: tokens", sam.mask_decoder, tokens, plain),
-        (f"{boxes} boxes: tokens and masks", sam.mask_decoder, masks, plain),
-        ("knowledge integration, 1203 classes", integration, classify, None),
-    ]
-    return [
-        (
-            name,
-            f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M",
-            f"{spent:.3f} s",
-            f"{against / spent:.2f}" if against else "",
-        )
-        for name, module, spent, against in rows
-    ]
+def _benchmark_boxes(
+    recognizer: RegionRecognizer,
+    plain: PlainRecognizer,
+    images: tuple[torch.Tensor, torch.Tensor],
+    features: ImageFeatures,
+    boxes: torch.Tensor,
+    table: Table,
+) -> None:
+    """Measure what depends on the boxes; ``images`` are the image and the same in SAM's input size."""
+    assert features.embeddings is not None
+    image, resized = images
+    input_size, embedding = (resized.shape[1], resized.shape[2]), features.embeddings
+    prompts, scaled = [Prompts(boxes=boxes)], (boxes * (resized.shape[2] / SIZE[1])).to(plain.device)
+    [located] = recognizer.locate(features, prompts, with_masks=True)
+    assert located.masks is not None
+    logits, tokens = located.masks, [located.tokens]
+    upsampler = recognizer.localizer.mask_upsampler(SIZE)
+    masks = RegionMasks(logits, torch.arange(len(boxes), device=plain.device), upsampler)
+
+    def decode() -> object:
+        return plain.decode(embedding, scaled)
+
+    def encode() -> object:
+        return plain.rles(logits[:, None], input_size, SIZE)
+
+    name = f"{len(boxes)} boxes"
+    table.add(f"{name}: tokens", lambda: recognizer.locate(features, prompts), decode)
+    table.add(f"{name}: tokens, masks", lambda: recognizer.locate(features, prompts, with_masks=True), decode)
+    table.add(f"{name}: masks to RLE", lambda: masks.to_rles(*SIZE), encode)
+    table.add(f"{name}: 1203 classes", lambda: recognizer.classify(tokens, features.feature_map))
+    table.add(
+        f"{name}: from image to result",
+        lambda: recognizer([image], [Boxes(boxes)], masks="rle"),
+        lambda: plain.recognize(resized, scaled, SIZE),
+    )
 
 
 @torch.no_grad()
-def benchmark_text(recognizer: RegionRecognizer, num_names: int, repeats: int) -> list[tuple[str, str, str, str]]:
-    """Time text embeddings of a vocabulary against one class at a time with the full context."""
-    names = [f"wooden thing {index}" for index in range(num_names)]
-    encoder, clip_model = recognizer.classifier.text_encoder, recognizer.vision_language.clip_model
-    device = clip_model.text_projection.device
-
-    def plain() -> None:
-        for name in names:
-            clip_model.encode_text(
-                clip.tokenize([template.format(name) for template in encoder.templates]).to(device)
-            ).mean(dim=0)
-
-    elapsed, against = seconds(lambda: encoder.encode(names), repeats), seconds(plain, repeats)
+def benchmark_text(recognizer: RegionRecognizer, num_names: int, table: Table) -> None:
+    """Measure text embeddings of a vocabulary against one class at a time with the full context."""
+    encoder, names = recognizer.classifier.text_encoder, [f"wooden thing {index}" for index in range(num_names)]
+    encoder.encode(names[:1])
+    table.add(
+        f"text embeddings of {num_names} names", lambda: encoder.encode(names), lambda: encode_names(encoder, names)
+    )
     encoder(names)
-    cached = seconds(lambda: encoder(names), repeats)
-    return [
-        (f"text embeddings of {num_names} names", "", f"{elapsed:.3f} s", f"{against / elapsed:.2f}"),
-        ("the same from the cache", "", f"{cached:.3f} s", f"{against / cached:.2f}"),
-    ]
+    table.add("the same from the cache", lambda: encoder(names))
+    many = [f"{i}" for i in range(1203)]
+    encoder.templates = ("{}",)
+    encoder(many)
+    table.add("1203 names from the cache", lambda: encoder(many))
 
 
 def main(args: Namespace) -> None:
-    recognizer = build(load_config(args.config_file, args.opts))
+    cfg = load_config(args.config_file, args.opts)
+    torch.manual_seed(0)
+    recognizer = build_model(cfg).eval().recognizer  # random weights cost as much as trained ones
+    table = Table(args.repeats, recognizer.vision_language.pixel_mean.device)
     if args.benchmark == "model":
-        rows = benchmark_model(recognizer, args.boxes, args.repeats)
+        benchmark_model(recognizer, args.boxes, table)
     else:
-        rows = benchmark_text(recognizer, args.names, args.repeats)
-    device = recognizer.vision_language.pixel_mean.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
-    headers = ["part", "parameters", "time", "times as fast as the plain way"]
-    print(tabulate(rows, headers=headers, disable_numparse=True))
-    print(f"on {where}")
+        benchmark_text(recognizer, args.names, table)
+    on_cuda = table.device.type == "cuda"
+    where = torch.cuda.get_device_name(table.device) if on_cuda else f"a CPU, {torch.get_num_threads()} threads"
+    memory = "" if on_cuda else f"; the whole process has {_status('VmRSS') / 2**30:.2f} GB"
+    print(f"on {where}, {cfg.MODEL.REGIONSPOT.PRECISION}{memory}")
+    if args.json:
+        content = {"device": where, "precision": cfg.MODEL.REGIONSPOT.PRECISION, "rows": table.rows}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
