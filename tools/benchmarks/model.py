@@ -42,7 +42,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Start measuring anew; return the bytes in use."""
+    """Reset the peak; return the bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -72,10 +72,10 @@ class Table:
         self.repeats, self.device = repeats, device
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, part: str, ours: Callable[[], object], plain: Callable[[], object] | None = None) -> None:
-        """Measure ``ours`` and, once, ``plain``."""
+    def add(self, part: str, function: Callable[[], object], plain: Callable[[], object] | None = None) -> None:
+        """Measure ``function`` and, once, ``plain``."""
         row: dict[str, Any] = {"part": part}
-        row["seconds"], row["gigabytes"] = measure(ours, self.repeats, self.device)
+        row["seconds"], row["gigabytes"] = measure(function, self.repeats, self.device)
         if plain is not None:
             row["plain_seconds"], row["plain_gigabytes"] = measure(plain, 1, self.device)
             row["ratio"] = row["plain_seconds"] / row["seconds"]
