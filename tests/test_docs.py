@@ -35,7 +35,7 @@ def commands(path):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A user's files, by the names that the guides use; BB is tiny here."""
+    """A user's files, by the names that the guides use; BB and BL are tiny here."""
     directory = tmp_path_factory.mktemp("user")
     model = write_user_files(directory)
     annotations = json.loads((directory / "my_val.json").read_text())
@@ -45,7 +45,8 @@ def directory(tmp_path_factory):
     torch.save({"model": released_state(model)}, directory / "regionspot_bb.pth")
     Image.fromarray(draw_scene(0, (480, 640))[0]).save(directory / "cup.jpg")
     overrides = [*frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
-    write_config(directory / "configs" / "RegionSpot-BB.yaml", TINY, overrides)
+    for name in ("BB", "BL"):
+        write_config(directory / "configs" / f"RegionSpot-{name}.yaml", TINY, overrides)
     data = f"('{directory}/my_val.json:{directory}/my_images',)"
     overrides = [*frozen_overrides(directory), "DATASETS.TEST", data, "INPUT.MIN_SIZE_TEST", "96"]
     host = directory / "projects" / "RegionSpotRCNN" / "configs" / "mask_rcnn_R_50_FPN.yaml"
@@ -54,7 +55,7 @@ def directory(tmp_path_factory):
 
 
 def write_config(path: Path, base: Path, overrides: list[str]) -> None:
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(load_config(base, overrides).dump())
 
 
