@@ -8,6 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import nn
 
+from regionspot.modeling.localizers import sam_encoder
 from regionspot.modeling.localizers.sam import build_image_encoder, get_sam_size
 from regionspot.modeling.vision_language.clip import encode_patches, get_clip_size
 
@@ -46,7 +47,7 @@ class SamImageEncoder(SquareBackbone):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode (B, 3, S, S) float images into ``{"sam": (B, C, S / stride, S / stride)}``."""
-        return {"sam": self.image_encoder(images)}
+        return {"sam": sam_encoder.encode(self.image_encoder, images)}
 
 
 @BACKBONE_REGISTRY.register()

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from regionspot.checkpoint.key_layout import translate_released_keys
-from regionspot.modeling.proposal_sources import build_proposal_source
+from regionspot.modeling.proposal_sources import SamAutomaticProposals, build_proposal_source
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import check_image_format, check_regions, image_name, read_proposals, read_targets, to_rgb
 
@@ -105,8 +105,13 @@ class RegionSpot(nn.Module):
     def inference(self, batched_inputs: list[dict[str, Any]], masks: str | None = None) -> list[dict[str, Instances]]:
         """Recognize the regions of images, as ``forward`` describes; ``masks`` is their format for this call."""
         images = [to_rgb(inputs["image"], self.input_format) for inputs in batched_inputs]
-        if self.proposal_source is not None:
+        features = None
+        if isinstance(self.proposal_source, SamAutomaticProposals):  # SAM's encoder runs once for boxes and tokens
+            features = self.recognizer.encode_images(images)
+            proposals = self.proposal_source(images, features.embeddings)
+        elif self.proposal_source is not None:
             proposals = self.proposal_source(images)
+        if self.proposal_source is not None:
             batched_inputs = [{**inputs, "proposals": x} for inputs, x in zip(batched_inputs, proposals)]
         regions = [self._regions(inputs) for inputs in batched_inputs]
         boxes, scores = [boxes for boxes, _ in regions], [scores for _, scores in regions]
@@ -115,7 +120,8 @@ class RegionSpot(nn.Module):
             (int(inputs.get("height", image.shape[1])), int(inputs.get("width", image.shape[2])))
             for inputs, image in zip(batched_inputs, images)
         ]
-        results = self.recognizer.recognize(images, boxes, scores, sizes, self.masks if masks is None else masks)
+        masks = self.masks if masks is None else masks
+        results = self.recognizer.recognize(images, boxes, scores, sizes, masks, features=features)
         return [{"instances": result.detections, "regions": result.regions} for result in results]
 
     def _regions(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:

@@ -52,13 +52,17 @@ class SamAutomaticProposals:
         self.stability_score_thresh = stability_score_thresh
         self.box_nms_thresh = box_nms_thresh
 
-    def __call__(self, images: Sequence[torch.Tensor]) -> list[Instances]:
-        """Return ``proposal_boxes`` (XYXY, image pixels) and ``scores`` for each (3, H, W) RGB image in [0, 255]."""
-        return [self._propose(image.round().clamp(0, 255).to(torch.uint8)) for image in images]
+    def __call__(self, images: Sequence[torch.Tensor], embeddings: torch.Tensor | None = None) -> list[Instances]:
+        """Return ``proposal_boxes`` (XYXY, image pixels) and ``scores`` for each (3, H, W) RGB image in [0, 255].
 
-    def _propose(self, image: torch.Tensor) -> Instances:
-        size = (image.shape[1], image.shape[2])
-        embedding = self.localizer.encode_images([image])
+        ``embeddings`` are the images' (B, C, h, w), if they are known already.
+        """
+        if embeddings is None:
+            embeddings = self.localizer.encode_images([x.round().clamp(0, 255).to(torch.uint8) for x in images])
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        return [self._propose(embedding[None], size) for embedding, size in zip(embeddings, sizes, strict=True)]
+
+    def _propose(self, embedding: torch.Tensor, size: tuple[int, int]) -> Instances:
         height, width = self.localizer.input_size(size)
         points = (self.points * torch.tensor([width, height]))[:, None].to(embedding.device)  # (P, 1, 2)
         prompts = Prompts(points=points, point_labels=torch.ones_like(points[..., 0], dtype=torch.int64))

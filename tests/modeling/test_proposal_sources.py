@@ -45,3 +45,14 @@ def test_sources_are_chosen_by_config():
         build_proposal_source(tiny_config(node, "grid"), localizer)
     with pytest.raises(ValueError, match="expected SAM as localizer, got Linear"):
         build_proposal_source(tiny_config(node, "sam_automatic"), nn.Linear(1, 1))
+
+
+def test_sam_encodes_an_image_once(monkeypatch):
+    node = "MODEL.REGIONSPOT.PROPOSALS."
+    settings = ("SAM_AUTOMATIC.PRED_IOU_THRESH", -10.0, node + "SAM_AUTOMATIC.STABILITY_SCORE_THRESH", -1.0)
+    model = tiny_model(node + "SOURCE", "sam_automatic", node + settings[0], *settings[1:])
+    localizer, encoded = model.recognizer.localizer, []
+    original = localizer.encode_images
+    monkeypatch.setattr(localizer, "encode_images", lambda images: encoded.append(len(images)) or original(images))
+    outputs = model([as_inputs(0), as_inputs(1, (60, 40))])
+    assert encoded == [2] and all(len(output["regions"]) for output in outputs)
