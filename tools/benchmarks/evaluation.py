@@ -1,7 +1,6 @@
 """Our evaluation against the lvis package and pycocotools, in time and memory."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -9,9 +8,14 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import torch
+from pycocotools import mask as mask_utils
 from tabulate import tabulate
+from torch.nn import functional as F
 
-from tools.benchmarks.case import write_case
+from regionspot.modeling.masks import MaskUpsampler, RegionMasks
+from tools.benchmarks import model
+from tools.benchmarks.case import SIZE, write_case
 from tools.benchmarks.fixed import benchmark_fixed
 
 HEADERS = ["case", "ours", "memory", "reference", "memory", "times as fast", "times less memory"]
@@ -55,31 +59,6 @@ metrics = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), (evaluation.stat
 _EPILOGUE = """
 seconds = time.process_time() - start
 print(json.dumps({"seconds": seconds, "before": before, "peak": peak(), "metrics": metrics}))
-"""
-
-# The masks of an image's detections, from SAM's logits to RLE: of each box once and in chunks, or of each detection.
-_MASKS = """
-import torch
-import numpy as np
-from pycocotools import mask as mask_api
-from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.localizers.sam import SAM_SIZES, SamLocalizer, build_sam
-with torch.device("meta"):
-    sam = build_sam(SAM_SIZES["vit_b"])
-localizer = SamLocalizer(sam=sam)
-boxes, detections, size = int(sys.argv[1]), int(sys.argv[2]), (480, 640)
-torch.manual_seed(0)
-masks = torch.nn.functional.interpolate(torch.randn(boxes, 1, 8, 8), (256, 256), mode="bicubic")[:, 0]
-rows = torch.arange(detections) % boxes
-localizer.upsample_masks(masks[:2], size, size)  # the first call of everything costs more
-before, start = peak(), time.process_time()
-if sys.argv[3] == "ours":
-    rles = RegionMasks(masks, rows, localizer.mask_upsampler(size)).to_rles(*size)
-else:
-    full = localizer.upsample_masks(masks[rows], size, size)
-    rles = [mask_api.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8)) for mask in full]
-    rles = [{**rle, "counts": rle["counts"].decode()} for rle in rles]
-metrics = {str(i): hash(rle["counts"]) for i, rle in enumerate(rles)}
 """
 
 
@@ -134,20 +113,30 @@ def _same(result: dict, reference: dict) -> None:
 
 
 def benchmark_masks(boxes: int = 100, detections: int = 300) -> tuple[str, ...]:
-    """Return the table's row of the masks of an image's detections, beside a full-size mask for each of them."""
-    runs = []
-    for way in ("ours", "each"):
-        command = [sys.executable, "-c", _PRELUDE + _MASKS + _EPILOGUE, str(boxes), str(detections), way]
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        root = Path(__file__).parents[2]
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, cwd=root, env=environment
-        ).stdout
-        runs.append(json.loads(output.splitlines()[-1]))
-    if runs[0]["metrics"] != runs[1]["metrics"]:
+    """Return the table's row of the masks of an image's detections: each box's once, or a full-size mask for each."""
+    torch.manual_seed(0)
+    logits = F.interpolate(torch.randn(boxes, 1, 8, 8), (256, 256), mode="bicubic")[:, 0]
+    rows, upsampler = torch.arange(detections) % boxes, MaskUpsampler(1024, (768, 1024), 0.0)
+    counts: dict[str, list[str]] = {}
+
+    def each_box_once() -> None:
+        rles = RegionMasks(logits, rows, upsampler).to_rles(*SIZE)
+        counts["once"] = [rle["counts"] for rle in rles]
+
+    def each_detection() -> None:
+        masks = upsampler(logits[rows], SIZE).numpy()
+        rles = [mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
+        counts["each"] = [rle["counts"].decode() for rle in rles]
+
+    cells, figures = [], []
+    for function in (each_box_once, each_detection):
+        seconds, memory = model.measure(function, 1, torch.device("cpu"))
+        cells += [f"{seconds:.2f} s", f"{memory:.2f} GB"]
+        figures.append((seconds, max(memory, 1e-9)))
+    if counts["once"] != counts["each"]:
         raise RuntimeError("the masks of both ways differ")
-    what = f"masks of {detections} detections of {boxes} boxes, 480 x 640"
-    return (what, *_cells(runs[0]), *_cells(runs[1]), *_ratios(*runs))
+    ratios = [f"{plain / once:.1f}" for once, plain in zip(*figures)]
+    return (f"masks of {detections} detections of {boxes} boxes, 480 x 640", *cells, *ratios)
 
 
 def main(args: Namespace) -> None:
