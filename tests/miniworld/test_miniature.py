@@ -16,7 +16,7 @@ from ..processes import run_program
 
 # As little training as shows that the model learns: one layer, a higher rate.
 SMALL = ["MODEL.REGIONSPOT.INTEGRATION.DEPTH", 1]
-DEMO = [*SMALL, "SOLVER.MAX_ITER", 200, "SOLVER.WARMUP_ITERS", 30, "SOLVER.BASE_LR", 2e-3]
+DEMO = [*SMALL, "SOLVER.MAX_ITER", 120, "SOLVER.WARMUP_ITERS", 20, "SOLVER.BASE_LR", 2e-3]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_sam_iou_matches_report(recognizer):
 def demo(tmp_path_factory):
     """The directory of a short demo, and what it printed."""
     directory = tmp_path_factory.mktemp("demo")
-    sizes = ["--train", 160, "--test", 16, "--workers", 1, *DEMO]
+    sizes = ["--train", 120, "--test", 12, "--workers", 1, *DEMO]
     quick = CONFIGS / "RegionSpot-mini-quick.yaml"
     return directory, run_program(directory, MAIN, "demo", "--output", directory, "--config-file", quick, *sizes)
 
