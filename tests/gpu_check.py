@@ -156,6 +156,19 @@ def check_evaluation(setting: Setting) -> str:
     return expect(max(differences), 0.5, "largest difference of AP")
 
 
+def check_precision(setting: Setting, precision: str) -> str:
+    """The frozen parts in half precision give nearly the features, tokens and text embeddings of float32."""
+    [scene], results = experiment.test_scenes("test", 1), []
+    for name in ("float32", precision):
+        recognizer = load_model(setting.config("precision", "MODEL.REGIONSPOT.PRECISION", name)).recognizer
+        _reset_peak(setting)
+        features, located, _ = experiment.locate_boxes(recognizer, scene, scene.boxes)
+        embeddings = recognizer.encode_vocabulary(["striped red star", "plain blue ring", "dotted green disc"])[1]
+        results.append((features.embeddings, features.feature_map, located.tokens, located.masks, embeddings))
+    errors = [float((one - other).std() / one.std()) for one, other in zip(*results)]
+    return expect(max(errors), 0.05, "largest error (of the standard deviation)")
+
+
 def check_processes(setting: Setting) -> str:
     """Two processes, joined by NCCL where there are two GPUs, end with the weights of one."""
     several = setting.device == "cuda" and torch.cuda.device_count() > 1
@@ -197,6 +210,7 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
     "resuming": check_resuming,
     "extraction": check_extraction,
     "evaluation": check_evaluation,
+    **{f"frozen parts, {name}": partial(check_precision, precision=name) for name in ("bf16", "fp16")},
     "two processes": check_processes,
     "demo": check_demo,
 }
