@@ -32,12 +32,18 @@ class CropRecognizer(RegionRecognizer):
         node = cfg.MODEL.REGIONSPOT.CROP
         return {**RegionRecognizer.from_config(cfg), "masked": node.MASKED, "batch_size": node.BATCH_SIZE}
 
+    def encode_images(
+        self, images: list[torch.Tensor], with_embeddings: bool = True, with_feature_map: bool = False
+    ) -> ImageFeatures:
+        """Run SAM's image encoder alone by default: crops take the place of the feature map."""
+        return super().encode_images(images, with_embeddings, with_feature_map)
+
     def locate_boxes(
         self, images: list[torch.Tensor], boxes: list[Boxes], with_masks: bool, features: ImageFeatures | None
     ) -> tuple[ImageFeatures, list[LocalizerOutput]]:
         """Run SAM for masks only, and CLIP on crops only."""
         if features is None:
-            features = self.encode_images(images, with_masks or self.masked, with_feature_map=False)
+            features = self.encode_images(images, with_masks or self.masked)
         if not with_masks and not self.masked:
             return features, [LocalizerOutput({}, None, None) for x in boxes]
         return super().locate_boxes(images, boxes, True, features)

@@ -13,6 +13,7 @@ from regionspot.modeling.masks import RegionMasks
 from regionspot.utils.rle import encode_masks
 
 from ..helpers import as_inputs, extra_memory, tiny_model
+from ..peak_memory import PeakMemory
 
 SIZE = (60, 100)
 
@@ -74,6 +75,15 @@ def test_memory_follows_the_requested_masks(localizer, logits, monkeypatch):
     assert extra_memory(lambda: masks.to_bitmasks(None, *size)) < 60e6
     prompts = torch.ones(number, *size, dtype=torch.bool)
     assert extra_memory(lambda: localizer.mask_prompts(prompts, size)) < 50e6
+
+
+def test_mask_prompts_of_small_images_are_made_in_chunks(localizer, monkeypatch):
+    """They are resized to SAM's input, 64 x 64 here, which is larger than the image."""
+    monkeypatch.setattr(masks_module, "MAX_PIXELS", 4 * 64 * 64)
+    masks = torch.ones(200, 8, 8, dtype=torch.bool)
+    with PeakMemory() as memory:
+        prompts = localizer.mask_prompts(masks, (8, 8))
+    assert prompts.shape == (200, 1, 32, 32) and memory.peak < 200 * 64 * 64 * 4
 
 
 def test_detections_of_a_box_share_one_rle():

@@ -277,13 +277,17 @@ class SamLocalizer(Localizer):
             assert ious is not None
             best = 1 + ious[:, 1:].argmax(dim=1)
         mask_tokens = hidden[rows, 1 - first + best]  # (N, C)
-        kernels = self._kernels(mask_tokens, best)  # (N, C / 8)
+        kernels = self._kernels(mask_tokens, best) if with_masks or "mlp" in stages else None  # (N, C / 8)
+        masks = None
+        if with_masks:
+            assert kernels is not None
+            masks = prompt_decoder.predict_masks(image, kernels[:, None])[:, 0].float()
         return LocalizerOutput(
             stage_tokens={
                 stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
             },
             iou=ious[rows, best].float() if with_iou and ious is not None else None,
-            masks=prompt_decoder.predict_masks(image, kernels[:, None])[:, 0].float() if with_masks else None,
+            masks=masks,
         )
 
     def _encode_prompts(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -302,11 +306,12 @@ class SamLocalizer(Localizer):
 
     @staticmethod
     def _stage_tokens(
-        stage: str, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor
+        stage: str, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor | None
     ) -> torch.Tensor:
         if stage == "transformer":
             return mask_tokens
         if stage == "mlp":
+            assert kernels is not None
             return kernels
         if sparse.shape[1] == 0:
             raise ValueError("TOKEN_STAGE prompt_encoder: a mask alone has no sparse embedding; give its box, too")
@@ -325,7 +330,9 @@ class SamLocalizer(Localizer):
         height, width = self.input_size(image_size)
         side = self.sam.prompt_encoder.mask_input_size
         prompts = [torch.zeros(0, 1, *side, device=self.sam.pixel_mean.device)]
-        for part in masks.split(self.mask_upsampler(image_size).chunk_size(image_size)) if len(masks) else ():
+        chunk_size = self.mask_upsampler(image_size).chunk_size
+        size = min(chunk_size(image_size), chunk_size((self.image_size, self.image_size)))  # both are made below
+        for part in masks.split(size) if len(masks) else ():
             inputs = part[:, None].to(prompts[0].device, torch.float32)
             inputs = F.interpolate(inputs, (height, width), mode="bilinear", antialias=True)
             inputs = F.pad(inputs, (0, self.image_size - width, 0, self.image_size - height))

@@ -29,6 +29,7 @@ class PromptDecoder:
         self.side = embedding.shape[-1]
         self.image = embedding.flatten(2).transpose(1, 2)  # (1, P, C)
         self.position = position.flatten(2).transpose(1, 2)  # (1, P, C)
+        self.image_with_position = self.image + self.position
         self._projections: dict[nn.Linear, torch.Tensor] = {}
 
     def decode(
@@ -92,7 +93,7 @@ class PromptDecoder:
         """Cross-attention of (N, T, C) tokens to the image, (1, P, C) if it is shared, else (N, P, C)."""
         queries = _split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
         if is_shared:
-            keys = self._project_once(attention, attention.k_proj, image + self.position)  # (1, H, P, D)
+            keys = self._project_once(attention, attention.k_proj, self.image_with_position)  # (1, H, P, D)
             values = self._project_once(attention, attention.v_proj, image)
             together = queries.transpose(0, 1).flatten(1, 2)[None]  # (1, H, N * T, D)
             attended = F.scaled_dot_product_attention(together, keys, values)[0]
@@ -125,7 +126,7 @@ class PromptDecoder:
     ) -> torch.Tensor:
         """Return the (N, H, T, P) products of (N, H, T, D) with the projection of image + position."""
         if is_shared:
-            return _shared_scores(tokens, self._project_once(attention, projection, image + self.position))
+            return _shared_scores(tokens, self._project_once(attention, projection, self.image_with_position))
         weight = projection.weight.unflatten(0, (attention.num_heads, -1))  # (H, D, C)
         scores = (tokens @ weight).flatten(1, 2) @ image.transpose(1, 2)  # (N, H * T, P)
         position = self._project_once(attention, projection, self.position)  # with the bias
