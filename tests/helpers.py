@@ -20,6 +20,7 @@ from PIL import Image
 from regionspot.checkpoint.key_layout import to_released_key
 from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer, RegionSpot
+from tools.benchmarks.memory import process_memory, reset_peak
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -224,12 +225,6 @@ def run(directory: Path, *command: object) -> str:
 def extra_memory(call: Callable[[], object]) -> int:
     """Return by how many bytes this process grows, at the most, while ``call`` runs a second time (Linux)."""
     call()  # what is set up once does not count
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _memory("VmRSS")
+    before = reset_peak()
     call()
-    return _memory("VmHWM") - before
-
-
-def _memory(field: str) -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return 1024 * int(line.split()[1])
+    return process_memory("VmHWM") - before

@@ -1,7 +1,6 @@
 """Fixed AP of all classes of all boxes, from logits to the metrics, in memory and disk."""
 
 import json
-import re
 import threading
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from regionspot.evaluation import Protocol
 from regionspot.evaluation.region_evaluator import RegionEvaluator
 from regionspot.modeling.postprocessing import DetectionRule
 from tools.benchmarks.case import SIZE, write_case
+from tools.benchmarks.memory import process_memory
 
 DATASET = "benchmark_fixed"
 HEADERS = ["step", "CPU time", "memory, the most so far", "disk, the most so far"]
@@ -40,13 +40,6 @@ class Disk(threading.Thread):
             except FileNotFoundError:  # was removed just now
                 continue
         self.most = max(self.most, sum(sizes))
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process has held."""
-    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert match
-    return int(match[1]) * 1024
 
 
 def draw_detections(rule: DetectionRule, boxes: int, classes: int, generator: torch.Generator) -> Instances:
@@ -79,7 +72,7 @@ def benchmark_fixed(
         disk.look()
         cells = (
             f"{time.process_time() - start:.0f} s",
-            f"{peak_memory() / 2**30:.2f} GB",
+            f"{process_memory('VmHWM') / 2**30:.2f} GB",
             f"{disk.most / 2**30:.2f} GB",
         )
         rows.append((step, *cells))

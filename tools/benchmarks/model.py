@@ -17,6 +17,7 @@ from regionspot.modeling import RegionRecognizer
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
+from tools.benchmarks.memory import process_memory, reset_peak
 from tools.benchmarks.plain import PlainRecognizer, encode_names
 
 HEADERS = ("part", "time", "memory", "plain time", "plain memory", "times as fast")
@@ -46,17 +47,11 @@ def _reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return reset_peak()
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return 1024 * int(line.split()[1])
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
 
 
 def random_boxes(num_boxes: int) -> torch.Tensor:
@@ -171,7 +166,7 @@ def main(args: Namespace) -> None:
         benchmark_text(recognizer, args.names, table)
     on_cuda = table.device.type == "cuda"
     where = torch.cuda.get_device_name(table.device) if on_cuda else f"a CPU, {torch.get_num_threads()} threads"
-    memory = "" if on_cuda else f"; the whole process has {_status('VmRSS') / 2**30:.2f} GB"
+    memory = "" if on_cuda else f"; the whole process has {process_memory('VmRSS') / 2**30:.2f} GB"
     print(f"on {where}, {cfg.MODEL.REGIONSPOT.PRECISION}{memory}")
     if args.json:
         content = {"device": where, "precision": cfg.MODEL.REGIONSPOT.PRECISION, "rows": table.rows}
