@@ -30,6 +30,9 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     # Of the frozen SAM and CLIP, in training, too: "float32", "bf16", or "fp16" (on CUDA). Token stores and cached text
     # embeddings are of one precision.
     node.PRECISION = "float32"
+    # True: torch.compile of both image encoders and the attention module; the numbers differ by rounding alone. The
+    # first images take a minute more, and it needs a compiler (Triton on a GPU, g++ on a CPU).
+    node.COMPILE = False
 
     _add_inference_config(node)
     _add_proposal_config(node)

@@ -49,6 +49,14 @@ class Prompts:
     def __getitem__(self, index: slice) -> "Prompts":
         return Prompts(**{name: value[index] for name, value in self._tensors().items()})
 
+    @staticmethod
+    def cat(prompts: Sequence["Prompts"]) -> "Prompts":
+        """Join prompts that have the same parts, in their order."""
+        if len(prompts) == 1:
+            return prompts[0]
+        parts = [x._tensors() for x in prompts]
+        return Prompts(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
     def to(self, device: torch.device) -> "Prompts":
         return Prompts(**{name: value.to(device) for name, value in self._tensors().items()})
 

@@ -9,7 +9,7 @@ from segment_anything import sam_model_registry
 
 from regionspot.config import load_config
 from regionspot.modeling import RegionSpot, RegionSpotRCNN, RegionSpotROIHeads
-from regionspot.modeling.localizers.sam import SAM_SIZES, build_sam
+from regionspot.modeling.localizers.build_sam import SAM_SIZES, build_sam
 from regionspot.modeling.vision_language.clip import CLIP_SIZES, build_clip
 
 from .helpers import ROOT, flat, tiny_config

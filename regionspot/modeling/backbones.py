@@ -9,7 +9,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 
 from regionspot.modeling.localizers import sam_encoder
-from regionspot.modeling.localizers.sam import build_image_encoder, get_sam_size
+from regionspot.modeling.localizers.build_sam import build_image_encoder, get_sam_size
 from regionspot.modeling.vision_language.clip import encode_patches, get_clip_size
 
 

@@ -19,9 +19,14 @@ def region_focal_loss(
     Returns:
         Scalar: the mean over the B images; an image without regions adds 0 to the sum.
     """
-    losses = []
-    for image_logits, image_targets in zip(logits, targets):
-        one_hot = F.one_hot(image_targets, image_logits.shape[1]).to(image_logits)
-        loss = sigmoid_focal_loss(image_logits, one_hot, alpha=alpha, gamma=gamma, reduction="sum")
-        losses.append(loss / max(len(image_targets), 1))
-    return torch.stack(losses).mean()
+    # images of one vocabulary at once: a GPU would spend its time on starting many small operations
+    sizes = [x.shape[1] for x in logits]
+    total = logits[0].new_zeros(())
+    for size in dict.fromkeys(sizes):
+        rows = [i for i, x in enumerate(sizes) if x == size]
+        counts = torch.tensor([len(targets[i]) for i in rows])
+        weights = (1 / counts).repeat_interleave(counts).to(logits[0].device, non_blocking=True)  # one per region
+        together = torch.cat([logits[i] for i in rows])  # (sum of N_i, K)
+        one_hot = F.one_hot(torch.cat([targets[i] for i in rows]), size).to(together)
+        total = total + sigmoid_focal_loss(together, one_hot, alpha=alpha, gamma=gamma).sum(dim=1) @ weights
+    return total / len(logits)

@@ -184,14 +184,13 @@ class RegionRecognizer(nn.Module):
         The other arguments are ``Localizer.forward``'s.
         """
         assert features.embeddings is not None
-        outputs = []
-        for embedding, (height, width), image_prompts in zip(features.embeddings, features.sizes, prompts, strict=True):
+        device, scaled = features.embeddings.device, []
+        for (height, width), image_prompts in zip(features.sizes, prompts, strict=True):
             input_height, input_width = self.localizer.input_size((height, width))
-            clipped = image_prompts.to(embedding.device).clip((height, width))
+            clipped = image_prompts.to(device).clip((height, width))
             # the sides of SAM's input are whole pixels: x and y have factors of their own
-            scaled = clipped.scale(input_width / width, input_height / height)
-            outputs.append(self.localizer(embedding[None], scaled, with_masks, stages, with_iou))
-        return outputs
+            scaled.append(clipped.scale(input_width / width, input_height / height))
+        return self.localizer(features.embeddings, scaled, with_masks, stages, with_iou)
 
     def classify(
         self,
@@ -214,6 +213,9 @@ class RegionRecognizer(nn.Module):
         """
         vocabularies = vocabularies or [""] * len(tokens)
         semantic_tokens = self.knowledge_integration(tokens, feature_map)  # B x (N_i, text_dim)
+        if len(semantic_tokens) == len(vocabularies) and len({*map(id, vocabularies)}) == 1:  # images together
+            logits = self.score(torch.cat(semantic_tokens), vocabularies[0], with_background)
+            return list(logits.split([len(x) for x in semantic_tokens]))
         return [self.score(x, v, with_background) for x, v in zip(semantic_tokens, vocabularies, strict=True)]
 
     def score(

@@ -61,7 +61,7 @@ def test_prompt_coordinates_equal_sams(size):
     scaled = Prompts(transform.apply_boxes_torch(boxes, size), transform.apply_coords_torch(points, size), labels)
     features = recognizer.encode_images([image])
     [output] = recognizer.locate(features, [Prompts(boxes, points, labels)])
-    expected = recognizer.localizer(features.embeddings, scaled)
+    [expected] = recognizer.localizer(features.embeddings, [scaled])
     torch.testing.assert_close(output.tokens, expected.tokens, atol=1e-6, rtol=0)
 
 

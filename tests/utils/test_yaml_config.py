@@ -5,7 +5,7 @@ import urllib.request
 import pytest
 
 from regionspot.config import load_config
-from regionspot.modeling.localizers.sam import get_sam_size
+from regionspot.modeling.localizers.build_sam import get_sam_size
 
 from ..helpers import TINY, tiny_config
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from miniworld.generator import SIZE, draw_scene, drawing_pool
-from regionspot.modeling.localizers.sam import SamLocalizer, SamSize, build_sam
+from regionspot.modeling.localizers.build_sam import SamSize, build_sam
+from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.structures import Prompts
 
 SAM_SIZE = SamSize(
@@ -170,7 +171,7 @@ def report_sam(sam: Sam, num_scenes: int = 60, seed: int = 1) -> dict[str, float
                 prompts = Prompts(points=points, point_labels=torch.ones(len(points), 1))
             else:
                 prompts = Prompts(boxes=torch.from_numpy(scene.boxes))
-            output = localizer(embedding, prompts.to(target.device), with_masks=True)
+            [output] = localizer(embedding, [prompts.to(target.device)], with_masks=True)
             masks = localizer.upsample_masks(output.masks, (SIZE, SIZE), (SIZE, SIZE))
             ious[key] += soft_iou(masks[:, None], target[:, None])[:, 0].tolist()
     sam.train(training)

@@ -34,6 +34,17 @@ class LocalizerOutput:
         [tokens] = self.stage_tokens.values()
         return tokens
 
+    def split(self, counts: Sequence[int]) -> list["LocalizerOutput"]:
+        """Return the outputs of images, ``counts`` prompts each."""
+        sizes = list(counts)
+        stage_tokens = {stage: tokens.split(sizes) for stage, tokens in self.stage_tokens.items()}
+        ious = [None] * len(sizes) if self.iou is None else self.iou.split(sizes)
+        masks = [None] * len(sizes) if self.masks is None else self.masks.split(sizes)
+        return [
+            LocalizerOutput({stage: tokens[i] for stage, tokens in stage_tokens.items()}, ious[i], masks[i])
+            for i in range(len(sizes))
+        ]
+
 
 def check_stages(stages: Sequence[str], what: str) -> None:
     """Refuse unknown stages; ``what`` names the option in the message."""
@@ -80,23 +91,23 @@ class Localizer(FrozenModule, ABC):
     @abstractmethod
     def forward(
         self,
-        embedding: torch.Tensor,
-        prompts: Prompts,
+        embeddings: torch.Tensor,
+        prompts: Sequence[Prompts],
         with_masks: bool = False,
         stages: Sequence[str] = (),
         with_iou: bool = False,
-    ) -> LocalizerOutput:
-        """Decode the prompts of one image.
+    ) -> list[LocalizerOutput]:
+        """Decode the prompts of B images.
 
         Args:
-            embedding: (1, C, h, w) image embedding.
-            prompts: N prompts, boxes and points in pixels of the localizer's input.
+            embeddings: (B, C, h, w) image embeddings.
+            prompts: for each image its N_i prompts, boxes and points in pixels of the localizer's input.
             with_masks: compute the masks, too.
             stages: where to take tokens from; the localizer's own stage by default.
             with_iou: estimate the IoU of the masks, too.
 
         Returns:
-            Tokens, IoU estimates and masks of the N prompts, in their order.
+            For each image the tokens, IoU estimates and masks of its prompts, in their order.
         """
 
     @abstractmethod

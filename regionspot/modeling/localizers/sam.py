@@ -1,113 +1,24 @@
 """SAM as localizer, at every size (paper, section 3.1)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from detectron2.config import CfgNode, configurable
 from PIL import Image
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
-from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.localizers import sam_encoder
+from regionspot.modeling.localizers.build_sam import build_sam, get_sam_size
 from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput, check_stages
 from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
 CPU_BYTES = 1 << 25  # of the images of the prompts decoded at once on a CPU: more leave its cache
-
-
-@dataclass(frozen=True)
-class SamSize:
-    """What distinguishes one SAM from another; the defaults are ViT-B's."""
-
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
-    image_size: int = 1024
-    patch_size: int = 16
-    window_size: int = 14
-    prompt_dim: int = 256
-    decoder_depth: int = 2
-    decoder_num_heads: int = 8
-    decoder_mlp_dim: int = 2048
-    num_multimasks: int = 3
-
-
-SAM_SIZES = {
-    "vit_b": SamSize(),
-    "vit_l": SamSize(1024, 24, 16, (5, 11, 17, 23)),
-    "vit_h": SamSize(1280, 32, 16, (7, 15, 23, 31)),
-}
-
-
-def get_sam_size(cfg: CfgNode) -> SamSize:
-    """Return the size that ``cfg.MODEL.REGIONSPOT.SAM`` names."""
-    node = cfg.MODEL.REGIONSPOT.SAM
-    if node.NAME == "custom":
-        sizes = {key.lower(): value for key, value in node.CUSTOM.items()}
-        wrong = [key for key, value in node.CUSTOM.items() if type(value) is int and not 0 <= value < 1 << 16]
-        if wrong or not sizes["patch_size"] or sizes["image_size"] < sizes["patch_size"]:
-            raise ValueError(
-                f"MODEL.REGIONSPOT.SAM.CUSTOM: expected sizes below 65536, and an image of one patch at least; got "
-                f"{', '.join(wrong) or 'IMAGE_SIZE'} {node.CUSTOM[wrong[0] if wrong else 'IMAGE_SIZE']}"
-            )
-        return SamSize(**{**sizes, "global_attn_indexes": tuple(sizes["global_attn_indexes"])})
-    if node.NAME not in SAM_SIZES:
-        raise ValueError(
-            f"MODEL.REGIONSPOT.SAM.NAME: expected one of {', '.join(SAM_SIZES)}, custom; got {node.NAME!r}"
-        )
-    return SAM_SIZES[node.NAME]
-
-
-def build_image_encoder(size: SamSize) -> ImageEncoderViT:
-    """Build SAM's image encoder with random weights."""
-    return ImageEncoderViT(
-        img_size=size.image_size,
-        patch_size=size.patch_size,
-        embed_dim=size.embed_dim,
-        depth=size.depth,
-        num_heads=size.num_heads,
-        mlp_ratio=4,
-        out_chans=size.prompt_dim,
-        qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=size.window_size,
-        global_attn_indexes=size.global_attn_indexes,
-    )
-
-
-def build_sam(size: SamSize) -> Sam:
-    """Build a SAM with random weights; its ``state_dict`` has the names of the official files."""
-    grid = size.image_size // size.patch_size
-    prompt_encoder = PromptEncoder(
-        embed_dim=size.prompt_dim,
-        image_embedding_size=(grid, grid),
-        input_image_size=(size.image_size, size.image_size),
-        mask_in_chans=16,
-    )
-    transformer = TwoWayTransformer(
-        depth=size.decoder_depth,
-        embedding_dim=size.prompt_dim,
-        num_heads=size.decoder_num_heads,
-        mlp_dim=size.decoder_mlp_dim,
-    )
-    mask_decoder = MaskDecoder(
-        transformer_dim=size.prompt_dim,
-        transformer=transformer,
-        num_multimask_outputs=size.num_multimasks,
-        iou_head_depth=3,
-        iou_head_hidden_dim=256,
-    )
-    return Sam(build_image_encoder(size), prompt_encoder, mask_decoder)
 
 
 class SamLocalizer(Localizer):
@@ -123,6 +34,7 @@ class SamLocalizer(Localizer):
         multimask: bool = False,
         encoder_batch_size: int = 1,
         precision: str = "float32",
+        compile: bool = False,
     ) -> None:
         """
         Args:
@@ -135,6 +47,7 @@ class SamLocalizer(Localizer):
             encoder_batch_size: number of images encoded at once.
             precision: of the image encoder and the mask decoder; prompts are encoded in float32, as their coordinates
                 need it.
+            compile: compile the image encoder, see ``MODEL.REGIONSPOT.COMPILE``.
         """
         super().__init__()
         check_stages([token_stage], "MODEL.REGIONSPOT.TOKEN_STAGE")
@@ -149,6 +62,7 @@ class SamLocalizer(Localizer):
         self.dtype = get_dtype(precision)
         sam.image_encoder.to(self.dtype)
         sam.mask_decoder.to(self.dtype)
+        self._run_block = torch.compile(sam_encoder.run_block) if compile else sam_encoder.run_block
         self.freeze()
 
     @classmethod
@@ -161,6 +75,7 @@ class SamLocalizer(Localizer):
             "multimask": node.SAM.MULTIMASK,
             "encoder_batch_size": node.SAM.ENCODER_BATCH_SIZE,
             "precision": node.PRECISION,
+            "compile": node.COMPILE,
         }
 
     @property
@@ -188,7 +103,7 @@ class SamLocalizer(Localizer):
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
         device = self.sam.pixel_mean.device
         inputs = [self.sam.preprocess(self._resize(image).to(device, non_blocking=True).float()) for image in images]
-        return sam_encoder.encode(self.sam.image_encoder, torch.stack(inputs).to(self.dtype)).float()
+        return sam_encoder.encode(self.sam.image_encoder, torch.stack(inputs).to(self.dtype), self._run_block).float()
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:
         size = self.input_size((image.shape[-2], image.shape[-1]))
@@ -202,25 +117,57 @@ class SamLocalizer(Localizer):
     @torch.no_grad()
     def forward(
         self,
-        embedding: torch.Tensor,
-        prompts: Prompts,
+        embeddings: torch.Tensor,
+        prompts: Sequence[Prompts],
         with_masks: bool = False,
         stages: Sequence[str] = (),
         with_iou: bool = False,
-    ) -> LocalizerOutput:
+    ) -> list[LocalizerOutput]:
+        outputs: list[LocalizerOutput] = []
+        for rows in self._images_together(embeddings, prompts):
+            group = list(prompts[rows.start : rows.stop])
+            outputs += self._forward(embeddings[rows.start : rows.stop], group, with_masks, stages, with_iou)
+        return outputs
+
+    def _images_together(self, embeddings: torch.Tensor, prompts: Sequence[Prompts]) -> list[range]:
+        """Return ranges of images whose prompts are decoded together.
+
+        On a GPU a few prompts of one image cannot fill it: images whose prompts are boxes alone are one range. A CPU
+        gains nothing from more prompts at once.
+        """
+        only_boxes = [x.boxes is not None and x.points is None and x.masks is None for x in prompts]
+        if embeddings.device.type != "cpu" and all(only_boxes) and len(prompts):
+            return [range(len(prompts))]
+        return [range(i, i + 1) for i in range(len(prompts))]
+
+    def _forward(
+        self,
+        embeddings: torch.Tensor,
+        prompts: list[Prompts],
+        with_masks: bool,
+        stages: Sequence[str],
+        with_iou: bool,
+    ) -> list[LocalizerOutput]:
+        """Decode the prompts of B images, which are all of one kind."""
         stages = stages or (self.token_stage,)
-        if not len(prompts):
-            side = 4 * embedding.shape[-1]
-            empty = embedding.new_zeros
+        counts, together = [len(x) for x in prompts], Prompts.cat(prompts)
+        if not len(together):
+            side = 4 * embeddings.shape[-1]
+            empty = embeddings.new_zeros
             tokens = {stage: empty(0, self.stage_dim(stage)) for stage in stages}
             masks = empty(0, side, side) if with_masks else None
-            return LocalizerOutput(tokens, empty(0) if with_iou else None, masks)
-        decoder = self._prompt_decoder(embedding, prompts)
-        chunks = [self._decode(decoder, part, with_masks, stages, with_iou) for part in self._split(prompts, embedding)]
+            return [LocalizerOutput(tokens, empty(0) if with_iou else None, masks) for _ in prompts]
+        decoder = self._prompt_decoder(embeddings, together)
+        images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # of each prompt
+        chunks, start = [], 0
+        for part in self._split(together, embeddings[:1]):
+            part_counts = images[start : start + len(part)].bincount(minlength=len(counts)).tolist()
+            chunks.append(self._decode(decoder, part, part_counts, with_masks, stages, with_iou))
+            start += len(part)
         tokens = {stage: torch.cat([chunk.stage_tokens[stage] for chunk in chunks]) for stage in stages}
         iou = torch.cat([chunk.iou for chunk in chunks if chunk.iou is not None]) if with_iou else None
         masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
-        return LocalizerOutput(tokens, iou, masks)
+        return LocalizerOutput(tokens, iou, masks).split(counts)
 
     @torch.no_grad()
     def all_masks(
@@ -254,21 +201,28 @@ class SamLocalizer(Localizer):
             size = max(min(size, CPU_BYTES // embedding.nbytes), 1)
         return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
-    def _prompt_decoder(self, embedding: torch.Tensor, prompts: Prompts) -> PromptDecoder:
+    def _prompt_decoder(self, embeddings: torch.Tensor, prompts: Prompts) -> PromptDecoder:
         encoder = self.sam.prompt_encoder
         if prompts.masks is None:
-            embedding = embedding + encoder.no_mask_embed.weight[:, :, None, None]
+            embeddings = embeddings + encoder.no_mask_embed.weight[:, :, None, None]
         position = encoder.get_dense_pe()
-        return PromptDecoder(self.sam.mask_decoder, embedding.to(self.dtype), position.to(self.dtype))
+        return PromptDecoder(self.sam.mask_decoder, embeddings.to(self.dtype), position.to(self.dtype))
 
     def _decode(
-        self, prompt_decoder: PromptDecoder, prompts: Prompts, with_masks: bool, stages: Sequence[str], with_iou: bool
+        self,
+        prompt_decoder: PromptDecoder,
+        prompts: Prompts,
+        counts: Sequence[int],
+        with_masks: bool,
+        stages: Sequence[str],
+        with_iou: bool,
     ) -> LocalizerOutput:
+        """Decode prompts, ``counts`` of them for each image of the decoder."""
         decoder = self.sam.mask_decoder
         sparse, mask_embeddings = self._encode_prompts(prompts)
         # SAM's output tokens: the IoU token, then M mask tokens, of which the first is the single-mask output's
         first, last = 0 if with_iou or self.multimask else 1, decoder.num_mask_tokens if self.multimask else 1
-        hidden, image = prompt_decoder.decode(sparse, mask_embeddings, slice(first, last + 1))
+        hidden, image = prompt_decoder.decode(sparse, mask_embeddings, slice(first, last + 1), counts)
 
         rows = torch.arange(len(prompts), device=hidden.device)
         best = torch.zeros_like(rows)

@@ -1,12 +1,14 @@
-"""SAM's mask decoder for many prompts of one image: ``segment_anything``'s modules and numbers, a fifth of the work.
+"""SAM's mask decoder for many prompts: ``segment_anything``'s modules and numbers, a fifth of the work.
 
-Two things make it cheap. Until the image is first updated all prompts share it, so that its keys, values and queries
-are computed once. After that each prompt has an image of its own, whose projections would cost more than all else.
-They are moved to the other side of the product, to the few tokens: ``(t Wq) (x Wk)^T = ((t Wq) Wk^T) x^T`` for the
-scores, and ``a (x Wv) = (a x) Wv`` for the values.
+Two things make it cheap. Until the image is first updated all of its prompts share it, so that its keys, values and
+queries are computed once. After that each prompt has an image of its own, whose projections would cost more than all
+else. They are moved to the other side of the product, to the few tokens: ``(t Wq) (x Wk)^T = ((t Wq) Wk^T) x^T`` for
+the scores, and ``a (x Wv) = (a x) Wv`` for the values.
 
-Shapes: N prompts with T tokens each, H heads of D channels, an image of P = h * w positions with C channels.
+Shapes: B images of P = h * w positions with C channels, N prompts with T tokens each, H heads of D channels.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from segment_anything.modeling import MaskDecoder
@@ -16,24 +18,24 @@ from torch.nn import functional as F
 
 
 class PromptDecoder:
-    """Decodes prompts of one image, in as many calls as memory asks for; it keeps what they share."""
+    """Decodes prompts of images, in as many calls as memory asks for; it keeps what the prompts of an image share."""
 
-    def __init__(self, decoder: MaskDecoder, embedding: torch.Tensor, position: torch.Tensor) -> None:
+    def __init__(self, decoder: MaskDecoder, embeddings: torch.Tensor, position: torch.Tensor) -> None:
         """
         Args:
             decoder: SAM's mask decoder.
-            embedding: (1, C, h, w) image embedding; with the embedding of "no mask" where prompts have none.
-            position: (1, C, h, w) positional encoding of the image.
+            embeddings: (B, C, h, w) image embeddings; with the embedding of "no mask" where prompts have none.
+            position: (1, C, h, w) positional encoding of an image.
         """
         self.decoder = decoder
-        self.side = embedding.shape[-1]
-        self.image = embedding.flatten(2).transpose(1, 2)  # (1, P, C)
+        self.side = embeddings.shape[-1]
+        self.image = embeddings.flatten(2).transpose(1, 2)  # (B, P, C)
         self.position = position.flatten(2).transpose(1, 2)  # (1, P, C)
         self.image_with_position = self.image + self.position
         self._projections: dict[nn.Linear, torch.Tensor] = {}
 
     def decode(
-        self, sparse: torch.Tensor, dense: torch.Tensor | None, outputs: slice
+        self, sparse: torch.Tensor, dense: torch.Tensor | None, outputs: slice, counts: Sequence[int] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the two-way transformer.
 
@@ -41,29 +43,32 @@ class PromptDecoder:
             sparse: (N, T', C) embeddings of the prompts' boxes and points.
             dense: (N, C, h, w) embeddings of the prompts' masks; None in all calls if there are none.
             outputs: which of SAM's output tokens are needed; 0 is the IoU token, then come the mask tokens.
+            counts: how many of the prompts, which are in the order of the B images, belong to each; for one image not
+                needed.
 
         Returns:
             (N, O, C) output tokens, and the (N, P, C) image that masks are made of.
         """
+        counts = counts or [len(sparse)]
         output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)  # (N, T, C)
         transformer, queries = self.decoder.transformer, tokens
-        image, is_shared = self.image, dense is None  # (1, P, C)
+        image, shared_by = self.image, counts if dense is None else None  # (B, P, C)
         if dense is not None:
-            image = image + dense.flatten(2).transpose(1, 2)  # (N, P, C)
+            image = _repeat(image, counts) + dense.flatten(2).transpose(1, 2)  # (N, P, C)
         for layer in transformer.layers:
             if layer.skip_first_layer_pe:
                 queries = layer.norm1(_attend_tokens(layer.self_attn, queries, queries))
             else:
                 queries = layer.norm1(queries + _attend_tokens(layer.self_attn, queries + tokens, queries))
-            attended = self._attend_image(layer.cross_attn_token_to_image, queries + tokens, image, is_shared)
+            attended = self._attend_image(layer.cross_attn_token_to_image, queries + tokens, image, shared_by)
             queries = layer.norm2(queries + attended)
             queries = layer.norm3(queries + layer.mlp(queries))
             attention = layer.cross_attn_image_to_token
-            image = layer.norm4(self._update_image(attention, queries + tokens, queries, image, is_shared))
-            is_shared = False
+            image = layer.norm4(self._update_image(attention, queries + tokens, queries, image, shared_by))
+            shared_by = None
         queries, tokens = queries[:, outputs], tokens[:, outputs]
-        attended = self._attend_image(transformer.final_attn_token_to_image, queries + tokens, image, is_shared)
+        attended = self._attend_image(transformer.final_attn_token_to_image, queries + tokens, image, shared_by)
         return transformer.norm_final_attn(queries + attended), image
 
     def predict_masks(self, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
@@ -88,55 +93,96 @@ class PromptDecoder:
         return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)  # (N, M, 4h, 4w)
 
     def _attend_image(
-        self, attention: Attention, tokens: torch.Tensor, image: torch.Tensor, is_shared: bool
+        self, attention: Attention, tokens: torch.Tensor, image: torch.Tensor, shared_by: Sequence[int] | None
     ) -> torch.Tensor:
-        """Cross-attention of (N, T, C) tokens to the image, (1, P, C) if it is shared, else (N, P, C)."""
+        """Cross-attention of (N, T, C) tokens to the image: (N, P, C), or (B, P, C) that prompts share, by counts."""
         queries = _split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
-        if is_shared:
-            keys = self._project_once(attention, attention.k_proj, self.image_with_position)  # (1, H, P, D)
+        if shared_by is not None:
+            keys = self._project_once(attention, attention.k_proj, self.image_with_position)  # (B, H, P, D)
             values = self._project_once(attention, attention.v_proj, image)
-            together = queries.transpose(0, 1).flatten(1, 2)[None]  # (1, H, N * T, D)
-            attended = F.scaled_dot_product_attention(together, keys, values)[0]
-            attended = attended.unflatten(1, (len(tokens), -1)).transpose(0, 1)  # (N, H, T, D)
-            return attention.out_proj(_merge_heads(attended))
+
+            def attend(together: torch.Tensor, i: int) -> torch.Tensor:
+                return F.scaled_dot_product_attention(together, keys[i], values[i])
+
+            return attention.out_proj(_merge_heads(_for_each_image(attend, queries, shared_by)))
         queries = queries * queries.shape[-1] ** -0.5
-        scores = self._scores(attention, attention.k_proj, queries, image, is_shared)  # (N, H, T, P)
+        scores = self._scores(attention, attention.k_proj, queries, image, shared_by)  # (N, H, T, P)
         attended = scores.softmax(dim=-1).flatten(1, 2) @ image  # (N, H * T, C)
         value_weight = attention.v_proj.weight.unflatten(0, (attention.num_heads, -1))  # (H, D, C)
         attended = attended.unflatten(1, queries.shape[1:3]) @ value_weight.transpose(1, 2)  # (N, H, T, D)
         return attention.out_proj(_merge_heads(attended) + attention.v_proj.bias)
 
     def _update_image(
-        self, attention: Attention, keys: torch.Tensor, values: torch.Tensor, image: torch.Tensor, is_shared: bool
+        self,
+        attention: Attention,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        image: torch.Tensor,
+        shared_by: Sequence[int] | None,
     ) -> torch.Tensor:
         """Return the (N, P, C) image plus its cross-attention to tokens: (N, T, C) ``keys`` and ``values``."""
         keys = _split_heads(attention, attention.k_proj(keys))  # (N, H, T, D)
         keys = keys * keys.shape[-1] ** -0.5
-        scores = self._scores(attention, attention.q_proj, keys, image, is_shared)  # (N, H, T, P)
+        scores = self._scores(attention, attention.q_proj, keys, image, shared_by)  # (N, H, T, P)
         weights = scores.softmax(dim=2).flatten(1, 2)  # over the tokens; (N, H * T, P)
         values = _split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
         output_weight = attention.out_proj.weight.t().unflatten(0, (attention.num_heads, -1))  # (H, D, C)
         updates = values @ output_weight  # (N, H, T, C): what a token adds to a position that attends to it alone
         updates[:, 0] += attention.out_proj.bias  # added once: a head's weights sum to 1
-        image = image.expand(len(weights), -1, -1)
+        image = image if shared_by is None else _repeat(image, shared_by)
         return torch.baddbmm(image, weights.transpose(1, 2), updates.flatten(1, 2))
 
     def _scores(
-        self, attention: Attention, projection: nn.Linear, tokens: torch.Tensor, image: torch.Tensor, is_shared: bool
+        self,
+        attention: Attention,
+        projection: nn.Linear,
+        tokens: torch.Tensor,
+        image: torch.Tensor,
+        shared_by: Sequence[int] | None,
     ) -> torch.Tensor:
         """Return the (N, H, T, P) products of (N, H, T, D) with the projection of image + position."""
-        if is_shared:
-            return _shared_scores(tokens, self._project_once(attention, projection, self.image_with_position))
+        if shared_by is not None:
+            projected = self._project_once(attention, projection, self.image_with_position)  # (B, H, P, D)
+            return _for_each_image(lambda together, i: together @ projected[i].transpose(1, 2), tokens, shared_by)
         weight = projection.weight.unflatten(0, (attention.num_heads, -1))  # (H, D, C)
         scores = (tokens @ weight).flatten(1, 2) @ image.transpose(1, 2)  # (N, H * T, P)
-        position = self._project_once(attention, projection, self.position)  # with the bias
-        return scores.unflatten(1, tokens.shape[1:3]) + _shared_scores(tokens, position)
+        [position] = self._project_once(attention, projection, self.position)  # (H, P, D), with the bias
+        by_position = _for_each_image(lambda together, _: together @ position.transpose(1, 2), tokens, [len(tokens)])
+        return scores.unflatten(1, tokens.shape[1:3]) + by_position
 
     def _project_once(self, attention: Attention, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return the (1, H, P, D) projection of what all prompts share; the first call computes it."""
+        """Return the (B, H, P, D) projection of what all prompts share; the first call computes it."""
         if projection not in self._projections:
             self._projections[projection] = _split_heads(attention, projection(x))
         return self._projections[projection]
+
+
+def _for_each_image(
+    function: Callable[[torch.Tensor, int], torch.Tensor], tokens: torch.Tensor, counts: Sequence[int]
+) -> torch.Tensor:
+    """Apply a function to the tokens of each image's prompts together: one large product, not many small ones.
+
+    Args:
+        function: from (H, n * T, D) tokens, and the number of their image, to (H, n * T, X).
+        tokens: (N, H, T, D), in the order of the images.
+        counts: n of each image.
+
+    Returns:
+        (N, H, T, X).
+    """
+    results = []
+    for i, part in enumerate(tokens.split(list(counts))):
+        if len(part):
+            result = function(part.transpose(0, 1).flatten(1, 2), i)  # (H, n * T, X)
+            results.append(result.unflatten(1, (len(part), -1)).transpose(0, 1))
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _repeat(image: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Return (N, P, C): each of the (B, P, C) images for each of its prompts."""
+    if len(image) == 1:
+        return image.expand(sum(counts), -1, -1)
+    return torch.cat([part.expand(count, -1, -1) for part, count in zip(image.split(1), counts)])
 
 
 def _attend_tokens(attention: Attention, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -156,12 +202,6 @@ def _split_heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
 def _merge_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, H, L, D) -> (B, L, H * D)."""
     return x.transpose(1, 2).flatten(2)
-
-
-def _shared_scores(tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """Return the (N, H, T, P) products of (N, H, T, D) with (1, H, P, D), by one matrix product a head."""
-    scores = tokens.transpose(0, 1).flatten(1, 2) @ image[0].transpose(1, 2)  # (H, N * T, P)
-    return scores.unflatten(1, (len(tokens), -1)).transpose(0, 1)
 
 
 def _upscale(layer: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:

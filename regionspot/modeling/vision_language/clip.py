@@ -1,10 +1,11 @@
 """CLIP as vision-language model, at every size: its feature map and its prompts (paper, sections 3.2 and 3.3)."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from clip.model import CLIP, LayerNorm, VisionTransformer
+from clip.model import CLIP, LayerNorm, ResidualAttentionBlock, VisionTransformer
 from detectron2.config import CfgNode, configurable
 from torch.nn import functional as F
 
@@ -74,12 +75,31 @@ def build_clip(size: ClipSize) -> CLIP:
     return clip_model
 
 
-def encode_patches(visual: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+def run_block(block: ResidualAttentionBlock, x: torch.Tensor, is_causal: bool = False) -> torch.Tensor:
+    """Return the (B, L, width) output of a transformer block; ``is_causal`` in text.
+
+    CLIP's own forward pass has the batch second, so that attention copies all of its inputs.
+    """
+    attention, normed = block.attn, block.ln_1(x)
+    qkv = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+    qkv = qkv.unflatten(2, (3, attention.num_heads, -1))
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, D) each
+    attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=is_causal)
+    x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.ln_2(x))
+
+
+def encode_patches(
+    visual: VisionTransformer,
+    images: torch.Tensor,
+    run: Callable[[ResidualAttentionBlock, torch.Tensor], torch.Tensor] = run_block,
+) -> torch.Tensor:
     """Return the vision transformer's output before ``ln_post``, without CLIP's output projection.
 
     Args:
         visual: CLIP's vision transformer.
         images: (B, 3, S, S) float, preprocessed.
+        run: ``run_block``, or the same compiled.
 
     Returns:
         (B, 1 + grid^2, width), the class token first.
@@ -87,7 +107,9 @@ def encode_patches(visual: VisionTransformer, images: torch.Tensor) -> torch.Ten
     x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (B, grid^2, width)
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
     x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
-    return visual.transformer(x.transpose(0, 1)).transpose(0, 1)
+    for block in visual.transformer.resblocks:
+        x = run(block, x)
+    return x
 
 
 def _set_dtype(clip_model: CLIP, dtype: torch.dtype) -> None:
@@ -123,18 +145,12 @@ def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, text_dim) float, not normalized.
     """
-    length = tokens.shape[1]
-    mask = clip_model.build_attention_mask()[:length, :length].to(tokens.device, clip_model.dtype)
-    x = clip_model.token_embedding(tokens).type(clip_model.dtype) + clip_model.positional_embedding[:length].type(
-        clip_model.dtype
-    )
-    x = x.transpose(0, 1)  # (L, N, width)
+    positions = clip_model.positional_embedding[: tokens.shape[1]]
+    x = clip_model.token_embedding(tokens).type(clip_model.dtype) + positions.type(clip_model.dtype)  # (N, L, width)
     for block in clip_model.transformer.resblocks:
-        y = block.ln_1(x)
-        x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        x = x + block.mlp(block.ln_2(x))
+        x = run_block(block, x, is_causal=True)
     # end-of-text has the highest id of all tokens
-    ends = x.transpose(0, 1)[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]
+    ends = x[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=1)]
     return clip_model.ln_final(ends) @ clip_model.text_projection
 
 
@@ -145,13 +161,19 @@ class ClipVisionLanguageModel(VisionLanguageModel):
 
     @configurable
     def __init__(
-        self, *, clip_model: CLIP, features: str = "feature_map+class_token", precision: str = "float32"
+        self,
+        *,
+        clip_model: CLIP,
+        features: str = "feature_map+class_token",
+        precision: str = "float32",
+        compile: bool = False,
     ) -> None:
         """
         Args:
             clip_model: the model, any size, with a vision transformer.
             features: content of the feature map: "none", "feature_map" or "feature_map+class_token".
             precision: of both encoders; see ``MODEL.REGIONSPOT.PRECISION``.
+            compile: compile the image encoder; see ``MODEL.REGIONSPOT.COMPILE``.
         """
         super().__init__()
         if features not in FEATURES:
@@ -161,6 +183,7 @@ class ClipVisionLanguageModel(VisionLanguageModel):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         _set_dtype(clip_model, get_dtype(precision))
+        self._run_block = torch.compile(run_block) if compile else run_block
         self.freeze()
 
     @classmethod
@@ -170,6 +193,7 @@ class ClipVisionLanguageModel(VisionLanguageModel):
             "clip_model": build_clip(get_clip_size(cfg)),
             "features": node.CLIP.FEATURES,
             "precision": node.PRECISION,
+            "compile": node.COMPILE,
         }
 
     @property
@@ -186,15 +210,21 @@ class ClipVisionLanguageModel(VisionLanguageModel):
         return self.clip_model.visual.input_resolution
 
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:
+        return self._normalize(self._resize(image))
+
+    def _resize(self, image: torch.Tensor) -> torch.Tensor:
         # bilinear without antialias, aspect ratio not kept: the released models were trained that way
-        image = image.to(self.pixel_mean.device, non_blocking=True).float()[None] / 255  # it moves as bytes
-        image = F.interpolate(image, (self.image_size, self.image_size), mode="bilinear", align_corners=False)[0]
-        return (image - self.pixel_mean) / self.pixel_std
+        image = image.to(self.pixel_mean.device, non_blocking=True).float()  # it moves as bytes
+        size = (self.image_size, self.image_size)
+        return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels / 255 - self.pixel_mean) / self.pixel_std
 
     @torch.no_grad()
     def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor | None:
         if self.features == "none":
             return None
-        inputs = torch.stack([self.preprocess(image) for image in images])
-        patches = encode_patches(self.clip_model.visual, inputs).float()
+        inputs = self._normalize(torch.stack([self._resize(image) for image in images]))
+        patches = encode_patches(self.clip_model.visual, inputs, self._run_block).float()
         return patches if self.features == "feature_map+class_token" else patches[:, 1:]

@@ -50,7 +50,7 @@ def test_equals_sam(image, prompts, multimask):
     model = localizer("MODEL.REGIONSPOT.SAM.MULTIMASK", multimask, "MODEL.REGIONSPOT.SAM.PROMPT_CHUNK", 2)
     sam = model.sam
     embedding = model.encode_images([image])
-    output = model(embedding, prompts, with_masks=True, with_iou=True)
+    [output] = model(embedding, [prompts], with_masks=True, with_iou=True)
     points = None if prompts.points is None else (prompts.points, prompts.point_labels)
     sparse, dense = sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_multimask_chooses_by_iou(image):
     tokens = hidden[0][rows, 1 + 1 + best]  # behind the IoU token and the single-mask token
     mlps = sam.mask_decoder.output_hypernetworks_mlps
     kernels = torch.stack([mlps[1 + index](token) for index, token in zip(best.tolist(), tokens)])
-    output = model(embedding, Prompts(boxes=BOXES), with_masks=True, stages=("transformer", "mlp"), with_iou=True)
+    [output] = model(embedding, [Prompts(boxes=BOXES)], with_masks=True, stages=("transformer", "mlp"), with_iou=True)
     for actual, expected in (
         (output.iou, ious[rows, best]),
         (output.masks, masks[rows, best]),
@@ -94,8 +94,8 @@ def test_multimask_chooses_by_iou(image):
 def test_stage_lengths_and_chunks(image, stage, dim, chunk):
     model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage, "MODEL.REGIONSPOT.SAM.PROMPT_CHUNK", chunk)
     embedding = model.encode_images([image])
-    tokens = model(embedding, Prompts(boxes=BOXES)).tokens
-    whole = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage)(embedding, Prompts(boxes=BOXES)).tokens
+    tokens = model(embedding, [Prompts(boxes=BOXES)])[0].tokens
+    whole = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage)(embedding, [Prompts(boxes=BOXES)])[0].tokens
     assert tokens.shape == (5, dim) == (5, model.token_dim)
     torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=0)
 
@@ -104,7 +104,7 @@ def test_tokens_of_each_stage(image):
     tokens = {}
     for stage in ("prompt_encoder", "transformer", "mlp"):
         model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", stage)
-        tokens[stage] = model(model.encode_images([image]), Prompts(boxes=BOXES)).tokens
+        tokens[stage] = model(model.encode_images([image]), [Prompts(boxes=BOXES)])[0].tokens
     sparse, _ = model.sam.prompt_encoder(points=None, boxes=BOXES, masks=None)
     torch.testing.assert_close(tokens["prompt_encoder"], sparse.mean(dim=1))
     torch.testing.assert_close(
@@ -119,7 +119,7 @@ def test_prompt_encoder_token_is_the_mean(image, boxes, labels):
     model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", "prompt_encoder")
     labels = torch.tensor(labels)
     prompts = Prompts(points=POINTS, point_labels=labels, boxes=boxes)
-    tokens = model(model.encode_images([image]), prompts).tokens
+    tokens = model(model.encode_images([image]), [prompts])[0].tokens
     encoder, size, expected = model.sam.prompt_encoder, (model.image_size, model.image_size), []
     for index, (points, kinds) in enumerate(zip(POINTS, labels)):
         pairs = [(point, kind) for point, kind in zip(points, kinds.tolist()) if kind >= 0]
@@ -134,8 +134,8 @@ def test_prompt_encoder_token_is_the_mean(image, boxes, labels):
 def test_prompt_encoder_token_ignores_padding(image):
     model = localizer("MODEL.REGIONSPOT.TOKEN_STAGE", "prompt_encoder")
     embedding = model.encode_images([image])
-    one = model(embedding, Prompts(points=POINTS[:, :1], point_labels=LABELS[:, :1])).tokens
-    padded = model(embedding, Prompts(points=POINTS, point_labels=torch.tensor([[1, -1], [1, -1]]))).tokens
+    one = model(embedding, [Prompts(points=POINTS[:, :1], point_labels=LABELS[:, :1])])[0].tokens
+    padded = model(embedding, [Prompts(points=POINTS, point_labels=torch.tensor([[1, -1], [1, -1]]))])[0].tokens
     torch.testing.assert_close(one, padded)
 
 
@@ -155,13 +155,13 @@ def test_masks_only_on_request(image, monkeypatch):
     model = localizer()
     embedding = model.encode_images([image])
     monkeypatch.setattr(PromptDecoder, "predict_masks", lambda *_: pytest.fail("a mask was computed"))
-    output = model(embedding, Prompts(boxes=BOXES))
+    [output] = model(embedding, [Prompts(boxes=BOXES)])
     assert output.masks is None and output.iou is None
 
 
 def test_no_prompts(image):
     model = localizer()
-    output = model(model.encode_images([image]), Prompts(boxes=torch.zeros(0, 4)), with_masks=True, with_iou=True)
+    [output] = model(model.encode_images([image]), [Prompts(boxes=torch.zeros(0, 4))], with_masks=True, with_iou=True)
     assert output.tokens.shape == (0, 32) and output.iou.shape == (0,) and output.masks.shape == (0, 32, 32)
     assert model.upsample_masks(output.masks, (48, 64), (48, 64)).shape == (0, 48, 64)
 
@@ -178,9 +178,9 @@ def test_mask_prompt_covers_the_mask(image):
 def test_tokens_depend_on_image_and_box():
     model = tiny_model().recognizer.localizer
     first, second = model.encode_images([as_inputs(0)["image"], as_inputs(1)["image"]])
-    tokens = model(first[None], Prompts(boxes=BOXES)).tokens
+    tokens = model(first[None], [Prompts(boxes=BOXES)])[0].tokens
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
-    assert not torch.allclose(tokens, model(second[None], Prompts(boxes=BOXES)).tokens, atol=1e-4)
+    assert not torch.allclose(tokens, model(second[None], [Prompts(boxes=BOXES)])[0].tokens, atol=1e-4)
 
 
 def test_images_are_encoded_in_chunks(monkeypatch):
@@ -211,7 +211,7 @@ def test_bf16_is_close_to_float32(image, prompts):
     rounded_embedding = rounded.encode_images([image])
     assert rounded_embedding.dtype == torch.float32 and not torch.equal(rounded_embedding, embedding)
     torch.testing.assert_close(rounded_embedding, embedding, atol=0.05, rtol=0)
-    output, expected = rounded(rounded_embedding, prompts, True, (), True), exact(embedding, prompts, True)
+    [output], [expected] = rounded(rounded_embedding, [prompts], True, (), True), exact(embedding, [prompts], True)
     assert output.tokens.dtype == output.iou.dtype == output.masks.dtype == torch.float32
     torch.testing.assert_close(output.tokens, expected.tokens, atol=0.05, rtol=0)
     torch.testing.assert_close(output.masks, expected.masks, atol=0.05 * float(expected.masks.abs().max()), rtol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from regionspot.modeling.localizers.sam import SamSize, build_sam
+from regionspot.modeling.localizers.build_sam import SamSize, build_sam
 from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 
 from ...peak_memory import PeakMemory
@@ -36,6 +36,29 @@ def test_equals_sam_in_float64(chunks, with_masks, depth):
             kernels = torch.stack([mlp(token) for mlp, token in zip(mlps, tokens.unbind(1))], dim=1)
             masks = prompt_decoder.predict_masks(decoded, kernels)
             torch.testing.assert_close(masks, expected_masks[rows, :3], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_images_together_equal_each_alone(chunk, with_masks):
+    sam = build_sam(SamSize(8, 1, 1, (0,), 64, 16, prompt_dim=32, decoder_mlp_dim=48))
+    decoder = randomize(sam.mask_decoder).double()
+    embeddings, position = torch.randn(4, 32, 4, 4).double(), torch.randn(1, 32, 4, 4).double()
+    owners = torch.tensor([0, 0, 0, 2, 3, 3, 3])  # of each prompt; image 1 has none
+    sparse, dense = torch.randn(7, 3, 32).double(), torch.randn(7, 32, 4, 4).double()
+    together, alone = PromptDecoder(decoder, embeddings, position), []
+    for i in range(4):
+        rows = owners == i
+        if rows.any():
+            one = PromptDecoder(decoder, embeddings[i : i + 1], position)
+            alone.append(one.decode(sparse[rows], dense[rows] if with_masks else None, slice(0, 5)))
+    with torch.no_grad():
+        parts = []
+        for rows in torch.arange(7).split(chunk):
+            counts = owners[rows].bincount(minlength=4).tolist()
+            parts.append(together.decode(sparse[rows], dense[rows] if with_masks else None, slice(0, 5), counts))
+    for results, expected in zip(zip(*parts), zip(*alone)):
+        torch.testing.assert_close(torch.cat(results), torch.cat(expected), atol=1e-10, rtol=0)
 
 
 def test_full_size_takes_a_fifth_of_the_work():

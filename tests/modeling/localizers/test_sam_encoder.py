@@ -1,9 +1,10 @@
 """The image encoder against SAM's own, and what it needs at full size."""
 
+import pytest
 import torch
 
 from regionspot.modeling.localizers import sam_encoder
-from regionspot.modeling.localizers.sam import SamSize, build_image_encoder
+from regionspot.modeling.localizers.build_sam import SamSize, build_image_encoder
 
 from ...peak_memory import PeakMemory
 
@@ -16,13 +17,16 @@ def randomize(module):
     return module
 
 
-def test_equals_sam_in_float64():
-    """Windows that need padding, global attention, a batch."""
+@pytest.mark.parametrize("rows", [50, 512])
+def test_equals_sam_in_float64(rows, monkeypatch):
+    """Windows that need padding, global attention in both ways, a batch."""
+    monkeypatch.setattr(sam_encoder, "CPU_ROWS", rows)
     size = SamSize(24, 3, 3, (1,), image_size=88, patch_size=8, window_size=4, prompt_dim=16)
     encoder = randomize(build_image_encoder(size)).double()  # a grid of 11 positions: windows of 4, 4 and 3
     images = torch.randn(2, 3, 88, 88, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(sam_encoder.encode(encoder, images), encoder(images), atol=1e-10, rtol=0)
+        embeddings = sam_encoder.encode(encoder, images)
+        torch.testing.assert_close(embeddings, encoder(images), atol=1e-10, rtol=0)
 
 
 def test_no_matrix_of_all_pairs_of_positions():
