@@ -1,13 +1,11 @@
 """Drawings of recognized regions, and their attention to the feature map."""
 
-from typing import Any
 
 import numpy as np
 import torch
 from detectron2.utils.visualizer import Visualizer
-from torch import nn
 
-from regionspot.modeling.knowledge_integration import KnowledgeIntegration
+from regionspot.modeling.knowledge_integration import KnowledgeIntegration, RegionDecoderLayer
 from regionspot.predictor import RegionPredictions
 
 
@@ -37,23 +35,16 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
     """
     if not integration.with_features:
         raise ValueError("cross_attention: this model has no feature map to attend to (CLIP.FEATURES none)")
-    attention = integration.decoder.layers[-1].multihead_attn
-    assert isinstance(attention, nn.MultiheadAttention)
-    # The decoder does not ask for the weights, so its attention never computes them: a hook asks, another reads them.
-    attention_weights: list[torch.Tensor] = []
-
-    def request_weights(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "need_weights": True}
-
-    hooks = [
-        attention.register_forward_pre_hook(request_weights, with_kwargs=True),
-        attention.register_forward_hook(lambda module, args, output: attention_weights.append(output[1])),
-    ]
+    layer = integration.decoder.layers[-1]
+    assert isinstance(layer, RegionDecoderLayer)
+    # the decoder never computes the weights: they are computed from its queries, which the first norm gives
+    queries: list[torch.Tensor] = []
+    hook = layer.norm1.register_forward_hook(lambda module, args, output: queries.append(output))
     try:
         integration([tokens], feature_map)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+    attention_weights = [layer.multihead_attn(x, feature_map, feature_map)[1] for x in queries]
     weights = torch.cat(attention_weights, dim=1)[0]  # (N, L)
     grid = int(weights.shape[1] ** 0.5)  # the same with and without the class token, which comes first
     return weights[:, -grid * grid :].unflatten(1, (grid, grid))

@@ -37,7 +37,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
-    optimizer = torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+    is_fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())  # one pass over them
+    settings: dict[str, Any] = {"lr": cfg.SOLVER.BASE_LR, "weight_decay": cfg.SOLVER.WEIGHT_DECAY, "fused": is_fused}
+    optimizer = torch.optim.AdamW(groups, **settings)
     if full_model:
         clip_before_steps(optimizer, model, clipping.CLIP_VALUE)
     return optimizer
@@ -49,7 +51,8 @@ def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value:
 
     def clip_gradients(*_: object) -> None:  # a hook of the step runs after a gradient scaler has unscaled
         norm = nn.utils.clip_grad_norm_(parameters, value)
-        if not torch.isfinite(norm):
+        # a gradient scaler tells a fused optimizer that gradients overflowed; the optimizer then skips the step
+        if not torch.isfinite(norm) and not getattr(optimizer, "found_inf", None):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
 
     optimizer.register_step_pre_hook(clip_gradients)

@@ -106,8 +106,9 @@ class TrainLoop(SimpleTrainer):
         scale = self.scaler.get_scale()
         if all_finite.item():
             self._write_metrics(losses, data_time)
+            self.scaler.unscale_(self.optimizer)  # a fused optimizer would do so itself, after gradients are clipped
             try:
-                self.scaler.step(self.optimizer)  # unscales, and skips the update if a gradient is not finite
+                self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
             except FloatingPointError as error:
                 raise self._not_a_number(str(error)) from error
             self.scaler.update()
