@@ -1,11 +1,10 @@
 """Drawings of recognized regions, and their attention to the feature map."""
 
-
 import numpy as np
 import torch
 from detectron2.utils.visualizer import Visualizer
 
-from regionspot.modeling.knowledge_integration import KnowledgeIntegration, RegionDecoderLayer
+from regionspot.modeling.knowledge_integration import MAX_QUERIES, KnowledgeIntegration, RegionDecoderLayer
 from regionspot.predictor import RegionPredictions
 
 
@@ -44,7 +43,9 @@ def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, fea
         integration([tokens], feature_map)
     finally:
         hook.remove()
-    attention_weights = [layer.multihead_attn(x, feature_map, feature_map)[1] for x in queries]
-    weights = torch.cat(attention_weights, dim=1)[0]  # (N, L)
+    parts = queries[0].split(MAX_QUERIES) if len(tokens) else ()  # bounds the memory of the heads' weights
+    weights = feature_map.new_zeros(0, feature_map.shape[1])
+    for part in parts:
+        weights = torch.cat([weights, layer.multihead_attn(part[None], feature_map, feature_map)[1][0]])  # (n, L)
     grid = int(weights.shape[1] ** 0.5)  # the same with and without the class token, which comes first
     return weights[:, -grid * grid :].unflatten(1, (grid, grid))

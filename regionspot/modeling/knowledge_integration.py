@@ -1,14 +1,19 @@
-"""Position-aware tokens cross-attend to the semantic feature map: the only trained part (paper, section 3.3)."""
+"""Position-aware tokens cross-attend to the semantic feature map: the only trained part (paper, section 3.3).
+
+Shapes: M regions of B images, one image's after the other's; C channels in H heads of D; a feature map of L positions.
+"""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import nn
 from torch.nn import functional as F
 
-MAX_QUERIES = 1024  # regions that attend at once; images with more are not padded to each other
+from regionspot.modeling.region_groups import RegionGroups
+
+MAX_QUERIES = 1024  # regions that attend at once
 MAX_DEPTH = 100  # the paper compares 1, 3 and 6; a typo would build layers until memory is full
 
 
@@ -16,7 +21,8 @@ class RegionDecoderLayer(nn.Module):
     """A post-norm decoder layer: self-attention among regions, cross-attention to the feature map, FFN.
 
     Its parameters have the names of PyTorch's ``TransformerDecoderLayer``, or, without features, of its
-    ``TransformerEncoderLayer``. PyTorch's own layers hold an N x N matrix per head: 13 GB for 20,000 regions.
+    ``TransformerEncoderLayer``. PyTorch's own layers pad all images to the most regions, hold an N x N matrix per head
+    (13 GB for 20,000 regions), and project the feature map, whatever the number of regions is.
     """
 
     def __init__(
@@ -33,59 +39,93 @@ class RegionDecoderLayer(nn.Module):
         if with_features:
             self.norm3 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        self.residual: Callable[..., torch.Tensor] = residual
 
-    def forward(
-        self, regions: torch.Tensor, padding: torch.Tensor | None, feature_map: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Decode (B, N, C) ``regions``; ``padding`` is (B, N) bool, True at padding, ``feature_map`` (B, L, C)."""
-        # each chunk of queries attends to all regions: exact, and it bounds the memory on any device
-        chunks = [self._decode(queries, regions, padding, feature_map) for queries in regions.split(MAX_QUERIES, dim=1)]
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
-
-    def _decode(
-        self,
-        queries: torch.Tensor,
-        regions: torch.Tensor,
-        padding: torch.Tensor | None,
-        feature_map: torch.Tensor | None,
-    ) -> torch.Tensor:
-        x = self.norm1(queries + self.dropout(self._attend(queries, regions, padding)))
+    def forward(self, regions: torch.Tensor, groups: RegionGroups, feature_map: torch.Tensor | None) -> torch.Tensor:
+        """Decode (M, C) ``regions``; ``feature_map`` is (B, L, C)."""
+        x = self.residual(regions, self._attend(regions, groups), self.norm1, self.dropout)
         norm = self.norm2
         if feature_map is not None:
-            attended = _cross_attend(self.multihead_attn, x, feature_map)
-            x, norm = self.norm2(x + self.dropout(attended)), self.norm3
+            attended = self._cross_attend(x, groups, feature_map)
+            x, norm = self.residual(x, attended, self.norm2, self.dropout), self.norm3
         hidden = self.linear2(self.dropout(F.relu(self.linear1(x))))
-        return norm(x + self.dropout(hidden))
+        return self.residual(x, hidden, norm, self.dropout)
 
-    def _attend(self, queries: torch.Tensor, regions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        if self.region_attention:
-            return self.self_attn(queries, regions, regions, padding, need_weights=False)[0]
-        alone = queries.reshape(-1, 1, queries.shape[2])  # (B * N, 1, C): each region is a sequence of its own
-        return self.self_attn(alone, alone, alone, need_weights=False)[0].view_as(queries)
+    def _attend(self, regions: torch.Tensor, groups: RegionGroups) -> torch.Tensor:
+        """Self-attention of (M, C) regions, among those of an image or of each region alone."""
+        attention = self.self_attn
+        if not self.region_attention:  # each region is a sequence of its own
+            return attention(regions[:, None], regions[:, None], regions[:, None], need_weights=False)[0][:, 0]
+        qkv = F.linear(regions, attention.in_proj_weight, _in_proj_bias(attention))
+        qkv = qkv.unflatten(1, (3, attention.num_heads, -1))  # (M, 3, H, D)
+        attended = [
+            _attend_heads(attention, padded.permute(2, 0, 3, 1, 4), mask)
+            for padded, mask in zip(groups.pad(qkv), groups.masks)
+        ]
+        return attention.out_proj(groups.unpad(attended).flatten(1))
+
+    def _cross_attend(self, regions: torch.Tensor, groups: RegionGroups, feature_map: torch.Tensor) -> torch.Tensor:
+        """Cross-attention of (M, C) regions to their image's part of the (B, L, C) feature map.
+
+        Projections of the feature map cost 2 L C^2, whatever the number of regions is. With few regions they are moved
+        to the other side of the product: ``q (x Wk)^T = (q Wk^T) x^T`` and ``a (x Wv) = (a x) Wv``.
+        """
+        attention, (length, channels) = self.multihead_attn, feature_map.shape[1:]
+        num_heads = attention.num_heads
+        query_weight, key_value_weight = attention.in_proj_weight.split([channels, 2 * channels])
+        query_bias, key_value_bias = _in_proj_bias(attention).split([channels, 2 * channels])
+        queries = F.linear(regions, query_weight, query_bias).unflatten(1, (num_heads, -1))  # (M, H, D)
+        are_few = groups.longest * (channels + (num_heads - 1) * length) < length * channels
+        if not are_few:
+            projected = F.linear(feature_map, key_value_weight, key_value_bias).unflatten(2, (2, num_heads, -1))
+            attended = []
+            for i, padded in enumerate(groups.pad(queries)):
+                keys, values = groups.select(projected, i).permute(2, 0, 3, 1, 4)
+                attended.append(_attend_heads(attention, (padded.transpose(1, 2), keys, values)))
+            return attention.out_proj(groups.unpad(attended).flatten(1))
+        key_weight, value_weight = key_value_weight.unflatten(0, (2, num_heads, -1))  # (H, D, C) each
+        projected = torch.einsum("mhd,hdc->mhc", queries * queries.shape[-1] ** -0.5, key_weight)
+        contexts, sums = [], []
+        for i, padded in enumerate(groups.pad(projected)):  # (b, N, H, C)
+            maps, (num_images, num_regions) = groups.select(feature_map, i), padded.shape[:2]
+            weights = (padded.flatten(1, 2) @ maps.transpose(1, 2)).softmax(dim=-1)  # (b, N * H, L)
+            weights = F.dropout(weights, attention.dropout, self.training)
+            contexts.append((weights @ maps).view(num_images, num_regions, num_heads, -1))
+            sums.append(weights.sum(dim=-1).view(num_images, num_regions, num_heads))
+        values = torch.einsum("mhc,hdc->mhd", groups.unpad(contexts), value_weight)
+        # dropout keeps weights from summing to 1: what a value's bias adds follows their sum
+        value_bias = key_value_bias[channels:].unflatten(0, (num_heads, -1))
+        return attention.out_proj((values + groups.unpad(sums)[..., None] * value_bias).flatten(1))
 
 
-def _cross_attend(attention: nn.MultiheadAttention, queries: torch.Tensor, feature_map: torch.Tensor) -> torch.Tensor:
-    """Return the cross-attention of (B, N, C) regions to the (B, L, C) feature map, (B, N, C).
+def _in_proj_bias(attention: nn.MultiheadAttention) -> torch.Tensor:
+    """Return the (3 C,) bias of queries, keys and values, without that of the keys.
 
-    Projections of the feature map cost 2 L C^2, whatever N is. With few regions they are moved to the other side of the
-    product: ``q (x Wk)^T = (q Wk^T) x^T`` and ``a (x Wv) = (a x) Wv``.
+    It adds the same to all scores of a query, which softmax ignores. Its gradient would be rounding errors alone, which
+    AdamW makes full steps of.
     """
-    num_regions, channels = queries.shape[1:]
-    length, num_heads = feature_map.shape[1], attention.num_heads
-    if num_regions * (channels + (num_heads - 1) * length) >= length * channels:
-        return attention(queries, feature_map, feature_map, need_weights=False)[0]
-    query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
-    query_bias, _, value_bias = attention.in_proj_bias.chunk(3)  # a key's bias adds the same to all scores of a query
-    projected = F.linear(queries, query_weight, query_bias).unflatten(2, (num_heads, -1))  # (B, N, H, D)
-    projected = torch.einsum("bnhd,hdc->bnhc", projected, key_weight.unflatten(0, (num_heads, -1)))
-    projected = projected.flatten(1, 2) * (channels // num_heads) ** -0.5  # (B, N * H, C)
-    weights = (projected @ feature_map.transpose(1, 2)).softmax(dim=-1)  # (B, N * H, L)
-    weights = F.dropout(weights, attention.dropout, attention.training)
-    attended = (weights @ feature_map).unflatten(1, (num_regions, num_heads))  # (B, N, H, C)
-    values = torch.einsum("bnhc,hdc->bnhd", attended, value_weight.unflatten(0, (num_heads, -1)))
-    # dropout keeps weights from summing to 1: what a value's bias adds follows their sum
-    sums = weights.sum(dim=-1).unflatten(1, (num_regions, num_heads))[..., None].to(values.dtype)
-    return attention.out_proj((values + sums * value_bias.unflatten(0, (num_heads, -1))).flatten(2))
+    query_bias, key_bias, value_bias = attention.in_proj_bias.chunk(3)
+    return torch.cat([query_bias, torch.zeros_like(key_bias), value_bias])
+
+
+def residual(x: torch.Tensor, change: torch.Tensor, norm: nn.LayerNorm, dropout: nn.Dropout) -> torch.Tensor:
+    """Add what a sublayer changes, and normalize."""
+    return norm(x + dropout(change))
+
+
+def _attend_heads(
+    attention: nn.MultiheadAttention,
+    queries_keys_values: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return (b, N, H, D) of (b, H, N, D) queries and (b, H, L, D) keys and values; ``mask`` is True at valid keys."""
+    queries, keys, values = queries_keys_values
+    dropout = attention.dropout if attention.training else 0.0
+    # each chunk of queries attends to all keys: exact, and it bounds the memory on any device
+    chunks = [
+        F.scaled_dot_product_attention(part, keys, values, mask, dropout) for part in queries.split(MAX_QUERIES, dim=2)
+    ]
+    return (chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)).transpose(1, 2)
 
 
 class RegionDecoder(nn.Module):
@@ -96,11 +136,9 @@ class RegionDecoder(nn.Module):
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(depth))
         self.norm = nn.LayerNorm(layer.linear1.in_features)
 
-    def forward(
-        self, regions: torch.Tensor, padding: torch.Tensor | None, feature_map: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, regions: torch.Tensor, groups: RegionGroups, feature_map: torch.Tensor | None) -> torch.Tensor:
         for layer in self.layers:
-            regions = layer(regions, padding, feature_map)
+            regions = layer(regions, groups, feature_map)
         return self.norm(regions)
 
 
@@ -153,7 +191,9 @@ class KnowledgeIntegration(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         if compile:
-            self.decoder.compile(dynamic=True)  # numbers of images and regions vary
+            compiled = torch.compile(residual, dynamic=True)  # the number of regions varies
+            for decoder_layer in self.decoder.layers:
+                decoder_layer.residual = compiled  # type: ignore[assignment]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *, token_dim: int, clip_width: int, text_dim: int) -> dict:
@@ -181,42 +221,10 @@ class KnowledgeIntegration(nn.Module):
         Returns:
             B tensors, (N_i, text_dim) float semantic tokens, not normalized.
         """
-        semantic_tokens: list[torch.Tensor] = [torch.empty(0)] * len(tokens)
-        for rows in _group_by_length([len(x) for x in tokens]):
-            maps = feature_map if feature_map is None or len(rows) == len(tokens) else feature_map[torch.tensor(rows)]
-            for row, result in zip(rows, self._integrate([tokens[row] for row in rows], maps)):
-                semantic_tokens[row] = result
-        return semantic_tokens
-
-    def _integrate(self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """Integrate the tokens of images with similar numbers of regions, padded to the most."""
-        lengths = torch.tensor([len(x) for x in tokens])
-        together = self.to_clip(torch.cat(tokens))  # (sum of N_i, clip_width)
-        max_length = max(int(lengths.max()), 1)
-        is_padding = torch.arange(max_length)[None] >= lengths[:, None]  # (B, N)
-        if not is_padding.any():
-            decoded = self._decode(together.view(len(tokens), max_length, -1), None, feature_map)
-            return self.projector(decoded.flatten(0, 1)).split(lengths.tolist())
-        places = (~is_padding).flatten().nonzero()[:, 0].to(together.device)
-        padded = together.new_zeros(is_padding.numel(), together.shape[1]).index_copy(0, places, together)
-        # an image without regions attends to its padding, which avoids NaN; these outputs are discarded
-        is_padding[:, 0] = False
-        padding = is_padding.to(together.device)
-        decoded = self._decode(padded.view(len(tokens), max_length, -1), padding, feature_map)
-        return self.projector(decoded.flatten(0, 1)[places]).split(lengths.tolist())
-
-    def _decode(
-        self, regions: torch.Tensor, padding: torch.Tensor | None, feature_map: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.decoder(regions, padding, feature_map if self.with_features else None)
-
-
-def _group_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Split the indices of images so that padding at most doubles a group's regions; large images stay alone."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if not groups or longest > MAX_QUERIES or 2 * lengths[row] < longest:
-            groups.append([])
-        groups[-1].append(row)
-    return [sorted(group) for group in groups]
+        lengths, together = [len(x) for x in tokens], torch.cat(tokens)
+        counts = lengths
+        if not len(together):  # in training all parameters get a gradient, which other processes wait for
+            counts, together = [1, *lengths[1:]], together.new_zeros(1, together.shape[1])
+        groups = RegionGroups(counts, together.device)
+        decoded = self.decoder(self.to_clip(together), groups, feature_map if self.with_features else None)
+        return list(self.projector(decoded)[: sum(lengths)].split(lengths))
