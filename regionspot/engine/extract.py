@@ -1,7 +1,8 @@
 """Extraction of frozen features into token stores, by any number of processes; it resumes where it was stopped."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
 from filelock import FileLock, Timeout
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from regionspot.checkpoint.formats import fingerprint
@@ -139,30 +140,107 @@ def _write_shards(
     bar: tqdm,
 ) -> dict[int, str]:
     """Write the shards of this machine that nobody else works on; return the errors of those that failed."""
-    rank, num_machines = extraction.machine
     writer.locks.mkdir(exist_ok=True)
     failures: dict[int, str] = {}
-    made_progress = True
-    while made_progress:  # another round: a process that had claimed a shard may have been killed meanwhile
-        made_progress = False
-        for shard in range(rank, len(shards), num_machines):
-            if shard in failures or writer.is_finished(shard):
+    while True:  # another round: a process that had claimed a shard may have been killed meanwhile
+        batches = _ClaimedBatches(writer, shards, extraction, failures)
+        try:
+            num_written = _write_claimed(recognizer, batches, records, extraction, bar)
+        finally:
+            batches.release()
+        if not num_written:
+            return failures
+
+
+def _write_claimed(
+    recognizer: RegionRecognizer,
+    batches: "_ClaimedBatches",
+    records: "_OriginalImages",
+    extraction: Extraction,
+    bar: tqdm,
+) -> int:
+    """Write shards as they are claimed; return their number.
+
+    One loader reads all of them, so that its workers are never idle between two. A thread writes a shard while the next
+    one is extracted.
+    """
+    loader = DataLoader(
+        records,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=extraction.workers,
+        collate_fn=list,
+        pin_memory=recognizer.vision_language.pixel_mean.device.type == "cuda",
+    )
+    images: list[dict[str, Any]] = []
+    left_out: list[int] = []
+    num_written = 0
+    writing: Future = Future()
+    writing.set_result(None)
+    with ThreadPoolExecutor(1) as pool:
+        for batch in loader:
+            shard, is_last = batch[-1]["shard"], batch[-1]["index"] + 1 == batches.shards[batch[-1]["shard"]].stop
+            unreadable = {inputs["image_id"]: inputs["unreadable"] for inputs in batch if "unreadable" in inputs}
+            if unreadable and not extraction.skip_damaged:
+                batches.failures.setdefault(shard, next(iter(unreadable.values())))
+            for reason in unreadable.values() if extraction.skip_damaged else ():
+                logger.warning("left out: %s", reason)
+            if shard not in batches.failures:
+                images += _extract(recognizer, batch, extraction)
+                left_out += unreadable
+            bar.update(len(batch))
+            if is_last:
+                writing.result()  # at most one shard waits to be written
+                if shard not in batches.failures:
+                    writing = pool.submit(batches.write, shard, images, left_out)
+                    num_written += 1
+                images, left_out = [], []
+        writing.result()
+    return num_written
+
+
+class _ClaimedBatches:
+    """Batches of the images of shards that no other process works on; a shard is claimed when the loader asks for it.
+
+    Attributes:
+        shards: the data set's indices of all shards.
+        failures: the errors of shards, which are not claimed again.
+    """
+
+    def __init__(
+        self, writer: StoreWriter, shards: Sequence[range], extraction: Extraction, failures: dict[int, str]
+    ) -> None:
+        self.writer, self.shards, self.extraction, self.failures = writer, shards, extraction, failures
+        self._locks: dict[int, FileLock] = {}
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rank, num_machines = self.extraction.machine
+        for shard in range(rank, len(self.shards), num_machines):
+            if shard in self.failures or self.writer.is_finished(shard):
                 continue
-            lock = FileLock(writer.locks / f"{shard}.lock")  # ends with the process, however that ends
-            with suppress(Timeout), lock.acquire(timeout=0):
-                if not writer.is_finished(shard):
-                    try:
-                        subset = Subset(records, shards[shard])
-                        content, left_out = _extract_shard(recognizer, subset, extraction, bar)
-                    except ValueError as error:
-                        failures[shard] = str(error).strip().splitlines()[-1]  # a worker's error ends with its message
-                        continue
-                    writer.write(shard, content, len(shards[shard]), left_out)
-                    made_progress = True
-            if not writer.is_complete():
-                bar.n = writer.finished_images()  # also counts those of other processes
-                bar.refresh()
-    return failures
+            # ends with the process, however that ends; another thread releases it
+            lock = FileLock(self.writer.locks / f"{shard}.lock", thread_local=False)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                self._locks[shard] = lock
+                if self.writer.is_finished(shard):
+                    self._release(shard)
+                    continue
+                rows, size = self.shards[shard], self.extraction.batch_size
+                for start in range(rows.start, rows.stop, size):
+                    yield [(shard, index) for index in range(start, min(start + size, rows.stop))]
+
+    def write(self, shard: int, images: list[dict[str, Any]], left_out: list[int]) -> None:
+        """Write a shard and give it back."""
+        self.writer.write(shard, pack_images(images), len(self.shards[shard]), left_out)
+        self._release(shard)
+
+    def release(self) -> None:
+        """Give all shards back."""
+        for shard in list(self._locks):
+            self._release(shard)
+
+    def _release(self, shard: int) -> None:
+        self._locks.pop(shard).release()
 
 
 def _outdated_shards(writer: StoreWriter, records: "_OriginalImages", shards: Sequence[range]) -> list[int]:
@@ -174,7 +252,8 @@ def _outdated_shards(writer: StoreWriter, records: "_OriginalImages", shards: Se
         files, left_out = writer.image_files(shard), writer.left_out(shard)
         index_of = {int(image_id): row for row, image_id in zip(rows, records.ids[rows.start : rows.stop])}
         lacks_images = left_out and (
-            not records.skip_damaged or any("unreadable" not in records[index_of[image_id]] for image_id in left_out)
+            not records.skip_damaged
+            or any("unreadable" not in records.read(index_of[image_id]) for image_id in left_out)
         )
         if lacks_images or not all(
             is_same_file(path_of_image(records.records, index_of[image_id]), file) for image_id, file in files.items()
@@ -204,53 +283,39 @@ class _OriginalImages(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        """Return the image of a (shard, index)."""
+        shard, index = place
+        return {**self.read(index), "shard": shard, "index": index}
+
+    def read(self, index: int) -> dict[str, Any]:
         try:
             record = self.mapper(self.records[index])
             return {**record, "image_file": describe_file(record["file_name"])}
         except UnreadableImageError as error:
-            if not self.skip_damaged:
-                raise
-            logger.warning("left out: %s", error)
             return {"image_id": self.records[index]["image_id"], "unreadable": str(error)}
 
 
-def _extract_shard(
-    recognizer: RegionRecognizer, records: Subset, extraction: Extraction, bar: tqdm
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Return a shard's tensors, and the ids of the images that could not be read."""
-    loader = DataLoader(
-        records,
-        extraction.batch_size,
-        num_workers=extraction.workers,
-        collate_fn=list,
-        pin_memory=recognizer.vision_language.pixel_mean.device.type == "cuda",
-    )
-    images: list[dict[str, Any]] = []
-    left_out: list[int] = []
-    for batch in loader:
-        usable = [inputs for inputs in batch if "unreadable" not in inputs and len(inputs["instances"])]
-        left_out += [inputs["image_id"] for inputs in batch if "unreadable" in inputs]
-        entries = [
-            {
-                "image_id": inputs["image_id"],
-                "image_file": inputs["image_file"],
-                "boxes": inputs["instances"].gt_boxes.tensor,
-                "labels": inputs["instances"].gt_classes,
-            }
-            for inputs in usable
-        ]
-        for flipped in (False, True) if extraction.flip else (False,):
-            pixels = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in usable]
-            boxes = [entry["boxes"] for entry in entries]
-            if flipped:
-                boxes = [_flip(image_boxes, image.shape[2]) for image_boxes, image in zip(boxes, pixels)]
-            # batches only share the encoder's call: each image's features are those of the image alone
-            for entry, features in zip(entries, _features(recognizer, pixels, boxes, extraction)):
-                entry.update({f"flipped_{key}" if flipped else key: value for key, value in features.items()})
-        images += entries
-        bar.update(len(batch))
-    return pack_images(images), left_out
+def _extract(recognizer: RegionRecognizer, batch: list[dict[str, Any]], extraction: Extraction) -> list[dict[str, Any]]:
+    """Return the entries of a batch's images that have regions, for ``pack_images``."""
+    usable = [inputs for inputs in batch if "unreadable" not in inputs and len(inputs["instances"])]
+    entries = [
+        {
+            "image_id": inputs["image_id"],
+            "image_file": inputs["image_file"],
+            "boxes": inputs["instances"].gt_boxes.tensor,
+            "labels": inputs["instances"].gt_classes,
+        }
+        for inputs in usable
+    ]
+    for flipped in (False, True) if extraction.flip else (False,):
+        pixels = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in usable]
+        boxes = [entry["boxes"] for entry in entries]
+        if flipped:
+            boxes = [_flip(image_boxes, image.shape[2]) for image_boxes, image in zip(boxes, pixels)]
+        for entry, features in zip(entries, _features(recognizer, pixels, boxes, extraction)):
+            entry.update({f"flipped_{key}" if flipped else key: value for key, value in features.items()})
+    return entries
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.localizers import sam_encoder
 from regionspot.modeling.localizers.build_sam import build_sam, get_sam_size
 from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput, check_stages
+from regionspot.modeling.localizers.pil_resize import resize_bytes
 from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
@@ -101,18 +102,22 @@ class SamLocalizer(Localizer):
         return torch.cat([self._encode(images[i : i + size]) for i in range(0, len(images), size)])
 
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
-        device = self.sam.pixel_mean.device
-        inputs = [self.sam.preprocess(self._resize(image).to(device, non_blocking=True).float()) for image in images]
+        inputs = [self.sam.preprocess(self._resize(image).float()) for image in images]
         return sam_encoder.encode(self.sam.image_encoder, torch.stack(inputs).to(self.dtype), self._run_block).float()
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:
+        device = self.sam.pixel_mean.device
         size = self.input_size((image.shape[-2], image.shape[-1]))
+        if device.type != "cpu" or tuple(image.shape[-2:]) == size:
+            image = image.to(device, non_blocking=True)
         if tuple(image.shape[-2:]) == size:
             return image
-        if image.dtype == torch.uint8 and image.device.type == "cpu":  # bit-exact with SAM's own predictor
-            resized = to_pil_image(image).resize(size[::-1], Image.Resampling.BILINEAR)
-            return pil_to_tensor(resized)
-        return resize(image, list(size), antialias=True)  # within one gray level of the above
+        if image.dtype != torch.uint8:
+            return resize(image, list(size), antialias=True).to(device)
+        if image.device.type != "cpu":
+            return resize_bytes(image, size)
+        resized = to_pil_image(image).resize(size[::-1], Image.Resampling.BILINEAR)  # bit-exact with SAM's predictor
+        return pil_to_tensor(resized)
 
     @torch.no_grad()
     def forward(
