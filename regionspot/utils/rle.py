@@ -53,8 +53,25 @@ class PackedRles(Sequence[dict]):
 
 def encode_masks(masks: torch.Tensor) -> list[dict]:
     """Return COCO's compressed RLE, with ``counts`` as text, of (N, H, W) bool masks."""
-    rles = mask_utils.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().view(np.uint8)))
+    if masks.device.type == "cpu":
+        rles = mask_utils.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().view(np.uint8)))
+    else:
+        rles = [mask_utils.frPyObjects(rle, *masks.shape[1:]) for rle in _count_runs(masks)]
     return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in rles]
+
+
+def _count_runs(masks: torch.Tensor) -> list[dict]:
+    """Return uncompressed RLEs of (N, H, W) bool masks; only where pixels change leaves their device."""
+    pixels = masks.transpose(1, 2).flatten(1)  # (N, H * W), column by column
+    before = torch.cat([torch.zeros_like(pixels[:, :1]), pixels[:, :-1]], dim=1)  # runs begin with one of zeros
+    rows, places = torch.where(pixels != before)
+    ends = places.cpu().numpy()
+    splits = np.searchsorted(rows.cpu().numpy(), np.arange(1, len(masks)))
+    size, area = list(masks.shape[1:]), pixels.shape[1]
+    return [
+        {"size": size, "counts": np.diff(ends_of_mask, prepend=0, append=area).tolist()}
+        for ends_of_mask in np.split(ends, splits)[: len(masks)]
+    ]
 
 
 def check_rles(rles: Sequence[dict], describe: Callable[[int], str], sizes: np.ndarray | None = None) -> PackedRles:

@@ -5,8 +5,11 @@ import random
 import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
+import torch
 
-from regionspot.utils.rle import check_rles, mask_areas, mask_boxes
+from regionspot.utils.rle import check_rles, encode_masks, mask_areas, mask_boxes
+
+from ..simulated_device import simulated_device
 
 
 def is_mask(text, pixels):
@@ -67,6 +70,18 @@ def test_areas_and_boxes_in_batches(num_masks):
     rles = [mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in drawn]
     assert mask_areas(rles).tolist() == drawn.sum(axis=(1, 2)).tolist()
     assert mask_boxes(rles).tolist() == [mask_utils.toBbox(rle).tolist() for rle in rles]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("size", [(1, 1), (12, 17), (64, 48)])
+def test_encoding_on_a_device_equals_pycocotools(size, share):
+    masks = torch.from_numpy(np.random.default_rng(0).random((5, *size)) < share)
+    masks[0, 0, 0], masks[1, -1, -1] = True, True
+    expected = encode_masks(masks)
+    with simulated_device() as device:
+        assert encode_masks(masks.to(device)) == expected
+    for mask, rle in zip(masks, expected):
+        assert np.array_equal(mask_utils.decode(rle), mask.numpy())
 
 
 def test_expected_sizes():
