@@ -185,14 +185,14 @@ class _KnownMeter(Meter):
 
 
 def test_table_is_for_one_image(capsys):
-    table = Table(_KnownMeter(CPU), batch=4, peak_flops=1000)
+    table = Table(_KnownMeter(CPU), 4, torch.float32)
     table.own_bytes, table.plain_bytes = GIGA, 2 * GIGA
     measured, plain = Measurement(2.0, GIGA, 5 * GIGA, 800), Measurement(6.0, 3 * GIGA, 9 * GIGA)
     table.add("part", lambda: measured, lambda: plain, "regions", 10, plain_batch=2)
     assert table.rows == [
         {
             **{"part": "part", "unit": "regions", "seconds": 0.5, "per_second": 20.0},
-            **{"gigabytes": 1.0, "total_gigabytes": 3.0, "flops": 200.0, "peak_share": 0.4},
+            **{"gigabytes": 1.0, "total_gigabytes": 3.0, "flops": 200.0},
             **{"plain_seconds": 3.0, "plain_per_second": 10 / 3, "plain_gigabytes": 3.0, "plain_total_gigabytes": 8.0},
             **{"ratio": pytest.approx(6.0)},
         }
@@ -204,7 +204,7 @@ def test_table_notes_that_memory_was_short():
     def run_out() -> None:
         raise torch.OutOfMemoryError
 
-    table = Table(_KnownMeter(CPU), 1, 1.0)
+    table = Table(_KnownMeter(CPU), 1, torch.float32)
     assert table.add("part", lambda: Measurement(2.0, 1, 1), run_out) is None
     headers, [cells] = to_cells(table.rows)
     assert cells[headers.index("plain: time")] == "out of memory" and "times as fast" not in headers

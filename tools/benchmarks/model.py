@@ -18,7 +18,7 @@ from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
 from regionspot.vocabulary import get_templates
-from tools.benchmarks.measure import Meter, measure_peak_flops
+from tools.benchmarks.measure import Meter
 from tools.benchmarks.plain import PlainRecognizer, encode_names
 from tools.benchmarks.table import Table
 
@@ -49,7 +49,7 @@ class Models:
     def build_table(self, cfg: CfgNode, repeats: int, batch: int = 1) -> Table:
         """Return an empty table, which knows what these models' weights take and what the device could do."""
         meter = Meter(self.plain.device, repeats, bool(cfg.MODEL.REGIONSPOT.get("COMPILE")))
-        table = Table(meter, batch, measure_peak_flops(meter, get_dtype(cfg.MODEL.REGIONSPOT.PRECISION)))
+        table = Table(meter, batch, get_dtype(cfg.MODEL.REGIONSPOT.PRECISION))
         table.own_bytes, table.plain_bytes = self.plain.unshared_bytes(self.recognizer)
         return table
 

@@ -9,7 +9,7 @@ import torch
 from tabulate import tabulate
 
 from regionspot.utils.files import write_json
-from tools.benchmarks.measure import GIGA, Measurement, Meter, describe_machine
+from tools.benchmarks.measure import GIGA, Measurement, Meter, describe_machine, measure_peak_flops
 
 Row = dict[str, Any]
 
@@ -23,7 +23,9 @@ def _seconds(row: Row, prefix: str = "") -> str:
 
 def _rate(row: Row, prefix: str = "") -> str:
     rate = row.get(f"{prefix}per_second")
-    return "" if rate is None else f"{rate:,.{0 if rate >= 100 else 1 if rate >= 10 else 2}f} {row['unit']}/s"
+    if rate is None:
+        return ""
+    return f"{rate:,.0f} {row['unit']}/s" if rate >= 100 else f"{rate:.3g} {row['unit']}/s"
 
 
 def _memory(row: Row, prefix: str = "") -> str:
@@ -68,9 +70,10 @@ class Table:
             the other's whole process would take.
     """
 
-    def __init__(self, meter: Meter, batch: int, peak_flops: float) -> None:
-        """``batch`` is the number of images that a call of ours takes; the plain way takes one."""
-        self.meter, self.batch, self.peak_flops = meter, batch, peak_flops
+    def __init__(self, meter: Meter, batch: int, dtype: torch.dtype) -> None:
+        """``batch`` is the number of images that a call of ours takes, ``dtype`` its precision."""
+        self.meter, self.batch, self.dtype = meter, batch, dtype
+        self.peak_flops = measure_peak_flops(meter, dtype)
         self.own_bytes = self.plain_bytes = 0
         self.rows: list[Row] = []
 
@@ -98,7 +101,7 @@ class Table:
         measured = self.meter.measure(function, is_counted=flops is None)
         row = {"part": part, "unit": unit, **self._describe(measured, self.batch, number, self.plain_bytes)}
         if flops := measured.flops / self.batch if flops is None else flops:
-            row |= {"flops": flops, "peak_share": flops / row["seconds"] / self.peak_flops}
+            row["flops"] = flops
         if plain is not None and not isinstance(plain, Measurement):
             try:
                 plain = self.meter.measure(plain)
@@ -126,6 +129,11 @@ class Table:
 
     def finish(self, args: Namespace, **fields: Any) -> dict[str, Any]:
         """Print the table as a whole, write it to ``args.json`` if that is given, and return what is written."""
+        # again: another program may have slowed down the first one
+        self.peak_flops = max(self.peak_flops, measure_peak_flops(self.meter, self.dtype))
+        for row in self.rows:
+            if "flops" in row:
+                row["peak_share"] = row["flops"] / row["seconds"] / self.peak_flops
         headers, cells = to_cells(self.rows)
         print("\n" + tabulate(cells, headers=headers, disable_numparse=True))
         content: dict[str, Any] = {"benchmark": args.benchmark, "command": args.command, "batch": self.batch}

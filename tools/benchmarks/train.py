@@ -24,7 +24,7 @@ from regionspot.modeling import RegionRecognizer
 from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.vision_language.clip import get_clip_size
 from tools.benchmarks.data import DATASET, SIZE, per_second, write_dataset, write_store
-from tools.benchmarks.measure import GIGA, Meter, measure_peak_flops
+from tools.benchmarks.measure import GIGA, Meter
 from tools.benchmarks.model import random_boxes
 from tools.benchmarks.plain import PlainRecognizer, plain_loss
 from tools.benchmarks.table import Table
@@ -177,7 +177,7 @@ def benchmark_train(cfg: CfgNode, directory: Path, args: Namespace) -> Table:
 
     trainer = MeasuredTrainer(cfg, args.warm_up)
     precision = trainer.loop.precision or get_dtype(cfg.MODEL.REGIONSPOT.PRECISION)
-    table = Table(meter, cfg.SOLVER.IMS_PER_BATCH, measure_peak_flops(meter, precision))
+    table = Table(meter, cfg.SOLVER.IMS_PER_BATCH, precision)
     table.append({"part": f"loader alone, {args.workers} workers", "unit": "images", **_rate(rate)})
     for name, names in trainer.vocabularies.items():
         trainer.recognizer.set_vocabulary(names, name)
@@ -185,13 +185,11 @@ def benchmark_train(cfg: CfgNode, directory: Path, args: Namespace) -> Table:
 
     meter.reset_peak()
     trainer.train()
-    measured, step_flops = trainer.measured, table.rows[-1].get("flops", 0.0)
+    measured, step = trainer.measured, table.rows[-1]
     row = _rate(args.steps * cfg.SOLVER.IMS_PER_BATCH / measured.seconds)
     row |= {"part": "trainer", "unit": "images", "data_share": measured.data_seconds / measured.seconds}
     row["total_gigabytes"] = (meter.peak() if meter.is_cuda else measured.most) / GIGA
-    if step_flops:
-        row |= {"flops": step_flops, "peak_share": step_flops / row["seconds"] / table.peak_flops}
-    table.append(row)
+    table.append(row | ({"flops": step["flops"]} if "flops" in step else {}))
     return table
 
 
