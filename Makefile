@@ -9,13 +9,14 @@ UV := uv==0.13.8
 # A RegionSpot checkpoint for the photograph, if there is one: make photo WEIGHTS=regionspot_bb.pth
 WEIGHTS ?=
 
-.PHONY: help demo photo test test-fast docs gpu-check lint format detectron2 lock clean
+.PHONY: help demo photo test test-fast docs gpu-check benchmark lint format detectron2 lock clean
 help:
 	@echo "make demo   regions of a real photograph, then training and evaluation in a drawn world (output/demo)"
 	@echo "make photo  the photograph alone"
 	@echo "make test   the tests, on a CPU, with no downloads"
 	@echo "make test-fast  the tests but for the slow files, for work in between"
 	@echo "make gpu-check  on a machine with CUDA: training, extraction, evaluation and the golden numbers on its GPU"
+	@echo "make benchmark  every stage against the plain way on this machine's GPU or CPU; the tables go to docs/performance.md"
 	@echo "make docs   the guides and the API reference as a site (output/docs)"
 	@echo "make lint   ruff and mypy"
 	@echo "make lock   pin the newest versions that setup.py admits in requirements/lock.txt"
@@ -44,6 +45,9 @@ docs: $(VENV)/.ready
 
 gpu-check: $(VENV)/.ready
 	$(BIN)/python -m tests.gpu_check
+
+benchmark: $(VENV)/.ready
+	$(BIN)/python -m tools.benchmarks all --output output/benchmark --document docs/performance.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ SLOW = [
     "device/test_miniworld.py",
     "device/test_training.py",
     "device/test_inference.py",
+    "device/test_benchmark.py",
     "modeling/test_meta_arch.py",
     "modeling/roi_heads/test_roi_heads.py",
     "tools/test_gpu_check.py",

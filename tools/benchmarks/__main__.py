@@ -1,20 +1,48 @@
 """What each part costs, beside the plain way: ``python -m tools.benchmarks BENCHMARK`` in the checkout."""
 
-from argparse import ArgumentParser, Namespace
+import shlex
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from regionspot_cli.command import Command, add_overrides, run_one_of
 
-MODEL = """time every part on one image
+MODEL = """time every stage on equal images, beside the plain way
 
-Example:
+The plain way takes one image at a time in float32, as the published release does.
+
+Examples:
     python -m tools.benchmarks model --config-file configs/RegionSpot-BL.yaml --boxes 1 10 100 300
+    python -m tools.benchmarks model --config-file configs/RegionSpot-BL.yaml --boxes 100 --batch 8 \\
+        MODEL.REGIONSPOT.PRECISION bf16 MODEL.REGIONSPOT.SAM.ENCODER_BATCH_SIZE 8
 """
 TEXT = """time the text embeddings of a vocabulary
 
 Example:
     python -m tools.benchmarks text --config-file configs/RegionSpot-BB.yaml --names 20
+"""
+TRAIN = """time training from stored tokens: the loader, the step, and both together
+
+CLIP's image encoder is in the loop, unless --maps stores its feature maps.
+
+Example:
+    python -m tools.benchmarks train --config-file configs/RegionSpot-BB.yaml --steps 20 SOLVER.IMS_PER_BATCH 4
+"""
+EXTRACT = """time the extraction of tokens, on drawn images of 640 x 480
+
+Example:
+    python -m tools.benchmarks extract --config-file configs/RegionSpot-BB.yaml --images 8 --batch 4 --workers 1
+"""
+REPORT = """write the tables of JSON files into a document, between <!-- benchmark:NAME --> and <!-- /benchmark -->
+
+Example:
+    python -m tools.benchmarks report output/benchmark/*.json --document docs/performance.md
+"""
+ALL = """run the benchmarks of docs/performance.md and write their tables there, as `make benchmark` does
+
+Example:
+    python -m tools.benchmarks all
 """
 DATA = """time the loader alone, on drawn images of 640 x 480 with 10 boxes
 
@@ -41,24 +69,80 @@ def add_config(parser: ArgumentParser) -> None:
     add_overrides(parser)
 
 
-def parse_model(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    parser.add_argument("--boxes", type=int, nargs="+", default=[100], help="boxes in the image, one after the other")
-    _add_repeats(parser)
-    parser.set_defaults(benchmark="model")
-    add_config(parser)
-    return parser.parse_args(arguments)
+def positive(text: str) -> int:
+    """Return the number of an option, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
-def _add_repeats(parser: ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts; the plain way: one")
+def add_report_options(parser: ArgumentParser, benchmark: str, arguments: Sequence[str]) -> None:
+    """Add the options of a benchmark that ``report`` can put into a document."""
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=0,
+        help="timed runs at the most (CPU: 3, the shortest counts; GPU: 10, the median)",
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write the figures there, too")
+    shown = list(arguments)
+    if "--json" in shown:  # where the figures went does not matter
+        del shown[shown.index("--json") : shown.index("--json") + 2]
+    parser.set_defaults(benchmark=benchmark, command=f"python -m tools.benchmarks {shlex.join([benchmark, *shown])}")
+    add_config(parser)
+
+
+def parse_model(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--boxes", type=positive, nargs="+", default=[100], help="in an image")
+    parser.add_argument("--names", type=positive, nargs="+", default=[80, 1203, 20000], help="sizes of the vocabulary")
+    parser.add_argument("--whole", type=positive, nargs="+", help="of --boxes, with which all is measured, too")
+    parser.add_argument("--batch", type=positive, default=1, help="images a call; the plain way takes one")
+    parser.add_argument("--plain-boxes", type=int, default=300, help="with more the plain way is left out")
+    add_report_options(parser, "model", arguments)
+    args = parser.parse_args(arguments)
+    if args.whole and not set(args.whole) <= set(args.boxes):
+        parser.error(f"--whole: expected some of the numbers of --boxes, {args.boxes}; got {args.whole}")
+    return args
 
 
 def parse_text(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    parser.add_argument("--names", type=int, default=20, help="class names")
-    _add_repeats(parser)
-    parser.set_defaults(benchmark="text")
-    add_config(parser)
+    parser.add_argument("--names", type=positive, default=20, help="class names")
+    add_report_options(parser, "text", arguments)
+    return parser.parse_args(arguments)
+
+
+def parse_train(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--images", type=positive, default=512, help="in the drawn data set, with 10 boxes each")
+    parser.add_argument("--maps", action="store_true", help="also store CLIP's feature maps, so that CLIP is not run")
+    parser.add_argument("--workers", type=int, default=2, help="loading processes")
+    parser.add_argument("--steps", type=positive, default=20, help="that are timed")
+    parser.add_argument("--warm-up", type=positive, default=5, help="steps before them, at least 1")
+    add_report_options(parser, "train", arguments)
+    return parser.parse_args(arguments)
+
+
+def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--images", type=positive, default=8, help="in the drawn data set")
+    parser.add_argument("--boxes", type=positive, default=10, help="in an image")
+    parser.add_argument("--batch", type=positive, default=1, help="images a step")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--plain-images", type=positive, default=2, help="images that the plain way takes")
+    add_report_options(parser, "extract", arguments)
+    args = parser.parse_args(arguments)
+    if args.plain_images > args.images:
+        parser.error(f"--plain-images: expected at most {args.images}, the number of images; got {args.plain_images}")
+    return args
+
+
+def parse_report(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("files", type=Path, nargs="+", metavar="JSON", help="that benchmarks wrote")
+    parser.add_argument("--document", type=Path, default=Path("docs/performance.md"), metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def parse_all(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--output", type=Path, default=Path("output/benchmark"), metavar="DIR", help="for JSON files")
+    parser.add_argument("--document", type=Path, default=Path("docs/performance.md"), metavar="FILE")
     return parser.parse_args(arguments)
 
 
@@ -97,10 +181,14 @@ def parse_startup(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
 COMMANDS = {
     "model": Command(parse_model, "tools.benchmarks.model", MODEL),
     "text": Command(parse_text, "tools.benchmarks.model", TEXT),
+    "train": Command(parse_train, "tools.benchmarks.train", TRAIN),
+    "extract": Command(parse_extract, "tools.benchmarks.extract", EXTRACT),
     "data": Command(parse_data, "tools.benchmarks.data", DATA),
-    "memory": Command(parse_memory, "tools.benchmarks.data", MEMORY),
+    "memory": Command(parse_memory, "tools.benchmarks.train", MEMORY),
     "eval": Command(parse_eval, "tools.benchmarks.evaluation", EVAL),
     "startup": Command(parse_startup, "tools.benchmarks.startup", STARTUP),
+    "report": Command(parse_report, "tools.benchmarks.report", REPORT),
+    "all": Command(parse_all, "tools.benchmarks.suite", ALL),
 }
 
 

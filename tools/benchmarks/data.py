@@ -1,4 +1,4 @@
-"""The loader alone, and the memory of training from a large annotation file."""
+"""Drawn images to train from, and the loader alone."""
 
 import itertools
 import json
@@ -22,7 +22,6 @@ from regionspot.data import build_train_loader, register_json_dataset
 from regionspot.data.dataset_mapper import annotated_regions
 from regionspot.data.tokens import StoreWriter, TokenStore, pack_images
 from regionspot.data.training_set import describe_annotations
-from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.images import decode_image
 
 DATASET = "benchmark_train"
@@ -141,81 +140,9 @@ def benchmark_data(cfg: CfgNode, directory: Path, images: int, workers: list[int
     return rows, loaders
 
 
-def memory_of_processes() -> float:
-    """Return the memory of this process and its children in bytes; what they share counts once (Linux)."""
-    total, pending = 0, [Path("/proc/self")]
-    while pending:
-        process = pending.pop()
-        try:
-            rollup = (process / "smaps_rollup").read_text()
-            children = (process / "task" / process.resolve().name / "children").read_text().split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024
-        pending += [Path("/proc") / child for child in children]
-    return total
-
-
-class _MeasuredTrainer(RegionSpotTrainer):
-    """Looks at the memory after every step."""
-
-    most = 0.0
-
-    def _check_token_stores(self) -> None:
-        """The tokens are random: they are of no SAM."""
-
-    def run_step(self) -> None:
-        super().run_step()
-        self.most = max(self.most, memory_of_processes())
-
-
-def benchmark_memory(cfg: CfgNode, directory: Path, boxes: int, workers: int, iterations: int) -> list[tuple[str, str]]:
-    """Train from the store of a large annotation file; return the memory when it was loaded and at the most."""
-    write_dataset(directory, boxes // 10, boxes=10)
-    node = cfg.MODEL.REGIONSPOT.SAM
-    dim = node.CUSTOM.PROMPT_DIM if node.NAME == "custom" else 256
-    write_store(directory / "tokens", dim, shard_images=2048)
-    cfg = cfg.clone()
-    data = [
-        "DATASETS.TRAIN",
-        (DATASET,),
-        "DATASETS.TEST",
-        (),
-        "DATASETS.TOKEN_STORES_TRAIN",
-        (str(directory / "tokens"),),
-    ]
-    schedule = [
-        "SOLVER.MAX_ITER",
-        iterations,
-        "DATALOADER.NUM_WORKERS",
-        workers,
-        "OUTPUT_DIR",
-        str(directory / "output"),
-    ]
-    names = ["MODEL.REGIONSPOT.CLIP.TEMPLATES", "none"]  # how the embeddings come about does not matter here
-    cfg.merge_from_list([*data, *schedule, *names])
-    before, start = memory_of_processes(), time.perf_counter()
-    loader = build_train_loader(cfg)
-    seconds, loaded = time.perf_counter() - start, memory_of_processes()
-    del loader
-    trainer = _MeasuredTrainer(cfg)
-    trainer.vocabularies = {DATASET: [f"thing {index}" for index in range(365)]}
-    trainer.train()
-    giga = 1 / 2**30
-    return [
-        ("before anything is loaded", f"{before * giga:.2f} GB"),
-        (f"{boxes} boxes loaded, in {seconds:.1f} s", f"{loaded * giga:.2f} GB"),
-        (f"training with {workers} workers, at the most", f"{trainer.most * giga:.2f} GB"),
-    ]
-
-
 def main(args: Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     with tempfile.TemporaryDirectory() as directory:
-        if args.benchmark == "memory":
-            rows = benchmark_memory(cfg, Path(directory), args.boxes, args.workers, args.iterations)
-            print(tabulate(rows, headers=["memory of all processes together", ""], disable_numparse=True))
-            return
         steps, loaders = benchmark_data(cfg, Path(directory), args.images, args.workers)
     headers = ["step, in one process", "images/s", "times as fast as the plain way"]
     print(tabulate(steps, headers=headers, disable_numparse=True), end="\n\n")

@@ -14,9 +14,9 @@ from tabulate import tabulate
 from torch.nn import functional as F
 
 from regionspot.modeling.masks import MaskUpsampler, RegionMasks
-from tools.benchmarks import model
 from tools.benchmarks.case import SIZE, write_case
 from tools.benchmarks.fixed import benchmark_fixed
+from tools.benchmarks.measure import GIGA, Meter
 
 HEADERS = ["case", "ours", "memory", "reference", "memory", "times as fast", "times less memory"]
 
@@ -130,9 +130,9 @@ def benchmark_masks(boxes: int = 100, detections: int = 300) -> tuple[str, ...]:
 
     cells, figures = [], []
     for function in (each_box_once, each_detection):
-        seconds, memory = model.measure(function, 1, torch.device("cpu"))
-        cells += [f"{seconds:.2f} s", f"{memory:.2f} GB"]
-        figures.append((seconds, max(memory, 1e-9)))
+        measured = Meter(torch.device("cpu"), 1).measure(function)
+        cells += [f"{measured.seconds:.2f} s", f"{measured.added / GIGA:.2f} GB"]
+        figures.append((measured.seconds, max(measured.added, 1)))
     if counts["once"] != counts["each"]:
         raise RuntimeError("the masks of both ways differ")
     ratios = [f"{plain / once:.1f}" for once, plain in zip(*figures)]

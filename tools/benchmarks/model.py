@@ -1,57 +1,29 @@
-"""Time and memory of each part on one image, and of text embeddings, against the plain way in the same run."""
+"""Time and memory of every stage of recognition, and of text embeddings, against the plain way in the same run."""
 
-import json
-import time
 from argparse import Namespace
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
-from tabulate import tabulate
+from torch.nn import functional as F
 
 from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer
+from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
-from tools.benchmarks.memory import process_memory, reset_peak
+from regionspot.vocabulary import get_templates
+from tools.benchmarks.measure import Meter
 from tools.benchmarks.plain import PlainRecognizer, encode_names
+from tools.benchmarks.table import Table
 
-HEADERS = ("part", "time", "memory", "plain time", "plain memory", "times as fast")
 SIZE = (480, 640)  # of the image, pixels
-
-
-def measure(function: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float]:
-    """Return the shortest time in seconds of ``repeats`` runs, and by how many GB memory grows at most (Linux)."""
-    times = []
-    before = _reset_peak(device)
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times), (_peak(device) - before) / 2**30
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Reset the peak; return the bytes in use."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    return reset_peak()
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")
+NUM_NAMES = 1203  # of LVIS, where the vocabulary is not what is measured
 
 
 def random_boxes(num_boxes: int) -> torch.Tensor:
@@ -60,114 +32,178 @@ def random_boxes(num_boxes: int) -> torch.Tensor:
     return torch.cat([corners.min(dim=1).values, corners.max(dim=1).values + 20], dim=1)
 
 
-class Table:
-    """Rows of measurements, ours beside the plain way."""
+@dataclass
+class Models:
+    """Ours and the plain way, with the same weights."""
 
-    def __init__(self, repeats: int, device: torch.device) -> None:
-        self.repeats, self.device = repeats, device
-        self.rows: list[dict[str, Any]] = []
+    recognizer: RegionRecognizer
+    plain: PlainRecognizer
 
-    def add(self, part: str, function: Callable[[], object], plain: Callable[[], object] | None = None) -> None:
-        """Measure ``function`` and, once, ``plain``."""
-        row: dict[str, Any] = {"part": part}
-        row["seconds"], row["gigabytes"] = measure(function, self.repeats, self.device)
-        if plain is not None:
-            row["plain_seconds"], row["plain_gigabytes"] = measure(plain, 1, self.device)
-            row["ratio"] = row["plain_seconds"] / row["seconds"]
-        self.rows.append(row)
-        headers = HEADERS if len(self.rows) == 1 else ()
-        print(tabulate([self._cells(row)], headers=headers, tablefmt="plain"), flush=True)
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "Models":
+        torch.manual_seed(0)
+        recognizer = build_model(cfg).eval().recognizer  # random weights cost as much as trained ones
+        recognizer.classifier.text_encoder.templates = ("{}",)  # how the embeddings came about does not matter here
+        return cls(recognizer, PlainRecognizer(cfg, recognizer))
 
-    @staticmethod
-    def _cells(row: dict[str, Any]) -> list[str]:
-        formats = {"seconds": "{:.3f} s", "gigabytes": "{:.2f} GB", "plain_seconds": "{:.3f} s"}
-        formats |= {"plain_gigabytes": "{:.2f} GB", "ratio": "{:.1f}"}
-        return [row["part"].ljust(36), *(text.format(row[key]) if key in row else "" for key, text in formats.items())]
+    def build_table(self, cfg: CfgNode, repeats: int, batch: int = 1) -> Table:
+        """Return an empty table, which knows what these models' weights take and what the device could do."""
+        meter = Meter(self.plain.device, repeats, bool(cfg.MODEL.REGIONSPOT.get("COMPILE")))
+        table = Table(meter, batch, get_dtype(cfg.MODEL.REGIONSPOT.PRECISION))
+        table.own_bytes, table.plain_bytes = self.plain.unshared_bytes(self.recognizer)
+        return table
 
 
 @torch.no_grad()
-def benchmark_model(recognizer: RegionRecognizer, numbers: list[int], table: Table) -> None:
-    """Measure every part on one image, with each number of boxes."""
-    localizer, plain = recognizer.localizer, PlainRecognizer(recognizer)
+def benchmark_model(models: Models, args: Namespace, table: Table) -> None:
+    """Measure every stage on ``table.batch`` equal images.
+
+    Args:
+        args: numbers of ``boxes``, with each of which are measured all of ``names``; with how many of them also the
+            ``whole``, by default all; ``plain_boxes``, with more of which the plain way is left out: its memory is more
+            than many machines have.
+    """
+    recognizer, plain = models.recognizer, models.plain
     image = torch.randint(256, (3, *SIZE), dtype=torch.uint8)
-    height, width = localizer.input_size(SIZE)
-    resized = torch.randint(256, (3, height, width), dtype=torch.uint8)  # what the plain way begins with
-    recognizer.classifier.text_encoder.templates = ("{}",)  # how the embeddings came about does not matter here
-    recognizer.set_vocabulary([str(i) for i in range(1203)])
-    recognizer([image], [Boxes(random_boxes(1))], masks="rle")  # warms up
-    table.add("SAM image encoder", lambda: localizer.encode_images([image]), lambda: plain.encode(resized))
-    table.add("CLIP image encoder", lambda: recognizer.vision_language.encode_images([image]))
-    features = recognizer.encode_images([image])
-    for number in numbers:
-        _benchmark_boxes(recognizer, plain, (image, resized), features, random_boxes(number), table)
-
-
-def _benchmark_boxes(
-    recognizer: RegionRecognizer,
-    plain: PlainRecognizer,
-    images: tuple[torch.Tensor, torch.Tensor],
-    features: ImageFeatures,
-    boxes: torch.Tensor,
-    table: Table,
-) -> None:
-    """Measure what depends on the boxes; ``images`` are the image and the same in SAM's input size."""
-    assert features.embeddings is not None
-    image, resized = images
-    input_size, embedding = (resized.shape[1], resized.shape[2]), features.embeddings
-    prompts, scaled = [Prompts(boxes=boxes)], (boxes * (resized.shape[2] / SIZE[1])).to(plain.device)
-    [located] = recognizer.locate(features, prompts, with_masks=True)
-    assert located.masks is not None
-    logits, tokens = located.masks, [located.tokens]
-    upsampler = recognizer.localizer.mask_upsampler(SIZE)
-    masks = RegionMasks(logits, torch.arange(len(boxes), device=plain.device), upsampler)
-
-    def decode() -> object:
-        return plain.decode(embedding, scaled)
-
-    def encode() -> object:
-        return plain.rles(logits[:, None], input_size, SIZE)
-
-    name = f"{len(boxes)} boxes"
-    table.add(f"{name}: tokens", lambda: recognizer.locate(features, prompts), decode)
-    table.add(f"{name}: tokens, masks", lambda: recognizer.locate(features, prompts, with_masks=True), decode)
-    table.add(f"{name}: masks to RLE", lambda: masks.to_rles(*SIZE), encode)
-    table.add(f"{name}: 1203 classes", lambda: recognizer.classify(tokens, features.feature_map))
+    images = [image] * table.batch
+    recognizer.set_vocabulary([str(i) for i in range(NUM_NAMES)])
+    features = recognizer.encode_images(images)  # warms up
+    table.add("SAM image encoder", lambda: recognizer.localizer.encode_images(images), lambda: plain.embed(image))
     table.add(
-        f"{name}: from image to result",
-        lambda: recognizer([image], [Boxes(boxes)], masks="rle"),
-        lambda: plain.recognize(resized, scaled, SIZE),
+        "CLIP image encoder",
+        lambda: recognizer.vision_language.encode_images(images),
+        lambda: plain.map_features([image]),
     )
+    vocabularies = [random_embeddings(k, recognizer.vision_language.text_dim).to(plain.device) for k in args.names]
+    encoder_flops = sum(row.get("flops", 0) for row in table.rows)
+    for number in args.boxes:
+        stages = _Stages(models, table, images, features, random_boxes(number), number <= args.plain_boxes)
+        stages.measure_localizer()
+        for embeddings in vocabularies:
+            stages.measure_classifier(embeddings)
+        stages.measure_masks()
+        stages.measure_embedded()
+        if number in (args.whole or args.boxes):
+            stages.measure_whole(encoder_flops)
+
+
+def random_embeddings(num_names: int, dim: int) -> torch.Tensor:
+    """Return (K, dim) text embeddings: 20,000 names take long to encode, and their number is all that matters."""
+    return F.normalize(torch.randn(num_names, dim), dim=1)
+
+
+class _Stages:
+    """What depends on the boxes: all of ours takes a batch of images, the plain way one."""
+
+    def __init__(
+        self,
+        models: Models,
+        table: Table,
+        images: list[torch.Tensor],
+        features: ImageFeatures,
+        boxes: torch.Tensor,
+        with_plain: bool,
+    ) -> None:
+        assert features.embeddings is not None and features.feature_map is not None
+        self.recognizer, self.plain = models.recognizer, models.plain
+        self.table, self.images, self.features, self.boxes = table, images, features, boxes
+        self.with_plain = with_plain
+        self.name = f"{len(boxes)} box{'es' * (len(boxes) > 1)}"
+        self.all_boxes = [Boxes(boxes)] * len(images)
+        self.add = partial(table.add, unit="regions", number=len(boxes))
+        self.prompts = [Prompts(boxes=boxes)] * len(images)
+        self.located = self.recognizer.locate(features, self.prompts, with_masks=True)
+        self.tokens = [output.tokens for output in self.located]
+        # as the plain way has them: its own would take its memory, too, where it is left out
+        self.embedding, self.feature_map = features.embeddings[:1].float(), features.feature_map[:1]
+
+    def measure_localizer(self) -> None:
+        locate = partial(self.recognizer.locate, self.features, self.prompts)
+        plain = partial(self.plain.decode, self.embedding, self.boxes, SIZE) if self.with_plain else None
+        measured = self.add(f"{self.name}: tokens", locate, plain)
+        # SAM's own decoder always makes the masks, too
+        self.add(f"{self.name}: tokens, masks", partial(locate, with_masks=True), measured)
+
+    def measure_classifier(self, embeddings: torch.Tensor) -> None:
+        """Measure from tokens to detections."""
+        recognizer, plain = self.recognizer, self.plain
+        vocabularies = [embeddings] * len(self.images)
+
+        def classify() -> None:
+            all_logits = recognizer.classify(self.tokens, self.features.feature_map, vocabularies)
+            for logits, boxes in zip(all_logits, self.all_boxes):
+                recognizer.rule.detect(boxes.to(logits.device), logits, None, SIZE)
+
+        def classify_plainly() -> None:
+            [logits] = plain.logits(self.tokens[0][None], self.feature_map, embeddings)
+            plain.select(logits, self.boxes, SIZE)
+
+        name = f"{self.name}: {len(embeddings):,} names"
+        self.add(name, classify, classify_plainly if self.with_plain else None)
+
+    def measure_masks(self) -> None:
+        """Measure from mask logits to the RLEs of the detections."""
+        upsampler = self.recognizer.localizer.mask_upsampler(SIZE)
+        embeddings, logits = self.recognizer.classifier.embeddings, [output.masks for output in self.located]
+        [scores] = self.plain.logits(self.tokens[0][None], self.feature_map, embeddings)
+        detections = self.plain.select(scores, self.boxes, SIZE)
+        assert logits[0] is not None
+        first_logits = logits[0][:, None]
+
+        def encode() -> None:
+            for image_logits in logits:
+                assert image_logits is not None
+                RegionMasks(image_logits, detections.rows, upsampler).to_rles(*SIZE)
+
+        def encode_plainly() -> None:
+            self.plain.to_json(detections, self.plain.full_masks(first_logits, SIZE))
+
+        self.add(f"{self.name}: masks to RLE", encode, encode_plainly if self.with_plain else None)
+
+    def measure_embedded(self) -> None:
+        """Measure all of it, with masks as RLE, of images that both encoders have seen."""
+        recognizer, plain = self.recognizer, self.plain
+        recognize = partial(recognizer.recognize, self.images, self.all_boxes, masks="rle", features=self.features)
+        arguments = (self.embedding, self.feature_map, self.boxes, recognizer.classifier.embeddings, SIZE)
+        plainly = partial(plain.recognize, *arguments) if self.with_plain else None
+        self.add(f"{self.name}: embedded image to result", recognize, plainly)
+
+    def measure_whole(self, encoder_flops: float) -> None:
+        """Measure all of it with both encoders; they and the rest were counted already."""
+        recognizer, embeddings = self.recognizer, self.recognizer.classifier.embeddings
+        plainly = partial(self.plain, self.images[0], self.boxes, embeddings) if self.with_plain else None
+        rest = self.table.rows[-1].get("flops", 0)
+        flops = encoder_flops + rest if rest else 0
+        recognize = partial(recognizer, self.images, self.all_boxes, masks="rle")
+        self.add(f"{self.name}: image to result", recognize, plainly, flops=flops)
 
 
 @torch.no_grad()
-def benchmark_text(recognizer: RegionRecognizer, num_names: int, table: Table) -> None:
+def benchmark_text(models: Models, templates: tuple[str, ...], num_names: int, table: Table) -> None:
     """Measure text embeddings of a vocabulary against one class at a time with the full context."""
-    encoder, names = recognizer.classifier.text_encoder, [f"wooden thing {index}" for index in range(num_names)]
+    encoder, names = models.recognizer.classifier.text_encoder, [f"wooden thing {i}" for i in range(num_names)]
+    encoder.templates = templates
     encoder.encode(names[:1])
-    table.add(
-        f"text embeddings of {num_names} names", lambda: encoder.encode(names), lambda: encode_names(encoder, names)
-    )
+    add = partial(table.add, unit="names")
+    plainly = partial(encode_names, models.plain.clip_model, templates, names)
+    add(f"text embeddings of {num_names} names", lambda: encoder.encode(names), plainly, number=num_names)
     encoder(names)
-    table.add("the same from the cache", lambda: encoder(names))
-    many = [f"{i}" for i in range(1203)]
+    add("the same from the cache", lambda: encoder(names), number=num_names)
+    many = [str(i) for i in range(NUM_NAMES)]
     encoder.templates = ("{}",)
     encoder(many)
-    table.add("1203 names from the cache", lambda: encoder(many))
+    add(f"{NUM_NAMES} names from the cache", lambda: encoder(many), number=NUM_NAMES)
 
 
-def main(args: Namespace) -> None:
+def main(args: Namespace) -> dict[str, Any]:
     cfg = load_config(args.config_file, args.opts)
-    torch.manual_seed(0)
-    recognizer = build_model(cfg).eval().recognizer  # random weights cost as much as trained ones
-    table = Table(args.repeats, recognizer.vision_language.pixel_mean.device)
     if args.benchmark == "model":
-        benchmark_model(recognizer, args.boxes, table)
+        models = Models.from_config(cfg)
+        table = models.build_table(cfg, args.repeats, args.batch)
+        benchmark_model(models, args, table)
     else:
-        benchmark_text(recognizer, args.names, table)
-    on_cuda = table.device.type == "cuda"
-    where = torch.cuda.get_device_name(table.device) if on_cuda else f"a CPU, {torch.get_num_threads()} threads"
-    memory = "" if on_cuda else f"; the whole process has {process_memory('VmRSS') / 2**30:.2f} GB"
-    print(f"on {where}, {cfg.MODEL.REGIONSPOT.PRECISION}{memory}")
-    if args.json:
-        content = {"device": where, "precision": cfg.MODEL.REGIONSPOT.PRECISION, "rows": table.rows}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        models = Models.from_config(cfg)
+        table = models.build_table(cfg, args.repeats)
+        templates = get_templates(cfg.MODEL.REGIONSPOT.CLIP.TEMPLATES)
+        benchmark_text(models, templates, args.names, table)
+    return table.finish(args, precision=cfg.MODEL.REGIONSPOT.PRECISION)
