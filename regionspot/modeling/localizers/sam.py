@@ -20,6 +20,7 @@ from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
 CPU_BYTES = 1 << 25  # of the images of the prompts decoded at once on a CPU: more leave its cache
+MASKS_ON_CPU = 2  # made at once, for the same reason
 
 
 class SamLocalizer(Localizer):
@@ -240,7 +241,9 @@ class SamLocalizer(Localizer):
         masks = None
         if with_masks:
             assert kernels is not None
-            masks = prompt_decoder.predict_masks(image, kernels[:, None])[:, 0].float()
+            size = MASKS_ON_CPU if image.device.type == "cpu" else len(image)
+            parts = zip(image.split(size), kernels[:, None].split(size))
+            masks = torch.cat([prompt_decoder.predict_masks(*part)[:, 0].float() for part in parts])
         return LocalizerOutput(
             stage_tokens={
                 stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
