@@ -55,16 +55,25 @@ class CropRecognizer(RegionRecognizer):
         features: ImageFeatures,
         located: list[LocalizerOutput],
     ) -> list[torch.Tensor]:
-        logits = []
-        for image, image_boxes, size, output in zip(images, boxes, features.sizes, located):
-            # a chunk of masks at full size is alive at a time, however many regions there are
-            masks, corners = self._masks(output, size), image_boxes.tensor.tolist()
-            embeddings = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
-            for start in range(0, len(corners), self.batch_size):
-                crops = [self._crop(image, box, next(masks)) for box in corners[start : start + self.batch_size]]
-                embeddings.append(self._encode(crops))
-            logits.append(self.score(torch.cat(embeddings), with_background=True))
-        return logits
+        # crops of all images together fill a batch; one batch, and a chunk of masks at full size, is alive at a time
+        crops = self._crops(images, boxes, features.sizes, located)
+        embeddings = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
+        while batch := list(itertools.islice(crops, self.batch_size)):
+            embeddings.append(self._encode(batch))
+        logits = self.score(torch.cat(embeddings), with_background=True)
+        return list(logits.split([len(image_boxes) for image_boxes in boxes]))
+
+    def _crops(
+        self,
+        images: list[torch.Tensor],
+        boxes: list[Boxes],
+        sizes: list[tuple[int, int]],
+        located: list[LocalizerOutput],
+    ) -> Iterator[torch.Tensor]:
+        """Yield the preprocessed crop of each box of each image."""
+        for image, image_boxes, size, output in zip(images, boxes, sizes, located):
+            for box, mask in zip(image_boxes.tensor.tolist(), self._masks(output, size)):
+                yield self._crop(image, box, mask)
 
     def _masks(self, output: LocalizerOutput, size: tuple[int, int]) -> Iterator[torch.Tensor | None]:
         """Yield each box's mask at the image's size, or None forever for box crops."""

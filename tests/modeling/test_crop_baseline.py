@@ -45,6 +45,19 @@ def test_equals_clip_itself(masked, batch):
         assert len(output["instances"]) == len(boxes) * len(NAMES)
 
 
+def test_crops_of_all_images_fill_batches():
+    model, batch_sizes = baseline("MODEL.REGIONSPOT.CROP.BATCH_SIZE", 3), []
+    batch = [as_inputs(i, (48, 64), num_objects) for i, num_objects in enumerate((1, 0, 3, 2, 4))]
+    alone = [model([inputs])[0]["regions"] for inputs in batch]
+    visual = model.recognizer.vision_language.clip_model.visual
+    visual.register_forward_hook(lambda module, inputs, output: batch_sizes.append(len(output)))
+    for regions, output in zip(alone, model(batch)):
+        torch.testing.assert_close(output["regions"].top_scores, regions.top_scores, atol=1e-6, rtol=0)
+        assert torch.equal(output["regions"].top_classes, regions.top_classes)
+    num_boxes = sum(len(inputs["instances"]) for inputs in batch)
+    assert num_boxes == 8 and batch_sizes == [3, 3, 2]
+
+
 def test_crop_rounding():
     model, inputs = baseline(), as_inputs(3)
     inputs["instances"] = inputs["instances"][:2]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -20,9 +21,11 @@ from regionspot.modeling.vision_language.text_cache import TextCache
 from regionspot.utils.files import cache_dir
 from regionspot.vocabulary import clean_name, get_phrases, get_templates
 
+MANY_PROMPTS = 20000  # they take minutes on a CPU: a warning and a progress bar
 NUM_IN_MEMORY = 4  # vocabularies whose embeddings stay in memory
 # A name whose tokens do not depend on the prompt around it, which CLIP's tokenizer splits at spaces and symbols.
 _IS_SIMPLE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ,_'()/-]*[A-Za-z0-9])?")
+logger = logging.getLogger(__name__)
 _LOCK = threading.RLock()  # of all encoders: one of their own would keep models from being copied
 
 
@@ -107,10 +110,19 @@ class TextEncoder:
         models were trained that way.
         """
         tokens, lengths = self._tokenize(cleaned)
+        if len(tokens) >= MANY_PROMPTS and len(self.templates) > 1:
+            logger.warning(
+                "encoding %d names in %d templates, %d prompts; MODEL.REGIONSPOT.CLIP.TEMPLATES one or none needs %d "
+                "times fewer, but published numbers use all",
+                len(cleaned),
+                len(self.templates),
+                len(tokens),
+                len(self.templates),
+            )
         device = self.clip_model.text_projection.device
         order = torch.argsort(lengths, stable=True)
         sums = torch.zeros(len(cleaned), self.clip_model.text_projection.shape[1], device=device)
-        bar = tqdm(total=len(tokens), desc="text embeddings", unit="prompt", disable=len(tokens) < 20000)
+        bar = tqdm(total=len(tokens), desc="text embeddings", unit="prompt", disable=len(tokens) < MANY_PROMPTS)
         with bar, torch.autocast(device.type, enabled=False):
             for batch in order.split(self.batch_size):
                 features = encode_tokens(self.clip_model, tokens[batch, : int(lengths[batch].max())].to(device))

@@ -56,6 +56,18 @@ def test_second_call_reads_the_cache(clip_model, monkeypatch):
     assert torch.equal(TextEncoder(clip_model, "one")(NAMES), first)
 
 
+@pytest.mark.parametrize("templates", ["all", "one"])
+def test_many_prompts_name_the_shorter_way(clip_model, templates, monkeypatch, caplog):
+    """Once, before the work; not with one template, nor from the cache."""
+    monkeypatch.setattr(text_encoder, "MANY_PROMPTS", 162)
+    TextEncoder(clip_model, templates)(["cup"])
+    assert not caplog.text
+    for _ in range(2):
+        TextEncoder(clip_model, templates)(["saucer", "spoon"])
+    text = "encoding 2 names in 81 templates, 162 prompts; MODEL.REGIONSPOT.CLIP.TEMPLATES one or none needs 81 times"
+    assert caplog.text.count(text) == (templates == "all")
+
+
 @pytest.mark.parametrize("change", ["templates", "names", "style", "weights", "synonyms"])
 def test_cache_key_covers_all_inputs(clip_model, change, cache_directory):
     TextEncoder(clip_model, "one")(["a_b"])
