@@ -18,12 +18,18 @@ from regionspot.utils.files import atomic_path
 
 
 def evaluate_task(
-    truth: GroundTruth, results: Results, task: str, metric: str, max_dets: int = 300, segm_areas: str = "masks"
+    truth: GroundTruth,
+    results: Results,
+    task: str,
+    metric: str,
+    max_dets: int = 300,
+    segm_areas: str = "masks",
+    keep_matches: bool = False,
 ) -> LvisEvaluation | CocoEvaluation:
     """Evaluate detections by ``metric``: "lvis", "fixed" or "coco"; see ``evaluate_lvis`` and ``evaluate_coco``."""
     if metric == "coco":
-        return evaluate_coco(truth, results, task)
-    return evaluate_lvis(truth, results, task, metric, max_dets, segm_areas=segm_areas)
+        return evaluate_coco(truth, results, task, keep_matches)
+    return evaluate_lvis(truth, results, task, metric, max_dets, segm_areas=segm_areas, keep_matches=keep_matches)
 
 
 def region_accuracy(
