@@ -82,6 +82,15 @@ Example:
     regionspot calibrate --config-file configs/RegionSpot-BB.yaml --dataset lvis_v1_minival --keep 0.95 \\
         MODEL.WEIGHTS regionspot_bb.pth
 """
+REPORT = """write evaluations as one HTML file: metrics, classes, curves, errors by kind, worst images
+
+The first evaluation is reported, and compared with the others; all must be of the same annotations. The file holds its
+images and needs no network.
+
+Examples:
+    regionspot report output/eval/inference/my_val --output report.html
+    regionspot report output/new output/old --output report.html
+"""
 TABLE = """run the rows of one of the paper's tables whose inputs are on the disk, with the paper's numbers beside
 
 The inputs of a row are in its config (configs/tables): weights, annotations, images, proposal files. Rows without all
@@ -258,6 +267,23 @@ def parse_table(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def parse_report(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument(
+        "evaluations",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="OUTPUT_DIR/inference/<data set>, or OUTPUT_DIR if it has one",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the HTML file")
+    parser.add_argument("--worst", type=int, default=20, metavar="K", help="images with most errors; 0 for none")
+    parser.add_argument("--images", default="", metavar="DIR", help="directory of the images, if it was moved")
+    args = parser.parse_args(arguments)
+    if args.worst < 0:
+        parser.error(f"--worst: expected at least 0, got {args.worst}")
+    return args
+
+
 COMMANDS = {
     "train": Command(parse_train, "regionspot_cli.train", TRAIN, "the checkpoints so far are kept", "start"),
     "evaluate": Command(parse_evaluate, "regionspot_cli.train", EVALUATE, PREDICTIONS_KEPT, "start"),
@@ -266,6 +292,7 @@ COMMANDS = {
     "convert": Command(parse_convert, "regionspot_cli.convert", CONVERT),
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),
+    "report": Command(parse_report, "regionspot_cli.report", REPORT),
     "calibrate": Command(parse_calibrate, "regionspot_cli.calibrate", CALIBRATE),
     "table": Command(parse_table, "regionspot_cli.table", TABLE, "finished rows are kept"),
 }
