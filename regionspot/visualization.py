@@ -1,14 +1,18 @@
 """Drawings of recognized regions, and their attention to the feature map."""
 
-from typing import Any
+from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 import torch
 from detectron2.utils.visualizer import Visualizer
-from torch import nn
+from PIL import Image, ImageDraw
 
+from regionspot.modeling.attention_maps import cross_attention_weights
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.predictor import RegionPredictions
+
+MIN_SIDE = 400  # of drawings of attention, pixels: smaller images would show little
 
 
 def draw_regions(image: np.ndarray, predictions: RegionPredictions, with_masks: bool = True) -> np.ndarray:
@@ -23,37 +27,47 @@ def draw_labels(image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, 
     return Visualizer(image).overlay_instances(boxes=boxes, masks=masks, labels=escaped).get_image()
 
 
-@torch.no_grad()
-def cross_attention(integration: KnowledgeIntegration, tokens: torch.Tensor, feature_map: torch.Tensor) -> torch.Tensor:
+def cross_attention(
+    integration: KnowledgeIntegration,
+    tokens: torch.Tensor,
+    feature_map: torch.Tensor,
+    regions: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Return the last layer's cross-attention of an image's regions to the feature map, averaged over the heads.
 
     Args:
         integration: the trained module, with a feature map.
-        tokens: (N, token_dim) float.
+        tokens: (N, token_dim) float, of all regions.
         feature_map: (1, L, width) float, L = grid^2 or 1 + grid^2.
+        regions: n rows of ``tokens``; all by default.
 
     Returns:
-        (N, grid, grid) float, without the weight of the class token.
+        (n, grid, grid) float, without the weight of the class token.
     """
-    if not integration.with_features:
-        raise ValueError("cross_attention: this model has no feature map to attend to (CLIP.FEATURES none)")
-    attention = integration.decoder.layers[-1].multihead_attn
-    assert isinstance(attention, nn.MultiheadAttention)
-    # The decoder does not ask for the weights, so its attention never computes them: a hook asks, another reads them.
-    attention_weights: list[torch.Tensor] = []
-
-    def request_weights(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "need_weights": True}
-
-    hooks = [
-        attention.register_forward_pre_hook(request_weights, with_kwargs=True),
-        attention.register_forward_hook(lambda module, args, output: attention_weights.append(output[1])),
-    ]
-    try:
-        integration([tokens], feature_map)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    weights = torch.cat(attention_weights, dim=1)[0]  # (N, L)
+    weights = cross_attention_weights(integration, tokens, feature_map, regions).mean(dim=0)  # (n, L)
     grid = int(weights.shape[1] ** 0.5)  # the same with and without the class token, which comes first
     return weights[:, -grid * grid :].unflatten(1, (grid, grid))
+
+
+def draw_attention(image: np.ndarray, attention: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Draw what a region attends to over its image, as a heat map from dark to bright, and the region's box.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        attention: (grid, grid) float, at least 0; CLIP saw the whole image as a square.
+        box: (4,) XYXY of the region, original pixels.
+
+    Returns:
+        (H', W', 3) uint8 RGB; small images are enlarged.
+    """
+    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
+    width, height = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    gray = np.asarray(Image.fromarray(image).convert("L").resize((width, height), Image.Resampling.BICUBIC))
+    relative = (attention / max(float(attention.max()), 1e-12)).astype(np.float32)
+    heat = np.asarray(Image.fromarray(relative).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+    mixed = 0.5 * gray[..., None] + 0.5 * 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
+    drawing = Image.fromarray(mixed.astype(np.uint8))
+    x0, y0, x1, y1 = (np.clip(box * scale, 0, (width - 1, height - 1) * 2)).tolist()
+    line = max(2, round(max(width, height) / 200))
+    ImageDraw.Draw(drawing).rectangle((x0, y0, x1, y1), outline=(0, 229, 255), width=line)
+    return np.asarray(drawing)

@@ -1,7 +1,7 @@
 """All commands with their arguments."""
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import REMAINDER, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +90,8 @@ images and needs no network.
 Examples:
     regionspot report output/eval/inference/my_val --output report.html
     regionspot report output/new output/old --output report.html
+    regionspot report output/new --output report.html --config-file configs/RegionSpot-BB.yaml \\
+        --opts MODEL.WEIGHTS regionspot_bb.pth   (with attention maps)
 """
 TABLE = """run the rows of one of the paper's tables whose inputs are on the disk, with the paper's numbers beside
 
@@ -278,6 +280,8 @@ def parse_report(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the HTML file")
     parser.add_argument("--worst", type=int, default=20, metavar="K", help="images with most errors; 0 for none")
     parser.add_argument("--images", default="", metavar="DIR", help="directory of the images, if it was moved")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="of the model, for attention maps")
+    parser.add_argument("--opts", nargs=REMAINDER, default=[], metavar="KEY VALUE", help="config overrides; at the end")
     args = parser.parse_args(arguments)
     if args.worst < 0:
         parser.error(f"--worst: expected at least 0, got {args.worst}")

@@ -11,7 +11,7 @@ from regionspot.evaluation.average_precision import RECALLS
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.report.analysis import Analysis, analyze_run
 from regionspot.report.charts import Chart, make_chart
-from regionspot.report.panels import Panel, make_panel
+from regionspot.report.panels import Attend, Panel, make_panel
 from regionspot.report.run import Run, open_runs, protocol_differences
 from regionspot.report.tables import (
     MAX_PAIRS,
@@ -47,7 +47,7 @@ def write_report(
     output: str | Path,
     num_images: int = 20,
     images: str | Path = "",
-    add_attention: Callable[[list[Panel], Analysis], None] | None = None,
+    attend: Attend | None = None,
     progress: Callable[[Sequence[Run]], Any] = iter,
 ) -> None:
     """Write the report of an evaluation, compared with others of the same data set.
@@ -57,7 +57,7 @@ def write_report(
         output: the HTML file.
         num_images: number of worst images.
         images: directory of the images; by default where the evaluation read them.
-        add_attention: adds attention maps to the worst images, which it gets with the first analysis.
+        attend: draws attention maps of the worst images, such as ``AttentionMaps``.
         progress: wraps the runs, to show how far it is.
 
     Raises:
@@ -66,9 +66,7 @@ def write_report(
     runs = open_runs(directories)
     truth = GroundTruth(runs[0].record.annotations)
     analyses = [analyze_run(run, truth, num_images * (run is runs[0])) for run in progress(runs)]
-    panels = [make_panel(image, str(images) or runs[0].record.images) for image in analyses[0].worst]
-    if add_attention is not None:
-        add_attention(panels, analyses[0])
+    panels = [make_panel(image, str(images) or runs[0].record.images, attend) for image in analyses[0].worst]
     sections = [_summary(runs), *_classes(analyses, truth), _curves(analyses), *_errors(analyses, truth)]
     sections += [_calibration(analyses), *_worst(panels, analyses[0].threshold), *_training(runs[0])]
     data = runs[0].record.dataset or Path(runs[0].record.annotations).name

@@ -2,8 +2,8 @@
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +62,18 @@ class Panel:
     objects: list[Box]
     detections: list[Box]
     errors: list[str]
-    attention: list[EmbeddedImage] = field(default_factory=list)
+    attention: list[EmbeddedImage]
 
 
-def make_panel(image: ImageErrors, directory: str) -> Panel:
+Attend = Callable[[np.ndarray, ImageErrors], list[EmbeddedImage]]  # attention maps of an image's objects
+
+
+def make_panel(image: ImageErrors, directory: str, attend: Attend | None = None) -> Panel:
     """Return an image with its boxes; one that is missing or damaged is gray, and ``problem`` says why."""
-    data, problem = "", ""
+    data, problem, attention = "", "", list[EmbeddedImage]()
     try:
-        data = embed(to_rgb_array(find_image(image.file_name, directory)))
+        array = to_rgb_array(find_image(image.file_name, directory))
+        data, attention = embed(array), attend(array, image) if attend else []
     except (OSError, ValueError) as error:
         problem = str(error)
     height, width = image.size
@@ -86,6 +90,7 @@ def make_panel(image: ImageErrors, directory: str) -> Panel:
         objects=_boxes(image.objects, image.size, font_size),
         detections=_boxes(image.detections, image.size, font_size),
         errors=[f"{_caption(region)}: {region.text}" for region in wrong],
+        attention=attention,
     )
 
 
