@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "report": GROUND | {"config", "data", "evaluation", "modeling", "visualization"},
     "checkpoint": {"utils"},
     "model_zoo": {"checkpoint", "config"},
-    "engine": GROUND | {"config", "data", "modeling", "evaluation"},
+    "engine": GROUND | {"config", "data", "modeling", "evaluation", "visualization"},
     "predictor": GROUND | {"config", "modeling"},
     "visualization": GROUND | {"predictor", "modeling"},
 }

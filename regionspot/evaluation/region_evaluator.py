@@ -23,7 +23,7 @@ from regionspot.evaluation.lvis_metrics import DETS_PER_CLASS
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
 from regionspot.evaluation.protocol import ANNOTATED, Protocol, short_hash
 from regionspot.evaluation.record import EvaluationRecord
-from regionspot.evaluation.report import evaluate_task, format_table, region_accuracy, write_evaluations
+from regionspot.evaluation.report import chance_warning, evaluate_task, format_table, region_accuracy, write_evaluations
 from regionspot.utils.rle import PackedRles
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,9 @@ class RegionEvaluator(DatasetEvaluator):
             targets, top = zip(*regions)
             metrics["region"] = more["region"] = region_accuracy(targets, top, truth.frequencies)
             logger.info("accuracy on the annotated boxes\n%s", format_table({"region": metrics["region"]}))
+            if warning := chance_warning(targets, top, metrics["bbox"]["AP"]):
+                more["warning"] = warning
+                logger.warning("%s", warning)
         write_evaluations(self.output_dir, truth, evaluations, **more)
         self._write_record(file_name)
         return metrics
