@@ -1,11 +1,12 @@
 """All commands with their arguments."""
 
 import os
-from argparse import REMAINDER, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from regionspot_cli.command import Command, add_overrides
+from regionspot_cli import see_commands
+from regionspot_cli.command import Command, add_overrides, join_negative
 
 PREDICTIONS_KEPT = "the predictions so far are kept"
 # As regionspot.data.proposals.FORMATS, whose import takes seconds.
@@ -82,17 +83,6 @@ Example:
     regionspot calibrate --config-file configs/RegionSpot-BB.yaml --dataset lvis_v1_minival --keep 0.95 \\
         MODEL.WEIGHTS regionspot_bb.pth
 """
-REPORT = """write evaluations as one HTML file: metrics, classes, curves, errors by kind, worst images
-
-The first evaluation is reported, and compared with the others; all must be of the same annotations. The file holds its
-images and needs no network.
-
-Examples:
-    regionspot report output/eval/inference/my_val --output report.html
-    regionspot report output/new output/old --output report.html
-    regionspot report output/new --output report.html --config-file configs/RegionSpot-BB.yaml \\
-        --opts MODEL.WEIGHTS regionspot_bb.pth   (with attention maps)
-"""
 TABLE = """run the rows of one of the paper's tables whose inputs are on the disk, with the paper's numbers beside
 
 The inputs of a row are in its config (configs/tables): weights, annotations, images, proposal files. Rows without all
@@ -161,17 +151,6 @@ def parse_predict(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     )
     add_overrides(parser)
     return parser.parse_args(join_negative(arguments))
-
-
-def join_negative(arguments: Sequence[str]) -> list[str]:
-    """Replace "--boxes -3,5,30,20", in which argparse sees two options, by "--boxes=-3,5,30,20"."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] in ("--boxes", "--points"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
 
 
 def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -269,25 +248,6 @@ def parse_table(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def parse_report(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    parser.add_argument(
-        "evaluations",
-        nargs="+",
-        type=Path,
-        metavar="DIR",
-        help="OUTPUT_DIR/inference/<data set>, or OUTPUT_DIR if it has one",
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the HTML file")
-    parser.add_argument("--worst", type=int, default=20, metavar="K", help="images with most errors; 0 for none")
-    parser.add_argument("--images", default="", metavar="DIR", help="directory of the images, if it was moved")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="of the model, for attention maps")
-    parser.add_argument("--opts", nargs=REMAINDER, default=[], metavar="KEY VALUE", help="config overrides; at the end")
-    args = parser.parse_args(arguments)
-    if args.worst < 0:
-        parser.error(f"--worst: expected at least 0, got {args.worst}")
-    return args
-
-
 COMMANDS = {
     "train": Command(parse_train, "regionspot_cli.train", TRAIN, "the checkpoints so far are kept", "start"),
     "evaluate": Command(parse_evaluate, "regionspot_cli.train", EVALUATE, PREDICTIONS_KEPT, "start"),
@@ -296,7 +256,7 @@ COMMANDS = {
     "convert": Command(parse_convert, "regionspot_cli.convert", CONVERT),
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),
-    "report": Command(parse_report, "regionspot_cli.report", REPORT),
+    **see_commands.COMMANDS,
     "calibrate": Command(parse_calibrate, "regionspot_cli.calibrate", CALIBRATE),
     "table": Command(parse_table, "regionspot_cli.table", TABLE, "finished rows are kept"),
 }

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from regionspot.visualization import cross_attention, draw_attention
+from regionspot.visualization import cross_attention, draw_attention, draw_sheet
 
 from .helpers import as_inputs, tiny_model
 
@@ -39,5 +39,19 @@ def test_attention_is_bright_where_the_region_attends():
 
 def test_small_images_are_enlarged():
     drawing = draw_attention(np.zeros((40, 80, 3), np.uint8), np.ones((2, 2)), np.array([70.0, 30, 90, 50]))
-    assert drawing.shape == (200, 400, 3)
-    assert drawing[150, 375].tolist() == [0, 229, 255]  # the box at five times the size, clipped
+    assert drawing.shape == (300, 600, 3)
+    assert drawing[225, 560].tolist() == [0, 229, 255]  # the box at 7.5 times the size, clipped
+
+
+def test_sheet_holds_all_images_in_order():
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    cells = [(np.full((60, 60, 3), color, np.uint8), f"title $ {k}") for k, color in enumerate(colors)]
+    sheet = draw_sheet(cells, columns=2)
+    assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
+    centers = []
+    for color in colors:
+        rows, columns = np.nonzero((sheet == color).all(axis=2))
+        assert len(rows) > 50_000
+        centers.append((rows.mean(), columns.mean()))
+    (y0, x0), (y1, x1), (y2, x2) = centers
+    assert y0 == pytest.approx(y1, abs=2) and y2 > y0 + 300 and x1 > x0 + 300 and x2 == pytest.approx(x0, abs=2)
