@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,12 @@ from regionspot.evaluation.overlaps import find_overlaps
 from regionspot.evaluation.report import evaluate_task
 from regionspot.report.run import Run
 from regionspot.report.worst_images import ImageErrors, find_worst_images
+
+STAGES = ("reading predictions", "evaluating", "comparing boxes of all classes", "telling errors apart")
+
+
+def show_nothing(stage: str) -> None:
+    """Do not show how far an analysis is."""
 
 
 @dataclass(eq=False)
@@ -53,23 +59,30 @@ class Analysis:
     threshold: float
 
 
-def analyze_run(run: Run, truth: GroundTruth, num_images: int = 0) -> Analysis:
+def analyze_run(
+    run: Run, truth: GroundTruth, num_images: int = 0, progress: Callable[[str], None] = show_nothing
+) -> Analysis:
     """Evaluate the boxes of a run again, and find what is wrong.
 
     Args:
         run: the evaluation.
         truth: its annotations.
         num_images: number of worst images to describe.
+        progress: called with each of the ``STAGES`` when it starts.
 
     Raises:
         ValueError: the files changed after the evaluation, so that its numbers are no longer theirs.
     """
+    progress(STAGES[0])
     results, record = read_results(run.predictions), run.record
+    progress(STAGES[1])
     evaluation = evaluate_task(truth, results, "bbox", record.metric, record.max_dets, keep_matches=True)
     _check_metrics(run, evaluation)
     assert evaluation.matches is not None
     matches = evaluation.matches
+    progress(STAGES[2])
     overlaps = find_overlaps(truth, results, matches.truths)
+    progress(STAGES[3])
     errors = find_error_kinds(truth, results, matches, overlaps)
     naming = name_objects(truth, results, matches.truths, overlaps)
     worst, threshold = find_worst_images(truth, results, matches, errors, num_images)

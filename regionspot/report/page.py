@@ -9,7 +9,7 @@ import jinja2
 
 from regionspot.evaluation.average_precision import RECALLS
 from regionspot.evaluation.ground_truth import GroundTruth
-from regionspot.report.analysis import Analysis, analyze_run
+from regionspot.report.analysis import Analysis, analyze_run, show_nothing
 from regionspot.report.charts import Chart, make_chart
 from regionspot.report.panels import Attend, Panel, make_panel
 from regionspot.report.run import Run, open_runs, protocol_differences
@@ -48,7 +48,7 @@ def write_report(
     num_images: int = 20,
     images: str | Path = "",
     attend: Attend | None = None,
-    progress: Callable[[Sequence[Run]], Any] = iter,
+    progress: Callable[[str], None] = show_nothing,
 ) -> None:
     """Write the report of an evaluation, compared with others of the same data set.
 
@@ -58,14 +58,14 @@ def write_report(
         num_images: number of worst images.
         images: directory of the images; by default where the evaluation read them.
         attend: draws attention maps of the worst images, such as ``AttentionMaps``.
-        progress: wraps the runs, to show how far it is.
+        progress: called with each of the ``STAGES`` of each run when it starts.
 
     Raises:
         FileNotFoundError, ValueError: see ``open_runs`` and ``analyze_run``.
     """
     runs = open_runs(directories)
     truth = GroundTruth(runs[0].record.annotations)
-    analyses = [analyze_run(run, truth, num_images * (run is runs[0])) for run in progress(runs)]
+    analyses = [analyze_run(run, truth, num_images * (run is runs[0]), progress) for run in runs]
     panels = [make_panel(image, str(images) or runs[0].record.images, attend) for image in analyses[0].worst]
     sections = [_summary(runs), *_classes(analyses, truth), _curves(analyses), *_errors(analyses, truth)]
     sections += [_calibration(analyses), *_worst(panels, analyses[0].threshold), *_training(runs[0])]
