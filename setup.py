@@ -16,7 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["regionspot", "regionspot.*", "regionspot_cli"]),
-    package_data={"regionspot.model_zoo": ["configs/**/*.yaml", "configs/**/*.json"]},
+    package_data={
+        "regionspot.model_zoo": ["configs/**/*.yaml", "configs/**/*.json"],
+        "regionspot.report": ["templates/*"],
+    },
     entry_points={"console_scripts": ["regionspot = regionspot_cli.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
@@ -33,6 +36,7 @@ setup(
         "safetensors>=0.4",
         "msgspec>=0.18",
         "filelock>=3.13",
+        "jinja2>=3.1",  # torch needs it, too
         "tqdm>=4.65",
     ],
     extras_require={

@@ -178,9 +178,17 @@ def _add_training_config(cfg: CfgNode) -> None:
     # "fixed" evaluates LVIS by fixed AP (10,000 detections per class over the data set) instead of the standard AP. It
     # needs many detections per image: raise TEST.DETECTIONS_PER_IMAGE, or set it to -1.
     cfg.TEST.PROTOCOL = ""
+    # Images of each test set, evenly spaced, whose annotated regions are recognized before each evaluation in training:
+    # the log gets their loss and top-1 accuracy, and TensorBoard drawings of the first few. 0 for none.
+    cfg.TEST.VALIDATION_IMAGES = 200
     # The metric that selects model_best.pth in training (with TEST.EVAL_PERIOD), such as "bbox/AP" or, with several
     # test sets, "lvis_v1_val/bbox/AP" (by default the first set's); "" saves none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
+
+    # An experiment tracker that gets the log's numbers, "wandb" or "mlflow", if it is installed; "" for none.
+    cfg.TRACKER = CfgNode()
+    cfg.TRACKER.NAME = ""
+    cfg.TRACKER.PROJECT = "regionspot"
 
 
 def _add_sam_config(node: CfgNode) -> None:

@@ -56,6 +56,17 @@ def add_overrides(parser: ArgumentParser) -> None:
     parser.add_argument("opts", nargs=REMAINDER, metavar="KEY VALUE", help="config overrides")
 
 
+def join_negative(arguments: Sequence[str]) -> list[str]:
+    """Replace "--boxes -3,5,30,20", in which argparse sees two options, by "--boxes=-3,5,30,20"."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in ("--boxes", "--points"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def run_one_of(commands: Mapping[str, Command], program: str, description: str) -> NoReturn:
     """Run the command that the process's first argument names."""
     width = max(map(len, commands))

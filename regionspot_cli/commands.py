@@ -5,7 +5,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from regionspot_cli.command import Command, add_overrides
+from regionspot_cli import see_commands
+from regionspot_cli.command import Command, add_overrides, join_negative
 
 PREDICTIONS_KEPT = "the predictions so far are kept"
 # As regionspot.data.proposals.FORMATS, whose import takes seconds.
@@ -152,17 +153,6 @@ def parse_predict(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     return parser.parse_args(join_negative(arguments))
 
 
-def join_negative(arguments: Sequence[str]) -> list[str]:
-    """Replace "--boxes -3,5,30,20", in which argparse sees two options, by "--boxes=-3,5,30,20"."""
-    joined: list[str] = []
-    for argument in arguments:
-        if joined and joined[-1] in ("--boxes", "--points"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
-
-
 def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--config-file", default="", metavar="FILE", help="of the model whose SAM to run")
     parser.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="registered names, or my.json:images")
@@ -266,6 +256,7 @@ COMMANDS = {
     "convert": Command(parse_convert, "regionspot_cli.convert", CONVERT),
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),
+    **see_commands.COMMANDS,
     "calibrate": Command(parse_calibrate, "regionspot_cli.calibrate", CALIBRATE),
     "table": Command(parse_table, "regionspot_cli.table", TABLE, "finished rows are kept"),
 }

@@ -8,6 +8,7 @@ import numpy as np
 
 from regionspot.data.coco_io import Results, read_results
 from regionspot.evaluation.ground_truth import GroundTruth
+from regionspot.evaluation.record import EvaluationRecord
 from regionspot.evaluation.report import evaluate_task, format_table, write_evaluations
 from regionspot.utils.files import sha256_of_file
 
@@ -52,4 +53,6 @@ def main(args: Namespace) -> None:
     print(format_table({task: evaluation.average_recalls() for task, evaluation in evaluations.items()}), end="\n\n")
     if args.output:
         write_evaluations(args.output, truth, evaluations)
+        annotations, predictions = (str(path.absolute()) for path in (args.annotations, args.predictions))
+        EvaluationRecord(annotations, predictions, args.protocol, args.max_dets, args.segm_areas).write(args.output)
         print(f"written to {args.output}")

@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "data": GROUND | {"config"},
     "modeling": GROUND | {"config"},
     "evaluation": GROUND | {"config", "data"},
+    "report": GROUND | {"config", "data", "evaluation", "modeling", "visualization"},
     "checkpoint": {"utils"},
     "model_zoo": {"checkpoint", "config"},
-    "engine": GROUND | {"config", "data", "modeling", "evaluation"},
+    "engine": GROUND | {"config", "data", "modeling", "evaluation", "visualization"},
     "predictor": GROUND | {"config", "modeling"},
     "visualization": GROUND | {"predictor", "modeling"},
 }

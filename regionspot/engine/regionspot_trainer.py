@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, verify_results
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
@@ -27,6 +27,7 @@ from regionspot.data.image_check import check_images
 from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.optimizer import build_lr_scheduler, build_optimizer
+from regionspot.engine.region_logs import RegionAccuracy, validate_regions
 from regionspot.engine.run_setup import log_size
 from regionspot.engine.trainer import Trainer, TrainingPlan
 from regionspot.modeling import RegionSpot
@@ -65,8 +66,26 @@ class RegionSpotTrainer(Trainer):
             verify_results(self.cfg, results)
         return results
 
+    def build_hooks(self) -> list[HookBase]:
+        accuracy = [RegionAccuracy(self.model, self.plan.log_period)] if comm.is_main_process() else []
+        return [*accuracy, *super().build_hooks()]
+
     def evaluate(self) -> dict[str, Any]:
+        if self.cfg.TEST.VALIDATION_IMAGES > 0:
+            self._validate()
         return self.test(self.cfg, self.model)
+
+    def _validate(self) -> None:
+        """Log loss and accuracy of annotated regions of the test sets, and drawings of some."""
+        for name in self.cfg.DATASETS.TEST:
+            validation = validate_regions(self.cfg, self.model, name, self.cfg.TEST.VALIDATION_IMAGES)
+            if not comm.is_main_process() or np.isnan(validation.top1):
+                continue
+            prefix = "validation" if len(self.cfg.DATASETS.TEST) == 1 else f"{name}/validation"
+            values = {f"{prefix}/loss": validation.loss, f"{prefix}/top1": validation.top1}
+            self.storage.put_scalars(**values, smoothing_hint=False)
+            for image_id, drawing in validation.drawings.items():
+                self.storage.put_image(f"{prefix}/{image_id}", drawing.transpose(2, 0, 1))
 
     def _check_token_stores(self) -> None:
         """Refuse token stores that another SAM or CLIP made; the model's weights must be loaded."""

@@ -20,6 +20,7 @@ from regionspot.checkpoint.loading import find_recognizer
 from regionspot.engine.hooks import BestCheckpointer, Speed, UnreadableImages, WeightAverage
 from regionspot.engine.optimizer import warn_of_jump
 from regionspot.engine.stop import StopOnSignal
+from regionspot.engine.tracker import ExperimentTracker, check_tracker
 from regionspot.engine.train_loop import TrainLoop, autocast_precision
 from regionspot.modeling import RegionRecognizer
 from regionspot.utils.run_lock import run_lock
@@ -43,6 +44,9 @@ class TrainingPlan:
     eval_period: int = 0  # iterations between evaluations; 0: only at the end
     best_metric: str = ""  # metric that selects model_best; "": none
     log_period: int = 20  # iterations between lines of the log
+    tracker: str = ""  # "wandb", "mlflow", or "" for none
+    tracker_project: str = "regionspot"
+    config: str = ""  # as YAML, for the tracker
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "TrainingPlan":
@@ -58,6 +62,9 @@ class TrainingPlan:
             checkpoints_kept=cfg.SOLVER.CHECKPOINTS_KEPT,
             eval_period=cfg.TEST.EVAL_PERIOD,
             best_metric=best_metric(cfg) if cfg.DATASETS.TEST else "",
+            tracker=check_tracker(cfg.TRACKER.NAME),
+            tracker_project=cfg.TRACKER.PROJECT,
+            config=cfg.dump(),
         )
 
 
@@ -138,6 +145,9 @@ class Trainer(TrainerBase):
                 Speed(plan.log_period, self.loop.device),
                 hooks.PeriodicWriter(default_writers(plan.output_dir, self.max_iter), plan.log_period),
             ]
+            if plan.tracker:
+                options = (plan.tracker, plan.tracker_project, plan.output_dir, plan.config, plan.log_period)
+                result.append(ExperimentTracker(*options))
         return [*result, self.stop]  # last: it sees the step as the other hooks have left it
 
     def resume_or_load(self, resume: bool = True) -> None:

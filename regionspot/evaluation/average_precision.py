@@ -1,15 +1,15 @@
 """Average precision and recall from matches, shared by LVIS's and COCO's metrics."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from regionspot.data.coco_io import Results
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.ious import box_iou, mask_iou
-from regionspot.evaluation.matching import THRESHOLDS, find_edges, match
-from regionspot.evaluation.tables import AREA_NAMES, AREA_RANGES, Detections, Truths
+from regionspot.evaluation.matching import THRESHOLDS, Matches, find_edges, match
+from regionspot.evaluation.tables import AREA_NAMES, Detections, Truths
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,14 @@ class Evaluation:
         recall: (T, K, A) float64.
         category_ids: (K,) int64, ascending.
         num_annotations: (K,) int64, annotations of any size that are not ignored.
+        matches: which detection is matched to which annotation; None unless it was asked for.
     """
 
     precision: np.ndarray
     recall: np.ndarray
     category_ids: np.ndarray
     num_annotations: np.ndarray
+    matches: Matches | None = field(default=None, kw_only=True)
 
     def metrics(self) -> dict[str, float]:
         """Return AP, AP50, AP75, APs, APm and APl in percent, NaN where nothing is annotated."""
@@ -69,35 +71,35 @@ def locate_results(ground_truth: GroundTruth, results: Results, task: str) -> tu
 
 
 def match_results(
-    ground_truth: GroundTruth, results: Results, task: str, detections: Detections, truths: Truths
-) -> tuple[np.ndarray, np.ndarray]:
+    ground_truth: GroundTruth, results: Results, task: str, detections: Detections, truths: Truths, counts: np.ndarray
+) -> Matches:
     """Match detections to annotations by the IoU of boxes or masks; see ``match``."""
     make_iou = mask_iou if task == "segm" else box_iou
     iou = make_iou(results, ground_truth, detections, truths)
-    return match(find_edges(detections.keys, truths.keys, iou), detections, truths)
+    return match(find_edges(detections.keys, truths.keys, iou), detections, truths, counts)
 
 
 def accumulate(
-    categories: np.ndarray, counts: np.ndarray, matched: np.ndarray, state: np.ndarray, truths: Truths
+    categories: np.ndarray, counts: np.ndarray, matched: np.ndarray, state: np.ndarray, all_totals: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return precision (T, 101, K, A) and recall (T, K, A).
 
     Args:
         categories: (D,) int64 ascending; the detections of a category are sorted by score, best first.
-        counts: (D, A) bool: a detection that is not matched is a false positive.
-        matched, state: (M,) int64 and (M, T, A) int8, as ``match`` returns them.
-        truths: the annotations.
+        counts, matched, state: (D, A) bool, (M,) int64 and (M, T, A) int8, as those of ``Matches``.
+        all_totals: (K, A) int64, annotations that are not ignored.
     """
-    num_categories = len(truths.totals)
-    precision = np.full((len(THRESHOLDS), len(RECALLS), num_categories, len(AREA_RANGES)), -1.0)
-    recall = np.full((len(THRESHOLDS), num_categories, len(AREA_RANGES)), -1.0)
+    num_categories = len(all_totals)
+    _, num_thresholds, num_areas = state.shape
+    precision = np.full((num_thresholds, len(RECALLS), num_categories, num_areas), -1.0)
+    recall = np.full((num_thresholds, num_categories, num_areas), -1.0)
     # Detections outside ``matched`` only add false positives, so a class costs its M matches, not its D detections.
     cuts = np.searchsorted(categories, np.arange(num_categories + 1))
     matched_cuts = np.searchsorted(matched, cuts)
-    for category in np.flatnonzero(truths.totals.any(axis=1)).tolist():
+    for category in np.flatnonzero(all_totals.any(axis=1)).tolist():
         rows = slice(cuts[category], cuts[category + 1])
         matched_rows = slice(matched_cuts[category], matched_cuts[category + 1])
-        totals = truths.totals[category].tolist()
+        totals = all_totals[category].tolist()
         num_true, best = _precision_at_true_positives(
             counts[rows], matched[matched_rows] - rows.start, state[matched_rows], max(totals)
         )

@@ -38,13 +38,16 @@ class CocoEvaluation(Evaluation):
         return values | sizes
 
 
-def evaluate_coco(ground_truth: GroundTruth, results: Results, task: str = "bbox") -> CocoEvaluation:
+def evaluate_coco(
+    ground_truth: GroundTruth, results: Results, task: str = "bbox", keep_matches: bool = False
+) -> CocoEvaluation:
     """Evaluate detections by COCO's rules, with 1, 10 and 100 detections of a class in an image.
 
     Args:
         ground_truth: in COCO or LVIS format.
         results: the detections. Masks are small, medium or large by their own area, not their box's.
         task: "bbox" or "segm".
+        keep_matches: return the matches, too.
 
     Raises:
         ValueError: unknown task, unknown image or category ids, or, for task segm, masks that are missing, damaged or
@@ -60,14 +63,16 @@ def evaluate_coco(ground_truth: GroundTruth, results: Results, task: str = "bbox
     rank = rank_in_group(detections.keys)
     detections, rank = detections.select(rank < MAX_DETS[-1]), rank[rank < MAX_DETS[-1]]
     counts = ~is_outside_ranges(results.areas(task)[detections.rows])
-    matched, state = match_results(ground_truth, results, task, detections, truths)
-    precision, recall = accumulate(detections.categories, counts, matched, state, truths)
+    matches = match_results(ground_truth, results, task, detections, truths, counts)
+    matched = matches.rows
+    precision, recall = accumulate(detections.categories, counts, matched, matches.state, truths.totals)
 
-    is_true = state[:, :, 0] == 1  # (M, T), annotations of any size
+    is_true = matches.state[:, :, 0] == 1  # (M, T), annotations of any size
     classes, totals = detections.categories[matched], truths.totals[:, 0]
     recalls = {}
     for limit in MAX_DETS:
         within = is_true & (rank[matched] < limit)[:, None]
         num_true = np.stack([np.bincount(classes, weights=column, minlength=len(totals)) for column in within.T])
         recalls[limit] = np.where(totals > 0, num_true / np.maximum(totals, 1), -1.0)  # (T, K)
-    return CocoEvaluation(precision, recall, ground_truth.category_ids, totals, recalls)
+    kept = matches if keep_matches else None
+    return CocoEvaluation(precision, recall, ground_truth.category_ids, totals, recalls, matches=kept)

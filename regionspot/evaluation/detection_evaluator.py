@@ -10,6 +10,7 @@ from detectron2.evaluation import LVISEvaluator
 from regionspot.data.coco_io import read_results, write_list
 from regionspot.data.datasets import category_ids
 from regionspot.evaluation.ground_truth import GroundTruth
+from regionspot.evaluation.record import EvaluationRecord
 from regionspot.evaluation.report import evaluate_task, format_table, write_evaluations
 from regionspot.utils.files import atomic_path
 
@@ -51,3 +52,12 @@ class DetectionLVISEvaluator(LVISEvaluator):
         self._results.update({task: evaluation.metrics() for task, evaluation in evaluations.items()})
         logger.info("%s", format_table(self._results))
         write_evaluations(directory, truth, evaluations)
+        annotations, images = (Path(self._metadata.get(key, "")) for key in ("json_file", "image_root"))
+        EvaluationRecord(
+            annotations=str(annotations.absolute()),
+            predictions=path.name,
+            metric="lvis",
+            max_dets=self._max_dets_per_image,
+            dataset=self._metadata.name,
+            images=str(images.absolute()) if images.parts else "",
+        ).write(directory)

@@ -56,6 +56,7 @@ class GroundTruth:
         rank = np.argsort(order)  # the inverse permutation: from the file's order to that of ascending ids
         self.image_ids = images.ids[order]
         self.sizes = np.stack([images.heights, images.widths], axis=1)[order].astype(np.int64)
+        self._image_order = order
         self._lists = {"neg_category_ids": images.negatives, "not_exhaustive_category_ids": images.not_exhaustive}
         # Federated annotation: an image lists categories that are absent, and categories annotated incompletely.
         pairs = []
@@ -71,6 +72,11 @@ class GroundTruth:
         self.ignore, self.crowd = annotations.ignore, annotations.crowd
         self.has_id_zero = annotations.has_id_zero
         self._masks: dict[int, dict] = {}
+
+    def file_name(self, image: int) -> str:
+        """Return the file name of an image, by its position in ``image_ids``; "" if the file has none."""
+        images, row = self._file.images, int(self._image_order[image])
+        return images.names[images.name_ends[row] : images.name_ends[row + 1]].tobytes().decode()
 
     def require_lvis(self) -> None:
         """Refuse a file that lacks what LVIS's protocol needs."""

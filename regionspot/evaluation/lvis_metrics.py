@@ -57,6 +57,7 @@ def evaluate_lvis(
     *,
     dets_per_class: int = DETS_PER_CLASS,
     segm_areas: str = "masks",
+    keep_matches: bool = False,
 ) -> LvisEvaluation:
     """Evaluate detections by LVIS's rules.
 
@@ -70,6 +71,7 @@ def evaluate_lvis(
         dets_per_class: of the fixed protocol.
         segm_areas: whether a mask is small, medium or large is decided by "masks", as in Detectron2, or by "boxes", as
             in ``lvis`` itself where entries have both.
+        keep_matches: return the matches, too.
 
     Raises:
         ValueError: an invalid argument, annotations that are not LVIS's, unknown image or category ids, or, for task
@@ -100,8 +102,8 @@ def evaluate_lvis(
     # Where not every object is annotated, a detection without a match is no false positive.
     not_exhaustive = np.isin(detections.keys, ground_truth.not_exhaustive)
     counts = ~(is_outside_ranges(areas[detections.rows]) | not_exhaustive[:, None])
-    matched, state = match_results(ground_truth, results, task, detections, truths)
-    precision, recall = accumulate(detections.categories, counts, matched, state, truths)
+    matches = match_results(ground_truth, results, task, detections, truths, counts)
+    precision, recall = accumulate(detections.categories, counts, matches.rows, matches.state, truths.totals)
     return LvisEvaluation(
         precision=precision,
         recall=recall,
@@ -113,6 +115,7 @@ def evaluate_lvis(
         num_judged=len(judged),
         num_images_with_detections=len(np.unique(images)),
         max_dets=None if is_fixed else max_dets,
+        matches=matches if keep_matches else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import DETS_PER_CLASS
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
 from regionspot.evaluation.protocol import ANNOTATED, Protocol, short_hash
-from regionspot.evaluation.report import evaluate_task, format_table, region_accuracy, write_evaluations
+from regionspot.evaluation.record import EvaluationRecord
+from regionspot.evaluation.report import chance_warning, evaluate_task, format_table, region_accuracy, write_evaluations
 from regionspot.utils.rle import PackedRles
 
 logger = logging.getLogger(__name__)
@@ -124,7 +126,8 @@ class RegionEvaluator(DatasetEvaluator):
         results, regions, unreadable = self._read_log()
         # the names of Detectron2's evaluators, which other tools look for
         kind = "coco" if self.protocol.metric == "coco" else "lvis"
-        write_results(self.output_dir / f"{kind}_instances_results.json", results)
+        file_name = f"{kind}_instances_results.json"
+        write_results(self.output_dir / file_name, results)
         evaluations = self._evaluate_tasks(truth, results)
         metrics = OrderedDict({task: evaluation.metrics() for task, evaluation in evaluations.items()})
         line = self.protocol.line(len(self.log), self.num_images)
@@ -142,16 +145,35 @@ class RegionEvaluator(DatasetEvaluator):
             targets, top = zip(*regions)
             metrics["region"] = more["region"] = region_accuracy(targets, top, truth.frequencies)
             logger.info("accuracy on the annotated boxes\n%s", format_table({"region": metrics["region"]}))
+            if warning := chance_warning(targets, top, metrics["bbox"]["AP"]):
+                more["warning"] = warning
+                logger.warning("%s", warning)
         write_evaluations(self.output_dir, truth, evaluations, **more)
+        self._write_record(file_name)
         return metrics
 
-    def _evaluate_tasks(self, truth: GroundTruth, results: Results) -> dict[str, Evaluation]:
+    @property
+    def _max_dets(self) -> int:
         limit = self.protocol.detections_per_image
-        limit = LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
+        return LVIS_LIMIT if limit < 0 else min(limit, LVIS_LIMIT)
+
+    def _write_record(self, predictions: str) -> None:
+        images = self.metadata.get("image_root")
+        EvaluationRecord(
+            annotations=str(self.json_file.absolute()),
+            predictions=predictions,
+            metric=self.protocol.metric,
+            max_dets=self._max_dets,
+            dataset=self.metadata.name,
+            images=str(Path(images).absolute()) if images else "",
+            protocol=asdict(self.protocol),
+        ).write(self.output_dir)
+
+    def _evaluate_tasks(self, truth: GroundTruth, results: Results) -> dict[str, Evaluation]:
         evaluations: dict[str, Evaluation] = {}
         for task in self.tasks:
             try:
-                evaluations[task] = evaluate_task(truth, results, task, self.protocol.metric, limit)
+                evaluations[task] = evaluate_task(truth, results, task, self.protocol.metric, self._max_dets)
             except ValueError as error:
                 if task == "bbox":
                     raise

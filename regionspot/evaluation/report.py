@@ -16,14 +16,22 @@ from regionspot.evaluation.ground_truth import FREQUENCIES, GroundTruth
 from regionspot.evaluation.lvis_metrics import LvisEvaluation, evaluate_lvis
 from regionspot.utils.files import atomic_path
 
+DECENT_AP = 10.0  # percent
+
 
 def evaluate_task(
-    truth: GroundTruth, results: Results, task: str, metric: str, max_dets: int = 300, segm_areas: str = "masks"
+    truth: GroundTruth,
+    results: Results,
+    task: str,
+    metric: str,
+    max_dets: int = 300,
+    segm_areas: str = "masks",
+    keep_matches: bool = False,
 ) -> LvisEvaluation | CocoEvaluation:
     """Evaluate detections by ``metric``: "lvis", "fixed" or "coco"; see ``evaluate_lvis`` and ``evaluate_coco``."""
     if metric == "coco":
-        return evaluate_coco(truth, results, task)
-    return evaluate_lvis(truth, results, task, metric, max_dets, segm_areas=segm_areas)
+        return evaluate_coco(truth, results, task, keep_matches)
+    return evaluate_lvis(truth, results, task, metric, max_dets, segm_areas=segm_areas, keep_matches=keep_matches)
 
 
 def region_accuracy(
@@ -49,6 +57,26 @@ def region_accuracy(
         for suffix, group in rows.items()
         for k in (1, 5)
     }
+
+
+def chance_warning(targets: Sequence[np.ndarray], top: Sequence[np.ndarray], ap: float) -> str:
+    """Return a warning if names are no better than one name for all regions while AP is decent, "" if all is well.
+
+    AP compares the scores of different images for each class, so it can be decent where all classes of a region are in
+    the wrong order; it is then no measure of recognition.
+
+    Args:
+        targets, top: as for ``region_accuracy``.
+        ap: AP of the boxes in percent.
+    """
+    classes, best = np.concatenate(targets), np.concatenate(top)[:, 0]
+    top1, chance = 100 * float((best == classes).mean()), 100 * float(np.bincount(classes).max() / len(classes))
+    if ap < DECENT_AP or chance > 50 or top1 > 1.1 * chance:
+        return ""
+    return (
+        f"AP is {ap:.1f}, but the best name of a region is right for {top1:.1f}% of the annotated boxes, and the most "
+        f"frequent name alone would be for {chance:.1f}%: the model does not tell the names of a region apart"
+    )
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:

@@ -32,6 +32,18 @@ class CropRecognizer(RegionRecognizer):
         node = cfg.MODEL.REGIONSPOT.CROP
         return {**RegionRecognizer.from_config(cfg), "masked": node.MASKED, "batch_size": node.BATCH_SIZE}
 
+    @classmethod
+    def sharing(cls, recognizer: RegionRecognizer, masked: bool = False) -> "CropRecognizer":
+        """Return CLIP on crops over the frozen parts of ``recognizer``, in eval mode; vocabularies are not shared."""
+        return cls(
+            localizer=recognizer.localizer,
+            vision_language=recognizer.vision_language,
+            knowledge_integration=recognizer.knowledge_integration,
+            text_encoder=recognizer.classifier.text_encoder,
+            rule=recognizer.rule,
+            masked=masked,
+        ).eval()
+
     def encode_images(
         self, images: list[torch.Tensor], with_embeddings: bool = True, with_feature_map: bool = False
     ) -> ImageFeatures:

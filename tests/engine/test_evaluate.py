@@ -476,3 +476,16 @@ def test_repaired_image_is_evaluated_when_resumed(dataset, tmp_path, monkeypatch
     image.write_bytes(whole)
     evaluate(tmp_path, "DATALOADER.SKIP_UNREADABLE", True)
     assert written(tmp_path) == expected
+
+
+def test_names_at_chance_beside_decent_ap_are_warned_about(dataset, tmp_path, caplog):
+    """A model that gives every region the same tokens, and so the same name: AP is that of four classes by chance."""
+    model = tiny_model("MODEL.MASK_ON", True, names=None)
+    torch.nn.init.zeros_(model.recognizer.knowledge_integration.projector.weight)
+    with caplog.at_level(logging.WARNING, "regionspot"):
+        metrics = RegionSpotTrainer.test(config(tmp_path), model)
+    classes = np.concatenate([draw_scene(i)[2] for i in range(10)])
+    constant = 100 * np.bincount(classes).max() / len(classes)
+    assert metrics["bbox"]["AP"] > 10 and metrics["region"]["top1"] <= constant
+    warning = json.loads(written(tmp_path))["warning"]
+    assert f"frequent name alone would be for {constant:.1f}%" in warning and warning in caplog.text

@@ -90,7 +90,7 @@ def test_limits_as_lvis(tmp_path, max_dets):
 
 @pytest.mark.parametrize("limit", [1, 7, 50])
 def test_block_sizes_as_lvis(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(matching, "_PAIRS", limit)
+    monkeypatch.setattr(matching, "PAIRS", limit)
     monkeypatch.setattr(matching, "_EDGES", limit)
     compare(tmp_path, *make_world(0, **HOSTILE["crowded"]), "bbox")
 

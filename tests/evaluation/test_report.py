@@ -8,7 +8,7 @@ import pytest
 
 from regionspot.data.coco_io import read_results
 from regionspot.evaluation.ground_truth import GroundTruth
-from regionspot.evaluation.report import evaluate_task, write_evaluations
+from regionspot.evaluation.report import chance_warning, evaluate_task, write_evaluations
 
 from .reference import make_world, run_lvis, write_world
 
@@ -44,3 +44,13 @@ def test_report_files(tmp_path):
         assert int(row["annotations"]) == sum(entry["area"] > 0 and not entry.get("ignore") for entry in own)
     shown = [float(row["AP"]) for row in rows if row["AP"]]
     assert np.mean(shown) == pytest.approx(evaluation.metrics()["AP"])
+
+
+def test_one_name_for_all_is_warned_about():
+    targets, constant = [np.array([0, 0, 1]), np.array([2, 3])], [np.zeros((3, 2), int), np.zeros((2, 2), int)]
+    warning = chance_warning(targets, constant, 35.0)
+    assert "AP is 35.0" in warning and "right for 40.0% of the annotated boxes" in warning
+    assert not chance_warning(targets, constant, 9.0)  # AP is low, too: nothing contradicts
+    right = [np.stack([own, own], axis=1) for own in targets]
+    assert not chance_warning(targets, right, 35.0)
+    assert not chance_warning([np.zeros(9, int)], [np.zeros((9, 1), int)], 100.0)  # one class: constant is right

@@ -6,8 +6,9 @@ from detectron2.modeling import build_model
 from torch.nn import functional as F
 
 from regionspot.modeling import CropBaseline
+from regionspot.modeling.crop_baseline import CropRecognizer
 
-from ..helpers import NAMES, as_inputs, tiny_config
+from ..helpers import NAMES, as_inputs, tiny_config, tiny_model
 
 
 def baseline(*overrides):
@@ -95,3 +96,15 @@ def test_sam_runs_for_masks_only(architecture, monkeypatch):
     [output] = model([as_inputs(0)])
     assert output["instances"].has("pred_masks") == with_masks
     assert calls == (["encode_images", "forward"] if masked or with_masks else [])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_baseline_over_the_parts_of_another_recognizer(masked):
+    model = baseline("MODEL.REGIONSPOT.CROP.MASKED", masked)
+    shared = CropRecognizer.sharing(tiny_model().recognizer, masked)  # of the same seed
+    shared.set_vocabulary(NAMES)
+    inputs = as_inputs(3)
+    [expected] = model([inputs])
+    [result] = shared.recognize([inputs["image"]], [inputs["instances"].gt_boxes])
+    torch.testing.assert_close(result.regions.top_scores, expected["regions"].top_scores, atol=1e-5, rtol=0)
+    assert torch.equal(result.regions.top_classes, expected["regions"].top_classes)

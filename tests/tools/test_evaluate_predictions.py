@@ -53,6 +53,7 @@ def test_boxes_and_masks(case, tmp_path, capsys):
         assert f"{path.name} (sha256 {sha256_of_file(path)[:12]})" in protocol
     assert f"{metrics['segm']['APr']:.3f}" in "\n".join(table)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "evaluation.json",
         "metrics.json",
         "per_class_bbox.csv",
         "per_class_segm.csv",

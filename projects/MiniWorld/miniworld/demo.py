@@ -18,6 +18,7 @@ from PIL import Image
 
 from miniworld import experiment
 from miniworld.drawing import draw_predictions
+from regionspot.modeling.crop_baseline import CropRecognizer
 from regionspot.utils.files import atomic_path
 
 
@@ -45,7 +46,7 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
         summary.update(experiment.recognize_scenes(recognizer, scenes, jittered=True).accuracies("jittered_"))
     with stage("crops", "the same regions by CLIP on box crops and on mask crops"):
         for kind in ("box", "mask"):
-            baseline = experiment.crop_recognizer(recognizer, masked=kind == "mask")
+            baseline = CropRecognizer.sharing(recognizer, masked=kind == "mask")
             crops = experiment.recognize_scenes(baseline, scenes)
             summary.update(crops.accuracies(f"crop_{kind}_"))
     with stage("lvis", "LVIS AP of boxes and masks, by true boxes and by a proposal file"):

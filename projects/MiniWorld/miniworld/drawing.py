@@ -8,7 +8,7 @@ from miniworld.categories import NAMES, NOVEL
 from miniworld.experiment import locate_boxes
 from miniworld.generator import SIZE, Scene
 from regionspot.modeling import RegionRecognizer
-from regionspot.visualization import cross_attention, draw_labels
+from regionspot.visualization import cross_attention, draw_attention, draw_labels
 
 SCALE = 3  # images are drawn this much larger
 
@@ -32,7 +32,8 @@ def draw_predictions(recognizer: RegionRecognizer, scenes: list[Scene]) -> dict[
         if index == 0 and features.feature_map is not None:
             maps = cross_attention(recognizer.knowledge_integration, located.tokens, features.feature_map)
             for region in range(min(2, len(maps))):
-                images[f"attention_{region}"] = overlay(large, maps[region].cpu().numpy(), scene.boxes[region] * SCALE)
+                attention, box = maps[region].cpu().numpy(), scene.boxes[region] * SCALE
+                images[f"attention_{region}"] = draw_attention(large, attention, box)
     return images
 
 
@@ -40,11 +41,3 @@ def describe(predicted: int, true: int) -> str:
     """Return a region's label: what was predicted, the truth where it differs, a star for a novel class."""
     star = "*" if true in NOVEL else ""
     return f"{star}{NAMES[predicted]}" if predicted == true else f"{star}{NAMES[predicted]} ({NAMES[true]})"
-
-
-def overlay(image: np.ndarray, attention: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Lay a (g, g) attention map over an image, bright where the region attends, with the region's box."""
-    side = image.shape[0]
-    heat = np.asarray(Image.fromarray((attention / attention.max()).astype(np.float32)).resize((side, side)))
-    mixed = (image * (0.25 + 0.75 * np.clip(heat, 0, 1)[..., None])).astype(np.uint8)
-    return draw_labels(mixed, box[None], None, ["attention of this region"])

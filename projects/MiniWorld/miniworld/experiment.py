@@ -25,7 +25,6 @@ from regionspot.data import register_json_dataset
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
-from regionspot.modeling.crop_baseline import CropRecognizer
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.recognizer import ImageFeatures
 from regionspot.structures import Prompts
@@ -138,17 +137,6 @@ def recognize_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
         overlap, union = (masks & scene.masks).sum(axis=(1, 2)), (masks | scene.masks).sum(axis=(1, 2))
         results.ious += (overlap / np.maximum(union, 1)).tolist()
     return results
-
-
-def crop_recognizer(recognizer: RegionRecognizer, masked: bool) -> CropRecognizer:
-    """Return CLIP on box crops or mask crops, over the same frozen parts."""
-    return CropRecognizer(
-        localizer=recognizer.localizer,
-        vision_language=recognizer.vision_language,
-        knowledge_integration=recognizer.knowledge_integration,
-        text_encoder=recognizer.classifier.text_encoder,
-        masked=masked,
-    ).eval()
 
 
 def locate_boxes(

@@ -83,16 +83,7 @@ class TokenStore:
             KeyError: the image is not in the store.
             ValueError: the boxes differ.
         """
-        position = int(np.searchsorted(self.image_ids, image_id))
-        if position == len(self.image_ids) or self.image_ids[position] != image_id:
-            raise KeyError(
-                f"token store {self.directory}: no image {image_id}; was it extracted from the same annotations?"
-            )
-        shard_index, row = self._locations[position]
-        shard = self._shards[shard_index]
-        # Reading past the end of a memory map, of a file that was truncated since, would kill the process.
-        _check_size(self.directory, self.manifest["shards"][shard_index])
-        start, stop = shard["offsets"][row : row + 2].tolist()
+        shard, row, start, stop = self._find(image_id)
         stored = shard["boxes"][start:stop]  # (n, 4)
         # A hundredth of a pixel: annotations that were written again with fewer digits are still the same.
         if stored.shape != boxes.shape or not torch.allclose(stored, boxes.float(), atol=0.01):
@@ -106,6 +97,32 @@ class TokenStore:
         if self.has_feature_maps:
             features["feature_map"] = shard[f"{prefix}feature_maps"][row].float()
         return features
+
+    def regions(self, image_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the regions whose tokens are stored of an image.
+
+        Returns:
+            (n, 4) float32 XYXY in the pixels of the original image, and (n,) int32 contiguous classes.
+
+        Raises:
+            KeyError: the image is not in the store.
+        """
+        shard, _, start, stop = self._find(image_id)
+        return shard["boxes"][start:stop], shard["labels"][start:stop]
+
+    def _find(self, image_id: int) -> tuple[dict[str, torch.Tensor], int, int, int]:
+        """Return an image's shard, its row there, and where its regions start and stop."""
+        position = int(np.searchsorted(self.image_ids, image_id))
+        if position == len(self.image_ids) or self.image_ids[position] != image_id:
+            raise KeyError(
+                f"token store {self.directory}: no image {image_id}; was it extracted from the same annotations?"
+            )
+        shard_index, row = self._locations[position].tolist()
+        shard = self._shards[shard_index]
+        # Reading past the end of a memory map, of a file that was truncated since, would kill the process.
+        _check_size(self.directory, self.manifest["shards"][shard_index])
+        start, stop = shard["offsets"][row : row + 2].tolist()
+        return shard, row, start, stop
 
     def image_files(self, image_ids: np.ndarray) -> np.ndarray:
         """Return the ``describe_file`` of images of the store, (n, 3) int64; zeros if it was not recorded."""

@@ -440,3 +440,15 @@ def test_flipped_thin_box_keeps_its_token(dataset, tmp_path):
     mapper = RegionSpotDatasetMapper(augmentations=[T.RandomFlip(prob=1.0)], image_format="RGB", token_store=store)
     mapped = mapper(DatasetCatalog.get(dataset)[0])
     assert len(mapped["tokens"]) == len(mapped["instances"])
+
+
+def test_stored_regions_are_the_annotated_ones(dataset, tmp_path):
+    extract(tmp_path / "store")
+    store = TokenStore(tmp_path / "store")
+    for record in DatasetCatalog.get(dataset):
+        boxes, labels = store.regions(record["image_id"])
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in record["annotations"])]
+        assert boxes.tolist() == corners
+        assert labels.tolist() == [entry["category_id"] for entry in record["annotations"]]
+    with pytest.raises(KeyError, match="no image 99"):
+        store.regions(99)
