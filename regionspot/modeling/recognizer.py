@@ -213,7 +213,8 @@ class RegionRecognizer(nn.Module):
         """
         vocabularies = vocabularies or [""] * len(tokens)
         semantic_tokens = self.knowledge_integration(tokens, feature_map)  # B x (N_i, text_dim)
-        if len(semantic_tokens) == len(vocabularies) and len({*map(id, vocabularies)}) == 1:  # images together
+        keys = {id(x) if isinstance(x, torch.Tensor) else x for x in vocabularies}
+        if len(semantic_tokens) == len(vocabularies) and len(keys) == 1:  # all images together
             logits = self.score(torch.cat(semantic_tokens), vocabularies[0], with_background)
             return list(logits.split([len(x) for x in semantic_tokens]))
         return [self.score(x, v, with_background) for x, v in zip(semantic_tokens, vocabularies, strict=True)]
