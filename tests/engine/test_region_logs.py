@@ -48,7 +48,7 @@ def test_top1_of_the_batches_of_a_step(scenes, tmp_path, monkeypatch):  # noqa: 
     with torch.enable_grad():
         trainer.train()
     assert len(batches) == 40 and all(len(batch) == 2 for batch in batches)
-    assert len(calls) == 40 * 2 + 4  # the images of the last step are scored once more, those of others are not
+    assert len(calls) == 40 + 4  # the images of the last step are scored once more, those of others are not
     correct = []
     for inputs in (*batches[38], *batches[39]):
         recognizer = trainer.recognizer
