@@ -19,15 +19,27 @@ LIMITS = {
 }
 
 
-def protocol_line(truth: GroundTruth, results: Results, args: Namespace) -> str:
+def describe_protocol(truth: GroundTruth, results: Results, args: Namespace) -> dict[str, str]:
+    """Return what the numbers depend on."""
+    annotations, predictions = (
+        f"{path.name} (sha256 {sha256_of_file(path)[:12]})" for path in (args.annotations, args.predictions)
+    )
+    return {
+        "limit": LIMITS[args.protocol].format("all" if args.max_dets == -1 else args.max_dets),
+        "images with detections": f"{len(np.unique(results.image_ids))} of {len(truth.image_ids)} evaluated",
+        "predictions": predictions,
+        "annotations": annotations,
+    }
+
+
+def protocol_line(protocol: dict[str, str], args: Namespace) -> str:
     """Return what the numbers mean, in one line."""
-    files = (f"{path.name} (sha256 {sha256_of_file(path)[:12]})" for path in (args.annotations, args.predictions))
     parts = [
         f"protocol {args.protocol}",
         f"task {' '.join(args.task)}",
-        LIMITS[args.protocol].format("all" if args.max_dets == -1 else args.max_dets),
-        f"images with detections {len(np.unique(results.image_ids))} of {len(truth.image_ids)} evaluated",
-        " on ".join(reversed(list(files))),
+        protocol["limit"],
+        f"images with detections {protocol['images with detections']}",
+        f"{protocol['predictions']} on {protocol['annotations']}",
     ]
     return " | ".join(parts)
 
@@ -48,11 +60,18 @@ def main(args: Namespace) -> None:
                 raise
             print(f"masks are not evaluated: {error}", file=sys.stderr)
     args.task = list(evaluations)
-    print(protocol_line(truth, results, args))
+    protocol = describe_protocol(truth, results, args)
+    print(protocol_line(protocol, args))
     print(format_table({task: evaluation.metrics() for task, evaluation in evaluations.items()}), end="\n\n")
     print(format_table({task: evaluation.average_recalls() for task, evaluation in evaluations.items()}), end="\n\n")
     if args.output:
         write_evaluations(args.output, truth, evaluations)
-        annotations, predictions = (str(path.absolute()) for path in (args.annotations, args.predictions))
-        EvaluationRecord(annotations, predictions, args.protocol, args.max_dets, args.segm_areas).write(args.output)
+        EvaluationRecord(
+            annotations=str(args.annotations.absolute()),
+            predictions=str(args.predictions.absolute()),
+            metric=args.protocol,
+            max_dets=args.max_dets,
+            segm_areas=args.segm_areas,
+            protocol=dict(protocol),
+        ).write(args.output)
         print(f"written to {args.output}")

@@ -20,7 +20,7 @@ class EvaluationRecord(msgspec.Struct, forbid_unknown_fields=True):
         segm_areas: see ``evaluate_lvis``.
         dataset: registered name of the data set, if it has one.
         images: absolute path of the directory of images, "" if it is unknown.
-        protocol: the fields of a ``Protocol``, if there is one.
+        protocol: what else the numbers depend on: the fields of a ``Protocol``, or the command line's.
     """
 
     annotations: str

@@ -104,7 +104,7 @@ def _summary(runs: list[Run]) -> Section:
     section.warnings = [
         f"The runs differ in {key}: " + "; ".join(f"{run.name}: {value}" for run, value in zip(runs, values))
         for key, values in protocol_differences(runs)
-        if key not in ("checkpoint", "config")  # what one usually compares
+        if key not in ("checkpoint", "config", "predictions")  # what one usually compares
     ]
     section.warnings += [f"{run.name}: {run.metrics['warning']}" for run in runs if run.metrics.get("warning")]
     differences, regions = difference_table(runs), region_table(runs)

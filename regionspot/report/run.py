@@ -28,8 +28,8 @@ class Run:
     @property
     def protocol(self) -> str:
         """What the numbers mean, in one line."""
-        known = f"protocol: {self.record.metric} on {Path(self.record.annotations).name}"
-        return self.metrics.get("protocol") or f"{known}; predictions: {Path(self.record.predictions).name}"
+        fields = "".join(f"; {key}: {value}" for key, value in self.record.protocol.items())
+        return self.metrics.get("protocol") or f"protocol: {self.record.metric}{fields}"
 
     @property
     def tasks(self) -> dict[str, dict[str, float | None]]:
@@ -52,7 +52,7 @@ def open_runs(directories: Sequence[str | Path]) -> list[Run]:
         ValueError: damaged files, several evaluations in an ``OUTPUT_DIR``, or evaluations of different annotations.
     """
     places = [_find_evaluation(Path(directory)) for directory in directories]
-    runs = [_open_run(place, name) for place, name in zip(places, _names(directories, places))]
+    runs = [_open_run(place, name) for place, name in zip(places, _names(places))]
     first = runs[0]
     for run in runs[1:]:
         if not _is_same_file(run.record.annotations, first.record.annotations):
@@ -95,15 +95,22 @@ def _open_run(directory: Path, name: str) -> Run:
     return run
 
 
-def _names(directories: Sequence[str | Path], places: list[Path]) -> list[str]:
-    """Return the name of each run's directory, or the paths as they were given where names are equal."""
-    names = []
+def _names(places: list[Path]) -> list[str]:
+    """Return what tells the runs' directories apart, or else their own names."""
+    parts = []
     for place in places:
         absolute = place.absolute()
         is_inside = absolute.parent.name == "inference"  # OUTPUT_DIR/inference/<data set>
-        names.append(absolute.parents[1].name if is_inside else absolute.name)
-    if len(set(names)) < len(names):
-        names = [str(directory) for directory in directories]
+        parts.append(list(absolute.parents[1].parts if is_inside else absolute.parts))
+    distinct = set(map(tuple, parts))
+    if len({own[-1] for own in distinct}) == len(distinct):
+        parts = [own[-1:] for own in parts]
+    # else what is left without the common beginning and end of the paths
+    while min(map(len, parts)) > 1 and len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]
+    while min(map(len, parts)) > 1 and len({own[0] for own in parts}) == 1:
+        parts = [own[1:] for own in parts]
+    names = [str(Path(*own)) for own in parts]
     if len(set(names)) < len(names):
         names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return names

@@ -106,7 +106,7 @@ def class_ap(run, task):
 def test_numbers_are_the_evaluators(runs, tmp_path):
     first, second, images = runs
     page = report(tmp_path / "r.html", first, second, images=images)
-    first_name, second_name = str(first), str(second)  # both directories are called "out"
+    first_name, second_name = "first", "second"  # both directories are called "out"
     rows = {(row[""], row["run"]): row for row in page.rows("metrics")}
     for task, title in (("bbox", "boxes"), ("segm", "masks")):
         for name, run in ((first_name, first), (second_name, second)):
@@ -225,6 +225,30 @@ def test_directories_without_an_evaluation(tmp_path, runs):
     (run.directory / "evaluation.json").write_text('{"metric": 3}')
     with pytest.raises(ValueError, match=r"evaluation.json: damaged \(.*\); evaluate again"):
         open_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("places", "names"),
+    [
+        (["a/x", "a/y"], ["x", "y"]),
+        (["x/out", "y/out"], ["x", "y"]),
+        (["x/1/inference/val", "y/1/inference/val"], ["x", "y"]),
+        (["a/x/b/out", "a/y/c/out"], ["x/b", "y/c"]),
+        (["x", "x"], ["x (1)", "x (2)"]),
+        (["one"], ["one"]),
+    ],
+)
+def test_runs_have_names_of_their_own(tmp_path, runs, places, names):
+    for place in dict.fromkeys(places):
+        shutil.copytree(runs[0], tmp_path / "runs" / place)
+    assert [run.name for run in open_runs([tmp_path / "runs" / place for place in places])] == names
+
+
+def test_different_rules_are_warned_about(tmp_path, world, runs):
+    fixed = evaluate(tmp_path / "fixed", *world, "--protocol", "fixed")
+    text = "".join(report(tmp_path / "r.html", runs[0], fixed).text)
+    assert "The runs differ in metric: " in text and "lvis; " in text and "10000 detections per class" in text
+    assert "The runs differ in predictions" not in text
 
 
 def test_set_in_cocos_format(tmp_path):
