@@ -1,19 +1,18 @@
+"""What holds for all tests. It imports no PyTorch: pytest-xdist's main process, which runs no test, starts at once."""
+
+import gc
+import itertools
 import os
 import signal
 from pathlib import Path
 
+import pytest
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU wherever they run; before CUDA is looked for
 os.environ["OMP_NUM_THREADS"] = "1"  # networks as small as these are faster so, and forked processes need it
-
-import pytest
-import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
-from regionspot.data import register_json_dataset
-
-torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
 
+NUMBERS = itertools.count()
 # Files that take longest, the longest first: they train models, start processes, or build full-size networks.
 SLOW = [
     "miniworld/test_miniature.py",
@@ -45,6 +44,17 @@ SLOW = [
 ]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import the modules without garbage collection, and keep what they made out of all later ones."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of slow files, and start with them, so that no worker is left with one at the end."""
     order = {Path(__file__).parent / name: position for position, name in enumerate(SLOW)}
@@ -65,7 +75,8 @@ def session_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache_directory(tmp_path_factory, monkeypatch):
     """Keep each test's cache apart from the user's and from the others'."""
-    directory = tmp_path_factory.mktemp("cache")
+    directory = tmp_path_factory.getbasetemp() / "caches" / str(next(NUMBERS))  # mktemp would list all others first
+    directory.mkdir(parents=True)
     monkeypatch.setenv("REGIONSPOT_CACHE", str(directory))
     return directory
 
@@ -73,6 +84,10 @@ def cache_directory(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def register():
     """Return a function that registers data sets as ``register_json_dataset`` does; they are forgotten afterwards."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from regionspot.data import register_json_dataset
+
     names = []
 
     def add(name, *args, **kwargs):

@@ -14,18 +14,22 @@ from detectron2.utils.logger import setup_logger
 
 from .helpers import load_program
 
+OWN = ("detectron2", "regionspot", "regionspot_cli", "miniworld", "tools", "tests")
+
 
 class Program:
     """A Python program in a process of its own; its output goes to a file."""
 
-    def __init__(self, directory: Path, script: Path, *arguments: object) -> None:
+    def __init__(self, directory: Path, script: Path, *arguments: object, imports_again: bool = False) -> None:
         """
         Args:
             directory: where it runs.
             script: the program.
             arguments: of its command line.
+            imports_again: whether it imports Detectron2 and the project itself, as in a new interpreter.
         """
         self.directory, self.argv = directory, [str(part) for part in (script, *arguments)]
+        self.imports_again = imports_again
         self.log = directory / f".said-{time.monotonic_ns()}"
         self.process = multiprocessing.get_context("fork").Process(target=self._become)
         self.process.start()
@@ -56,12 +60,15 @@ class Program:
         setup_logger.cache_clear()
         forked = partial(torch.multiprocessing.start_processes, start_method="fork")
         torch.multiprocessing.start_processes = forked  # type: ignore[assignment]
+        if self.imports_again:
+            for name in [name for name in sys.modules if name.split(".")[0] in OWN]:
+                del sys.modules[name]
         runpy.run_path(self.argv[0], run_name="__main__")
 
 
-def run_program(directory: Path, script: Path, *arguments: object) -> str:
+def run_program(directory: Path, script: Path, *arguments: object, imports_again: bool = False) -> str:
     """Run a Python program in ``directory`` and return its output; it must succeed."""
-    program = Program(directory, script, *arguments)
+    program = Program(directory, script, *arguments, imports_again=imports_again)
     status = program.wait()
     assert status == 0, program.output()[-5000:]
     return program.output()

@@ -118,23 +118,29 @@ def convert(value, kind: type, function):
     return type(value)(convert(x, kind, function) for x in value) if isinstance(value, (list, tuple)) else value
 
 
-def unwrap(value):
-    return convert(value, SimulatedTensor, lambda tensor: tensor.inner)
+def unwrap(value, kinds: set[bool]):
+    """Return an operation's argument for the CPU; add to ``kinds`` whether each tensor in it is simulated."""
+    if isinstance(value, torch.Tensor):
+        simulated = isinstance(value, SimulatedTensor)
+        kinds.add(simulated)
+        return value.inner if simulated else value
+    return type(value)([unwrap(x, kinds) for x in value]) if isinstance(value, (list, tuple)) else value
 
 
 def run(operation, args: tuple, kwargs: dict):
     """Run an operation on the inner tensors; its results are on the device asked for, or else on its arguments'."""
     if operation is aten._fused_sdp_choice.default:
         return 0  # the plain mathematics of attention
-    kinds = {isinstance(tensor, SimulatedTensor) for tensor in tensors_in((*args, *kwargs.values()))}
-    if kinds == {True, False} and operation not in ACROSS:
+    kinds: set[bool] = set()
+    inner_args = unwrap(args, kinds)
+    inner_kwargs = {name: unwrap(value, kinds) for name, value in kwargs.items()}
+    if len(kinds) == 2 and operation not in ACROSS:
         check_devices(operation, args, kwargs)
-    inner_kwargs = {name: unwrap(value) for name, value in kwargs.items()}
     device = kwargs.get("device")
     if device is not None:
         inner_kwargs["device"] = "cpu"
         inner_kwargs.pop("pin_memory", None)
-    result = operation(*unwrap(args), **inner_kwargs)
+    result = operation(*inner_args, **inner_kwargs)
     if operation is aten.copy_.default:
         return args[0]
     if True not in kinds if device is None else not is_simulated(device):

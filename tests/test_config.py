@@ -1,5 +1,7 @@
 """Shipped configs load and build; sizes match the official models and the paper."""
 
+import functools
+
 import pytest
 import torch
 from clip.model import build_model as build_official_clip
@@ -100,8 +102,13 @@ def test_number_of_trained_parameters(name, millions):
     assert sum(value.numel() for value in trained.values()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@functools.cache
+def values(path):
+    return flat(load_config(path))
+
+
 def differences(path, base):
-    one, two = flat(load_config(path)), flat(load_config(base))
+    one, two = values(path), values(base)
     return {key for key in one if one[key] != two[key]}
 
 

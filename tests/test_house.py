@@ -1,6 +1,7 @@
 """The house rules: who imports whom, how long files and functions are, what never occurs, which words are used."""
 
 import ast
+import functools
 import re
 
 import pytest
@@ -37,6 +38,11 @@ MAY_IMPORT = {
 }
 
 
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
 def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
@@ -47,7 +53,7 @@ def test_imports_go_one_way(path):
     own = parts[1]
     if own == "__init__":
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         names = (
             [node.module]
             if isinstance(node, ast.ImportFrom)
@@ -65,7 +71,7 @@ def test_imports_go_one_way(path):
 def test_files_and_functions_are_short(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 350
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[1] if len(node.body) > 1 and ast.get_docstring(node) else node.body[0]
             assert node.end_lineno - first.lineno + 1 <= 50, node.name
@@ -85,7 +91,7 @@ def test_what_never_occurs(path):
 def test_modules_have_docstrings():
     for path in PACKAGE:
         if path.name != "__init__.py" or path.read_text().strip():
-            assert ast.get_docstring(ast.parse(path.read_text())), path
+            assert ast.get_docstring(tree(path)), path
 
 
 def read_glossary():
@@ -124,7 +130,7 @@ def test_names_of_the_glossary():
     _, refused = read_glossary()
     wrong = []
     for path in [*SHIPPED, *TESTS]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             is_variable = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
             name = getattr(node, "id", "") if is_variable else getattr(node, "arg", "") or getattr(node, "name", "")
             if name in refused and not isinstance(node, ast.keyword):
@@ -134,7 +140,7 @@ def test_names_of_the_glossary():
 
 def test_test_names_are_short():
     for path in TESTS:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 assert len(node.name) <= 60, f"{path.relative_to(ROOT)}: {node.name}"
 

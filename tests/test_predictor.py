@@ -1,5 +1,6 @@
 """The predictor: prompts of every kind, and the same numbers as the meta-architecture."""
 
+import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -20,13 +21,18 @@ POINTS = np.array([[[10, 10], [50, 40]], [[30, 20], [0, 0]]])
 LABELS = np.array([[1, 0], [1, -1]])
 
 
-@pytest.fixture
-def predictor():
+@pytest.fixture(scope="module")
+def original():
     torch.manual_seed(0)
     predictor = RegionSpotPredictor(tiny_config("MODEL.MASK_ON", True))
     predictor.set_vocabulary(NAMES)
     predictor.set_image(IMAGE)
     return predictor
+
+
+@pytest.fixture
+def predictor(original):
+    return copy.deepcopy(original)
 
 
 def test_equals_the_meta_architecture(predictor):

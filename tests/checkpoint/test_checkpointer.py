@@ -21,23 +21,32 @@ def logits_of(model):
     return instances.scores
 
 
-@pytest.fixture
-def released(tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
     """A released checkpoint with its frozen parts, one without, and files of these parts alone."""
-    model = tiny_model()
+    directory, model = tmp_path_factory.mktemp("released"), tiny_model()
     state = released_state(model)
-    torch.save({"model": state, "iteration": 449999}, tmp_path / "whole.pth")
+    torch.save({"model": state, "iteration": 449999}, directory / "whole.pth")
     torch.save(
         {"model": {k: v for k, v in state.items() if not k.startswith(("model.sam.", "model.clip_model."))}},
-        tmp_path / "trained.pth",
+        directory / "trained.pth",
     )
     torch.save(
-        {k.removeprefix("model.sam."): v for k, v in state.items() if k.startswith("model.sam.")}, tmp_path / "sam.pth"
+        {k.removeprefix("model.sam."): v for k, v in state.items() if k.startswith("model.sam.")},
+        directory / "sam.pth",
     )
     torch.save(
         {k.removeprefix("model.clip_model."): v for k, v in state.items() if k.startswith("model.clip_model.")},
-        tmp_path / "clip.pth",
+        directory / "clip.pth",
     )
+    return directory
+
+
+@pytest.fixture
+def released(files, tmp_path):
+    """The files, in the test's own directory."""
+    for path in files.iterdir():
+        (tmp_path / path.name).hardlink_to(path)
     return tmp_path
 
 

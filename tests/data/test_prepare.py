@@ -1,5 +1,6 @@
 """datasets/prepare_*.py on small generated inputs in the official formats."""
 
+import importlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -11,7 +12,6 @@ from PIL import Image
 
 from regionspot.data.datasets import JsonDataset
 from regionspot.data.datasets.builtin import odinw_paths
-from regionspot_cli import prepare_openimages
 from regionspot_cli.prepare import PREPARE
 
 SIZES = {"00ff": (40, 30), "0a00": (64, 48), "beef": (33, 21)}
@@ -23,6 +23,12 @@ ROWS = [
     "beef,activemil,/m/0b,1,0.333333,0.666667,0,0.5,-1,-1,-1,-1,-1",
     "0a00,xclick,/m/0a,1,0.5,0.5,0.1,0.2,0,0,0,0,0",
 ]
+
+
+@pytest.fixture
+def prepare_openimages():
+    """The module, which imports pandas: only where these tests run."""
+    return importlib.import_module("regionspot_cli.prepare_openimages")
 
 
 @pytest.fixture
@@ -76,21 +82,21 @@ def test_openimages_becomes_coco_json(openimages, capsys):
     assert all(Path(record["file_name"]).is_file() for record in dataset) and not left_over(openimages)
 
 
-def test_chunks_and_processes_make_the_same_file(openimages, monkeypatch):
+def test_chunks_and_processes_make_the_same_file(openimages, prepare_openimages, monkeypatch):
     expected = convert(openimages)
     (openimages / "openimages" / "image_sizes_validation.npz").unlink()
     monkeypatch.setattr(prepare_openimages, "CHUNK", 1)
     assert convert(openimages, "--workers", "2") == expected
 
 
-def test_rotated_images_have_their_displayed_size(openimages):
+def test_rotated_images_have_their_displayed_size(openimages, prepare_openimages):
     exif = Image.Exif()
     exif[prepare_openimages.ORIENTATION] = 6
     Image.new("RGB", (40, 30)).save(openimages / "openimages" / "validation" / "00ff.jpg", exif=exif)
     assert (convert(openimages)["images"][0]["width"], convert(openimages)["images"][0]["height"]) == (30, 40)
 
 
-def test_interrupted_reading_of_headers_resumes(openimages, monkeypatch):
+def test_interrupted_reading_of_headers_resumes(openimages, prepare_openimages, monkeypatch):
     read, paths = prepare_openimages.read_header, []
 
     def interrupted(path):
@@ -109,7 +115,7 @@ def test_interrupted_reading_of_headers_resumes(openimages, monkeypatch):
     assert convert(openimages) == content and len(paths) == 3
 
 
-def test_sizes_are_saved_while_reading(openimages, monkeypatch):
+def test_sizes_are_saved_while_reading(openimages, prepare_openimages, monkeypatch):
     directory, cache = openimages / "openimages" / "validation", openimages / "cache.npz"
     written = []
     monkeypatch.setattr(prepare_openimages, "write_sizes", lambda _, __, sizes: written.append((sizes > 0).sum() // 2))
@@ -154,7 +160,7 @@ def test_csvs_of_another_format_are_refused(openimages, file, old, new, message)
         convert(openimages)
 
 
-def test_benchmark_converts_official_csvs(tmp_path):
+def test_benchmark_converts_official_csvs(tmp_path, prepare_openimages):
     (tmp_path / "openimages").mkdir()
     prepare_openimages.generate(tmp_path / "openimages", 1000)
     PREPARE["openimages"].call("--root", str(tmp_path), "--splits", "train")

@@ -280,66 +280,40 @@ def test_sam_automatic_masks(dataset, tmp_path):
     assert "region" not in json.loads(written(tmp_path))
 
 
-@pytest.fixture
-def detector(tmp_path):
-    """A small Faster R-CNN with random weights: its config, and the model."""
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A small Faster R-CNN with random weights: its directory, with detector.yaml and the weights, and the model."""
+    directory = tmp_path_factory.mktemp("detector")
+    stages, levels = ([f"{letter}{k}" for k in (2, 3, 4, 5)] for letter in ("res", "p"))
     cfg = get_cfg()
     changes = {"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64, "DEVICE": "cpu", "ROI_HEADS.NUM_CLASSES": 3}
-    changes |= {"RPN.POST_NMS_TOPK_TEST": 20, "ROI_HEADS.SCORE_THRESH_TEST": 0.0}
+    changes |= {"RPN.POST_NMS_TOPK_TEST": 20, "ROI_HEADS.SCORE_THRESH_TEST": 0.0, "ROI_HEADS.NAME": "StandardROIHeads"}
+    changes |= {"BACKBONE.NAME": "build_resnet_fpn_backbone", "FPN.OUT_CHANNELS": 32}
+    changes |= {f"{part}_FEATURES": [f"res{k}" for k in levels] for part in ("RESNETS.OUT", "FPN.IN")}
+    changes |= {
+        "RPN.IN_FEATURES": [f"p{k}" for k in (*levels, "6")],
+        "ROI_HEADS.IN_FEATURES": [f"p{k}" for k in levels],
+    }
+    changes |= {"ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]], "ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead"}
+    changes |= {"ROI_BOX_HEAD.NUM_FC": 1, "ROI_BOX_HEAD.FC_DIM": 64, "ROI_BOX_HEAD.POOLER_RESOLUTION": 7}
     cfg.merge_from_list([part for key, value in changes.items() for part in (f"MODEL.{key}", value)])
-    cfg.merge_from_list(
-        ["INPUT.MIN_SIZE_TEST", 96, "TEST.DETECTIONS_PER_IMAGE", 5, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
-    )
-    cfg.merge_from_list(
-        [
-            "MODEL.BACKBONE.NAME",
-            "build_resnet_fpn_backbone",
-            "MODEL.RESNETS.OUT_FEATURES",
-            ["res2", "res3", "res4", "res5"],
-        ]
-    )
-    cfg.merge_from_list(
-        [
-            "MODEL.FPN.IN_FEATURES",
-            ["res2", "res3", "res4", "res5"],
-            "MODEL.RPN.IN_FEATURES",
-            ["p2", "p3", "p4", "p5", "p6"],
-        ]
-    )
-    cfg.merge_from_list(
-        [
-            "MODEL.ANCHOR_GENERATOR.SIZES",
-            [[8], [16], [32], [64], [128]],
-            "MODEL.ROI_HEADS.IN_FEATURES",
-            ["p2", "p3", "p4", "p5"],
-        ]
-    )
-    cfg.merge_from_list(
-        [
-            "MODEL.ROI_BOX_HEAD.NAME",
-            "FastRCNNConvFCHead",
-            "MODEL.ROI_BOX_HEAD.NUM_FC",
-            1,
-            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
-            7,
-        ]
-    )
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", 96, "TEST.DETECTIONS_PER_IMAGE", 5])
     torch.manual_seed(3)
     model = build_model(cfg).eval()
-    torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
+    torch.save({"model": model.state_dict()}, directory / "detector.pth")
     arrays = {key: value.numpy() for key, value in model.state_dict().items()}
-    (tmp_path / "detector.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "a test"}))
-    cfg.MODEL.WEIGHTS = str(tmp_path / "detector.pth")
-    (tmp_path / "detector.yaml").write_text(cfg.dump())
-    return tmp_path / "detector.yaml", model
+    (directory / "detector.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "a test"}))
+    cfg.MODEL.WEIGHTS = str(directory / "detector.pth")
+    (directory / "detector.yaml").write_text(cfg.dump())
+    return directory, model
 
 
 @pytest.mark.parametrize("weights", ["detector.pth", "detector.pkl"])
 def test_detector_boxes(dataset, detector, tmp_path, weights):
-    path, plain = detector
+    directory, plain = detector
     node = "MODEL.REGIONSPOT.PROPOSALS"
-    overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(path)]
-    overrides += [f"{node}.DETECTOR.WEIGHTS", str(tmp_path / weights)]
+    overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(directory / "detector.yaml")]
+    overrides += [f"{node}.DETECTOR.WEIGHTS", str(directory / weights)]
     boxes = boxes_of(tiny_model(*overrides), tmp_path, *overrides)
     for index in range(10):
         image = np.ascontiguousarray(draw_scene(index)[0][..., ::-1])  # BGR, as DefaultPredictor expects
@@ -356,7 +330,7 @@ def test_detector_boxes(dataset, detector, tmp_path, weights):
 
 def test_proposals_of_rpn_without_heads(dataset, detector, tmp_path):
     node = "MODEL.REGIONSPOT.PROPOSALS"
-    overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(detector[0])]
+    overrides = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE", str(detector[0] / "detector.yaml")]
     overrides += [f"{node}.DETECTOR.OPTS", ("MODEL.META_ARCHITECTURE", "ProposalNetwork")]
     overrides += [f"{node}.DETECTOR.OUTPUT", "rpn"]
     faster = boxes_of(tiny_model(*overrides[:4], *overrides[-2:]), tmp_path, *overrides)
@@ -375,12 +349,12 @@ def test_missing_or_malicious_detectors_are_refused(dataset, detector, tmp_path)
     node = "MODEL.REGIONSPOT.PROPOSALS"
     base = [f"{node}.SOURCE", "detector", f"{node}.DETECTOR.CONFIG_FILE"]
     with pytest.raises(ValueError, match="evil.pkl"):
-        tiny_model(*base, str(detector[0]), f"{node}.DETECTOR.WEIGHTS", str(tmp_path / "evil.pkl"))
+        tiny_model(*base, str(detector[0] / "detector.yaml"), f"{node}.DETECTOR.WEIGHTS", str(tmp_path / "evil.pkl"))
     assert not (tmp_path / "executed").exists()
     with pytest.raises(FileNotFoundError, match="no config of Detectron2's model zoo"):
         tiny_model(*base, "no.yaml")
     with pytest.raises(ValueError, match="expected boxes or rpn, got 'masks'"):
-        tiny_model(*base, str(detector[0]), f"{node}.DETECTOR.OUTPUT", "masks")
+        tiny_model(*base, str(detector[0] / "detector.yaml"), f"{node}.DETECTOR.OUTPUT", "masks")
     with pytest.raises(ValueError, match="expected one of auto, gt, file, sam_automatic, detector; got 'grid'"):
         tiny_model(f"{node}.SOURCE", "grid")
 

@@ -3,10 +3,10 @@
 import json
 import logging
 import multiprocessing
-import sys
 
 import pytest
 import torch
+import torch.distributed.run
 from termcolor import colored
 
 from regionspot.config import load_config
@@ -14,7 +14,7 @@ from regionspot.engine import RegionSpotTrainer
 from regionspot.utils.run_lock import run_lock
 from regionspot_cli.commands import COMMANDS
 
-from ..helpers import ROOT, TINY, frozen_overrides, run, tiny_config, write_user_files
+from ..helpers import ROOT, TINY, frozen_overrides, tiny_config, write_user_files
 from ..processes import run_program
 
 
@@ -51,10 +51,11 @@ def test_two_processes_match_one_with_twice_the_batch(directory, tmp_path):
         "horizontal",
         *frozen_overrides(directory),
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    torchrun = [torch.distributed.run.__file__, "--standalone", "--nproc-per-node", 2]
+    torchrun += ["--start-method", "fork", "--run-path"]  # saves the imports
     command = [ROOT / "tools/train_net.py", "--config-file", TINY, *overrides, "OUTPUT_DIR"]
     run_program(tmp_path, *command, tmp_path / "one")
-    run(tmp_path, *torchrun, *command, tmp_path / "two")
+    run_program(tmp_path, *torchrun, *command, tmp_path / "two")
     for name in ("one", "two"):
         weights.append(torch.load(tmp_path / name / "model_final.pth", weights_only=True))
     assert weights[0]["frozen"] == weights[1]["frozen"]

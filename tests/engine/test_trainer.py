@@ -78,7 +78,7 @@ def assert_same(one, two):
         assert one == two
 
 
-EXACT = ("SOLVER.MAX_ITER", 40, "SOLVER.CHECKPOINT_PERIOD", 6, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9)
+EXACT = ("SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9)
 EXACT += ("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.ACCUMULATE", 2)
 
 
@@ -144,7 +144,7 @@ def test_bfloat16_on_cpu_and_unsupported_precisions(scenes, tmp_path):
     losses = {}
     for enabled in (False, True):
         directory = tmp_path / str(enabled)
-        train(scenes, directory, "SOLVER.MAX_ITER", 40, "SOLVER.AMP.ENABLED", enabled)
+        train(scenes, directory, "SOLVER.MAX_ITER", 20, "SOLVER.AMP.ENABLED", enabled)
         losses[enabled] = [
             json.loads(line)["total_loss"] for line in (directory / "metrics.json").read_text().splitlines()
         ]

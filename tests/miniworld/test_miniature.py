@@ -16,7 +16,7 @@ from ..processes import run_program
 
 # As little training as shows that the model learns: one layer, a higher rate.
 SMALL = ["MODEL.REGIONSPOT.INTEGRATION.DEPTH", 1]
-DEMO = [*SMALL, "SOLVER.MAX_ITER", 120, "SOLVER.WARMUP_ITERS", 20, "SOLVER.BASE_LR", 2e-3]
+DEMO = [*SMALL, "SOLVER.MAX_ITER", 120, "SOLVER.IMS_PER_BATCH", 12, "SOLVER.WARMUP_ITERS", 20, "SOLVER.BASE_LR", 2e-3]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_sam_iou_matches_report(recognizer):
 def demo(tmp_path_factory):
     """The directory of a short demo, and what it printed."""
     directory = tmp_path_factory.mktemp("demo")
-    sizes = ["--train", 120, "--test", 12, "--workers", 1, *DEMO]
+    sizes = ["--train", 96, "--test", 8, "--workers", 1, *DEMO]
     quick = CONFIGS / "RegionSpot-mini-quick.yaml"
     return directory, run_program(directory, MAIN, "demo", "--output", directory, "--config-file", quick, *sizes)
 
@@ -72,9 +72,10 @@ def test_demo_learns_and_writes_summary(demo):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_matches_demo(demo, tmp_path, processes):
+def test_evaluation_matches_demo(demo, tmp_path, monkeypatch, processes):
     """On one process and on two, from the checkpoint and the data on disk, it gives the demo's numbers."""
     directory, _ = demo
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(directory / "cache"))  # the names are encoded once for both
     weights = ["MODEL.WEIGHTS", directory / "training" / "model_final.pth", "OUTPUT_DIR", tmp_path]
     options = ["--config-file", CONFIG, "--eval-only", "--num-gpus", processes, "--dist-url", "auto"]
     data = f"{directory}/data/miniworld/test.json:{directory}/data/miniworld"

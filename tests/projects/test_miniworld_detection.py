@@ -20,8 +20,9 @@ def test_miniworld_hosts_and_their_named_boxes(tmp_path):
     checkpointer.load("")
     checkpointer.save("regionspot")
     script = ROOT / "projects" / "RegionSpotRCNN" / "miniworld_detection.py"
-    options = ["--output", tmp_path / "out", "--weights", tmp_path / "regionspot.pth", "--train", 24, "--test", 6]
-    overrides = ["SOLVER.MAX_ITER", 2, "TEST.DETECTIONS_PER_IMAGE", 7]
+    options = ["--output", tmp_path / "out", "--weights", tmp_path / "regionspot.pth", "--train", 12, "--test", 6]
+    overrides = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4, "TEST.DETECTIONS_PER_IMAGE", 7]
+    overrides += ["MODEL.REGIONSPOT.CLIP.TEMPLATES", "one"]
     log = run_program(tmp_path, script, *options, "--workers", 1, *overrides)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary) == 3 and all("APr" in row["bbox"] for row in summary.values())
