@@ -172,8 +172,15 @@ class Trainer(TrainerBase):
             # fvcore's schedules are functions of the iteration alone; PyTorch's also of a checkpoint's learning rate
             if 0 < self.start_iter < self.max_iter and isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
                 warn_of_jump(self.optimizer, self.scheduler, self.start_iter)
+            self._save_final_of_killed_run()
             super().train(self.start_iter, self.max_iter)
         return self.last_results
+
+    def _save_final_of_killed_run(self) -> None:
+        """Write ``model_final`` for a run that was killed between its last checkpoint and that one."""
+        is_over = self.start_iter >= self.max_iter > 0
+        if is_over and comm.is_main_process() and not (Path(self.plan.output_dir) / "model_final.pth").is_file():
+            self.checkpointer.save("model_final", iteration=self.iter)
 
     def run_step(self) -> None:
         self.loop.iter = self.iter

@@ -289,11 +289,8 @@ def detector(tmp_path_factory):
     changes = {"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64, "DEVICE": "cpu", "ROI_HEADS.NUM_CLASSES": 3}
     changes |= {"RPN.POST_NMS_TOPK_TEST": 20, "ROI_HEADS.SCORE_THRESH_TEST": 0.0, "ROI_HEADS.NAME": "StandardROIHeads"}
     changes |= {"BACKBONE.NAME": "build_resnet_fpn_backbone", "FPN.OUT_CHANNELS": 32}
-    changes |= {f"{part}_FEATURES": [f"res{k}" for k in levels] for part in ("RESNETS.OUT", "FPN.IN")}
-    changes |= {
-        "RPN.IN_FEATURES": [f"p{k}" for k in (*levels, "6")],
-        "ROI_HEADS.IN_FEATURES": [f"p{k}" for k in levels],
-    }
+    changes |= {"RESNETS.OUT_FEATURES": stages, "FPN.IN_FEATURES": stages}
+    changes |= {"RPN.IN_FEATURES": [*levels, "p6"], "ROI_HEADS.IN_FEATURES": levels}
     changes |= {"ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]], "ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead"}
     changes |= {"ROI_BOX_HEAD.NUM_FC": 1, "ROI_BOX_HEAD.FC_DIM": 64, "ROI_BOX_HEAD.POOLER_RESOLUTION": 7}
     cfg.merge_from_list([part for key, value in changes.items() for part in (f"MODEL.{key}", value)])

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import time
 
 import numpy as np
@@ -127,6 +128,17 @@ def test_truncated_checkpoint_never_becomes_last(scenes, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*.tmp")) and saved(tmp_path, "model_0000005.pth")["iteration"] == 5
     monkeypatch.undo()
     assert train(scenes, tmp_path, "SOLVER.MAX_ITER", 6, resume=True).start_iter == 3
+
+
+def test_run_killed_before_model_final(scenes, tmp_path):
+    """The last periodic checkpoint was written, model_final was not."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(scenes, whole, *EXACT, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+    shutil.copytree(whole, cut)
+    (cut / "model_final.pth").unlink()
+    (cut / "last_checkpoint").write_text("model_0000003.pth")
+    train(scenes, cut, *EXACT, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, resume=True)
+    assert_same(saved(cut), saved(whole))
 
 
 def test_accumulated_batch_matches_batch(scenes, tmp_path):
