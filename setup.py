@@ -8,6 +8,17 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "regionspot" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
+# What some commands need; the tests run all of them.
+OPTIONAL = {
+    "video": ["av>=12"],
+    "parquet": ["pyarrow>=15"],
+    "supervision": ["supervision>=0.25"],
+    "ray": ["ray[data]>=2.30"],
+    "app": ["gradio>=5"],
+    "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
+    "serve": ["litserve>=0.2.5"],
+}
+
 setup(
     name="regionspot",
     version=VERSION,
@@ -56,6 +67,8 @@ setup(
         ],
         "demo": ["scikit-image>=0.21"],
         "prepare": ["pandas>=2.0"],  # datasets/prepare_openimages.py: CSV
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "scikit-image>=0.21", "pandas>=2.0"],
+        **OPTIONAL,
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "scikit-image>=0.21", "pandas>=2.0"]
+        + ["playwright>=1.50", *sum(OPTIONAL.values(), [])],
     },
 )
