@@ -174,6 +174,4 @@ def main(args: Namespace) -> None:
             "THE LABELS AND MASKS MEAN NOTHING. This only shows that the program runs."
         )
     if absent:
-        print(
-            f"Without --cached-weights-only (make photo DOWNLOAD=yes) it fetches {absent} from their official addresses."
-        )
+        print(f"Without --cached-weights-only (make photo DOWNLOAD=yes) {absent} are fetched from official addresses.")

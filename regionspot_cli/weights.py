@@ -5,7 +5,7 @@ from detectron2.config import CfgNode
 from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 
 BASELINE = (
-    "MODEL.WEIGHTS is not set: CLIP ON MASK CROPS names the regions, a baseline of the paper's table 1, NOT RegionSpot. "
+    "MODEL.WEIGHTS is not set: CLIP ON MASK CROPS names the regions, a baseline of the paper, NOT RegionSpot. "
     "For RegionSpot give its weights (the README says where they are): MODEL.WEIGHTS regionspot_bb.pth"
 )
 
