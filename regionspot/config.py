@@ -25,6 +25,13 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     # "dataset:coco_2017_val", or "" for those of the data set in use.
     node.VOCABULARY = ""
 
+    # The frozen models, by their names in LOCALIZER_REGISTRY and VISION_LANGUAGE_REGISTRY; the keys of SamLocalizer are
+    # under SAM, those of ClipVisionLanguageModel under CLIP.
+    node.LOCALIZER = CfgNode()
+    node.LOCALIZER.NAME = "SamLocalizer"
+    node.VISION_LANGUAGE = CfgNode()
+    node.VISION_LANGUAGE.NAME = "ClipVisionLanguageModel"
+
     # Which of SAM's tokens represents a region: "prompt_encoder", "transformer" or "mlp".
     node.TOKEN_STAGE = "transformer"
     # Of the frozen SAM and CLIP, in training, too: "float32", "bf16", or "fp16" (on CUDA). Token stores and cached text

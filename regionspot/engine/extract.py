@@ -63,8 +63,8 @@ def describe_clip(recognizer: RegionRecognizer) -> dict[str, Any]:
     """Return what feature maps depend on: CLIP's image encoder, and which of its outputs are taken."""
     vision = recognizer.vision_language
     return {
-        "source": _describe_source(recognizer.weight_sources["clip_model"], vision.clip_model.dtype),
-        "fingerprint": fingerprint(vision.clip_model.visual.state_dict()),
+        "source": _describe_source(recognizer.weight_sources["clip_model"], vision.dtype),
+        "fingerprint": fingerprint(vision.image_weights()),
         "part": vision.features,
     }
 

@@ -95,14 +95,19 @@ class TextClassifier(nn.Module):
             return names, self.get_buffer(buffer)
 
     def forward(
-        self, semantic_tokens: torch.Tensor, logit_scale: torch.Tensor, vocabulary: str | torch.Tensor = ""
+        self,
+        semantic_tokens: torch.Tensor,
+        logit_scale: torch.Tensor,
+        vocabulary: str | torch.Tensor = "",
+        logit_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return exp(logit_scale) * cosine similarity.
+        """Return exp(logit_scale) * cosine similarity + logit_bias.
 
         Args:
             semantic_tokens: (N, text_dim) float.
             logit_scale: CLIP's own, a scalar.
             vocabulary: its key, "" for the one in use; or its embeddings, (K, text_dim) float32.
+            logit_bias: SigLIP's own, a scalar; none for CLIP.
 
         Returns:
             (N, K) float32 logits.
@@ -111,7 +116,8 @@ class TextClassifier(nn.Module):
         with torch.autocast(semantic_tokens.device.type, enabled=False):  # a logit scale of 100 needs float32
             tokens = semantic_tokens.float()
             tokens = tokens / (tokens.norm(dim=1, keepdim=True) + 1e-7)  # as in the released models
-            return logit_scale.exp() * tokens @ embeddings.t()  # (N, text_dim) x (text_dim, K)
+            logits = logit_scale.exp() * tokens @ embeddings.t()  # (N, text_dim) x (text_dim, K)
+            return logits if logit_bias is None else logits + logit_bias
 
 
 def _buffer(key: str) -> str:

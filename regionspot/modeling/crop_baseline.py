@@ -108,7 +108,7 @@ class CropRecognizer(RegionRecognizer):
         return self.vision_language.preprocess(crop)
 
     def _encode(self, crops: list[torch.Tensor]) -> torch.Tensor:
-        return F.normalize(self.vision_language.clip_model.encode_image(torch.stack(crops)).float(), dim=1)
+        return F.normalize(self.vision_language.embed_images(torch.stack(crops)).float(), dim=1)
 
 
 @META_ARCH_REGISTRY.register()

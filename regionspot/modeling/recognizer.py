@@ -13,14 +13,12 @@ from torch.nn import functional as F
 from regionspot.checkpoint.loading import PARTS, frozen_sources, load_weights
 from regionspot.modeling.classifier import TextClassifier
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
-from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput
-from regionspot.modeling.localizers.sam import SamLocalizer
+from regionspot.modeling.localizers import Localizer, LocalizerOutput, build_localizer
 from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.masks import RegionMasks, check_mask_format
 from regionspot.modeling.postprocessing import DetectionRule, Recognition
-from regionspot.modeling.vision_language.clip import ClipVisionLanguageModel
+from regionspot.modeling.vision_language import VisionLanguageModel, build_vision_language_model
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
-from regionspot.modeling.vision_language.vision_language_model import VisionLanguageModel
 from regionspot.structures import ImageFeatures, Prompts, check_regions
 from regionspot.vocabulary import VocabularySource, load_vocabulary
 
@@ -81,7 +79,7 @@ class RegionRecognizer(nn.Module):
         node = cfg.MODEL.REGIONSPOT
         if node.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
             raise ValueError("MODEL.REGIONSPOT.PRECISION: fp16 needs a CUDA device; on a CPU use bf16 or float32")
-        localizer, vision_language = SamLocalizer(cfg), ClipVisionLanguageModel(cfg)
+        localizer, vision_language = build_localizer(cfg), build_vision_language_model(cfg)
         return {
             "localizer": localizer,
             "vision_language": vision_language,
@@ -89,7 +87,7 @@ class RegionRecognizer(nn.Module):
                 cfg, token_dim=localizer.token_dim, clip_width=vision_language.width, text_dim=vision_language.text_dim
             ),
             "text_encoder": TextEncoder(
-                vision_language.clip_model, node.CLIP.TEMPLATES, node.CLIP.NAME_STYLE, node.CLIP.TEXT_BATCH_SIZE
+                vision_language, node.CLIP.TEMPLATES, node.CLIP.NAME_STYLE, node.CLIP.TEXT_BATCH_SIZE
             ),
             "vocabulary": load_vocabulary(node.VOCABULARY) if node.VOCABULARY else None,
             "rule": DetectionRule.from_config(cfg),
@@ -222,11 +220,10 @@ class RegionRecognizer(nn.Module):
         self, semantic_tokens: torch.Tensor, vocabulary: str | torch.Tensor = "", with_background: bool = False
     ) -> torch.Tensor:
         """Return the (N, K) logits of (N, text_dim) semantic tokens against a vocabulary, see ``TextClassifier``."""
-        scale = self.vision_language.clip_model.logit_scale
-        logits = self.classifier(semantic_tokens, scale, vocabulary)
-        if with_background and self.background:
-            logits = torch.cat([logits, self.classifier(semantic_tokens, scale, BACKGROUND)], dim=1)
-        return logits
+        vision = self.vision_language
+        keys = [vocabulary, BACKGROUND] if with_background and self.background else [vocabulary]
+        parts = [self.classifier(semantic_tokens, vision.logit_scale, key, vision.logit_bias) for key in keys]
+        return torch.cat(parts, dim=1)
 
     def loss(
         self,

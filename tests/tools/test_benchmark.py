@@ -159,7 +159,7 @@ def test_plain_text_embeddings_are_the_same():
     encoder = tiny_model(names=None).recognizer.classifier.text_encoder
     names = ["red cup", "zebra"]
     with torch.no_grad():
-        plain = encode_names(encoder.clip_model, encoder.templates, names)
+        plain = encode_names(encoder.vision_language.clip_model, encoder.templates, names)
     torch.testing.assert_close(encoder.encode(names), plain, atol=1e-5, rtol=1e-5)
 
 

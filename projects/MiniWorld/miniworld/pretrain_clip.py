@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from miniworld.captions import CONTEXT, WORDS, CaptionedImages, halve, to_input
 from miniworld.categories import CATEGORIES, NAMES
 from miniworld.generator import draw_captioned
-from regionspot.modeling.vision_language.clip import ClipSize, build_clip, encode_tokens
+from regionspot.modeling.vision_language.clip import ClipSize, ClipVisionLanguageModel, build_clip, encode_tokens
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 
 CLIP_SIZE = ClipSize(
@@ -106,7 +106,11 @@ def report_clip(clip_model: CLIP, num_images: int = 400, seed: int = 1) -> dict[
             labels.append(int(scene.classes[0]))
     device = clip_model.text_projection.device
     seen = torch.cat([clip_model.encode_image(part.to(device)) for part in to_input(np.stack(images)).split(100)])
-    predictions = (seen.float() @ TextEncoder(clip_model).encode(NAMES).t()).argmax(dim=1).tolist()
+    predictions = (
+        (seen.float() @ TextEncoder(ClipVisionLanguageModel(clip_model=clip_model)).encode(NAMES).t())
+        .argmax(dim=1)
+        .tolist()
+    )
     result = {"top1": float(np.mean([predicted == label for predicted, label in zip(predictions, labels)]))}
     for k, attribute in enumerate(("pattern", "color", "shape")):
         result[attribute] = float(np.mean([CATEGORIES[g][k] == CATEGORIES[t][k] for g, t in zip(predictions, labels)]))

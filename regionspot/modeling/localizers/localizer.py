@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
+from fvcore.common.registry import Registry
 
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
 TOKEN_STAGES = ("prompt_encoder", "transformer", "mlp")
+
+LOCALIZER_REGISTRY = Registry("LOCALIZER")
+LOCALIZER_REGISTRY.__doc__ = "Localizers, ``MODEL.REGIONSPOT.LOCALIZER.NAME``; called with a config."
 
 
 @dataclass
@@ -140,3 +145,12 @@ class Localizer(FrozenModule, ABC):
             (N, *output_size) bool.
         """
         return self.mask_upsampler(image_size)(masks, output_size)
+
+
+def build_localizer(cfg: CfgNode) -> Localizer:
+    """Build the localizer of ``MODEL.REGIONSPOT.LOCALIZER.NAME`` with random weights."""
+    name = cfg.MODEL.REGIONSPOT.LOCALIZER.NAME
+    if name not in LOCALIZER_REGISTRY:
+        known = ", ".join(key for key, _ in LOCALIZER_REGISTRY)
+        raise ValueError(f"MODEL.REGIONSPOT.LOCALIZER.NAME: expected one of {known}; got {name!r}")
+    return LOCALIZER_REGISTRY.get(name)(cfg)

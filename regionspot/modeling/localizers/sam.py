@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.localizers import sam_encoder
 from regionspot.modeling.localizers.build_sam import build_sam, get_sam_size
-from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput, check_stages
+from regionspot.modeling.localizers.localizer import LOCALIZER_REGISTRY, Localizer, LocalizerOutput, check_stages
 from regionspot.modeling.localizers.pil_resize import resize_bytes
 from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.masks import MaskUpsampler
@@ -23,6 +23,7 @@ CPU_BYTES = 1 << 25  # of the images of the prompts decoded at once on a CPU: mo
 MASKS_ON_CPU = 2  # made at once, for the same reason
 
 
+@LOCALIZER_REGISTRY.register()
 class SamLocalizer(Localizer):
     """Frozen SAM: image embedding, then prompts in chunks."""
 

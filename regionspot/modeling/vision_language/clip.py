@@ -1,7 +1,7 @@
 """CLIP as vision-language model, at every size: its feature map and its prompts (paper, sections 3.2 and 3.3)."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +10,12 @@ from detectron2.config import CfgNode, configurable
 from torch.nn import functional as F
 
 from regionspot.modeling.frozen import get_dtype
-from regionspot.modeling.vision_language.vision_language_model import FEATURES, VisionLanguageModel
+from regionspot.modeling.vision_language.clip_tokenizer import ClipTokenizer
+from regionspot.modeling.vision_language.vision_language_model import (
+    FEATURES,
+    VISION_LANGUAGE_REGISTRY,
+    VisionLanguageModel,
+)
 
 # CLIP's own, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -124,15 +129,6 @@ def _set_dtype(clip_model: CLIP, dtype: torch.dtype) -> None:
             module.float()
 
 
-def text_weights(clip_model: CLIP) -> dict[str, torch.Tensor]:
-    """Return the parameters of CLIP that text embeddings depend on."""
-    return {
-        key: value
-        for key, value in clip_model.named_parameters()
-        if not key.startswith("visual.") and key != "logit_scale"
-    }
-
-
 def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """Encode prompts, their context trimmed to the longest of them.
 
@@ -154,6 +150,7 @@ def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     return clip_model.ln_final(ends) @ clip_model.text_projection
 
 
+@VISION_LANGUAGE_REGISTRY.register()
 class ClipVisionLanguageModel(VisionLanguageModel):
     """Frozen CLIP: image -> semantic feature map. ``TextEncoder`` uses its text side."""
 
@@ -180,6 +177,7 @@ class ClipVisionLanguageModel(VisionLanguageModel):
             raise ValueError(f"MODEL.REGIONSPOT.CLIP.FEATURES: expected one of {', '.join(FEATURES)}; got {features!r}")
         self.clip_model = clip_model
         self.features = features
+        self.context_length = clip_model.context_length
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         _set_dtype(clip_model, get_dtype(precision))
@@ -203,6 +201,30 @@ class ClipVisionLanguageModel(VisionLanguageModel):
     @property
     def text_dim(self) -> int:
         return self.clip_model.text_projection.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.clip_model.dtype
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        return self.clip_model.logit_scale
+
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.clip_model.encode_image(inputs)
+
+    def tokenize(self, names: Sequence[str], templates: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return ClipTokenizer(templates, self.context_length)(names)
+
+    def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        return encode_tokens(self.clip_model, tokens)
+
+    def text_weights(self) -> dict[str, torch.Tensor]:
+        weights = dict(self.clip_model.named_parameters())
+        return {key: x for key, x in weights.items() if not key.startswith("visual.") and key != "logit_scale"}
+
+    def image_weights(self) -> dict[str, torch.Tensor]:
+        return self.clip_model.visual.state_dict()
 
     @property
     def image_size(self) -> int:

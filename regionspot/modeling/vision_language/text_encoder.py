@@ -3,28 +3,23 @@
 import hashlib
 import json
 import logging
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-import clip
 import torch
-from clip.model import CLIP
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from regionspot.checkpoint.formats import fingerprint
-from regionspot.modeling.vision_language.clip import encode_tokens, text_weights
 from regionspot.modeling.vision_language.text_cache import TextCache
+from regionspot.modeling.vision_language.vision_language_model import VisionLanguageModel
 from regionspot.utils.files import cache_dir
 from regionspot.vocabulary import clean_name, get_phrases, get_templates
 
 MANY_PROMPTS = 20000  # they take minutes on a CPU: a warning and a progress bar
 NUM_IN_MEMORY = 4  # vocabularies whose embeddings stay in memory
-# A name whose tokens do not depend on the prompt around it, which CLIP's tokenizer splits at spaces and symbols.
-_IS_SIMPLE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ,_'()/-]*[A-Za-z0-9])?")
 logger = logging.getLogger(__name__)
 _LOCK = threading.RLock()  # of all encoders: one of their own would keep models from being copied
 
@@ -32,20 +27,24 @@ _LOCK = threading.RLock()  # of all encoders: one of their own would keep models
 class TextEncoder:
     """Turns class names into text embeddings: the mean over the prompts of a name, normalized and cached.
 
-    It uses the CLIP of the vision-language model and owns no weights.
+    It uses the text side of the vision-language model and owns no weights.
     """
 
     def __init__(
-        self, clip_model: CLIP, templates: str = "all", name_style: str = "dataset", batch_size: int = 256
+        self,
+        vision_language: VisionLanguageModel,
+        templates: str = "all",
+        name_style: str = "dataset",
+        batch_size: int = 256,
     ) -> None:
         """
         Args:
-            clip_model: CLIP.
+            vision_language: CLIP, or another model.
             templates: "all", "one" or "none", see ``regionspot.vocabulary``.
             name_style: "dataset" or "readable", see ``regionspot.vocabulary.clean_name``.
             batch_size: prompts encoded at once.
         """
-        self.clip_model = clip_model
+        self.vision_language = vision_language
         self.templates = get_templates(templates)
         self.name_style = name_style
         if batch_size < 1:
@@ -55,6 +54,10 @@ class TextEncoder:
         self._checksum: list[float] = []  # of CLIP's weights when they were hashed last
         self._fingerprint = ""
         self._in_memory: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_language.pixel_mean.device
 
     @torch.inference_mode(False)  # cached embeddings may be trained with later, which inference tensors may not
     @torch.no_grad()
@@ -75,14 +78,14 @@ class TextEncoder:
         key = (directory, tuple(cleaned))
         embeddings = self._in_memory.get(key)
         if embeddings is None:
-            cache = TextCache(directory, self.clip_model.text_projection.shape[1])
+            cache = TextCache(directory, self.vision_language.text_dim)
             flat = cache.get([phrase for phrases in cleaned for phrase in phrases], self._encode_finite)
             embeddings = _average(flat, [len(phrases) for phrases in cleaned])
             with _LOCK:
                 self._in_memory[key] = embeddings
                 while len(self._in_memory) > NUM_IN_MEMORY:
                     self._in_memory.popitem(last=False)
-        return embeddings.to(self.clip_model.text_projection.device)
+        return embeddings.to(self.device)
 
     def _encode_finite(self, cleaned: list[str]) -> torch.Tensor:
         embeddings = self.encode(cleaned)
@@ -93,12 +96,12 @@ class TextEncoder:
     def _cache_directory(self) -> Path:
         """Return the directory of this CLIP with these templates in this precision."""
         with _LOCK:
-            weights = text_weights(self.clip_model)
+            weights = self.vision_language.text_weights()
             # hashing all bytes takes a second; sums of every 256th weight tell at once whether they have changed
             sums = [value.flatten()[::256].sum(dtype=torch.float64) for value in weights.values()]
             if (checksum := torch.stack(sums).tolist()) != self._checksum:
                 self._checksum, self._fingerprint = checksum, fingerprint(weights)
-            content = [self._fingerprint, self.templates, str(self.clip_model.dtype)]
+            content = [self._fingerprint, self.templates, str(self.vision_language.dtype)]
         return cache_dir() / "text" / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     @torch.inference_mode(False)
@@ -109,7 +112,7 @@ class TextEncoder:
         The features of a name's prompts are not normalized before they are averaged, only their mean is: the released
         models were trained that way.
         """
-        tokens, lengths = self._tokenize(cleaned)
+        tokens, lengths = self.vision_language.tokenize(cleaned, self.templates)
         if len(tokens) >= MANY_PROMPTS and len(self.templates) > 1:
             logger.warning(
                 "encoding %d names in %d templates, %d prompts; MODEL.REGIONSPOT.CLIP.TEMPLATES one or none needs %d "
@@ -119,45 +122,17 @@ class TextEncoder:
                 len(tokens),
                 len(self.templates),
             )
-        device = self.clip_model.text_projection.device
         order = torch.argsort(lengths, stable=True)
-        sums = torch.zeros(len(cleaned), self.clip_model.text_projection.shape[1], device=device)
+        sums = torch.zeros(len(cleaned), self.vision_language.text_dim, device=self.device)
         bar = tqdm(total=len(tokens), desc="text embeddings", unit="prompt", disable=len(tokens) < MANY_PROMPTS)
-        with bar, torch.autocast(device.type, enabled=False):
+        with bar, torch.autocast(self.device.type, enabled=False):
             for batch in order.split(self.batch_size):
-                features = encode_tokens(self.clip_model, tokens[batch, : int(lengths[batch].max())].to(device))
-                sums.index_add_(0, (batch // len(self.templates)).to(device), features.float())
+                features = self.vision_language.encode_tokens(
+                    tokens[batch, : int(lengths[batch].max())].to(self.device)
+                )
+                sums.index_add_(0, (batch // len(self.templates)).to(self.device), features.float())
                 bar.update(len(batch))
         return F.normalize(sums / len(self.templates), dim=1)
-
-    def _tokenize(self, cleaned: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the (K * T, context) tokens of all prompts, name by name, and their (K * T,) lengths."""
-        context = self.clip_model.context_length
-        around = [[self._words(part) for part in template.split("{}")] for template in self.templates]
-        start, end = clip.tokenize("")[0, :2].tolist()
-        prompts = torch.zeros(len(cleaned), len(self.templates), context, dtype=torch.int32)
-        for row, name in zip(prompts, cleaned):
-            try:
-                if _IS_SIMPLE.fullmatch(name):
-                    words = self._words(name)
-                    tokens = [[start, *before, *words, *after, end] for before, after in around]
-                    if max(map(len, tokens)) > context:
-                        raise RuntimeError("too many tokens")
-                    row.copy_(torch.tensor([prompt + [0] * (context - len(prompt)) for prompt in tokens]))
-                else:
-                    row.copy_(clip.tokenize([template.format(name) for template in self.templates], context))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"class name {name!r} is too long: its prompts do not fit CLIP's {context} tokens. "
-                    "Give a shorter name"
-                ) from error
-        flat = prompts.flatten(0, 1)
-        return flat, flat.argmax(dim=1) + 1  # end-of-text has the highest id
-
-    def _words(self, text: str) -> list[int]:
-        """Return the tokens of a part of a prompt, without those of its start and end."""
-        tokens = clip.tokenize(text, self.clip_model.context_length)[0]
-        return tokens[1 : int(tokens.argmax())].tolist()
 
 
 def _average(embeddings: torch.Tensor, lengths: list[int]) -> torch.Tensor:

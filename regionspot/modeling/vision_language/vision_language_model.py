@@ -1,27 +1,38 @@
-"""The interface of vision-language models: image -> semantic feature map (paper, section 3.2)."""
+"""The interface of vision-language models: image -> semantic feature map, text -> embeddings (paper, section 3.2)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
+from fvcore.common.registry import Registry
 
 from regionspot.modeling.frozen import FrozenModule
 
 FEATURES = ("none", "feature_map", "feature_map+class_token")
+
+VISION_LANGUAGE_REGISTRY = Registry("VISION_LANGUAGE")
+VISION_LANGUAGE_REGISTRY.__doc__ = (
+    "Vision-language models, ``MODEL.REGIONSPOT.VISION_LANGUAGE.NAME``; called with a config."
+)
 
 
 class VisionLanguageModel(FrozenModule, ABC):
     """What ``RegionRecognizer`` needs of a frozen model of images and text.
 
     Attributes:
-        clip_model: the model itself, of any family; the name is that of the released checkpoints' keys.
+        clip_model: the model itself, of any family; the name is that of the released checkpoints' keys. What its text
+            embeddings depend on is ``text_weights``, and on its images ``image_weights``.
         features: content of the feature map, one of ``FEATURES``.
         pixel_mean: (3, 1, 1) float, RGB in [0, 1]; it is on the model's device.
+        context_length: tokens of a prompt.
     """
 
     clip_model: Any
     features: str
     pixel_mean: torch.Tensor
+    context_length: int
 
     @property
     @abstractmethod
@@ -32,6 +43,21 @@ class VisionLanguageModel(FrozenModule, ABC):
     @abstractmethod
     def text_dim(self) -> int:
         """Length of a text embedding."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of most weights."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> torch.Tensor:
+        """Scalar, the logarithm of the factor of cosine similarities."""
+
+    @property
+    def logit_bias(self) -> torch.Tensor | None:
+        """Scalar that is added to logits; None for models without."""
+        return None
 
     @abstractmethod
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:
@@ -47,3 +73,36 @@ class VisionLanguageModel(FrozenModule, ABC):
         Returns:
             (B, L, width) float32, L = 1 + grid^2 with the class token first, grid^2 without it; None for "none".
         """
+
+    @abstractmethod
+    def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the (B, text_dim) embeddings, not normalized, of (B, 3, S, S) images from ``preprocess``."""
+
+    @abstractmethod
+    def tokenize(self, names: Sequence[str], templates: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the (K * T, context) int tokens of K names in T templates, name by name, and their (K * T,) lengths.
+
+        Raises:
+            ValueError: a name is too long.
+        """
+
+    @abstractmethod
+    def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the (N, text_dim) embeddings, not normalized, of (N, L) tokens cut to the longest of their lengths."""
+
+    @abstractmethod
+    def text_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights that text embeddings depend on."""
+
+    @abstractmethod
+    def image_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights that feature maps depend on."""
+
+
+def build_vision_language_model(cfg: CfgNode) -> VisionLanguageModel:
+    """Build the model of ``MODEL.REGIONSPOT.VISION_LANGUAGE.NAME`` with random weights."""
+    name = cfg.MODEL.REGIONSPOT.VISION_LANGUAGE.NAME
+    if name not in VISION_LANGUAGE_REGISTRY:
+        known = ", ".join(key for key, _ in VISION_LANGUAGE_REGISTRY)
+        raise ValueError(f"MODEL.REGIONSPOT.VISION_LANGUAGE.NAME: expected one of {known}; got {name!r}")
+    return VISION_LANGUAGE_REGISTRY.get(name)(cfg)
