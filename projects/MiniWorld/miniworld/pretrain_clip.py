@@ -6,9 +6,10 @@ the web. Beside CLIP's contrastive loss, a second head predicts the caption's wo
 discarded after the training: without it, so small a model takes far longer to attend to shapes.
 """
 
-from pathlib import Path
+from pathlib import copy
 
 import numpy as np
+import Path
 import torch
 from clip.model import CLIP
 from torch import nn
@@ -106,11 +107,8 @@ def report_clip(clip_model: CLIP, num_images: int = 400, seed: int = 1) -> dict[
             labels.append(int(scene.classes[0]))
     device = clip_model.text_projection.device
     seen = torch.cat([clip_model.encode_image(part.to(device)) for part in to_input(np.stack(images)).split(100)])
-    predictions = (
-        (seen.float() @ TextEncoder(ClipVisionLanguageModel(clip_model=clip_model)).encode(NAMES).t())
-        .argmax(dim=1)
-        .tolist()
-    )
+    encoder = TextEncoder(ClipVisionLanguageModel(clip_model=copy.deepcopy(clip_model)))  # it would freeze the model
+    predictions = (seen.float() @ encoder.encode(NAMES).t()).argmax(dim=1).tolist()
     result = {"top1": float(np.mean([predicted == label for predicted, label in zip(predictions, labels)]))}
     for k, attribute in enumerate(("pattern", "color", "shape")):
         result[attribute] = float(np.mean([CATEGORIES[g][k] == CATEGORIES[t][k] for g, t in zip(predictions, labels)]))
