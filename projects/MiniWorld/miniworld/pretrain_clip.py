@@ -6,10 +6,10 @@ the web. Beside CLIP's contrastive loss, a second head predicts the caption's wo
 discarded after the training: without it, so small a model takes far longer to attend to shapes.
 """
 
-from pathlib import copy
+import copy
+from pathlib import Path
 
 import numpy as np
-import Path
 import torch
 from clip.model import CLIP
 from torch import nn
