@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "model_zoo": {"checkpoint", "config"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation", "visualization"},
     "predictor": GROUND | {"config", "modeling"},
+    "prediction": GROUND | {"config", "data", "modeling", "predictor", "visualization"},
     "visualization": GROUND | {"predictor", "modeling"},
 }
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.meta_arch import RegionSpot
-from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
+from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.structures import ImageFeatures
 
 
 class CropRecognizer(RegionRecognizer):
@@ -60,7 +61,7 @@ class CropRecognizer(RegionRecognizer):
             return features, [LocalizerOutput({}, None, None) for x in boxes]
         return super().locate_boxes(images, boxes, True, features)
 
-    def region_logits(
+    def region_embeddings(
         self,
         images: list[torch.Tensor],
         boxes: list[Boxes],
@@ -72,8 +73,7 @@ class CropRecognizer(RegionRecognizer):
         embeddings = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
         while batch := list(itertools.islice(crops, self.batch_size)):
             embeddings.append(self._encode(batch))
-        logits = self.score(torch.cat(embeddings), with_background=True)
-        return list(logits.split([len(image_boxes) for image_boxes in boxes]))
+        return list(torch.cat(embeddings).split([len(image_boxes) for image_boxes in boxes]))
 
     def _crops(
         self,

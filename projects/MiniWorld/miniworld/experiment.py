@@ -26,8 +26,7 @@ from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.localizers.localizer import LocalizerOutput
-from regionspot.modeling.recognizer import ImageFeatures
-from regionspot.structures import Prompts
+from regionspot.structures import ImageFeatures, Prompts
 from regionspot.utils.files import atomic_path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -130,7 +129,8 @@ def recognize_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
         boxes = jitter(scene.boxes, rng) if jittered else scene.boxes
         features, located, mask_tensor = locate_boxes(recognizer, scene, boxes)
         regions = [Boxes(torch.from_numpy(boxes))]
-        logits = recognizer.region_logits([to_tensor(scene)], regions, features, [located])
+        embeddings = recognizer.region_embeddings([to_tensor(scene)], regions, features, [located])
+        logits = recognizer.score_images(embeddings, with_background=True)
         results.logits += [image_logits.cpu() for image_logits in logits]
         results.targets += scene.classes.tolist()
         masks = mask_tensor.cpu().numpy()
