@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "report": GROUND | {"config", "data", "evaluation", "modeling", "visualization"},
     "checkpoint": {"utils"},
     "model_zoo": {"checkpoint", "config"},
+    "app": GROUND | {"config", "modeling", "predictor", "report", "visualization"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation", "visualization"},
     "predictor": GROUND | {"config", "modeling"},
     "prediction": GROUND | {"config", "data", "modeling", "predictor", "visualization"},

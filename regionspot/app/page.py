@@ -12,7 +12,7 @@ import gradio as gr  # noqa: E402
 
 from regionspot.app.names import format_names  # noqa: E402
 from regionspot.app.recognition import MAX_SIDE, PageModel, Recognition  # noqa: E402
-from regionspot.app.results import HEADERS, TYPES, to_choices, to_rows  # noqa: E402
+from regionspot.app.results import HEADERS, TYPES, WIDTHS, to_choices, to_rows  # noqa: E402
 from regionspot.app.session import Session  # noqa: E402
 from regionspot.report.panels import embed  # noqa: E402
 from regionspot.utils.command_line import user_error  # noqa: E402
@@ -45,9 +45,9 @@ class Page:
             if parts := model.predictor.random_parts:
                 gr.Markdown(f"**No weights for {', '.join(parts)}: names and masks mean nothing.**")
             with gr.Row():
-                with gr.Column(scale=3):
+                with gr.Column():
                     self._add_inputs(names)
-                with gr.Column(scale=2):
+                with gr.Column():
                     self._add_results()
             self._connect()
 
@@ -75,9 +75,16 @@ class Page:
         self.status = gr.Textbox(label="Status", value="Upload an image.", interactive=False, elem_id="status")
 
     def _add_results(self) -> None:
-        self.drawing = gr.Image(label="Regions", interactive=False, buttons=["download", "fullscreen"], elem_id="drawing")
+        buttons: Any = ["download", "fullscreen"]  # not "share"
+        self.drawing = gr.Image(label="Regions", interactive=False, buttons=buttons, elem_id="drawing")
         self.table = gr.Dataframe(
-            headers=HEADERS, datatype=TYPES, interactive=False, wrap=True, label="Regions", elem_id="table"
+            headers=HEADERS,
+            datatype=TYPES,
+            column_widths=WIDTHS,
+            interactive=False,
+            wrap=True,
+            show_label=False,
+            elem_id="table",
         )
         self.download = gr.DownloadButton("Download as COCO", interactive=False, elem_id="download")
         has_attention = self.model.has_attention
@@ -87,14 +94,19 @@ class Page:
         self.attention = gr.Image(
             label="What the region attends to",
             interactive=False,
-            buttons=["download", "fullscreen"],
+            buttons=buttons,
             visible=has_attention,
             elem_id="attention",
         )
 
     def _connect(self) -> None:
         """Say which handler each event calls: one at a time uses the model, whichever event it is of."""
-        common: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        common: dict[str, Any] = {
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress_on": [self.status, self.drawing],
+        }
         results = [self.session, self.status, self.drawing, self.table, self.download, self.region, self.attention]
         loaded = [*results, self.board]
         self.upload.upload(self.one_line(self.load), [self.session, self.upload], loaded, **common)

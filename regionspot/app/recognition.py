@@ -1,7 +1,7 @@
 """What the page computes, apart from the page: one model for all sessions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,19 @@ import torch
 from detectron2.config import CfgNode
 from PIL import Image
 
-from regionspot.app.prompts import MAX_REGIONS, DrawnRegion, group_prompts
+from regionspot.app.prompts import DrawnRegion, group_prompts
 from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.proposal_sources import SamAutomaticProposals
-from regionspot.modeling.recognizer import ImageFeatures
-from regionspot.predictor import RegionPredictions, RegionSpotPredictor
-from regionspot.structures import Prompts
+from regionspot.modeling.region_predictions import RegionPredictions
+from regionspot.predictor import RegionSpotPredictor
+from regionspot.structures import ImageFeatures, Prompts, read_proposals
 from regionspot.utils.images import FORMATS, to_rgb_array
 from regionspot.visualization import cross_attention, draw_attention, draw_labels, enlarge
 
+MAX_FOUND = 100  # boxes that "Everything" draws, the best ones: more hide the image
 MAX_PIXELS = 64_000_000  # of an image: a small file may hold gigabytes of pixels
-MAX_SIDE = 1600  # pixels of what the page shows
+MAX_SIDE = 1000  # pixels of what the page shows
 
 
 @dataclass
@@ -57,7 +58,8 @@ class PageModel:
         """Build the model of ``cfg`` and load its weights, see ``RegionSpotPredictor``."""
         self.predictor = RegionSpotPredictor(cfg)
         self._deep_range = tuple(cfg.INPUT.DEEP_RANGE)
-        self._top_k = cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K
+        top_k = cfg.MODEL.REGIONSPOT.PROPOSALS.TOP_K
+        self._top_k = min(top_k, MAX_FOUND) if top_k >= 0 else MAX_FOUND
         self._source: Any = self.predictor.model.proposal_source
         localizer = self.predictor.recognizer.localizer
         if self._source is None and isinstance(localizer, SamLocalizer):
@@ -96,10 +98,8 @@ class PageModel:
         if isinstance(self._source, SamAutomaticProposals):  # SAM's encoder has seen the image already
             [proposals] = self._source([tensor], image.features.embeddings)
         else:
-            [proposals] = self._source([tensor.to(self.predictor.model.device)])
-        best = proposals.scores.argsort(descending=True)
-        limit = min(self._top_k, MAX_REGIONS) if self._top_k >= 0 else MAX_REGIONS
-        boxes = proposals.proposal_boxes.tensor[best[:limit]].tolist()
+            [proposals] = self._source([tensor])
+        boxes = read_proposals(proposals, self._top_k)[0].tensor.tolist()
         if not boxes:
             raise ValueError("everything: no objects were found in this image; draw boxes or click points")
         return [DrawnRegion((x0, y0, x1, y1)) for x0, y0, x1, y1 in boxes]
@@ -180,17 +180,13 @@ def join_predictions(parts: Sequence[RegionPredictions], order: np.ndarray) -> R
     """Return the predictions of several calls for the same image and names as one; ``order`` sorts their regions."""
     if len(parts) == 1:
         return parts[0]
-    joined: dict[str, Any] = {}
+    joined: dict[str, Any] = {"class_names": [name for part in parts for name in part.class_names]}
     for field in fields(RegionPredictions):
         values = [getattr(part, field.name) for part in parts]
         if isinstance(values[0], np.ndarray):
-            joined[field.name] = np.concatenate(values)[order]
+            joined[field.name] = np.concatenate(values)
         elif isinstance(values[0], RegionMasks):
             logits = torch.cat([value.tensor for value in values])
-            joined[field.name] = RegionMasks(logits, torch.from_numpy(order).to(logits.device), values[0].upsample)
-        elif field.name == "class_names":
-            names = [name for value in values for name in value]
-            joined[field.name] = [names[row] for row in order]
-        else:  # the same for all regions
-            joined[field.name] = values[0]
-    return RegionPredictions(**joined)
+            rows = torch.arange(len(logits), device=logits.device)
+            joined[field.name] = RegionMasks(logits, rows, values[0].upsample)
+    return replace(parts[0], **joined)[order]  # the rest is the same for all regions

@@ -3,11 +3,12 @@
 from typing import Any
 
 from regionspot.app.recognition import Recognition
-from regionspot.predictor import UNKNOWN
+from regionspot.modeling.region_predictions import UNKNOWN
 from regionspot.utils.rle import mask_areas
 
-HEADERS = ["Region", "Name", "Score", "Mask IoU", "Best names"]
+HEADERS = ["#", "Name", "Score", "Mask IoU", "Best names"]
 TYPES = ["number", "str", "number", "number", "str"]  # "str" cells are text, never HTML
+WIDTHS = ["8%", "22%", "14%", "14%", "42%"]
 
 
 def to_rows(recognition: Recognition) -> list[list[Any]]:
