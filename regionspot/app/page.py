@@ -186,7 +186,7 @@ class Page:
             self.table: to_rows(recognition),
             self.download: gr.DownloadButton(value=session.write_coco(), interactive=True),
             self.region: gr.Dropdown(choices=to_choices(recognition), value=0),
-            self.status: f"{len(recognition.regions)} regions, {len(recognition.predictions.vocabulary)} names.",
+            self.status: f"Regions: {len(recognition.regions)}, names: {len(recognition.predictions.vocabulary)}.",
         }
         if self.model.has_attention:
             shown[self.attention] = self.model.draw_attention(recognition, 0)

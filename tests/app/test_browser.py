@@ -24,7 +24,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 MAX_UPLOAD = 1_000_000
-SECONDS = 20_000  # milliseconds until a test gives up
+SECONDS = 60_000  # milliseconds until a test gives up
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,15 @@ def recognize(page, status):
     return wait_for_status(page, status)
 
 
-def table(page):
-    return [row.locator("td").all_inner_texts() for row in page.locator("#table [role=row]:has(td)").all()]
+def cell(page, row, column):
+    return page.locator(f"#table [data-testid=cell-{row}-{column}]")
+
+
+def shown_names(page, count):
+    """Return the names in a table that must have ``count`` rows."""
+    cell(page, count - 1, 1).wait_for()
+    assert cell(page, count, 1).count() == 0
+    return [cell(page, row, 1).inner_text() for row in range(count)]
 
 
 def download(page):
@@ -124,37 +131,37 @@ def test_draw_recognize_rename_download(page, model, scene):
     drag(page, (64, 48), [10, 8, 40, 32])
     click(page, "point", 0.5, 0.25)
     click(page, "exclude", 0.9, 0.9)
-    recognize(page, "2 regions, 4 names")
+    recognize(page, "Regions: 2, names: 4")
     name, content = download(page)
     assert name == "scene_coco.json" and [category["name"] for category in content["categories"]] == NAMES
     x, y, width, height = content["annotations"][0]["bbox"]
     assert [x, y, x + width, y + height] == pytest.approx([10, 8, 40, 32], abs=0.2)
     drawn = [{"box": [x, y, x + width, y + height]}, {"points": [[32, 12, 1], [57.6, 43.2, 0]]}]
     expected = model.recognize(model.encode(scene), parse_regions(drawn), NAMES).predictions
-    assert [row[1] for row in table(page)] == expected.class_names
+    assert shown_names(page, 2) == expected.class_names
     scores = [annotation["score"] for annotation in content["annotations"]]
     assert scores == pytest.approx(expected.scores.tolist(), abs=0.02)
     page.wait_for_selector("#drawing img")
     page.wait_for_selector("#attention img")
 
     page.fill("#names textarea", 'zebra, "cup, red"')
-    recognize(page, "2 regions, 2 names")
-    assert {row[1] for row in table(page)} <= {"zebra", "cup, red"}
+    recognize(page, "Regions: 2, names: 2")
+    assert set(shown_names(page, 2)) <= {"zebra", "cup, red"}
     assert [category["name"] for category in download(page)[1]["categories"]] == ["zebra", "cup, red"]
 
 
 def test_everything_and_the_attention_of_a_row(page, scene):
     upload(page, scene)
     page.click("button:has-text('Everything')")
-    wait_for_status(page, "4 regions, 4 names")
+    wait_for_status(page, "Regions: 4, names: 4")
     assert page.locator("#board .count").inner_text() == "4 regions"
     assert len(download(page)[1]["annotations"]) == 4
     first = page.locator("#attention img").get_attribute("src")
-    page.locator("#table [role=row]:has(td)").nth(2).locator("td").nth(1).click()
+    cell(page, 2, 1).click()
     page.wait_for_function(f"document.querySelector('#attention img').getAttribute('src') != {json.dumps(first)}")
     assert page.locator("#region input").input_value().startswith("3: ")
     page.click("#board [data-action=undo]")
-    recognize(page, "3 regions, 4 names")
+    recognize(page, "Regions: 3, names: 4")
     page.click("#board [data-action=clear]")
     recognize(page, "Error: no regions")
 
@@ -170,7 +177,7 @@ def test_large_image_turned_by_exif(page, tmp_path):
     assert frame["height"] < 900 and frame["height"] / frame["width"] == pytest.approx(2400 / 900, rel=0.01)
     box = [500, 300, 700, 700]  # of the bright rectangle, upright
     pixel = drag(page, (900, 2400), box)
-    recognize(page, "1 regions")
+    recognize(page, "Regions: 1")
     content = download(page)[1]
     assert (content["images"][0]["width"], content["images"][0]["height"]) == (900, 2400)
     x, y, width, height = content["annotations"][0]["bbox"]
@@ -184,9 +191,9 @@ def test_names_are_text_not_html(page, scene):
     drag(page, (64, 48), [10, 8, 40, 32])
     for name in names:
         page.fill("#names textarea", '"' + name.replace('"', '""') + '"')
-        recognize(page, "1 regions, 1 names")
+        recognize(page, "Regions: 1, names: 1")
         page.wait_for_function(f"document.querySelector('#table').innerText.includes({json.dumps(name)})")
-        assert table(page)[0][1] == name and page.locator("#region input").input_value() == f"1: {name}"
+        assert shown_names(page, 1) == [name] and page.locator("#region input").input_value() == f"1: {name}"
         assert download(page)[1]["categories"] == [{"id": 1, "name": name}]
     page.fill("#names textarea", f"{attack} " * 40)
     assert attack in recognize(page, "Error: ")
@@ -209,7 +216,7 @@ def test_mistakes_are_lines_of_the_page(page, scene, tmp_path):
     assert "type at least one" in recognize(page, "Error: no names")
 
     (tmp_path / "text.jpg").write_text("no image")
-    page.click("#upload [aria-label=Clear], #upload [aria-label='Clear']")
+    page.click("#upload [aria-label=Clear]")
     wait_for_status(page, "Upload an image.")
     page.set_input_files("#upload input[type=file]", str(tmp_path / "text.jpg"))
     status = wait_for_status(page, "cannot be read")
