@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
 from regionspot import RegionPredictions, RegionSpotPredictor
-from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
+from regionspot.drawing import DrawingStyle, draw_regions
 from regionspot.structures import check_boxes
 from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path, read_json, write_json
 from regionspot.utils.images import to_rgb_array
-from regionspot.visualization import draw_regions
 from regionspot.vocabulary import load_vocabulary
+from regionspot_cli.weights import BASELINE, leave_absent_weights, use_baseline_without_weights
 
 
 def parse_boxes(text: str, image: Path) -> list[list[float]]:
@@ -106,14 +105,6 @@ def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions)
     }
 
 
-def leave_absent_weights(cfg: CfgNode) -> None:
-    """Set the known weights that are not in the cache directory to "": these parts stay random."""
-    for part in ("SAM", "CLIP"):
-        known = KNOWN_WEIGHTS.get(cfg.MODEL.REGIONSPOT[part].WEIGHTS)
-        if known is not None and not known.path.is_file():
-            cfg.MODEL.REGIONSPOT[part].WEIGHTS = ""
-
-
 def load_inputs(args: Namespace, deep_range: Sequence[float]) -> list[tuple[Path, np.ndarray, dict[str, Any]]]:
     """Read all images and prompts first, so that errors in them are reported before the model is built."""
     if not args.boxes and not args.points:
@@ -147,7 +138,7 @@ def write_outputs(
     directory: Path, path: Path, image: np.ndarray, predictions: RegionPredictions, with_masks: bool
 ) -> None:
     """Write the annotated image and the JSON of an image, and print its regions."""
-    drawing = draw_regions(image, predictions, with_masks)
+    drawing = draw_regions(image, predictions, DrawingStyle(outline="mask" if with_masks else "box"))
     content = describe(path, (image.shape[0], image.shape[1]), predictions)
     write_json(directory / f"{path.stem}.json", content, indent=None)
     with atomic_path(directory / f"{path.stem}.png") as temporary:
@@ -164,8 +155,10 @@ def main(args: Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     inputs = load_inputs(args, cfg.INPUT.DEEP_RANGE)
     vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
-    if args.cached_weights_only:
-        leave_absent_weights(cfg)
+    absent = leave_absent_weights(cfg) if args.cached_weights_only else ""
+    is_baseline = use_baseline_without_weights(cfg)
+    if is_baseline:
+        print(f"{BASELINE}\n")
     torch.manual_seed(max(cfg.SEED, 0))
     predictor = RegionSpotPredictor(cfg)
     predictor.set_vocabulary(vocabulary)
@@ -173,8 +166,12 @@ def main(args: Namespace) -> None:
         predictor.set_image(image)
         write_outputs(Path(args.output), path, image, predictor.predict(**prompts), "sam" not in predictor.random_parts)
     print(f"images and JSON are in {printable(args.output)}")
-    if predictor.random_parts:
+    if is_baseline:
+        print(f"\n{BASELINE}")
+    elif predictor.random_parts:
         print(
             f"\nNo weights for {', '.join(predictor.random_parts)}: these parts are untrained, "
             "THE LABELS AND MASKS MEAN NOTHING. This only shows that the program runs."
         )
+    if absent:
+        print(f"Without --cached-weights-only (make photo DOWNLOAD=yes) {absent} are fetched from official addresses.")

@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from PIL import Image
 
 from regionspot.app.prompts import DrawnRegion, group_prompts
+from regionspot.drawing import DrawingStyle, draw_attention, draw_regions, enlarge
+from regionspot.modeling.attention_maps import cross_attention
 from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.proposal_sources import SamAutomaticProposals
@@ -18,7 +20,6 @@ from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.predictor import RegionSpotPredictor
 from regionspot.structures import ImageFeatures, Prompts, read_proposals
 from regionspot.utils.images import FORMATS, to_rgb_array
-from regionspot.visualization import cross_attention, draw_attention, draw_labels, enlarge
 
 MAX_FOUND = 100  # boxes that "Everything" draws, the best ones: more hide the image
 MAX_PIXELS = 64_000_000  # of an image: a small file may hold gigabytes of pixels
@@ -131,16 +132,19 @@ class PageModel:
         return draw_attention(recognition.image.view, weights.float().cpu().numpy(), box)
 
     def draw(self, recognition: Recognition) -> np.ndarray:
-        """Draw the boxes, masks and numbered names of an image: (H, W, 3) uint8 RGB, about the view's size."""
-        predictions, view = recognition.predictions, recognition.image.view
-        masks = None
-        if "sam" not in self.predictor.random_parts and predictions.region_masks is not None:  # else they mean nothing
-            masks = predictions.region_masks.to_bitmasks(None, *view.shape[:2]).tensor.cpu().numpy()
-        labels = [
-            f"{number} {name} {score:.0%}"
-            for number, (name, score) in enumerate(zip(predictions.class_names, predictions.scores), 1)
-        ]
-        return draw_labels(view, predictions.boxes * _view_scale(recognition.image), masks, labels)
+        """Draw the masks and numbered names of an image: (H, W, 3) uint8 RGB, the view's size."""
+        image, predictions = recognition.image, recognition.predictions
+        numbered = [f"{number} {name}" for number, name in enumerate(predictions.class_names, 1)]
+        shown = replace(
+            predictions,
+            boxes=predictions.boxes * _view_scale(image),
+            image_size=(image.view.shape[0], image.view.shape[1]),  # of the masks, too
+            class_names=numbered,
+            vocabulary=numbered,  # neighboring regions have distinct colors
+        )
+        has_masks = "sam" not in self.predictor.random_parts  # else they mean nothing
+        style = DrawingStyle(fill=0.3) if has_masks else DrawingStyle(outline="box")
+        return draw_regions(image.view, shown, style)
 
 
 def check_size(path: Path) -> None:

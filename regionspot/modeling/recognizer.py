@@ -30,6 +30,8 @@ BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the
 class RegionRecognizer(nn.Module):
     """Images and regions in, class logits of the regions out."""
 
+    needs_masks = False  # a baseline may recognize masks
+
     @configurable
     def __init__(
         self,
