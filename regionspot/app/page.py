@@ -172,8 +172,11 @@ class Page:
         """Show what the chosen region attends to."""
         if session.recognition is None or index is None:
             raise ValueError("no regions: recognize some first")
-        index = int(index)
-        return {self.attention: self.model.draw_attention(session.recognition, index)}
+        name = session.recognition.predictions.class_names[index]
+        return {
+            self.attention: self.model.draw_attention(session.recognition, index),
+            self.status: f"Region {index + 1}: {name}",
+        }
 
     def attend_to_row(self, session: Session, event: gr.SelectData) -> dict:
         """Show what the region of a row of the table attends to, however the table is sorted."""

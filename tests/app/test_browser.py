@@ -150,20 +150,28 @@ def test_draw_recognize_rename_download(page, model, scene):
     assert [category["name"] for category in download(page)[1]["categories"]] == ["zebra", "cup, red"]
 
 
-def test_everything_and_the_attention_of_a_row(page, scene):
+def test_everything_undo_and_clear(page, scene):
     upload(page, scene)
     page.click("button:has-text('Everything')")
     wait_for_status(page, "Regions: 4, names: 4")
     assert page.locator("#board .count").inner_text() == "4 regions"
     assert len(download(page)[1]["annotations"]) == 4
-    first = page.locator("#attention img").get_attribute("src")
-    cell(page, 2, 1).click()
-    page.wait_for_function(f"document.querySelector('#attention img').getAttribute('src') != {json.dumps(first)}")
-    assert page.locator("#region input").input_value().startswith("3: ")
     page.click("#board [data-action=undo]")
     recognize(page, "Regions: 3, names: 4")
     page.click("#board [data-action=clear]")
     recognize(page, "Error: no regions")
+
+
+def test_attention_of_a_row_of_the_table(page, scene):
+    upload(page, scene)
+    drag(page, (64, 48), [2, 2, 20, 20])
+    drag(page, (64, 48), [30, 8, 60, 40])
+    recognize(page, "Regions: 2")
+    first = page.locator("#attention img").get_attribute("src")
+    cell(page, 1, 1).click()
+    wait_for_status(page, "Region 2")
+    page.wait_for_function(f"document.querySelector('#attention img').getAttribute('src') != {json.dumps(first)}")
+    assert page.locator("#region input").input_value().startswith("2: ")
 
 
 def test_large_image_turned_by_exif(page, tmp_path):
