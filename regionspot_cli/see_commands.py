@@ -1,6 +1,7 @@
 """The arguments of the commands that show results."""
 
-from argparse import REMAINDER, ArgumentParser, Namespace
+import re
+from argparse import REMAINDER, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,11 +96,11 @@ def parse_visualize(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes of "20mb"; a ``ValueError`` is argparse's to report."""
-    size = int(text[:-2]) * UNITS[text[-2:].lower()] if text[-2:].lower() in UNITS else int(text)
-    if size < 1:
-        raise ValueError
-    return size
+    """Return the bytes of "20mb"."""
+    match = re.fullmatch(r"([1-9]\d*)(kb|mb|gb)", text.lower())
+    if match is None:
+        raise ArgumentTypeError(f"expected a size such as 500kb or 20mb, got {text!r}")
+    return int(match[1]) * UNITS[match[2]]
 
 
 def parse_app(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

@@ -19,6 +19,7 @@ SLOW = [
     "engine/test_train_net.py",
     "projects/test_rcnn.py",
     "test_golden.py",
+    "app/test_browser.py",
     "engine/test_trainer.py",
     "engine/test_oracle.py",
     "engine/test_stop.py",

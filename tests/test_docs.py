@@ -22,6 +22,7 @@ PROGRAMS = {
     "python": ROOT / "tools" / "benchmarks" / "__main__.py",
 }
 SHORT = {"SOLVER.MAX_ITER": "12"}  # in place of what a guide says
+SERVERS = {"app": "--check"}  # commands that would never end, and the option with which they only start
 
 
 def blocks(path, language):
@@ -79,6 +80,8 @@ def test_commands_work(path, directory):
             assert arguments[:2] == ["-m", "tools.benchmarks"]
             arguments = arguments[2:]
         arguments = [SHORT.get(arguments[i - 1], argument) for i, argument in enumerate(arguments)]
+        if program == "regionspot" and arguments[0] in SERVERS:
+            arguments.insert(1, SERVERS[arguments[0]])
         outputs.append(run_program(directory, PROGRAMS.get(program, ROOT / program), *arguments))
     check = {"train": check_training, "README": check_prediction}.get(path.stem)
     if check:
