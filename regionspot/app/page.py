@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Page:
             info='A name with a comma is in double quotes: "cup, red".',
             value=format_names(names),
             lines=3,
+            max_lines=8,
             elem_id="names",
         )
         with gr.Row():
@@ -89,7 +91,7 @@ class Page:
         self.download = gr.DownloadButton("Download as COCO", interactive=False, elem_id="download")
         has_attention = self.model.has_attention
         self.region = gr.Dropdown(
-            label="Attention of region", choices=[], interactive=True, visible=has_attention, elem_id="region"
+            label="Region, or click a row of the table", choices=[], interactive=True, elem_id="region"
         )
         self.attention = gr.Image(
             label="What the region attends to",
@@ -98,6 +100,12 @@ class Page:
             visible=has_attention,
             elem_id="attention",
         )
+        with gr.Row():
+            self.example = gr.Textbox(label="The chosen region is an example of", elem_id="example")
+            self.examples = gr.Textbox(label="Names with examples", interactive=False, elem_id="examples")
+        with gr.Row():
+            self.add = gr.Button("Add example")
+            self.forget = gr.Button("Forget examples")
 
     def _connect(self) -> None:
         """Say which handler each event calls: one at a time uses the model, whichever event it is of."""
@@ -118,6 +126,10 @@ class Page:
         self.everything.click(everything, [self.session, self.names], loaded, **common)
         attended = [self.session, self.status, self.region, self.attention]
         self.region.input(self.one_line(self.attend), [self.session, self.region], attended, **common)
+        chosen, listed = [self.session, self.region, self.example], [self.session, self.status, self.examples]
+        self.add.click(self.one_line(self.add_example), chosen, listed, **common)
+        self.example.submit(self.one_line(self.add_example), chosen, listed, **common)
+        self.forget.click(self.one_line(self.forget_examples), [self.session], listed, **common)
         self.table.select(self.one_line(self.attend_to_row), [self.session], attended, **common)
 
     def one_line(self, handler: Callable[..., dict]) -> Callable[..., dict]:
@@ -172,28 +184,39 @@ class Page:
         """Show what the chosen region attends to."""
         if session.recognition is None or index is None:
             raise ValueError("no regions: recognize some first")
-        name = session.recognition.predictions.class_names[index]
-        return {
-            self.attention: self.model.draw_attention(session.recognition, index),
-            self.status: f"Region {index + 1}: {name}",
-        }
+        shown = {self.status: f"Region {index + 1}: {session.recognition.predictions.class_names[index]}"}
+        return {**shown, **self._attention(session.recognition, index)}
 
     def attend_to_row(self, session: Session, event: gr.SelectData) -> dict:
         """Show what the region of a row of the table attends to, however the table is sorted."""
         index = int(event.row_value[0]) - 1
         return {self.region: index, **self.attend(session, index)}
 
+    def add_example(self, session: Session, index: int | None, name: str) -> dict:
+        """Let the chosen region be an example of a name."""
+        session.add_example(0 if index is None else index, name)
+        listed = ", ".join(f"{name} ({len(examples)})" for name, examples in session.examples.items())
+        return {self.examples: listed, self.status: "Press Recognize to use the example, in this image or another."}
+
+    def forget_examples(self, session: Session) -> dict:
+        """Go back to names alone."""
+        session.examples.clear()
+        return {self.examples: "", self.status: "Names are text again: press Recognize."}
+
     def _show(self, session: Session, recognition: Recognition) -> dict:
-        shown = {
+        return {
             self.drawing: self.model.draw(recognition),
             self.table: to_rows(recognition),
             self.download: gr.DownloadButton(value=session.write_coco(), interactive=True),
             self.region: gr.Dropdown(choices=to_choices(recognition), value=0),
             self.status: f"Regions: {len(recognition.regions)}, names: {len(recognition.predictions.vocabulary)}.",
+            **self._attention(recognition, 0),
         }
-        if self.model.has_attention:
-            shown[self.attention] = self.model.draw_attention(recognition, 0)
-        return shown
+
+    def _attention(self, recognition: Recognition, index: int) -> dict:
+        if not self.model.has_attention:  # then its image is not in the page
+            return {}
+        return {self.attention: self.model.draw_attention(recognition, index)}
 
     def _no_results(self) -> dict:
         return {
@@ -218,20 +241,22 @@ def launch(page: Page, host: str, port: int, max_upload: int) -> str:
         OSError: the port is in use.
     """
     page.blocks.queue(max_size=MAX_WAITING)
-    _, address, _ = page.blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        max_file_size=max_upload,
-        state_session_capacity=MAX_SESSIONS,
-        prevent_thread_lock=True,
-        quiet=True,
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        pwa=False,
-        footer_links=[],
-        theme=THEME,
-    )
-    return address
+    with suppress(OSError):
+        _, address, _ = page.blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            max_file_size=max_upload,
+            state_session_capacity=MAX_SESSIONS,
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            pwa=False,
+            footer_links=[],
+            theme=THEME,
+        )
+        return address
+    raise OSError(f"nothing can listen on {host}:{port}: another program may use the port; give another --port")

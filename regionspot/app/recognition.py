@@ -1,6 +1,6 @@
 """What the page computes, apart from the page: one model for all sessions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from regionspot.modeling.attention_maps import cross_attention
 from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.proposal_sources import SamAutomaticProposals
-from regionspot.modeling.region_predictions import RegionPredictions
+from regionspot.modeling.region_predictions import UNKNOWN, RegionPredictions
 from regionspot.predictor import RegionSpotPredictor
 from regionspot.structures import ImageFeatures, Prompts, read_proposals
 from regionspot.utils.images import FORMATS, to_rgb_array
@@ -105,18 +105,60 @@ class PageModel:
             raise ValueError("everything: no objects were found in this image; draw boxes or click points")
         return [DrawnRegion((x0, y0, x1, y1)) for x0, y0, x1, y1 in boxes]
 
-    def recognize(self, image: EncodedImage, regions: list[DrawnRegion], names: Sequence[str]) -> Recognition:
+    def recognize(
+        self,
+        image: EncodedImage,
+        regions: list[DrawnRegion],
+        names: Sequence[str],
+        examples: Mapping[str, np.ndarray] | None = None,
+    ) -> Recognition:
         """Recognize regions over class names; regions of one kind (boxes, points, both) are predicted together.
+
+        Args:
+            image: of the regions.
+            regions: at least one.
+            names: that CLIP's text encoder embeds.
+            examples: (text_dim,) float32 normalized embeddings of names that examples define, which replace those of
+                the text.
 
         Raises:
             ValueError: an invalid region, or names that CLIP cannot take.
         """
+        examples = examples or {}
+        names = [*names, *(name for name in examples if name not in names)]
         groups = group_prompts(regions)
         parts = [
             self.predictor.predict(**prompts, vocabulary=list(names), features=image.features) for _, prompts in groups
         ]
         order = np.argsort([row for rows, _ in groups for row in rows])
-        return Recognition(image, regions, join_predictions(parts, order))
+        predictions = join_predictions(parts, order)
+        return Recognition(image, regions, self._compare(predictions, examples) if examples else predictions)
+
+    @torch.no_grad()
+    def _compare(self, predictions: RegionPredictions, examples: Mapping[str, np.ndarray]) -> RegionPredictions:
+        """Score regions again, with the embeddings of examples in place of those of their names."""
+        recognizer, rule = self.predictor.recognizer, self.predictor.recognizer.rule
+        names, text = recognizer.encode_vocabulary(predictions.vocabulary)  # (K, text_dim)
+        embeddings = text.clone()  # the text encoder keeps its own
+        for name, embedding in examples.items():
+            embeddings[names.index(name)] = torch.from_numpy(embedding).to(embeddings)
+        logits = recognizer.score(torch.from_numpy(predictions.embeddings).to(text), embeddings, with_background=True)
+        probabilities = rule.probabilities(logits)
+        unknown = rule.is_unknown(probabilities, len(recognizer.background)).tolist()
+        probabilities = probabilities[:, : len(names)]
+        top_scores, top_classes = probabilities.topk(predictions.top_classes.shape[1], dim=1)
+        classes = top_classes[:, 0].tolist()
+        return replace(
+            predictions,
+            classes=top_classes[:, 0].cpu().numpy(),
+            class_names=[UNKNOWN if is_unknown else names[label] for label, is_unknown in zip(classes, unknown)],
+            scores=top_scores[:, 0].cpu().numpy(),
+            top_classes=top_classes.cpu().numpy(),
+            top_scores=top_scores.cpu().numpy(),
+            logits=logits[:, : len(names)].cpu().numpy(),
+            unknown=np.array(unknown, bool),
+            detection_scores=rule.scores(probabilities, None).gather(1, top_classes[:, :1])[:, 0].cpu().numpy(),
+        )
 
     @torch.no_grad()
     def draw_attention(self, recognition: Recognition, index: int) -> np.ndarray:

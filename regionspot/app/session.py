@@ -4,19 +4,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from regionspot.app.names import parse_names
 from regionspot.app.prompts import parse_regions
 from regionspot.app.recognition import EncodedImage, PageModel, Recognition
 from regionspot.app.results import to_coco
 from regionspot.utils.files import write_json
 
+MAX_EXAMPLES = 500
+
 
 class Session:
-    """A visitor's last image and what was recognized in it; images before it are not kept."""
+    """A visitor's last image, what was recognized in it, and examples; images before it are not kept."""
 
     def __init__(self) -> None:
         self.image: EncodedImage | None = None
         self.recognition: Recognition | None = None
+        self.examples: dict[str, list[np.ndarray]] = {}  # (text_dim,) float32 embeddings of regions, by name
         self._directory: tempfile.TemporaryDirectory[str] | None = None  # removed with the session
 
     def set_image(self, model: PageModel, path: str | Path) -> EncodedImage:
@@ -38,15 +43,33 @@ class Session:
         return [{"box": list(region.box or ())} for region in model.find_regions(self._need_image())]
 
     def recognize(self, model: PageModel, regions: Any, names: str) -> Recognition:
-        """Recognize regions that the page sends over the names of a text.
+        """Recognize regions that the page sends over the names of a text and those with examples.
 
         Raises:
             ValueError: no image, no or invalid regions, no or invalid names.
         """
         image = self._need_image()
         self.recognition = None
-        self.recognition = model.recognize(image, parse_regions(regions), parse_names(names))
+        typed = parse_names(names) if names.strip() or not self.examples else []
+        means = {name: np.mean(embeddings, axis=0) for name, embeddings in self.examples.items()}
+        examples = {name: mean / max(float(np.linalg.norm(mean)), 1e-12) for name, mean in means.items()}
+        self.recognition = model.recognize(image, parse_regions(regions), typed, examples)
         return self.recognition
+
+    def add_example(self, index: int, text: str) -> None:
+        """Let a region that was recognized be an example of a name, also in the images after this one.
+
+        Raises:
+            ValueError: nothing was recognized, not one name, or too many examples.
+        """
+        if self.recognition is None:
+            raise ValueError("no regions: recognize some first, then choose the one that is an example")
+        names = parse_names(text) if text.strip() else []
+        if len(names) != 1:
+            raise ValueError(f"example: expected the name of the region, got {len(names)} names")
+        if sum(map(len, self.examples.values())) >= MAX_EXAMPLES:
+            raise ValueError(f"example: expected at most {MAX_EXAMPLES}; forget them first")
+        self.examples.setdefault(names[0], []).append(self.recognition.predictions.embeddings[index])
 
     def write_coco(self) -> str:
         """Write what was recognized as a COCO file, and return its path."""

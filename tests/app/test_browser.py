@@ -162,7 +162,7 @@ def test_everything_undo_and_clear(page, scene):
     recognize(page, "Error: no regions")
 
 
-def test_attention_of_a_row_of_the_table(page, scene):
+def test_attention_of_a_row_and_a_region_as_example(page, scene):
     upload(page, scene)
     drag(page, (64, 48), [2, 2, 20, 20])
     drag(page, (64, 48), [30, 8, 60, 40])
@@ -172,6 +172,16 @@ def test_attention_of_a_row_of_the_table(page, scene):
     wait_for_status(page, "Region 2")
     page.wait_for_function(f"document.querySelector('#attention img').getAttribute('src') != {json.dumps(first)}")
     assert page.locator("#region input").input_value().startswith("2: ")
+
+    page.fill("#example textarea", "my <b>gadget</b>")
+    page.click("button:has-text('Add example')")
+    wait_for_status(page, "to use the example")
+    assert page.locator("#examples textarea").input_value() == "my <b>gadget</b> (1)"
+    recognize(page, "Regions: 2, names: 5")
+    assert shown_names(page, 2)[1] == "my <b>gadget</b>"
+    page.click("button:has-text('Forget examples')")
+    wait_for_status(page, "text again")
+    recognize(page, "Regions: 2, names: 4")
 
 
 def test_large_image_turned_by_exif(page, tmp_path):

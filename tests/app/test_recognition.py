@@ -126,6 +126,51 @@ def test_exif_rotation_turns_the_image_before_it_is_shown(model, tmp_path):
     assert image.view.shape == (600, 360, 3) and image.features.sizes == [(80, 48)]
 
 
+def test_example_names_regions_like_it(model, path):
+    session = Session()
+    session.set_image(model, path)
+    session.recognize(model, REGIONS, "cup, spoon")
+    embeddings = session.recognition.predictions.embeddings
+    session.add_example(2, "my gadget")
+    predictions = session.recognize(model, REGIONS, "cup, spoon").predictions
+    assert predictions.vocabulary == ["cup", "spoon", "my gadget"]
+    scale = model.predictor.recognizer.vision_language.clip_model.logit_scale.exp().item()
+    np.testing.assert_allclose(predictions.logits[:, 2] / scale, embeddings @ embeddings[2], atol=1e-5)
+    plain = model.recognize(session.image, session.recognition.regions, ["cup", "spoon"]).predictions
+    np.testing.assert_allclose(predictions.logits[:, :2], plain.logits, rtol=1e-4, atol=1e-4)
+    assert predictions.class_names[2] == "my gadget" and predictions.scores[2] == predictions.top_scores[2, 0]
+    assert [predictions.vocabulary[i] for i in predictions.classes] == predictions.class_names
+
+
+def test_examples_are_averaged_and_replace_a_typed_name(model, path):
+    session = Session()
+    session.set_image(model, path)
+    embeddings = session.recognize(model, REGIONS, "cup, spoon").predictions.embeddings
+    for index in (0, 1):
+        session.add_example(index, '"cup"')
+    mean = embeddings[:2].mean(axis=0)
+    similarity = embeddings @ (mean / np.linalg.norm(mean))
+    for text, names in (("cup, spoon", ["cup", "spoon"]), ("", ["cup"])):  # no name has to be typed
+        predictions = session.recognize(model, REGIONS, text).predictions
+        assert predictions.vocabulary == names
+        scale = model.predictor.recognizer.vision_language.clip_model.logit_scale.exp().item()
+        np.testing.assert_allclose(predictions.logits[:, 0] / scale, similarity, atol=1e-5)
+    text_again = model.recognize(session.image, session.recognition.regions, ["cup", "spoon"]).predictions
+    assert not np.allclose(text_again.logits[:, 0] / scale, similarity, atol=1e-3)  # the encoder's own is not changed
+
+
+def test_examples_need_a_region_and_one_name(model, path):
+    session = Session()
+    with pytest.raises(ValueError, match="no regions: recognize some first"):
+        session.add_example(0, "cup")
+    session.set_image(model, path)
+    session.recognize(model, REGIONS, "cup")
+    for text in ("", "cup, spoon"):
+        with pytest.raises(ValueError, match="expected the name of the region"):
+            session.add_example(0, text)
+    assert session.examples == {}
+
+
 def test_large_images_are_shown_smaller(model, tmp_path):
     Image.new("RGB", (2400, 1200)).save(tmp_path / "large.png")
     assert model.encode(tmp_path / "large.png").view.shape == (500, 1000, 3)
