@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "report": GROUND | {"config", "data", "evaluation", "modeling", "visualization"},
     "checkpoint": {"utils"},
     "model_zoo": {"checkpoint", "config"},
+    "export": GROUND | {"config", "modeling"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation", "visualization"},
     "predictor": GROUND | {"config", "modeling"},
     "visualization": GROUND | {"predictor", "modeling"},
