@@ -1,5 +1,6 @@
 """The recognizer as ``torch.export`` programs, with any numbers of regions, points and names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from regionspot.export.modules import ImageEncoders, RegionClassifier, RegionDecoder
+from regionspot.export.modules import ImageEncoders, RegionClassifier, RegionDecoder, parts_of
 from regionspot.export.onnx_predictor import OnnxRegionPredictor
 from regionspot.modeling.recognizer import RegionRecognizer
 
+Shape = tuple[int | str, ...]  # of an input; a dynamic dimension has its name
 PRECISIONS = {"float32": torch.float32, "fp16": torch.float16}
 # Programs of an export, in the order in which they run.
 MODELS = ("image_encoders", "region_decoder", "region_classifier")
@@ -30,58 +32,76 @@ class Traced:
 
     Attributes:
         program: takes the inputs in their order.
-        inputs: name and shape of each; a dynamic dimension has its name.
+        inputs: name and shape of each.
         outputs: names.
     """
 
     program: ExportedProgram
-    inputs: dict[str, tuple[int | str, ...]]
+    inputs: dict[str, Shape]
     outputs: tuple[str, ...]
 
 
-def trace(recognizer: RegionRecognizer, precision: str = "float32") -> dict[str, Traced]:
-    """Return the programs of ``MODELS``; the recognizer stays as it is.
+def trace(
+    recognizer: RegionRecognizer, precision: str = "float32", models: Sequence[str] = MODELS
+) -> dict[str, Traced]:
+    """Return programs of a recognizer, which stays as it is.
 
     Args:
         recognizer: with SAM and CLIP; with ``CLIP.FEATURES`` none there are no inputs for CLIP's image and feature map.
         precision: of weights and arithmetic, "float32" or "fp16"; inputs and outputs are float32.
+        models: which of ``MODELS``.
 
     Raises:
         ValueError: an unknown precision, or parts other than SAM and CLIP.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
-    dtype = PRECISIONS[precision]
-    encoders, decoder = ImageEncoders(recognizer, dtype), RegionDecoder(recognizer, dtype)
-    grid, channels = decoder.position.shape[-1], decoder.position.shape[1]
-    sam_image = (1, 3, decoder.image_size, decoder.image_size)
-    images: dict[str, tuple[int | str, ...]] = {"sam_image": sam_image}
-    encoded, features = ("image_embeddings",), {}
-    if encoders.visual is not None:
-        side = encoders.visual.input_resolution
-        length, width = encoders.visual.positional_embedding.shape
-        images["clip_image"] = (1, 3, side, side)
-        encoded = ("image_embeddings", "feature_map")
-        features = {"feature_map": (1, length - (encoders.features == "feature_map"), width)}
-    prompts = {
-        "image_embeddings": (1, channels, grid, grid),
-        "point_coords": ("regions", "points", 2),
-        "point_labels": ("regions", "points"),
-    }
-    tokens = {
-        "tokens": ("regions", recognizer.localizer.token_dim),
-        "text_embeddings": ("names", recognizer.vision_language.text_dim),
-        **features,
-    }
+    parts_of(recognizer)
+    kinds = {"image_encoders": ImageEncoders, "region_decoder": RegionDecoder, "region_classifier": RegionClassifier}
+    inputs, outputs = describe_inputs(recognizer), describe_outputs(recognizer)
     return {
-        "image_encoders": _trace(encoders, images, encoded),
-        "region_decoder": _trace(decoder, prompts, ("tokens", "predicted_ious", "masks")),
-        "region_classifier": _trace(RegionClassifier(recognizer, dtype), tokens, ("logits", "semantic_embeddings")),
+        name: _trace(kinds[name](recognizer, PRECISIONS[precision]), inputs[name], outputs[name]) for name in models
+    }
+
+
+def describe_inputs(recognizer: RegionRecognizer) -> dict[str, dict[str, Shape]]:
+    """Return the shape of each input of each model."""
+    localizer, vision_language = parts_of(recognizer)
+    side, prompt_encoder = localizer.image_size, localizer.sam.prompt_encoder
+    images: dict[str, Shape] = {"sam_image": (1, 3, side, side)}
+    features: dict[str, Shape] = {}
+    if vision_language.features != "none":
+        visual = vision_language.clip_model.visual
+        length, width = visual.positional_embedding.shape
+        images["clip_image"] = (1, 3, visual.input_resolution, visual.input_resolution)
+        features["feature_map"] = (1, length - (vision_language.features == "feature_map"), width)
+    return {
+        "image_encoders": images,
+        "region_decoder": {
+            "image_embeddings": (1, prompt_encoder.embed_dim, *prompt_encoder.image_embedding_size),
+            "point_coords": ("regions", "points", 2),
+            "point_labels": ("regions", "points"),
+        },
+        "region_classifier": {
+            "tokens": ("regions", localizer.token_dim),
+            "text_embeddings": ("names", vision_language.text_dim),
+            **features,
+        },
+    }
+
+
+def describe_outputs(recognizer: RegionRecognizer) -> dict[str, tuple[str, ...]]:
+    """Return the names of the outputs of each model."""
+    features = () if recognizer.vision_language.features == "none" else ("feature_map",)
+    return {
+        "image_encoders": ("image_embeddings", *features),
+        "region_decoder": ("tokens", "predicted_ious", "masks"),
+        "region_classifier": ("logits", "semantic_embeddings"),
     }
 
 
 @torch.no_grad()
-def _trace(module: nn.Module, inputs: dict[str, tuple[int | str, ...]], outputs: tuple[str, ...]) -> Traced:
+def _trace(module: nn.Module, inputs: dict[str, Shape], outputs: tuple[str, ...]) -> Traced:
     # Different numbers, none of them 1, so that no dimension is taken for another, or for a constant.
     sizes = {"regions": 5, "points": 3, "names": 7}
     example = {}
