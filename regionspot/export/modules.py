@@ -212,20 +212,25 @@ def _attend(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, H * W, D)
     are_large = height * width * height * width > MAX_MATRIX
     heads = qkv.split(1, dim=2) if are_large else [qkv]
-    attended = torch.cat([_attend_heads(attention, part, height, width) for part in heads], dim=1)
+    positions = None
+    if attention.use_rel_pos:  # (H, H, D) and (W, W, D), once for all heads
+        sides = ((height, attention.rel_pos_h), (width, attention.rel_pos_w))
+        positions = [get_rel_pos(side, side, embeddings) for side, embeddings in sides]
+    attended = torch.cat([_attend_heads(attention, part, (height, width), positions) for part in heads], dim=1)
     return attention.proj(attended.transpose(1, 2).flatten(2).unflatten(1, (height, width)))
 
 
-def _attend_heads(attention: Attention, qkv: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _attend_heads(
+    attention: Attention, qkv: torch.Tensor, size: tuple[int, int], positions: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
     """Return (B, n, H * W, D) of (3, B, n, H * W, D): the queries, keys and values of n heads."""
     queries, keys, values = qkv
     scores = (queries * attention.scale) @ keys.transpose(2, 3)  # (B, n, H * W, H * W)
-    if attention.use_rel_pos:
-        grid = queries.unflatten(2, (height, width))  # (B, n, H, W, D)
-        rel_h = grid @ get_rel_pos(height, height, attention.rel_pos_h).transpose(1, 2)  # (B, n, H, W, H)
-        by_column = grid.transpose(2, 3) @ get_rel_pos(width, width, attention.rel_pos_w).transpose(1, 2)
-        rel_w = by_column.transpose(2, 3)  # (B, n, H, W, W)
-        scores = scores.unflatten(3, (height, width)).unflatten(2, (height, width))
+    if positions is not None:
+        grid = queries.unflatten(2, size)  # (B, n, H, W, D)
+        rel_h = grid @ positions[0].transpose(1, 2)  # (B, n, H, W, H)
+        rel_w = (grid.transpose(2, 3) @ positions[1].transpose(1, 2)).transpose(2, 3)  # (B, n, H, W, W)
+        scores = scores.unflatten(3, size).unflatten(2, size)
         scores = (scores + rel_h[..., None] + rel_w[..., None, :]).flatten(4, 5).flatten(2, 3)
     return F.softmax(scores, dim=-1) @ values
 
