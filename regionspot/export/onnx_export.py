@@ -20,7 +20,6 @@ def save_onnx(traced: Traced, path: Path, opset: int = OPSET) -> None:
         ValueError: an opset that the exporter does not write.
     """
     check_opset(opset)
-    # with weights of one type the exporter's own pass, and not a second one, decomposes what ONNX lacks
     exported = torch.onnx.export(
         traced.program,
         dynamo=True,
@@ -34,6 +33,7 @@ def save_onnx(traced: Traced, path: Path, opset: int = OPSET) -> None:
     if (written := exported.model.opset_imports[""]) != opset:
         raise ValueError(f"--opset {opset}: PyTorch's exporter could only write opset {written}; give that one")
     _name_dimensions(exported.model, traced)
+    _clear_metadata(exported.model)
     num_bytes = sum(x.nbytes for x in traced.program.state_dict.values())
     exported.save(path, external_data=num_bytes > MAX_BYTES)
 
@@ -79,3 +79,10 @@ def _name_dimensions(model: Any, traced: Traced) -> None:
     for value in [*model.graph.inputs, *model.graph.outputs]:
         dims = [dim if isinstance(dim, int) else names.get(str(dim.value), str(dim.value)) for dim in value.shape]
         value.shape = onnx_ir.Shape(dims)
+
+
+def _clear_metadata(model: Any) -> None:
+    """Remove the exporter's notes on each node: half of a small file, and paths of this machine."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)

@@ -17,7 +17,7 @@ from regionspot.export.onnx_export import save_onnx
 from regionspot.export.torch_export import trace
 from regionspot.structures import Prompts
 
-from ..helpers import NAMES, as_inputs, draw_scene, run, spread_tokens, tiny_config, tiny_model
+from ..helpers import NAMES, ROOT, as_inputs, draw_scene, run, spread_tokens, tiny_config, tiny_model
 
 BACKGROUND = ["sky", "wall"]
 # Runs the copied file in an interpreter in which neither PyTorch nor this project can be imported.
@@ -211,6 +211,8 @@ def test_description(original, exported):
             shape = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
             assert shape == entry["inputs"][value.name], (name, value.name)
         assert [value.name for value in model.graph.output] == entry["outputs"]
+    for path in exported.iterdir():  # no paths of the machine that wrote it
+        assert str(ROOT).encode() not in path.read_bytes(), path.name
 
 
 def test_check_refuses_another_model(exported):
