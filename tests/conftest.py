@@ -33,6 +33,8 @@ SLOW = [
     "device/test_benchmark.py",
     "modeling/test_meta_arch.py",
     "modeling/roi_heads/test_roi_heads.py",
+    "export/test_onnx.py",
+    "export/test_modules.py",
     "tools/test_gpu_check.py",
     "test_package.py",
     "data/coco_io/test_results.py",
