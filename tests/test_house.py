@@ -35,7 +35,6 @@ MAY_IMPORT = {
     "app": GROUND | {"config", "drawing", "modeling", "predictor", "report"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation", "drawing"},
     "export": GROUND | {"config", "modeling"},
-    "engine": GROUND | {"config", "data", "modeling", "evaluation", "visualization"},
     "predictor": GROUND | {"config", "modeling"},
     "prediction": GROUND | {"config", "data", "drawing", "modeling", "predictor"},
     "drawing": {"utils"},
