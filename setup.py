@@ -38,6 +38,8 @@ setup(
         "torchvision>=0.21",
         "numpy>=1.24",
         "pillow>=9.5",
+        "opencv-python>=4.8",  # lvis needs it, too
+        "matplotlib>=3.8",
         "segment-anything>=1.0",
         "clip-anytorch>=2.6",
         "setuptools>=75,<82",  # clip imports pkg_resources

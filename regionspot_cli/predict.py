@@ -15,11 +15,11 @@ from tqdm import tqdm
 from regionspot import RegionPredictions, RegionSpotPredictor
 from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
+from regionspot.drawing import DrawingStyle, draw_regions
 from regionspot.structures import check_boxes
 from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path, read_json, write_json
 from regionspot.utils.images import to_rgb_array
-from regionspot.visualization import draw_regions
 from regionspot.vocabulary import load_vocabulary
 
 
@@ -147,7 +147,7 @@ def write_outputs(
     directory: Path, path: Path, image: np.ndarray, predictions: RegionPredictions, with_masks: bool
 ) -> None:
     """Write the annotated image and the JSON of an image, and print its regions."""
-    drawing = draw_regions(image, predictions, with_masks)
+    drawing = draw_regions(image, predictions, DrawingStyle(outline="mask" if with_masks else "box"))
     content = describe(path, (image.shape[0], image.shape[1]), predictions)
     write_json(directory / f"{path.stem}.json", content, indent=None)
     with atomic_path(directory / f"{path.stem}.png") as temporary:

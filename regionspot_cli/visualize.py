@@ -16,14 +16,15 @@ from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.tokens import TokenStore
 from regionspot.data.training_set import image_ids
+from regionspot.drawing import draw_attention, draw_labels, draw_sheet, enlarge
 from regionspot.modeling import RegionRecognizer
+from regionspot.modeling.attention_maps import cross_attention
 from regionspot.modeling.crop_baseline import CropRecognizer
 from regionspot.predictor import UNKNOWN
 from regionspot.structures import Prompts, check_boxes
 from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path
 from regionspot.utils.images import to_rgb_array
-from regionspot.visualization import cross_attention, draw_attention, draw_labels, draw_sheet, enlarge
 from regionspot.vocabulary import load_vocabulary
 from regionspot_cli.predict import parse_boxes
 

@@ -26,16 +26,17 @@ MAY_IMPORT = {
     "utils": set(),
     "structures": {"utils"},
     "vocabulary": {"utils"},
-    "data": GROUND | {"config"},
+    "data": GROUND | {"config", "drawing"},
     "modeling": GROUND | {"config"},
     "evaluation": GROUND | {"config", "data"},
-    "report": GROUND | {"config", "data", "evaluation", "modeling", "visualization"},
+    "report": GROUND | {"config", "data", "evaluation", "modeling", "drawing"},
     "checkpoint": {"utils"},
     "model_zoo": {"checkpoint", "config"},
-    "engine": GROUND | {"config", "data", "modeling", "evaluation", "visualization"},
+    "engine": GROUND | {"config", "data", "modeling", "evaluation", "drawing"},
     "predictor": GROUND | {"config", "modeling"},
-    "prediction": GROUND | {"config", "data", "modeling", "predictor", "visualization"},
-    "visualization": GROUND | {"predictor", "modeling"},
+    "prediction": GROUND | {"config", "data", "modeling", "predictor", "drawing"},
+    "drawing": {"utils"},
+    "visualization": {"drawing", "utils"},
 }
 
 

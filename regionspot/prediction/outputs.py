@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from regionspot.drawing import DrawingStyle, draw_regions
 from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.loading import Sample
 from regionspot.prediction.sources import ImageRecord
 from regionspot.utils.files import atomic_path, write_json
-from regionspot.visualization import draw_regions
 
 
 class ImageWriter(Protocol):
@@ -24,11 +24,11 @@ class ImageWriter(Protocol):
 class DrawingWriter:
     """Writes ``<stem>.png``: the image with its regions."""
 
-    def __init__(self, directory: str | Path, with_masks: bool = True) -> None:
-        self.directory, self.with_masks = Path(directory), with_masks
+    def __init__(self, directory: str | Path, style: DrawingStyle | None = None) -> None:
+        self.directory, self.style = Path(directory), style
 
     def __call__(self, record: ImageRecord, image: np.ndarray, regions: RegionPredictions) -> None:
-        drawing = draw_regions(image, regions, self.with_masks)
+        drawing = draw_regions(image, regions, self.style)
         with atomic_path(self.directory / f"{record.stem}.png") as temporary:
             Image.fromarray(drawing).save(temporary, format="PNG")
 
