@@ -52,7 +52,7 @@ class PartStore:
             differing = [key for key in settings if earlier.get(key) != settings[key]]
             if not differing:
                 return
-            if not overwrite:
+            if not overwrite and any(self.directory.glob("*.jsonl")):
                 key = differing[0]
                 raise ValueError(
                     f"--output {self.directory.parent}: it has a run with other settings; {key} was "

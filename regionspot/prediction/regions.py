@@ -48,18 +48,20 @@ class SameBoxes:
         Raises:
             ValueError: not four numbers a box.
         """
-        self.content, self.option = content, option
+        self.content = content
         for boxes in content.values() if isinstance(content, dict) else [content]:
             check_numbers(boxes, option)
 
-    def __call__(self, record: ImageRecord, size: tuple[int, int]) -> ImageRegions:
-        boxes: list | None
+    def find(self, *names: str) -> np.ndarray | None:
+        """Return the (N, 4) float32 boxes under the first of an image's names that the file has; None for none."""
+        boxes = self.content
         if isinstance(self.content, dict):
-            names = (record.name, record.path, Path(record.path).name)
             boxes = next((self.content[name] for name in names if name in self.content), None)
-        else:
-            boxes = self.content
-        return NO_REGIONS if boxes is None else ImageRegions(np.array(boxes, np.float32).reshape(-1, 4))
+        return None if boxes is None else np.array(boxes, np.float32).reshape(-1, 4)
+
+    def __call__(self, record: ImageRecord, size: tuple[int, int]) -> ImageRegions:
+        boxes = self.find(record.name, record.path, Path(record.path).name)
+        return NO_REGIONS if boxes is None else ImageRegions(boxes)
 
 
 class AnnotatedBoxes:

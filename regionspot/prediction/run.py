@@ -168,18 +168,14 @@ def open_run(output: str | Path, parts: PartStore, settings: dict[str, Any], ove
         yield
 
 
-def summarize(
-    output: str | Path, parts: PartStore, skipped: Sequence[tuple[str, str]], consume: Callable[[dict], None]
-) -> Summary:
-    """Read all parts once, give each image to ``consume``, and write the lists of what was left out.
+def summarize(output: str | Path, parts: PartStore, skipped: Sequence[tuple[str, str]]) -> Summary:
+    """Read all parts once, and write the lists of what was left out.
 
-    ``skipped`` are (path, reason) of inputs that are not among the images.
+    ``skipped`` are (path, reason) of inputs that are not among the images, or not wholly.
     """
-    summary = Summary()
+    summary = Summary(unreadable=list(skipped))
     for line in parts:
         summary.add(line)
-        consume(line)
-    summary.unreadable = [*skipped, *summary.unreadable]
     content = {
         "images": summary.num_images,
         "regions": summary.num_regions,
