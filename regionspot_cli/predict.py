@@ -1,5 +1,6 @@
 """Recognizes regions of any number of images."""
 
+import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +15,20 @@ from tqdm import tqdm
 from regionspot import RegionPredictions, model_zoo
 from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
+from regionspot.data.datasets import category_ids
 from regionspot.drawing import DrawingStyle
 from regionspot.prediction import RegionBatchPredictor, RegionFilter
 from regionspot.prediction.loading import SampleReader
-from regionspot.prediction.outputs import DrawingWriter, ImageWriter, JsonWriter
+from regionspot.prediction.outputs import DrawingWriter, ImageWriter, JsonWriter, open_image_writers, write_run_files
 from regionspot.prediction.parts import PartStore
+from regionspot.prediction.ray_map import RayPool, connect, is_for_ray, run_on_ray
 from regionspot.prediction.recognize import Recognize, recognize_boxes, recognize_points
 from regionspot.prediction.regions import RegionSource, open_region_source, parse_boxes, parse_points
 from regionspot.prediction.run import SUMMARY, Summary, open_run, run_prediction, summarize
 from regionspot.prediction.settings import describe_run
 from regionspot.prediction.sources import ImageList, ImageRecord, list_images
 from regionspot.utils.command_line import printable
-from regionspot.vocabulary import load_vocabulary
+from regionspot.vocabulary import dataset_names, load_vocabulary
 from regionspot_cli.predict_command import IMAGE_FORMATS
 
 FEW = 20  # images: of more, the regions are not printed
@@ -84,14 +87,18 @@ class Prediction:
         self.args, self.output = args, Path(args.output)
         self.cfg = load_config(args.config_file or model_zoo.get_config_file("RegionSpot-BB.yaml"), args.opts)
         self.filter = RegionFilter(args.score_threshold, args.nms, args.top_k, not args.drop_unknown)
-        self.images = list_images(args.input, args.video_step, self.output)
+        is_remote = is_for_ray(args.input)
+        if is_remote and not args.ray:
+            raise ValueError(f"--input {args.input[0]}: only Ray reads it; give --ray ADDRESS, or local files")
+        self.images = ImageList() if is_remote else list_images(args.input, args.video_step, self.output)
         source = choose_regions(args, self.cfg, self.images)
         self.points = parse_points(args.points) if args.points else None
         names = args.vocabulary or self.cfg.MODEL.REGIONSPOT.VOCABULARY
         if not names and self.images.dataset:
             names = f"dataset:{self.images.dataset}"
         self.vocabulary = load_vocabulary(names)
-        check_outputs(self.images, self.output, args.format)
+        if not args.ray:
+            check_outputs(self.images, self.output, args.format)
         if args.cached_weights_only:
             leave_absent_weights(self.cfg)
         self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
@@ -100,6 +107,17 @@ class Prediction:
             if sample.error or not sample.has_entry:
                 raise ValueError(sample.error or f"{args.boxes or args.regions}: no boxes for {sample.record.name}")
         self.random_parts: list[str] = []
+        self.region_writers = open_image_writers(self.output, args.format, self.vocabulary)
+        self.category_ids = self._find_category_ids()
+        if "parquet" in args.format and importlib.util.find_spec("pyarrow") is None:
+            raise ValueError("--format parquet needs pyarrow: pip install 'regionspot[parquet]'")
+
+    def _find_category_ids(self) -> list[int] | None:
+        """Return the data set's ids of the classes, if they are its own."""
+        name = self.images.dataset
+        if not name or list(dataset_names(name)) != list(self.vocabulary):
+            return None
+        return category_ids(name).tolist()
 
     @property
     def image_formats(self) -> list[str]:
@@ -131,9 +149,17 @@ class Prediction:
         writers: dict[str, ImageWriter] = {
             "drawing": DrawingWriter(self.output, style),
             "json": JsonWriter(self.output, self.args.embeddings),
+            **self.region_writers,
         }
         chosen = [writers[name] for name in self.image_formats]
         return recognize, [*chosen, RegionPrinter()] if len(self.images) <= FEW else chosen
+
+    def write_run_files(self, parts: PartStore) -> None:
+        """Write what is made of all images."""
+        for writer in self.region_writers.values():
+            writer.finish()
+        args = self.args
+        write_run_files(self.output, args.format, parts, self.vocabulary, self.category_ids, args.embeddings)
 
 
 def print_summary(output: Path, summary: Summary) -> None:
@@ -150,12 +176,40 @@ def print_summary(output: Path, summary: Summary) -> None:
             print("\n".join(f"  {printable(line)}" for line in lines[:LISTED]))
 
 
+def predict_on_ray(prediction: Prediction) -> None:
+    """Do the work of a command line on a Ray cluster."""
+    args, cfg = prediction.args, prediction.cfg
+    if args.points or set(args.format) - {"drawing", "json", "parquet"}:
+        raise ValueError("--ray: it writes Parquet alone, without --points or other formats")
+    is_local = "://" not in args.output
+    if is_local and prediction.output.is_dir() and any(prediction.output.iterdir()):
+        raise ValueError(f"--output {args.output}: expected a new or empty directory, as Ray adds to what is there")
+    has_gpus = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    with connect(args.ray) as ray:
+        run_on_ray(
+            ray,
+            args.input,
+            prediction.images if len(prediction.images) else None,
+            str(prediction.output.absolute()) if is_local else args.output,
+            cfg=cfg,
+            vocabulary=prediction.vocabulary,
+            region_filter=prediction.filter,
+            pool=RayPool(args.ray_actors, num_gpus=int(has_gpus), batch_size=args.batch_size),
+            with_embeddings=args.embeddings,
+            regions=prediction.reader.regions,
+        )
+    print(f"Parquet files of the regions are in {printable(args.output)}")
+
+
 def main(args: Namespace) -> None:
     setup_logger(name="regionspot")
     prediction = Prediction(args)
+    if args.ray:
+        return predict_on_ray(prediction)
     parts = PartStore(args.output, len(prediction.images), args.batch_size)
     with open_run(args.output, parts, prediction.describe(), args.overwrite):
         run_prediction(prediction.reader, prediction.build, parts, args.workers, args.embeddings)
+        prediction.write_run_files(parts)
         summary = summarize(args.output, parts, prediction.images.skipped)
     print_summary(prediction.output, summary)
     if prediction.random_parts:

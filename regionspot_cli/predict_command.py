@@ -90,7 +90,8 @@ def parse_predict(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images of a step (default: 4)")
     workers = min(os.cpu_count() or 1, 8)
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes that read images")
-    parser.add_argument("--ray", default="", metavar="ADDRESS", help="run on a Ray cluster, or on a local one: local")
+    parser.add_argument("--ray", default="", metavar="ADDRESS", help="run on a Ray cluster; local starts one")
+    parser.add_argument("--ray-actors", type=int, default=1, metavar="N", help="processes with a model each, of --ray")
     parser.add_argument(
         "--cached-weights-only",
         action="store_true",
@@ -98,7 +99,7 @@ def parse_predict(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     )
     add_overrides(parser)
     args = parser.parse_args(join_negative(arguments))
-    for name, minimum in (("video_step", 1), ("batch_size", 1), ("workers", 0)):
+    for name, minimum in (("video_step", 1), ("batch_size", 1), ("workers", 0), ("ray_actors", 1)):
         if getattr(args, name) < minimum:
             parser.error(f"--{name.replace('_', '-')}: expected at least {minimum}, got {getattr(args, name)}")
     if args.regions and (args.boxes or args.points):

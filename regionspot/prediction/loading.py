@@ -54,10 +54,12 @@ class SampleReader(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.read(self.images[index])
+
+    def read(self, record: ImageRecord) -> Sample:
         """Return an image with its regions, or why it cannot be used; it raises nothing about images."""
-        record = self.images[index]
         try:
-            image = self._read(record)
+            image = self._decode(record)
         except (ValueError, OSError, MemoryError) as error:
             return Sample(record, error=str(error) or f"image {record.path} cannot be read: {type(error).__name__}")
         if self.regions is None:
@@ -70,7 +72,7 @@ class SampleReader(Dataset):
             return Sample(record, image, error=str(error))
         return Sample(record, image, regions.boxes, regions.scores, regions.has_entry)
 
-    def _read(self, record: ImageRecord) -> np.ndarray:
+    def _decode(self, record: ImageRecord) -> np.ndarray:
         if record.frame >= 0:
             return self._frames.read(record.path, record.frame)
         return to_rgb_array(record.path, self.deep_range)

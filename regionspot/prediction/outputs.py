@@ -1,5 +1,6 @@
 """What is written of each image while a run goes, and what is made of all of them at its end."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -7,6 +8,15 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from regionspot.data.region_writers import (
+    CropWriter,
+    LabelmeWriter,
+    RegionWriter,
+    YoloWriter,
+    write_coco_dataset,
+    write_coco_results,
+    write_table,
+)
 from regionspot.drawing import DrawingStyle, draw_regions
 from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.loading import Sample
@@ -89,3 +99,44 @@ def encode_image(sample: Sample, regions: RegionPredictions | None, with_embeddi
 
 def _counts(rle: dict) -> str:
     return rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
+
+
+def open_image_writers(
+    directory: str | Path, formats: Sequence[str], vocabulary: Sequence[str]
+) -> dict[str, RegionWriter]:
+    """Return the writers of files for labeling tools, each with a directory of its own: "labelme", "yolo", "crops"."""
+    kinds: dict[str, type[RegionWriter]] = {"labelme": LabelmeWriter, "yolo": YoloWriter, "crops": CropWriter}
+    return {name: kinds[name](Path(directory) / name, vocabulary) for name in formats if name in kinds}
+
+
+def write_run_files(
+    directory: str | Path,
+    formats: Sequence[str],
+    images: Iterable[dict[str, Any]],
+    vocabulary: Sequence[str],
+    category_ids: Sequence[int] | None = None,
+    with_embeddings: bool = False,
+) -> list[Path]:
+    """Write the files of a whole run, in one pass each.
+
+    Args:
+        directory: for ``results.json``, ``annotations.json``, ``regions.csv`` and ``regions.parquet``.
+        formats: which of them: "results", "coco", "csv", "parquet"; others are ignored.
+        images: lines of all images, which can be read several times.
+        vocabulary: class names.
+        category_ids: of the classes in the data set's annotations; by default 1 to their number.
+        with_embeddings: whether Parquet has them.
+    """
+    writers: dict[str, tuple[str, Callable[[Path], None]]] = {
+        "results": ("results.json", lambda path: write_coco_results(images, path, category_ids)),
+        "coco": ("annotations.json", lambda path: write_coco_dataset(images, path, vocabulary)),
+        "csv": ("regions.csv", lambda path: write_table(images, path)),
+        "parquet": ("regions.parquet", lambda path: write_table(images, path, with_embeddings)),
+    }
+    paths = []
+    for name in formats:
+        if name in writers:
+            file_name, write = writers[name]
+            write(Path(directory) / file_name)
+            paths.append(Path(directory) / file_name)
+    return paths

@@ -3,14 +3,18 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 
 from regionspot.prediction.batch_predictor import RegionBatchPredictor
+from regionspot.prediction.loading import SampleReader
 from regionspot.prediction.region_filter import RegionFilter
+from regionspot.prediction.regions import RegionSource
+from regionspot.prediction.sources import ImageList, ImageRecord
 
 
 def import_ray() -> Any:
@@ -19,8 +23,8 @@ def import_ray() -> Any:
     Raises:
         ValueError: it is not installed.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
         import ray
         import ray.data
     except ImportError:
@@ -46,12 +50,13 @@ class RayPool:
 
 
 @contextmanager
-def connect(address: str, num_cpus: int | None = None) -> Iterator[Any]:
+def connect(address: str, num_cpus: int | None = None, object_store_bytes: int | None = None) -> Iterator[Any]:
     """Connect to a Ray cluster inside the block; yield Ray.
 
     Args:
         address: of the cluster, "auto" for the one of this machine, or "local" to start one that ends with the block.
         num_cpus: of a local cluster; by default this machine's.
+        object_store_bytes: shared memory of a local cluster; by default Ray's choice.
 
     Raises:
         ValueError: Ray is not installed.
@@ -59,8 +64,11 @@ def connect(address: str, num_cpus: int | None = None) -> Iterator[Any]:
     """
     ray = import_ray()
     # Workers import this package from where the driver did.
-    environment = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "RAY_USAGE_STATS_ENABLED": "0"}}
-    local = {"num_cpus": num_cpus, "include_dashboard": False} if address == "local" else {}
+    variables = {name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
+    environment = {"env_vars": {**variables, "RAY_USAGE_STATS_ENABLED": "0"}}
+    local: dict[str, Any] = {}
+    if address == "local":
+        local = {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
     ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR", **local)
     try:
         yield ray
@@ -68,18 +76,19 @@ def connect(address: str, num_cpus: int | None = None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def recognize_dataset(
+def map_images(
     dataset: Any,
     cfg: CfgNode,
     vocabulary: Sequence[str],
     region_filter: RegionFilter | None = None,
     pool: RayPool | None = None,
     with_embeddings: bool = False,
+    regions: RegionSource | None = None,
     predictor: type[RegionBatchPredictor] = RegionBatchPredictor,
 ) -> Any:
-    """Return a Ray data set of the regions of another's images, computed when it is written or read.
+    """Return a Ray data set with the regions of another's images; they are computed when it is read or written.
 
-    An actor that is killed is started again, and its batches are repeated.
+    A process that is killed is started again, and its batches are repeated.
 
     Args:
         dataset: its rows have the columns that ``RegionBatchPredictor`` takes: ``path``, ``bytes`` or ``image``, and
@@ -89,17 +98,16 @@ def recognize_dataset(
         region_filter: which regions are kept.
         pool: the actors.
         with_embeddings: whether rows have ``embeddings``.
+        regions: returns the boxes of images that come as rows of ``image_rows``.
         predictor: the class that does it.
     """
     pool = pool or RayPool()
-    ray = import_ray()
-    options = {"cfg": cfg, "vocabulary": vocabulary, "region_filter": region_filter, "with_embeddings": with_embeddings}
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = True
+    context = import_ray().data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    options = {"cfg": cfg, "vocabulary": vocabulary, "region_filter": region_filter, "with_embeddings": with_embeddings}
     return dataset.map_batches(
-        _BatchFunction,
-        fn_constructor_kwargs={"predictor": predictor, "options": options},
+        _Actor,
+        fn_constructor_kwargs={"predictor": predictor, "options": options, "regions": regions},
         batch_size=pool.batch_size,
         concurrency=pool.concurrency,
         num_cpus=pool.num_cpus,
@@ -109,17 +117,107 @@ def recognize_dataset(
     )
 
 
-class _BatchFunction:
-    """Builds the predictor in an actor, and makes of its lists columns that Arrow takes."""
+def image_rows(images: ImageList) -> list[dict[str, Any]]:
+    """Return a row of each image of a list, for ``ray.data.from_items``."""
+    return [asdict(record) for record in images]
 
-    def __init__(self, predictor: type[RegionBatchPredictor], options: dict[str, Any]) -> None:
-        import torch
 
+class _Actor:
+    """Builds the predictor in a process of its own, and returns tables of Arrow."""
+
+    def __init__(
+        self, predictor: type[RegionBatchPredictor], options: dict[str, Any], regions: RegionSource | None
+    ) -> None:
         torch.manual_seed(max(options["cfg"].SEED, 0))
         self._predictor = predictor(**options)
+        self._reader = SampleReader(ImageList(), regions, options["cfg"].INPUT.DEEP_RANGE)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, Any]) -> Any:
         import pyarrow
 
-        columns = self._predictor(batch)
-        return pyarrow.table({name: pyarrow.array(_plain(values), _types().get(name)) for name, values in columns.items()})
+        columns = {name: _to_lists(values) for name, values in batch.items()}
+        columns = self._recognize_rows(columns) if "frame" in columns else self._predictor(columns)
+        types = _arrow_types(pyarrow)
+        return pyarrow.table(
+            {name: pyarrow.array([_plain(x) for x in values], types.get(name)) for name, values in columns.items()}
+        )
+
+
+    def _recognize_rows(self, columns: dict[str, list]) -> dict[str, Any]:
+        """Recognize a batch of ``image_rows``."""
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        samples = [self._reader.read(ImageRecord(**row)) for row in rows]
+        # an image that cannot be read is one without pixels, whose error is known already
+        columns["image"] = [_EMPTY if sample.error or sample.image is None else sample.image for sample in samples]
+        if self._reader.regions is not None:
+            columns["boxes"] = [_NO_BOXES if sample.boxes is None else sample.boxes for sample in samples]
+            columns["proposal_scores"] = [sample.proposal_scores for sample in samples]
+        result = self._predictor(columns)
+        result["error"] = [sample.error or error for sample, error in zip(samples, result["error"])]
+        return {**result, "has_entry": [sample.has_entry for sample in samples]}
+
+
+_EMPTY, _NO_BOXES = np.zeros((0, 0, 3), np.uint8), np.zeros((0, 4), np.float32)
+
+
+def _to_lists(values: np.ndarray) -> list:
+    """Return a column as Python objects; Ray's arrays of boxes are (N,) arrays of (4,) arrays."""
+    return [_plain(value) if value is not None else None for value in values]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return [_plain(x) for x in value]
+    if isinstance(value, np.ndarray) and value.ndim < 3:
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _arrow_types(pyarrow: Any) -> dict[str, Any]:
+    """Return the types of the columns that lists alone do not tell, as where no image of a batch has regions."""
+    real, text = pyarrow.list_(pyarrow.float32()), pyarrow.list_(pyarrow.string())
+    return {
+        "boxes": pyarrow.list_(real),
+        "classes": pyarrow.list_(pyarrow.int64()),
+        "class_names": text,
+        "scores": real,
+        "detection_scores": real,
+        "unknown": pyarrow.list_(pyarrow.bool_()),
+        "has_entry": pyarrow.bool_(),
+        "masks": text,
+        "embeddings": pyarrow.list_(real),
+        "error": pyarrow.string(),
+        "height": pyarrow.int64(),
+        "width": pyarrow.int64(),
+    }
+
+
+def run_on_ray(
+    ray: Any,
+    inputs: Sequence[str],
+    images: ImageList | None,
+    output: str,
+    **arguments: Any,
+) -> None:
+    """Recognize images on the cluster, and write Parquet, a row of each image.
+
+    Args:
+        ray: see ``connect``.
+        inputs: without ``images``, one or more addresses that Ray reads, such as "s3://bucket/photos": Parquet tables
+            with the columns of ``map_images``, or directories of images.
+        images: a list whose paths all machines can read.
+        output: a directory on any file system that Ray writes.
+        **arguments: those of ``map_images``.
+    """
+    if images is not None:
+        dataset = ray.data.from_items(image_rows(images))
+    elif all(text.endswith((".parquet", ".parquet/")) for text in inputs):
+        dataset = ray.data.read_parquet(list(inputs))
+    else:
+        dataset = ray.data.read_binary_files(list(inputs), include_paths=True)
+    map_images(dataset, **arguments).write_parquet(output)
+
+
+def is_for_ray(inputs: Sequence[str]) -> bool:
+    """Return whether inputs are addresses that only Ray reads."""
+    return all("://" in text or text.rstrip("/").endswith(".parquet") for text in inputs)

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import BoxMode
 
 from regionspot.data.proposals import ProposalFile
+from regionspot.data.region_formats import read_regions
 from regionspot.data.training_set import image_ids
 from regionspot.prediction.sources import ImageRecord
 from regionspot.structures import has_area
@@ -101,6 +102,20 @@ class ProposedBoxes:
         return ImageRegions(proposals.proposal_boxes.tensor.numpy(), scores)
 
 
+class FileBoxes:
+    """The boxes of a file or directory of any format that ``read_regions`` knows, by the images' paths."""
+
+    def __init__(self, path: str) -> None:
+        self.file = read_regions(path)
+
+    def __call__(self, record: ImageRecord, size: tuple[int, int]) -> ImageRegions:
+        known = self.file.regions_of(record.name if record.frame >= 0 else record.path, size)
+        scores = known.scores
+        if scores is not None and not ((scores >= 0) & (scores <= 1)).all():  # NaN where a box has none
+            scores = None
+        return ImageRegions(known.boxes, scores, known.has_entry)
+
+
 def open_region_source(spec: str, dataset: str) -> RegionSource:
     """Open what ``--regions`` names, "gt" or a file.
 
@@ -116,13 +131,9 @@ def open_region_source(spec: str, dataset: str) -> RegionSource:
         raise FileNotFoundError(
             f"--regions {spec}: no such file; expected gt, sam, detector, or a file of annotations or proposals"
         )
-    if _has_proposals(Path(spec)):
-        if not dataset:
-            raise ValueError(
-                f"--regions {spec}: boxes by image id; expected a data set as --input, such as my.json:my_images"
-            )
+    if dataset and _has_proposals(Path(spec)):
         return ProposedBoxes(spec, image_ids(DatasetCatalog.get(dataset)))
-    raise NotImplementedError
+    return FileBoxes(spec)
 
 
 def _has_proposals(path: Path) -> bool:

@@ -20,6 +20,10 @@ from regionspot.prediction.videos import VIDEO_SUFFIXES, count_frames
 from regionspot.utils.images import FORMATS
 
 
+# Files of whole runs: an image "results.jpg" becomes "results.jpg.json".
+RUN_STEMS = ("results", "annotations", "regions", "summary")
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """An image to recognize.
@@ -93,7 +97,7 @@ class ImageList(Sequence):
                 self._renamed[index] = name
             names.add(name)
         stems = Counter(self._stem(self._name(index), self._frames[index]) for index in range(len(self)))
-        self._with_suffix = {stem for stem, count in stems.items() if count > 1}
+        self._with_suffix = {stem for stem, count in stems.items() if count > 1} | set(RUN_STEMS)
         # "a.jpg" beside "a.png" are "a.jpg.json" and "a.png.json", and "a.jpg.gif" must not become the former
         taken = {name for name in names if _without_suffix(name) in self._with_suffix}
         self._with_suffix |= taken & stems.keys()
