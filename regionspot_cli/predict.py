@@ -205,7 +205,8 @@ def main(args: Namespace) -> None:
     setup_logger(name="regionspot")
     prediction = Prediction(args)
     if args.ray:
-        return predict_on_ray(prediction)
+        predict_on_ray(prediction)
+        return
     parts = PartStore(args.output, len(prediction.images), args.batch_size)
     with open_run(args.output, parts, prediction.describe(), args.overwrite):
         run_prediction(prediction.reader, prediction.build, parts, args.workers, args.embeddings)

@@ -31,9 +31,7 @@ class PartStore:
             batch_size: images of a batch.
         """
         self.directory = Path(output) / ".parts"
-        self.batches = [
-            range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)
-        ]
+        self.batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
         self._batches_per_part = max(1, PART_IMAGES // batch_size)
 
     def open(self, settings: dict[str, Any], overwrite: bool = False) -> None:

@@ -142,7 +142,6 @@ class _Actor:
             {name: pyarrow.array([_plain(x) for x in values], types.get(name)) for name, values in columns.items()}
         )
 
-
     def _recognize_rows(self, columns: dict[str, list]) -> dict[str, Any]:
         """Recognize a batch of ``image_rows``."""
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]

@@ -18,7 +18,7 @@ from regionspot.prediction.recognize import Recognize
 from regionspot.utils.files import write_json
 from regionspot.utils.run_lock import run_lock
 
-SUMMARY = "summary.json"
+SUMMARY = "predict_summary.json"
 _AHEAD = 2  # batches of results that wait to be written: memory is bounded
 
 

@@ -19,9 +19,8 @@ from regionspot.data.training_set import image_ids
 from regionspot.prediction.videos import VIDEO_SUFFIXES, count_frames
 from regionspot.utils.images import FORMATS
 
-
 # Files of whole runs: an image "results.jpg" becomes "results.jpg.json".
-RUN_STEMS = ("results", "annotations", "regions", "summary")
+RUN_STEMS = ("results", "annotations", "regions", "predict_summary")
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _suffixes()  # noqa: PTH122: pathlib takes minutes for a million names
+    return os.path.splitext(name)[1].lower() in _suffixes()  # noqa: PTH122 - pathlib takes minutes for a million names
 
 
 def _is_video(name: str) -> bool:
@@ -212,7 +211,7 @@ def _add_list(images: ImageList, path: Path, video_step: int) -> None:
     paths = [line.strip() for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"--input @{path}: no paths; expected one a line")
-    absolute = [os.path.abspath(line) for line in paths]  # noqa: PTH100: resolve() would open directories
+    absolute = [os.path.abspath(line) for line in paths]  # noqa: PTH100 - resolve() would open directories
     root = os.path.commonpath({os.path.dirname(line) for line in absolute})  # noqa: PTH120
     for line in absolute:
         _add_file(images, root, line[len(root) :].lstrip(os.sep), video_step)
@@ -231,7 +230,7 @@ def _add_matches(images: ImageList, pattern: str, video_step: int, outputs: str)
             break
         fixed.append(part)
     root, before = str(Path(*fixed)), len(images)
-    for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207: Path.glob takes no absolute patterns
+    for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute patterns
         is_readable = _is_image(match) or _is_video(match)
         is_output = outputs and f"{os.path.realpath(match)}/".startswith(f"{outputs}/")
         if is_readable and not is_output and Path(match).is_file():

@@ -61,7 +61,6 @@ class _Index:
         self.times = sorted(times) if self.can_seek else times
         self.keys = sorted(keys) if self.can_seek else []
 
-
     def _packets(self, container: Any, error_type: type[Exception]) -> Iterator[Any]:
         packets = container.demux(container.streams.video[0])
         while True:

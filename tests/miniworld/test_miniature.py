@@ -68,7 +68,7 @@ def test_demo_learns_and_writes_summary(demo):
     assert summary["base_top1"] > 0.08  # chance is 1 / 120
     images = {path.name for path in directory.glob("*.png")}
     assert {"scene_0.png", "attention_0.png", "attention_1.png"} <= images
-    assert "tools/demo.py" in output
+    assert "tools/predict.py" in output
 
 
 @pytest.mark.parametrize("processes", [1, 2])

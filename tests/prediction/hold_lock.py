@@ -6,5 +6,6 @@ import time
 from regionspot.utils.run_lock import run_lock
 
 with run_lock(sys.argv[1]):
-    print("held", flush=True)
+    sys.stdout.write("held\n")
+    sys.stdout.flush()
     time.sleep(600)

@@ -45,7 +45,11 @@ def test_killed_worker_changes_nothing(photos):
     rows = [{"path": path, "boxes": draw_scene(i)[1].tolist(), "key": i} for i, path in enumerate(paths)]
     with connect("local", num_cpus=2, object_store_bytes=100 << 20) as ray:
         dataset = map_images(
-            ray.data.from_items(rows, override_num_blocks=4), cfg, NAMES, pool=RayPool(batch_size=3), predictor=KilledOnce
+            ray.data.from_items(rows, override_num_blocks=4),
+            cfg,
+            NAMES,
+            pool=RayPool(batch_size=3),
+            predictor=KilledOnce,
         )
         dataset.write_parquet(str(photos / "out"))
         result = ray.data.read_parquet(str(photos / "out")).to_pandas().sort_values("key").reset_index(drop=True)

@@ -115,7 +115,7 @@ def test_unusable_images_cost_a_line_each(tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(photos / "005.png")  # its boxes are outside
     predict(photos, tmp_path / "out", "--format", "json")
     said = capsys.readouterr().out
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "predict_summary.json").read_text())
     assert [entry["image"] for entry in summary["unreadable"]] == ["002.png", "004.png", "005.png", "007.png"]
     assert "4 images could not be used:" in said and all(f"  00{i}.png: " in said for i in (2, 4, 5, 7))
     assert summary["images"] == 9 and summary["regions"] == 10
@@ -130,7 +130,7 @@ def test_images_without_an_entry_are_listed(tmp_path):
     photos = write_images(tmp_path / "photos", 3)
     (tmp_path / "boxes.json").write_text(json.dumps({"000.png": [[3, 3, 20, 20]], "002.png": []}))
     predict(photos, tmp_path / "out", "--boxes", str(tmp_path / "boxes.json"))
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "predict_summary.json").read_text())
     assert summary["without_regions"] == ["001.png"] and summary["unreadable"] == [] and summary["regions"] == 1
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from regionspot_cli.commands import COMMANDS
 from regionspot.prediction.regions import parse_points
+from regionspot_cli.commands import COMMANDS
 
 from ..helpers import NAMES, TINY, draw_scene
 

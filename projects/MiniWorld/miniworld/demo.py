@@ -93,7 +93,7 @@ def main(args: Namespace) -> None:
     print(f"\n{table(summary)}\n\n{sum(stage.seconds.values()):.0f} s; images and summary.json are in {args.output}")
     print(
         "The same on your own image, with names of this world:\n"
-        f"  {sys.executable} tools/demo.py --config-file {os.path.relpath(args.config_file)} --input IMAGE.png "
+        f"  {sys.executable} tools/predict.py --config-file {os.path.relpath(args.config_file)} --input IMAGE.png "
         '--boxes "x0,y0,x1,y1" --vocabulary "striped red star,plain blue ring" --output output/mine '
         f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
     )
