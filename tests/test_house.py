@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "utils": set(),
     "structures": {"utils"},
     "vocabulary": {"utils"},
-    "data": GROUND | {"config", "drawing"},
+    "data": GROUND | {"config"},
     "modeling": GROUND | {"config"},
     "evaluation": GROUND | {"config", "data"},
     "report": GROUND | {"config", "data", "evaluation", "modeling", "drawing"},
