@@ -128,6 +128,7 @@ class _Actor:
     def __init__(
         self, predictor: type[RegionBatchPredictor], options: dict[str, Any], regions: RegionSource | None
     ) -> None:
+        import faulthandler; faulthandler.dump_traceback_later(25, repeat=True, file=open("/tmp/w/pred_trace.txt","w"))
         torch.manual_seed(max(options["cfg"].SEED, 0))
         self._predictor = predictor(**options)
         self._reader = SampleReader(ImageList(), regions, options["cfg"].INPUT.DEEP_RANGE)
