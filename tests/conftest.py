@@ -18,6 +18,8 @@ SLOW = [
     "miniworld/test_miniature.py",
     "engine/test_train_net.py",
     "projects/test_rcnn.py",
+    "prediction/test_ray_map.py",
+    "prediction/test_run.py",
     "test_golden.py",
     "app/test_browser.py",
     "engine/test_trainer.py",
