@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from segment_anything.modeling import MaskDecoder
-from segment_anything.modeling.transformer import Attention
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import nn
 from torch.nn import functional as F
+
+PART_BYTES = 1 << 20  # of the images that a CPU works on at once
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class PromptDecoder:
         prompts = self.update(sparse, dense, counts)
         return self.read(prompts, outputs), prompts.image
 
+    @torch.no_grad()
     def update(self, sparse: torch.Tensor, dense: torch.Tensor | None, counts: Sequence[int] = ()) -> UpdatedPrompts:
         """Run the two-way layers of the transformer.
 
@@ -85,16 +88,10 @@ class PromptDecoder:
                 queries = layer.norm1(_attend_tokens(layer.self_attn, queries, queries))
             else:
                 queries = layer.norm1(queries + _attend_tokens(layer.self_attn, queries + tokens, queries))
-            placed = image + self.position
-            attended = self._attend_image(layer.cross_attn_token_to_image, queries + tokens, image, placed, shared_by)
+            attended = self._attend_image(layer.cross_attn_token_to_image, queries + tokens, image, shared_by)
             queries = layer.norm2(queries + attended)
             queries = layer.norm3(queries + layer.mlp(queries))
-            attention = layer.cross_attn_image_to_token
-            weights = self._weigh_tokens(attention, queries + tokens, placed, shared_by)  # (N, H * T, P)
-            updates = _token_updates(attention, queries).flatten(1, 2)  # (N, H * T, C)
-            del placed  # its memory is used again
-            image = image if shared_by is None else _repeat(image, counts)
-            image = layer.norm4(torch.baddbmm(image, weights.transpose(1, 2), updates))
+            image = self._update_image(layer, queries + tokens, queries, image, shared_by)
             shared_by = None
         return UpdatedPrompts(tokens, queries, image)
 
@@ -106,8 +103,7 @@ class PromptDecoder:
         """
         transformer, image = self.decoder.transformer, prompts.image
         queries, tokens = prompts.queries[:, outputs], prompts.tokens[:, outputs]
-        attention = transformer.final_attn_token_to_image
-        attended = self._attend_image(attention, queries + tokens, image, image + self.position, None)
+        attended = self._attend_image(transformer.final_attn_token_to_image, queries + tokens, image, None)
         return transformer.norm_final_attn(queries + attended)
 
     def predict_masks(self, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
@@ -134,20 +130,12 @@ class PromptDecoder:
         return torch.view_as_real(pairs.permute(0, 1, 2, 4, 6, 3, 5).contiguous()).flatten(5).flatten(2, 4)
 
     def _attend_image(
-        self,
-        attention: Attention,
-        tokens: torch.Tensor,
-        image: torch.Tensor,
-        placed: torch.Tensor,
-        shared_by: Sequence[int] | None,
+        self, attention: Attention, tokens: torch.Tensor, image: torch.Tensor, shared_by: Sequence[int] | None
     ) -> torch.Tensor:
-        """Cross-attention of (N, T, C) tokens to the image, ``placed`` with its position.
-
-        Both are (N, P, C), or (B, P, C) that prompts share, by counts.
-        """
+        """Cross-attention of (N, T, C) tokens to the image: (N, P, C), or (B, P, C) that prompts share, by counts."""
         queries = _split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
         if shared_by is not None:
-            keys = self._project_once(attention, attention.k_proj, placed)  # (B, H, P, D)
+            keys = self._project_once(attention, attention.k_proj, image + self.position)  # (B, H, P, D)
             values = self._project_once(attention, attention.v_proj, image)
 
             def attend(together: torch.Tensor, i: int) -> torch.Tensor:
@@ -156,26 +144,56 @@ class PromptDecoder:
             return attention.out_proj(_merge_heads(_for_each_image(attend, queries, shared_by)))
         queries = queries * queries.shape[-1] ** -0.5
         # the keys' bias adds the same to all scores of a token
-        scores = _multiply_heads(queries, _by_head(attention, attention.k_proj.weight)).flatten(1, 2)  # (N, H * T, C)
-        attended = (scores @ placed.transpose(1, 2)).softmax(dim=-1) @ image  # (N, H * T, C)
+        projected = _multiply_heads(queries, _by_head(attention, attention.k_proj.weight)).flatten(1, 2)  # (N, H * T, C)
+        attended = torch.empty_like(projected)
+        for part in self._parts(image):
+            placed = image[part] + self.position
+            attended[part] = (projected[part] @ placed.transpose(1, 2)).softmax(dim=-1) @ image[part]
         value_weight = _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # (H, C, D)
         attended = _multiply_heads(attended.unflatten(1, queries.shape[1:3]), value_weight)  # (N, H, T, D)
         return attention.out_proj(_merge_heads(attended) + attention.v_proj.bias)
 
-    def _weigh_tokens(
-        self, attention: Attention, tokens: torch.Tensor, placed: torch.Tensor, shared_by: Sequence[int] | None
+    def _update_image(
+        self,
+        layer: TwoWayAttentionBlock,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        image: torch.Tensor,
+        shared_by: Sequence[int] | None,
     ) -> torch.Tensor:
-        """Return how much each position of the image attends to each of the (N, T, C) tokens: (N, H * T, P)."""
-        keys = _split_heads(attention, attention.k_proj(tokens))  # (N, H, T, D)
+        """Return the (N, P, C) image plus its cross-attention to tokens, (N, T, C) ``keys`` and ``values``, and norm.
+
+        An image that prompts do not share is overwritten.
+        """
+        attention = layer.cross_attn_image_to_token
+        keys = _split_heads(attention, attention.k_proj(keys))  # (N, H, T, D)
         keys = keys * keys.shape[-1] ** -0.5
+        updates = _token_updates(attention, values).flatten(1, 2)  # (N, H * T, C)
         if shared_by is not None:
-            queries = self._project_once(attention, attention.q_proj, placed).transpose(2, 3)  # (B, H, D, P)
-            scores = _for_each_image(lambda together, i: together @ queries[i], keys, shared_by)  # (N, H, T, P)
+            shared = self._project_once(attention, attention.q_proj, image + self.position).transpose(2, 3)
+            all_scores = _for_each_image(lambda together, i: together @ shared[i], keys, shared_by)  # (N, H, T, P)
+            base, image = _repeat(image, shared_by), image.new_empty(len(keys), *image.shape[1:])
         else:
             projected = _multiply_heads(keys, _by_head(attention, attention.q_proj.weight)).flatten(1, 2)
-            bias = keys @ _by_head(attention, attention.q_proj.bias)[..., None]  # (N, H, T, 1)
-            scores = torch.baddbmm(bias.flatten(1, 2), projected, placed.transpose(1, 2)).unflatten(1, keys.shape[1:3])
-        return scores.softmax(dim=2).flatten(1, 2)
+            bias = (keys @ _by_head(attention, attention.q_proj.bias)[..., None]).flatten(1, 2)  # (N, H * T, 1)
+            base = image
+        for part in self._parts(image):
+            if shared_by is not None:
+                scores = all_scores[part]
+            else:
+                placed = image[part] + self.position
+                scores = torch.baddbmm(bias[part], projected[part], placed.transpose(1, 2))  # (n, H * T, P)
+                scores = scores.unflatten(1, keys.shape[1:3])
+                del placed  # its memory is used again
+            weights = scores.softmax(dim=2).flatten(1, 2)  # how much each position attends to each token
+            torch.baddbmm(base[part], weights.transpose(1, 2), updates[part], out=image[part])
+            image[part] = layer.norm4(image[part])
+        return image
+
+    def _parts(self, image: torch.Tensor) -> list[slice]:
+        """Split (N, P, C) so that the images of a part stay in a CPU's cache; other devices take all at once."""
+        size = max(PART_BYTES // image[0].nbytes, 1) if image.device.type == "cpu" else len(image)
+        return [slice(i, i + size) for i in range(0, len(image), size)]
 
     def _project_once(self, attention: Attention, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """Return the (B, H, P, D) projection of what all prompts share; the first call computes it."""
