@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "predictor": GROUND | {"config", "modeling"},
     "prediction": GROUND | {"config", "data", "modeling", "predictor", "visualization"},
     "visualization": GROUND | {"predictor", "modeling"},
+    "index": GROUND | {"config", "data", "modeling", "engine", "predictor", "report", "evaluation"},
 }
 
 
