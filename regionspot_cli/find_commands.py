@@ -35,6 +35,15 @@ Examples:
     regionspot classify-index output/index --vocabulary "cup,spoon,saucer" --output output/names.csv
     regionspot classify-index output/index --vocabulary @lvis_v1_val.json --top-k 5 --output output/names.parquet
 """
+AUDIT = """find suspicious labels in an annotation file: regions that look like another of its names
+
+Writes suspicious.json (COCO), suspicious.csv and audit.html. A model that was trained on these annotations has learned
+their errors, too, and finds fewer of them.
+
+Example:
+    regionspot audit --annotations my.json --images my_images --config-file configs/RegionSpot-BB.yaml \\
+        --output output/audit --opts MODEL.WEIGHTS regionspot_bb.pth
+"""
 KEPT = "finished shards are kept"
 
 
@@ -93,8 +102,24 @@ def parse_classify(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
     return args
 
 
+def parse_audit(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--annotations", required=True, type=Path, metavar="JSON", help="in COCO or LVIS format")
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="their images")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the model")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="for index, tables and page")
+    parser.add_argument("--top-k", type=int, metavar="K", help="labels to write; default: all suspicious ones")
+    parser.add_argument("--worst", type=int, default=20, metavar="N", help="images in the page")
+    parser.add_argument("--shard-images", type=int, default=512, help="images of a shard of the index")
+    _add_opts(parser)
+    args = parser.parse_args(arguments)
+    if args.top_k is not None and args.top_k < 0:
+        parser.error(f"--top-k: expected at least 0, got {args.top_k}")
+    return args
+
+
 COMMANDS = {
     "index": Command(parse_index, "regionspot_cli.index", INDEX, KEPT),
     "search": Command(parse_search, "regionspot_cli.search", SEARCH),
     "classify-index": Command(parse_classify, "regionspot_cli.classify_index", CLASSIFY),
+    "audit": Command(parse_audit, "regionspot_cli.audit", AUDIT, KEPT),
 }

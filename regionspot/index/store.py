@@ -132,6 +132,10 @@ class RegionIndex:
             )
         return content
 
+    def shards(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the tensors of all shards, one at a time."""
+        return (self.shard(number) for number in range(len(self._entries)))
+
     def chunks(self, size: int = CHUNK, stride: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yield (row of the first, columns) for chunks of at most ``size`` regions.
 
@@ -166,8 +170,7 @@ class RegionIndex:
 
     def region_images(self) -> Iterator[str]:
         """Yield the name of each region's image, in the order of the index."""
-        for number in range(len(self._entries)):
-            content = self.shard(number)
+        for content in self.shards():
             ends, names = content["name_ends"].tolist(), content["names"].numpy().tobytes()
             for start, end, count in zip(ends[:-1], ends[1:], content["offsets"].diff().tolist()):
                 yield from repeat(names[start:end].decode(), count)

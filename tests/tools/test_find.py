@@ -90,3 +90,14 @@ def test_wrong_arguments_end_at_once(name, arguments, message, capsys):
     with pytest.raises(SystemExit):
         COMMANDS[name].parse_arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_audit_writes_three_files(directory, capsys):
+    overrides = ["--opts", *frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
+    files = ["--annotations", directory / "my.json", "--images", directory / "my_images"]
+    for _ in range(2):  # the second time the index is there
+        COMMANDS["audit"].call(*files, "--config-file", TINY, "--output", directory / "audit", "--top-k", 5, *overrides)
+    assert len(read_csv(directory / "audit" / "suspicious.csv")) == 5
+    assert len(json.loads((directory / "audit" / "suspicious.json").read_text())["annotations"]) == 5
+    assert (directory / "audit" / "audit.html").stat().st_size > 10_000
+    assert "labels are suspicious, 0 images left out" in capsys.readouterr().out
