@@ -44,6 +44,14 @@ Example:
     regionspot audit --annotations my.json --images my_images --config-file configs/RegionSpot-BB.yaml \\
         --output output/audit --opts MODEL.WEIGHTS regionspot_bb.pth
 """
+VOCABULARY = """embed a vocabulary whose entries have examples, prompts or negatives, once for all later uses
+
+The file holds names, embeddings and the fingerprints of the weights that made them; other weights refuse it.
+
+Example:
+    regionspot vocabulary embed names.json --config-file configs/RegionSpot-BB.yaml --output names.safetensors \\
+        --opts MODEL.WEIGHTS regionspot_bb.pth
+"""
 KEPT = "finished shards are kept"
 
 
@@ -117,9 +125,24 @@ def parse_audit(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return args
 
 
+def parse_vocabulary(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    embed = kinds.add_parser("embed", help="embed a vocabulary", description="Embed the entries of a vocabulary.")
+    embed.add_argument("vocabulary", metavar="NAMES", help='a JSON or text file, or "a,b,c"')
+    embed.add_argument("--config-file", required=True, metavar="FILE", help="of the model")
+    embed.add_argument("--output", required=True, type=Path, metavar="FILE", help="the .safetensors file")
+    embed.add_argument("--reference", type=Path, metavar="INDEX", help="of typical images, to calibrate examples")
+    _add_opts(embed)
+    args = parser.parse_args(arguments)
+    if args.output.suffix != ".safetensors":
+        embed.error(f"--output {args.output}: expected the suffix .safetensors")
+    return args
+
+
 COMMANDS = {
     "index": Command(parse_index, "regionspot_cli.index", INDEX, KEPT),
     "search": Command(parse_search, "regionspot_cli.search", SEARCH),
     "classify-index": Command(parse_classify, "regionspot_cli.classify_index", CLASSIFY),
     "audit": Command(parse_audit, "regionspot_cli.audit", AUDIT, KEPT),
+    "vocabulary": Command(parse_vocabulary, "regionspot_cli.vocabulary", VOCABULARY),
 }

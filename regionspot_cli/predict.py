@@ -163,7 +163,7 @@ def main(args: Namespace) -> None:
     setup_logger(name="regionspot")
     cfg = load_config(args.config_file, args.opts)
     inputs = load_inputs(args, cfg.INPUT.DEEP_RANGE)
-    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
+    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY, with_examples=True)
     if args.cached_weights_only:
         leave_absent_weights(cfg)
     torch.manual_seed(max(cfg.SEED, 0))

@@ -10,9 +10,9 @@ from PIL import Image
 from regionspot import RegionSpotPredictor
 from regionspot.config import load_config
 from regionspot.index import IndexedRegion, RegionIndex, search_index
-from regionspot.index.build import describe_model
 from regionspot.index.contact_sheet import draw_contact_sheet
 from regionspot.index.search import combine, embed_region, embed_texts, mean_embedding, parse_region
+from regionspot.modeling.identity import describe_model
 from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path
 

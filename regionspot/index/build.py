@@ -14,13 +14,10 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from regionspot.checkpoint.formats import fingerprint
 from regionspot.data.tokens.writer import StoreWriter
-from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.index.sources import ImageRegions, ImageSet
 from regionspot.index.store import CONFIG, INDEX, RegionIndex
-from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.vision_language.clip import text_weights
+from regionspot.modeling.identity import describe_model
 from regionspot.predictor import RegionSpotPredictor
 from regionspot.utils.files import atomic_path, describe_file, is_same_file
 from regionspot.utils.images import to_rgb_array
@@ -39,25 +36,6 @@ class _Embedded:
     image: ImageRegions
     size: tuple[int, int]
     columns: dict[str, np.ndarray]  # of its regions
-
-
-def describe_model(recognizer: RegionRecognizer) -> dict[str, Any]:
-    """Return what embeddings of regions, and what texts are compared with them, depend on: the weights."""
-    text = recognizer.classifier.text_encoder
-    return {
-        "sam": describe_sam(recognizer),
-        "clip": describe_clip(recognizer),
-        "trained": {
-            "source": recognizer.weight_sources["trained"],
-            "fingerprint": fingerprint(recognizer.knowledge_integration.state_dict()),
-        },
-        "text": {
-            "source": recognizer.weight_sources["clip_model"],
-            "fingerprint": fingerprint(text_weights(recognizer.vision_language.clip_model)),
-            "templates": len(text.templates),
-            "name_style": text.name_style,
-        },
-    }
 
 
 def describe_index(predictor: RegionSpotPredictor, cfg: CfgNode, images: ImageSet, shard_images: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from PIL import Image
 from regionspot.data import register_json_dataset
 from regionspot.index import ImageSet, RegionIndex, build_index, dataset_images, file_images
 from regionspot.index import build as build_module
+from regionspot.modeling.identity import describe_model
 
 from ..helpers import draw_scene, tiny_config, write_dataset
 from .conftest import write_images
@@ -44,8 +45,8 @@ def test_manifest_names_what_made_it(index, predictor):
     manifest = index.manifest
     assert manifest["dim"] == 32 and manifest["scoring"]["score_function"] == "softmax"
     assert manifest["logit_scale"] == float(predictor.recognizer.vision_language.clip_model.logit_scale)
-    index.check_origin(build_module.describe_model(predictor.recognizer))
-    other = build_module.describe_model(predictor.recognizer)
+    index.check_origin(describe_model(predictor.recognizer))
+    other = describe_model(predictor.recognizer)
     other["trained"] = {"source": "", "fingerprint": "0"}
     with pytest.raises(ValueError, match="region index .* is of another trained"):
         index.check_origin(other)

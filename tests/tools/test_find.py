@@ -101,3 +101,27 @@ def test_audit_writes_three_files(directory, capsys):
     assert len(json.loads((directory / "audit" / "suspicious.json").read_text())["annotations"]) == 5
     assert (directory / "audit" / "audit.html").stat().st_size > 10_000
     assert "labels are suspicious, 0 images left out" in capsys.readouterr().out
+
+
+def test_embedded_vocabulary_in_all_commands(directory, capsys):
+    box = draw_scene(0)[1][0].tolist()
+    entries = ["red square", {"name": "mine", "examples": [{"image": "cup.png", "box": box}]}]
+    (directory / "names.json").write_text(json.dumps(entries))
+    overrides = [*frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
+    path = directory / "names.safetensors"
+    config = ["--config-file", TINY]
+    COMMANDS["vocabulary"].call(
+        *["embed", directory / "names.json", *config, "--output", path, "--reference", directory / "index", "--opts"],
+        *overrides,
+    )
+    assert "2 names of 32 numbers each" in capsys.readouterr().out
+    for source in (path, directory / "names.json"):
+        output = directory / "mine.csv"
+        COMMANDS["classify-index"].call(directory / "index", "--vocabulary", f"@{source}", "--output", output)
+        assert {row["name"] for row in read_csv(output)} <= {"red square", "mine"}
+    boxes = ";".join(",".join(map(str, row)) for row in draw_scene(0)[1].tolist())
+    COMMANDS["predict"].call(
+        *[*config, "--input", directory / "cup.png", "--boxes", boxes, "--vocabulary", f"@{path}"],
+        *["--output", directory / "predicted", *overrides],
+    )
+    assert (directory / "predicted" / "cup.json").is_file()
