@@ -88,7 +88,7 @@ class Prediction:
         names = args.vocabulary or self.cfg.MODEL.REGIONSPOT.VOCABULARY
         if not names and self.images.dataset:
             names = f"dataset:{self.images.dataset}"
-        self.vocabulary = load_vocabulary(names)
+        self.vocabulary = load_vocabulary(names, with_examples=True)
         if not args.ray:
             check_outputs(self.images, self.output, args.format)
         self.absent_weights = leave_absent_weights(self.cfg) if args.cached_weights_only else ""
