@@ -88,7 +88,7 @@ def map_images(
 ) -> Any:
     """Return a Ray data set with the regions of another's images; they are computed when it is read or written.
 
-    A process that is killed is started again, and its batches are repeated.
+    A process that is killed is started again, and its batches are repeated, as Ray Data does by default.
 
     Args:
         dataset: its rows have the columns that ``RegionBatchPredictor`` takes: ``path``, ``bytes`` or ``image``, and
@@ -112,8 +112,6 @@ def map_images(
         concurrency=pool.concurrency,
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
 
 
@@ -128,7 +126,6 @@ class _Actor:
     def __init__(
         self, predictor: type[RegionBatchPredictor], options: dict[str, Any], regions: RegionSource | None
     ) -> None:
-        import faulthandler; faulthandler.dump_traceback_later(25, repeat=True, file=open("/tmp/w/pred_trace.txt","w"))
         torch.manual_seed(max(options["cfg"].SEED, 0))
         self._predictor = predictor(**options)
         self._reader = SampleReader(ImageList(), regions, options["cfg"].INPUT.DEEP_RANGE)
