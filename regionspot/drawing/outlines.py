@@ -23,17 +23,16 @@ def mask_reader(regions: Any, image_size: tuple[int, int]) -> MaskReader | None:
         ValueError: masks of another size or number, or a damaged RLE.
     """
     num_regions, masks = len(regions.boxes), None
-    if (rles := getattr(regions, "rles", None)) is None:
-        masks = getattr(regions, "masks", None)
-    if rles is None and masks is None:
+    if (rles := getattr(regions, "rles", None)) is None and (masks := getattr(regions, "masks", None)) is None:
         return None
-    num_masks = len(rles if masks is None else masks)
+    num_masks = len(rles) if rles is not None else len(masks)  # type: ignore[arg-type]
     if num_masks != num_regions:
         raise ValueError(f"masks: expected {num_regions}, one of each region, got {num_masks}")
     if masks is not None:
         if masks.shape[1:] != image_size:
             raise ValueError(f"masks: expected shape (N, {image_size[0]}, {image_size[1]}), got {masks.shape}")
         return lambda index: crop_mask(np.asarray(masks[index]).astype(np.uint8))
+    assert rles is not None
     packed = check_rles(rles, lambda index: f"mask {index}", np.tile(image_size, (num_regions, 1)))
     return lambda index: crop_rle(packed[index])
 

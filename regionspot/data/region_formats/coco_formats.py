@@ -71,5 +71,5 @@ def read_proposals(path: Path, annotations: Path | None) -> tuple[str, Entries]:
 def _names_and_sizes(file: AnnotationFile) -> tuple[list[tuple[str, ...]], np.ndarray]:
     images = file.images
     text, ends = images.names.tobytes(), images.name_ends.tolist()
-    names = [(text[start:stop].decode(),) for start, stop in zip(ends, ends[1:])]
+    names: list[tuple[str, ...]] = [(text[start:stop].decode(),) for start, stop in zip(ends, ends[1:])]
     return names, np.stack([images.heights, images.widths], axis=1).astype(np.int64)

@@ -133,7 +133,7 @@ class _Result(msgspec.Struct, gc=False):
 
 class _Annotation(msgspec.Struct, gc=False):
     result: list[_Result] = []
-    was_cancelled: bool = False
+    canceled: bool = msgspec.field(default=False, name="was_cancelled")
 
 
 class _Task(msgspec.Struct, gc=False):
@@ -155,7 +155,7 @@ def read_label_studio(path: Path) -> Entries:
         names = _task_names(task)
         if not names:
             raise ValueError(f"{place}: expected an image in data, such as /data/upload/..., got {task.data!r:.80}")
-        made = [item for item in (*task.annotations, *task.completions) if not item.was_cancelled]
+        made = [item for item in (*task.annotations, *task.completions) if not item.canceled]
         made = made or [item for item in task.predictions if isinstance(item, _Annotation)]
         boxes, labels, scores, size = [], [], [], (0, 0)
         for result in made[0].result if made else ():

@@ -85,8 +85,8 @@ def _find_files(directory: Path, format: str) -> tuple[str, list[Path]]:
     """Return the format of the files below a directory, and their paths in order."""
     if format not in ("auto", *_SUFFIXES):
         raise ValueError(f"regions {directory}: expected a file of the format {format}, got a directory")
-    found = sorted(path for path in directory.rglob("*") if path.suffix in (".json", ".txt", ".xml"))
-    labels = [path for path in found if path.suffix != ".txt" or path.name.lower() not in NOT_LABELS]
+    candidates = sorted(path for path in directory.rglob("*") if path.suffix in (".json", ".txt", ".xml"))
+    labels = [path for path in candidates if path.suffix != ".txt" or path.name.lower() not in NOT_LABELS]
     suffixes = {path.suffix for path in labels} if format == "auto" else {_SUFFIXES[format]}
     if len(suffixes) != 1:
         got = " and ".join(sorted(suffixes)) or "none"

@@ -36,7 +36,7 @@ def read_voc(paths: Sequence[Path], root: Path) -> Entries:
                 name = (element.text or "").strip().replace("\\", "/").rpartition("/")[2]
             else:
                 size = (int(_number(path, element, "height")), int(_number(path, element, "width")))
-        # its <folder> is that of the machine on which it was made; the suffix is that of the image
+        # only the suffix is sure: files are renamed, and the directory in the file is of the machine that made it
         suffix = Path(name).suffix
         names = [relative_name(path.with_suffix(suffix), root)] if suffix else []
         directory = Path(relative_name(path, root)).parent

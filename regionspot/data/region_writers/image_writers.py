@@ -111,7 +111,7 @@ class LabelmeWriter(RegionWriter):
         place = PurePosixPath(name).name
         if path is not None:
             place = Path(os.path.relpath(Path(path).absolute(), target.parent.absolute())).as_posix()
-        content = {
+        content: dict[str, Any] = {
             "version": "5.5.0",
             "flags": {},
             "shapes": [shape for index in range(len(regions.boxes)) for shape in self._shapes(regions, index)],

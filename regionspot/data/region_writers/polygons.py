@@ -1,6 +1,7 @@
 """Masks as polygons, for tools that cannot read run lengths."""
 
 import cv2
+import numpy as np
 
 from regionspot.utils.rle import crop_rle
 
@@ -23,10 +24,7 @@ def rle_polygons(rle: dict) -> list[list[float]]:
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygons = []
     for contour in contours:
-        points = contour.reshape(-1, 2)
-        points = (points + points % 2) / 2 + (
-            left,
-            top,
-        )  # even numbers are left and top ends, odd ones right and bottom
+        ends = contour.reshape(-1, 2)  # of pixels: even numbers are left and top ends, odd ones right and bottom ends
+        points = (ends + ends % 2) / 2 + np.array([left, top])
         polygons.append(points.ravel().tolist())
     return polygons

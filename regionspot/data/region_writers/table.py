@@ -9,8 +9,8 @@ from typing import Any
 from regionspot.data.region_writers.whole_runs import iterate_regions
 from regionspot.utils.files import atomic_path
 
-COLUMNS = ("image", "image_id", "region", "x0", "y0", "x1", "y1", "label", "class_index", "score", "detection_score")
-COLUMNS += ("unknown", "mask_iou")
+_SCORES = ("score", "detection_score", "unknown", "mask_iou")
+COLUMNS = ("image", "image_id", "region", "x0", "y0", "x1", "y1", "label", "class_index", *_SCORES)
 _ROWS = 1 << 14  # of a row group
 
 
