@@ -51,7 +51,7 @@ class RayPool:
 
 @contextmanager
 def connect(address: str, num_cpus: int | None = None, object_store_bytes: int | None = None) -> Iterator[Any]:
-    """Connect to a Ray cluster inside the block; yield Ray.
+    """Connect to a Ray cluster inside the block, unless this process is connected already; yield Ray.
 
     Args:
         address: of the cluster, "auto" for the one of this machine, or "local" to start one that ends with the block.
@@ -63,6 +63,9 @@ def connect(address: str, num_cpus: int | None = None, object_store_bytes: int |
         ConnectionError: no cluster answers at the address.
     """
     ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
     # Workers import this package from where the driver did.
     variables = {name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
     environment = {"env_vars": {**variables, "RAY_USAGE_STATS_ENABLED": "0"}}
