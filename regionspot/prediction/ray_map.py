@@ -51,7 +51,7 @@ class RayPool:
 
 @contextmanager
 def connect(address: str, num_cpus: int | None = None, object_store_bytes: int | None = None) -> Iterator[Any]:
-    """Connect to a Ray cluster inside the block; yield Ray.
+    """Connect to a Ray cluster inside the block, unless this process is connected already; yield Ray.
 
     Args:
         address: of the cluster, "auto" for the one of this machine, or "local" to start one that ends with the block.
@@ -63,6 +63,9 @@ def connect(address: str, num_cpus: int | None = None, object_store_bytes: int |
         ConnectionError: no cluster answers at the address.
     """
     ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
     # Workers import this package from where the driver did.
     variables = {name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
     environment = {"env_vars": {**variables, "RAY_USAGE_STATS_ENABLED": "0"}}
@@ -88,7 +91,7 @@ def map_images(
 ) -> Any:
     """Return a Ray data set with the regions of another's images; they are computed when it is read or written.
 
-    A process that is killed is started again, and its batches are repeated.
+    A process that is killed is started again, and its batches are repeated, as Ray Data does by default.
 
     Args:
         dataset: its rows have the columns that ``RegionBatchPredictor`` takes: ``path``, ``bytes`` or ``image``, and
@@ -112,8 +115,6 @@ def map_images(
         concurrency=pool.concurrency,
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
 
 

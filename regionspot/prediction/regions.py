@@ -55,7 +55,7 @@ class SameBoxes:
 
     def find(self, *names: str) -> np.ndarray | None:
         """Return the (N, 4) float32 boxes under the first of an image's names that the file has; None for none."""
-        boxes = self.content
+        boxes: Any = self.content
         if isinstance(self.content, dict):
             boxes = next((self.content[name] for name in names if name in self.content), None)
         return None if boxes is None else np.array(boxes, np.float32).reshape(-1, 4)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -60,7 +61,7 @@ class ImageList(Sequence):
         self._names: list[str] = []  # relative to the roots
         self._root_of = array("l")
         self._frames = array("l")
-        self._ids: Sequence[int] | None = None
+        self._ids: Sequence[int] | np.ndarray | None = None
         self._renamed: dict[int, str] = {}
         self._with_suffix: set[str] = set()
 
@@ -85,7 +86,7 @@ class ImageList(Sequence):
         self._root_of.append(len(self._roots) - 1)
         self._frames.append(frame)
 
-    def finish(self, ids: Sequence[int] | None = None) -> None:
+    def finish(self, ids: Sequence[int] | np.ndarray | None = None) -> None:
         """Make names and stems unique, after the last image; ``ids`` are those of a data set."""
         self._ids = ids
         names: set[str] = set()

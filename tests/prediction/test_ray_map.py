@@ -5,14 +5,27 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 
 from regionspot.prediction import RegionBatchPredictor
-from regionspot.prediction.ray_map import RayPool, connect, map_images
+from regionspot.prediction.ray_map import RayPool, connect, run_on_ray
+from regionspot.prediction.regions import SameBoxes
+from regionspot.prediction.sources import list_images
+from regionspot_cli.commands import COMMANDS
 
-from ..helpers import NAMES, draw_scene, frozen_overrides, released_state, tiny_config, tiny_model, write_frozen_parts
+from ..helpers import (
+    NAMES,
+    TINY,
+    draw_scene,
+    frozen_overrides,
+    released_state,
+    tiny_config,
+    tiny_model,
+    write_frozen_parts,
+)
 
 
 class KilledOnce(RegionBatchPredictor):
@@ -39,27 +52,48 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_killed_worker_changes_nothing(photos):
-    cfg = tiny_config(*frozen_overrides(photos), "MODEL.WEIGHTS", str(photos / "model.pth"))
-    paths = [str(photos / f"{i:03}.png") for i in range(12)]
-    rows = [{"path": path, "boxes": draw_scene(i)[1].tolist(), "key": i} for i, path in enumerate(paths)]
+@pytest.fixture
+def ray(monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else it waits for all other work of the machine
     with connect("local", num_cpus=2, object_store_bytes=100 << 20) as ray:
-        dataset = map_images(
-            ray.data.from_items(rows, override_num_blocks=4),
-            cfg,
-            NAMES,
-            pool=RayPool(batch_size=3),
-            predictor=KilledOnce,
-        )
-        dataset.write_parquet(str(photos / "out"))
-        result = ray.data.read_parquet(str(photos / "out")).to_pandas().sort_values("key").reset_index(drop=True)
+        yield ray
+
+
+def test_killed_worker_changes_nothing(photos, ray):
+    cfg = tiny_config(*frozen_overrides(photos), "MODEL.WEIGHTS", str(photos / "model.pth"))
+    boxes = {f"{i:03}.png": draw_scene(i)[1].tolist() for i in range(12) if i != 9}
+    images = list_images([str(photos)])
+    pool = RayPool(batch_size=3)
+    arguments = {"cfg": cfg, "vocabulary": NAMES, "regions": SameBoxes(boxes), "pool": pool, "predictor": KilledOnce}
+    run_on_ray(ray, [], images, str(photos / "out"), **arguments)
     calls = (photos / "calls.txt").read_text().split()
     assert (photos / "killed").exists() and len(set(calls)) == 2
-    assert list(result["path"]) == paths
-    expected = RegionBatchPredictor(cfg, NAMES)({"path": paths, "boxes": [row["boxes"] for row in rows]})
+    paths = [record.path for record in images]
+    plain = RegionBatchPredictor(cfg, NAMES)({"path": paths, "boxes": [boxes.get(Path(x).name, []) for x in paths]})
+    compare(photos / "out", plain, paths)
+    # The command line, on the same cluster, with a table of paths and boxes.
+    table = {"path": paths, "boxes": [boxes.get(Path(x).name, []) for x in paths]}
+    pyarrow.parquet.write_table(pyarrow.table(table), photos / "table.parquet")
+    arguments = ("--config-file", TINY, "--input", photos / "table.parquet", "--output", photos / "by_command")
+    overrides = (*frozen_overrides(photos), "MODEL.WEIGHTS", photos / "model.pth")
+    COMMANDS["predict"].call(*arguments, "--vocabulary", ",".join(NAMES), "--ray", "local", *overrides)
+    compare(photos / "by_command", plain, paths)
+    with pytest.raises(ValueError, match="expected a new or empty directory"):
+        COMMANDS["predict"].call(*arguments, "--vocabulary", ",".join(NAMES), "--ray", "local", *overrides)
+
+
+def compare(directory, expected, paths):
+    result = pyarrow.parquet.read_table(directory).sort_by("path").to_pydict()
+    assert result["path"] == paths and sum(map(len, result["scores"])) > 24
     assert [error is None for error in result["error"]] == [i != 4 for i in range(12)]
+    if "has_entry" in result:
+        assert result["has_entry"] == [i != 9 for i in range(12)]
     for i in range(12):
-        assert list(result["class_names"][i]) == expected["class_names"][i]
-        assert list(result["masks"][i]) == expected["masks"][i]
-        assert [list(box) for box in result["boxes"][i]] == expected["boxes"][i]
+        for name in ("class_names", "masks", "boxes", "classes", "unknown"):
+            assert result[name][i] == expected[name][i]
         np.testing.assert_allclose(result["scores"][i], expected["scores"][i], atol=1e-5)
+
+
+def test_ray_is_needed_for_addresses(tmp_path):
+    with pytest.raises(ValueError, match="only Ray reads it"):
+        COMMANDS["predict"].call("--config-file", TINY, "--input", "s3://bucket/photos", "--output", tmp_path)

@@ -67,6 +67,8 @@ def test_equal_names_and_stems_stay_apart(tmp_path):
     assert [x.name for x in images] == ["cup.png", "cup.jpg", "cup.jpg.gif", "cup~2.png", "sub/cup.png", "cup~3.png"]
     assert len({x.stem for x in images}) == len(images)
     assert [x.stem for x in images][:3] == ["cup.png", "cup.jpg", "cup.jpg.gif"]
+    write_images(tmp_path, "three/results.png", "three/sub/results.png")
+    assert [x.stem for x in list_images([str(tmp_path / "three")])] == ["results.png", "sub/results"]
     outside = list_images([str(tmp_path / "one" / ".." / "two" / "cup.png")])
     assert outside[0].name == "cup.png"
 
