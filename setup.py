@@ -50,6 +50,7 @@ setup(
         "safetensors>=0.4",
         "msgspec>=0.18",
         "filelock>=3.13",
+        "defusedxml>=0.7",
         "jinja2>=3.1",  # torch needs it, too
         "tqdm>=4.65",
     ],

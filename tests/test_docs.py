@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from regionspot import model_zoo
 from regionspot.config import load_config
 
-from .helpers import ROOT, TINY, draw_scene, frozen_overrides, released_state, write_user_files
+from .helpers import ROOT, TINY, draw_scene, frozen_overrides, released_state, run, write_user_files
 from .processes import run_program
 
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -69,7 +70,8 @@ def test_guide_starts_with_a_command(path):
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem)
-def test_commands_work(path, directory):
+def test_commands_work(path, directory, monkeypatch):
+    monkeypatch.setattr(model_zoo, "CONFIGS", directory / "configs")  # the default config is tiny, too
     outputs = []
     for command in commands(path):
         if command[0] == "make":
@@ -83,7 +85,7 @@ def test_commands_work(path, directory):
         if program == "regionspot" and arguments[0] in SERVERS:
             arguments.insert(1, SERVERS[arguments[0]])
         outputs.append(run_program(directory, PROGRAMS.get(program, ROOT / program), *arguments))
-    check = {"train": check_training, "README": check_prediction}.get(path.stem)
+    check = {"train": check_training, "README": check_prediction, "export": check_export}.get(path.stem)
     if check:
         check(directory, outputs)
 
@@ -99,6 +101,14 @@ def check_training(directory, outputs):
     assert "Starting training from iteration 12" in resumed  # of a run that was done
     assert "protocol: coco on my_val.json:my_images" in evaluated and "images: 8 of 8" in evaluated
     assert json.loads((directory / "output" / "mine" / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] >= 0
+
+
+def check_export(directory, outputs):
+    assert "probabilities" in outputs[0] and "opset 20" in outputs[0]
+    [snippet] = blocks(ROOT / "docs" / "export.md", "python")
+    path = f"PYTHONPATH={directory / 'output' / 'cups'}"  # this alone: the file imports nothing of the checkout
+    printed = run(directory, "env", path, sys.executable, "-c", f"{snippet}\nprint(result.masks.shape, len(result))")
+    assert "(2, 480, 640)" in printed and "(1, 480, 640) 1" in printed
 
 
 def check_prediction(directory, outputs):

@@ -10,8 +10,8 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from regionspot.checkpoint.checkpointer import load_model
+from regionspot.prediction.regions import parse_points
 from regionspot_cli.commands import COMMANDS
-from regionspot_cli.predict import parse_points
 
 from ..helpers import NAMES, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
 
@@ -89,6 +89,7 @@ def test_boxes_from_files_points_and_overrides(image):
             image,
             "--boxes",
             str(boxes),
+            "--overwrite",
             "MODEL.REGIONSPOT.VOCABULARY",
             "zebra,cup",
             "MODEL.REGIONSPOT.SCORE_FUNCTION",
@@ -98,7 +99,7 @@ def test_boxes_from_files_points_and_overrides(image):
         assert code == 0 and content["vocabulary"] == ["zebra", "cup"]
         [region] = content["regions"]
         assert region["score"] == pytest.approx(1 / (1 + np.exp(-max(region["logits"]))), abs=1e-5)
-    code, output = run(image, "--points", "10,10 50,40,0;30,20", "--vocabulary", "zebra,cup")
+    code, output = run(image, "--points", "10,10 50,40,0;30,20", "--vocabulary", "zebra,cup", "--overwrite")
     assert code == 0 and len(json.loads((output / "scene.json").read_text())["regions"]) == 2
 
 
@@ -120,7 +121,6 @@ def test_points_are_parsed_and_padded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocabulary", "a"], "no regions: expected --boxes"),
         (["--boxes", "1,2,3", "--vocabulary", "a"], "four numbers a box"),
         (["--boxes", "1,2,3,x", "--vocabulary", "a"], "expected numbers"),
         (["--boxes", ";", "--vocabulary", "a"], "no boxes; expected at least one"),
