@@ -13,7 +13,7 @@ from detectron2.utils.logger import setup_logger
 from regionspot.config import load_config
 from regionspot.utils.command_line import printable
 from regionspot.vocabulary import load_vocabulary
-from regionspot_cli.predict import leave_absent_weights
+from regionspot_cli.weights import leave_absent_weights
 
 
 def main(args: Namespace) -> None:
