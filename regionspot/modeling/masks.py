@@ -80,9 +80,7 @@ class MaskUpsampler:
             masks = torch.cat(list(resizer.bands(masks.transpose(1, 2) if column_major else masks)), dim=1)
             yield masks.transpose(1, 2) if column_major else masks  # (n, H, W)
 
-    def resizer(
-        self, logits: torch.Tensor, output_size: tuple[int, int], column_major: bool = False
-    ) -> "MaskResizer":
+    def resizer(self, logits: torch.Tensor, output_size: tuple[int, int], column_major: bool = False) -> "MaskResizer":
         """Return what resizes (..., h, w) logits, or (..., w, h) for ``column_major``, to an image on their device."""
         first, last = (0, 1) if column_major else (1, 0)  # the dimension that is resized first, and then the other
         sides = logits.shape[-2:]

@@ -96,7 +96,7 @@ class PromptDecoder:
         return UpdatedPrompts(tokens, queries, image)
 
     def read(self, prompts: UpdatedPrompts, outputs: slice) -> torch.Tensor:
-        """Run the final attention for SAM's output tokens that are needed; 0 is the IoU token, then come the mask tokens.
+        """Run the final attention for the output tokens needed: 0 is the IoU token, then come the mask tokens.
 
         Returns:
             (N, O, C) output tokens.
@@ -144,7 +144,9 @@ class PromptDecoder:
             return attention.out_proj(_merge_heads(_for_each_image(attend, queries, shared_by)))
         queries = queries * queries.shape[-1] ** -0.5
         # the keys' bias adds the same to all scores of a token
-        projected = _multiply_heads(queries, _by_head(attention, attention.k_proj.weight)).flatten(1, 2)  # (N, H * T, C)
+        projected = _multiply_heads(queries, _by_head(attention, attention.k_proj.weight)).flatten(
+            1, 2
+        )  # (N, H * T, C)
         attended = torch.empty_like(projected)
         for part in self._parts(image):
             placed = image[part] + self.position
