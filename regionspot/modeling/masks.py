@@ -84,9 +84,14 @@ class MaskUpsampler:
         """Return what resizes (..., h, w) logits, or (..., w, h) for ``column_major``, to an image on their device."""
         first, last = (0, 1) if column_major else (1, 0)  # the dimension that is resized first, and then the other
         sides = logits.shape[-2:]
-        matrix = self._resizing_matrix(sides[first], first, output_size[first]).to(logits.device)
-        bands = _bands(self._resizing_matrix(sides[last], last, output_size[last]))
-        return MaskResizer(matrix, [(band, weights.to(logits.device)) for band, weights in bands])
+        weights = [
+            [
+                (band, part.to(logits.device))
+                for band, part in _bands(self._resizing_matrix(sides[i], i, output_size[i]))
+            ]
+            for i in (last, first)
+        ]
+        return MaskResizer(*weights)
 
     def measure(
         self, logits: torch.Tensor, resizer: "MaskResizer", offset: float | None = None
@@ -104,7 +109,7 @@ class MaskUpsampler:
             how many are by one higher by it.
         """
         pixels = BAND_PIXELS if logits.device.type == "cpu" else MAX_PIXELS
-        size = max(pixels // (BAND * resizer.matrix.shape[1]), 1)
+        size = max(pixels // (BAND * resizer.width), 1)
         parts = [self._measure(part.float(), resizer, offset) for part in logits.split(size)]
         boxes, stability = zip(*parts)
         return torch.cat(boxes), None if offset is None else torch.cat(stability)
@@ -133,20 +138,25 @@ class MaskUpsampler:
 
 @dataclass(frozen=True)
 class MaskResizer:
-    """Resizes logits by a matrix for their last dimension, and one in bands for the other.
+    """Resizes logits by products with bands of matrices, first the columns and then the rows.
 
     Attributes:
-        matrix: (w, W).
-        weights: of each band of BAND rows of the output the slice of h that it depends on, and (BAND, n) weights.
+        rows, columns: for each BAND pixels of the output the slice of logits that they need, and (BAND, n) weights.
     """
 
-    matrix: torch.Tensor
-    weights: list[tuple[slice, torch.Tensor]]
+    rows: list[tuple[slice, torch.Tensor]]
+    columns: list[tuple[slice, torch.Tensor]]
+
+    @property
+    def width(self) -> int:
+        """Of the output, pixels."""
+        return sum(len(weights) for _, weights in self.columns)
 
     def bands(self, masks: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the bands of (N, h, w) float32 masks, (N, BAND, W) each."""
-        masks = masks @ self.matrix  # (N, h, W)
-        for band, weights in self.weights:
+        """Yield the bands of rows of (N, h, w) float32 masks, (N, BAND, W) each."""
+        masks = masks[:, : self.rows[-1][0].stop]  # without the padding
+        masks = torch.cat([masks[..., band] @ weights.t() for band, weights in self.columns], dim=2)  # (N, h, W)
+        for band, weights in self.rows:
             yield weights @ masks[:, band]
 
 
