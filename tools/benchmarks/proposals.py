@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything.modeling import Sam
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,22 +48,29 @@ def draw_image() -> torch.Tensor:
     return (255 * F.interpolate(coarse, SIZE, mode="bicubic")[0].clamp(0, 1)).to(torch.uint8)
 
 
+class EmbeddedPredictor(SamPredictor):
+    """SAM's predictor, which knows the embedding of the only image that it is given."""
+
+    def __init__(self, sam: Sam, embedding: torch.Tensor) -> None:
+        super().__init__(sam)
+        self.embedding = embedding
+
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        self.features, self.is_image_set = self.embedding, True
+        self.original_size = image.shape[:2]
+        self.input_size = self.transform.get_preprocess_shape(*image.shape[:2], self.transform.target_length)
+
+
 class EmbeddedGenerator:
     """``SamAutomaticMaskGenerator`` for an image that SAM's encoder has seen."""
 
-    def __init__(self, cfg: CfgNode, localizer: SamLocalizer, embedding: torch.Tensor, **settings: float) -> None:
+    def __init__(self, cfg: CfgNode, localizer: SamLocalizer, embedding: torch.Tensor, **settings: Any) -> None:
         """``settings`` are the generator's."""
         device = localizer.sam.pixel_mean.device
         sam = with_weights_of(build_sam(get_sam_size(cfg)), localizer.sam, device)
         sam.mask_threshold = localizer.sam.mask_threshold
         self.generator = SamAutomaticMaskGenerator(sam.eval(), **settings)
-        predictor, input_size = self.generator.predictor, localizer.input_size(SIZE)
-
-        def set_image(_: np.ndarray) -> None:
-            predictor.features, predictor.is_image_set = embedding, True
-            predictor.original_size, predictor.input_size = SIZE, input_size
-
-        predictor.set_image = set_image
+        self.generator.predictor = EmbeddedPredictor(sam, embedding)
         self.boxes = torch.zeros(0, 4)
 
     def __call__(self) -> None:
@@ -104,7 +112,11 @@ def benchmark_proposals(cfg: CfgNode, args: Namespace) -> Table:
     table = Table(Meter(device, args.repeats), 1, get_dtype(cfg.MODEL.REGIONSPOT.PRECISION))
     for kept in args.kept:
         threshold = float(estimates.quantile(1 - kept / 100)) if kept < 100 else 0.0
-        settings = {"points_per_side": args.points, "pred_iou_thresh": threshold, "stability_score_thresh": 1e-3}
+        settings: dict[str, Any] = {
+            "points_per_side": args.points,
+            "pred_iou_thresh": threshold,
+            "stability_score_thresh": 1e-3,
+        }
         ours = SamAutomaticProposals(localizer, **settings)
         plain = EmbeddedGenerator(cfg, localizer, embedding, **settings)
         part = f"{args.points**2:,} points, {kept} % of their masks"

@@ -28,7 +28,7 @@ SUITES = {
         f"train --maps --steps 10 --warm-up 2 --images 128 --repeats 2 --config-file {BB} {FLOAT32}",
         f"extract --images 2 --plain-images 1 --config-file {BB}",
         f"proposals --repeats 2 --config-file {MINI}",
-        f"proposals --points 5 --repeats 1 --config-file {BB}",
+        f"proposals --points 8 --repeats 2 --config-file {BB}",
     ],
     "cuda": [
         f"model --boxes 1 10 100 300 1000 --plain-boxes 1000 --config-file {BL} {RELEASE}",
