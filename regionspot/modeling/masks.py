@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ class MaskUpsampler:
         column_major: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Yield the masks of ``logit_chunks``: (n, *output_size) bool."""
-        for resized in self.logit_chunks(logits, rows, output_size, column_major):
-            yield resized > self.threshold
+        # not a loop, whose variable would keep a chunk while the next one is made
+        is_inside = partial(torch.gt, other=self.threshold)
+        yield from map(is_inside, self.logit_chunks(logits, rows, output_size, column_major))
 
     def logit_chunks(
         self,
@@ -76,9 +78,8 @@ class MaskUpsampler:
         rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
         resizer = self.resizer(logits, output_size, column_major)
         for part in rows.split(self.chunk_size(output_size)) if len(rows) else ():
-            masks = logits[part].float()  # (n, h, w)
-            masks = torch.cat(list(resizer.bands(masks.transpose(1, 2) if column_major else masks)), dim=1)
-            yield masks.transpose(1, 2) if column_major else masks  # (n, H, W)
+            masks = logits[part].float()  # (n, h, w); what is yielded is kept nowhere here
+            yield resizer(masks.transpose(1, 2)).transpose(1, 2) if column_major else resizer(masks)  # (n, H, W)
 
     def resizer(self, logits: torch.Tensor, output_size: tuple[int, int], column_major: bool = False) -> "MaskResizer":
         """Return what resizes (..., h, w) logits, or (..., w, h) for ``column_major``, to an image on their device."""
@@ -104,13 +105,13 @@ class MaskUpsampler:
             offset: of the threshold, for the stability.
 
         Returns:
-            (N, 4) float32 XYXY boxes that end at the last pixel inside, zeros for an empty mask; and without ``offset``
-            None, else (N,) float32 stability scores: of the pixels that are inside by a threshold lower by ``offset``,
-            how many are by one higher by it.
+            (N, 4) float32 XYXY boxes that end after the last pixel inside, zeros for an empty mask; and None without
+            ``offset``, else (N,) float32 stability scores: of the pixels that are inside by a threshold lower by
+            ``offset``, how many are by one higher by it.
         """
         pixels = BAND_PIXELS if logits.device.type == "cpu" else MAX_PIXELS
         size = max(pixels // (BAND * resizer.width), 1)
-        parts = [self._measure(part.float(), resizer, offset) for part in logits.split(size)]
+        parts = [self._measure(part.float(), resizer, offset) for part in logits.split(size)]  # one of none at least
         boxes, stability = zip(*parts)
         return torch.cat(boxes), None if offset is None else torch.cat(stability)
 
@@ -125,8 +126,8 @@ class MaskUpsampler:
             if offset is not None:  # float counts, which are exact for masks up to 2^24 pixels, are the fastest
                 inner += band.clone().gt_(self.threshold + offset).sum(dim=(1, 2))
                 outer += band.gt_(self.threshold - offset).sum(dim=(1, 2))
-        top, bottom = _first_and_last(torch.cat(rows, dim=1) > self.threshold)
-        left, right = _first_and_last(columns > self.threshold)
+        top, bottom = _extent(torch.cat(rows, dim=1) > self.threshold)
+        left, right = _extent(columns > self.threshold)
         return torch.stack([left, top, right, bottom], dim=1).float(), inner / outer
 
     def _resizing_matrix(self, length: int, dim: int, size: int) -> torch.Tensor:
@@ -152,6 +153,13 @@ class MaskResizer:
         """Of the output, pixels."""
         return sum(len(weights) for _, weights in self.columns)
 
+    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
+        """Return (N, H, W) of (N, h, w) float32 masks."""
+        resized = masks.new_empty(len(masks), sum(len(weights) for _, weights in self.rows), self.width)
+        for target, band in zip(resized.split(BAND, dim=1), self.bands(masks), strict=True):
+            target.copy_(band)
+        return resized
+
     def bands(self, masks: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the bands of rows of (N, h, w) float32 masks, (N, BAND, W) each."""
         masks = masks[:, : self.rows[-1][0].stop]  # without the padding
@@ -174,11 +182,11 @@ def _bands(matrix: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
     return bands
 
 
-def _first_and_last(inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first and the last position inside of each row of (N, L) bool; 0 where there is none."""
+def _extent(inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first position inside, and that after the last, of each row of (N, L) bool; 0 where there is none."""
     positions = torch.arange(inside.shape[1], device=inside.device)
     first = positions.where(inside, inside.shape[1]).amin(dim=1)
-    return first % inside.shape[1], positions.where(inside, 0).amax(dim=1)
+    return first % inside.shape[1], (positions + 1).where(inside, 0).amax(dim=1)
 
 
 class RegionMasks(ROIMasks):
@@ -247,8 +255,8 @@ class RegionMasks(ROIMasks):
 
     def bounding_boxes(self, height: int, width: int) -> Boxes:
         """Return the boxes around the masks at an output of (height, width); zeros for an empty mask."""
-        chunks = self.upsample.chunks(self.logits, self.rows, (height, width))
-        return Boxes.cat([BitMasks(full).get_bounding_boxes() for full in chunks])
+        resizer = self.upsample.resizer(self.logits, (height, width))
+        return Boxes(self.upsample.measure(self.tensor, resizer)[0])
 
 
 class RleMasks(list):

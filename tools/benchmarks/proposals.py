@@ -88,9 +88,9 @@ def prepare_thresholds(localizer: SamLocalizer, embedding: torch.Tensor, points:
     All estimates are raised by the same above zero, where the generator compares them. A random SAM's masks cover the
     image here and there: only their highest logits count as inside.
     """
-    ours = SamAutomaticProposals(localizer, points)
+    source = SamAutomaticProposals(localizer, points)
     height, width = localizer.input_size(SIZE)
-    xy = (ours.points * torch.tensor([width, height]))[:, None].to(embedding.device)
+    xy = (source.points * torch.tensor([width, height]))[:, None].to(embedding.device)
     prompts = Prompts(points=xy, point_labels=torch.ones_like(xy[..., 0], dtype=torch.int64))
     ious, highest = zip(
         *((x, masks.flatten(1).amax(dim=1)) for x, masks in localizer.all_masks(embedding, prompts, -torch.inf))
@@ -117,11 +117,11 @@ def benchmark_proposals(cfg: CfgNode, args: Namespace) -> Table:
             "pred_iou_thresh": threshold,
             "stability_score_thresh": 1e-3,
         }
-        ours = SamAutomaticProposals(localizer, **settings)
+        source = SamAutomaticProposals(localizer, **settings)
         plain = EmbeddedGenerator(cfg, localizer, embedding, **settings)
         part = f"{args.points**2:,} points, {kept} % of their masks"
-        table.add(part, lambda: ours([image.float()], embedding), plain, "points", args.points**2, flops=0)  # noqa: B023
-        [proposals] = ours([image.float()], embedding)
+        table.add(part, lambda: source([image.float()], embedding), plain, "points", args.points**2, flops=0)  # noqa: B023
+        [proposals] = source([image.float()], embedding)
         boxes, plain_boxes = proposals.proposal_boxes.tensor.cpu(), plain.boxes
         same = len(boxes) == len(plain_boxes) and torch.equal(boxes, plain_boxes)
         table.rows[-1] |= {"boxes": len(boxes), "plain_boxes": len(plain_boxes), "same_boxes": same}
