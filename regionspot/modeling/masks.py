@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,9 @@ class MaskUpsampler:
         column_major: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Yield the masks of ``logit_chunks``: (n, *output_size) bool."""
-        for resized in self.logit_chunks(logits, rows, output_size, column_major):
-            yield resized > self.threshold
+        # not a loop, whose variable would keep a chunk while the next one is made
+        is_inside = partial(torch.gt, other=self.threshold)
+        yield from map(is_inside, self.logit_chunks(logits, rows, output_size, column_major))
 
     def logit_chunks(
         self,
@@ -76,17 +78,21 @@ class MaskUpsampler:
         rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
         resizer = self.resizer(logits, output_size, column_major)
         for part in rows.split(self.chunk_size(output_size)) if len(rows) else ():
-            masks = logits[part].float()  # (n, h, w)
-            masks = torch.cat(list(resizer.bands(masks.transpose(1, 2) if column_major else masks)), dim=1)
-            yield masks.transpose(1, 2) if column_major else masks  # (n, H, W)
+            masks = logits[part].float()  # (n, h, w); what is yielded is kept nowhere here
+            yield resizer(masks.transpose(1, 2)).transpose(1, 2) if column_major else resizer(masks)  # (n, H, W)
 
     def resizer(self, logits: torch.Tensor, output_size: tuple[int, int], column_major: bool = False) -> "MaskResizer":
         """Return what resizes (..., h, w) logits, or (..., w, h) for ``column_major``, to an image on their device."""
         first, last = (0, 1) if column_major else (1, 0)  # the dimension that is resized first, and then the other
         sides = logits.shape[-2:]
-        matrix = self._resizing_matrix(sides[first], first, output_size[first]).to(logits.device)
-        bands = _bands(self._resizing_matrix(sides[last], last, output_size[last]))
-        return MaskResizer(matrix, [(band, weights.to(logits.device)) for band, weights in bands])
+        weights = [
+            [
+                (band, part.to(logits.device))
+                for band, part in _bands(self._resizing_matrix(sides[i], i, output_size[i]))
+            ]
+            for i in (last, first)
+        ]
+        return MaskResizer(*weights)
 
     def measure(
         self, logits: torch.Tensor, resizer: "MaskResizer", offset: float | None = None
@@ -99,13 +105,13 @@ class MaskUpsampler:
             offset: of the threshold, for the stability.
 
         Returns:
-            (N, 4) float32 XYXY boxes that end at the last pixel inside, zeros for an empty mask; and without ``offset``
-            None, else (N,) float32 stability scores: of the pixels that are inside by a threshold lower by ``offset``,
-            how many are by one higher by it.
+            (N, 4) float32 XYXY boxes that end after the last pixel inside, zeros for an empty mask; and None without
+            ``offset``, else (N,) float32 stability scores: of the pixels that are inside by a threshold lower by
+            ``offset``, how many are by one higher by it.
         """
         pixels = BAND_PIXELS if logits.device.type == "cpu" else MAX_PIXELS
-        size = max(pixels // (BAND * resizer.matrix.shape[1]), 1)
-        parts = [self._measure(part.float(), resizer, offset) for part in logits.split(size)]
+        size = max(pixels // (BAND * resizer.width), 1)
+        parts = [self._measure(part.float(), resizer, offset) for part in logits.split(size)]  # one of none at least
         boxes, stability = zip(*parts)
         return torch.cat(boxes), None if offset is None else torch.cat(stability)
 
@@ -120,8 +126,8 @@ class MaskUpsampler:
             if offset is not None:  # float counts, which are exact for masks up to 2^24 pixels, are the fastest
                 inner += band.clone().gt_(self.threshold + offset).sum(dim=(1, 2))
                 outer += band.gt_(self.threshold - offset).sum(dim=(1, 2))
-        top, bottom = _first_and_last(torch.cat(rows, dim=1) > self.threshold)
-        left, right = _first_and_last(columns > self.threshold)
+        top, bottom = _extent(torch.cat(rows, dim=1) > self.threshold)
+        left, right = _extent(columns > self.threshold)
         return torch.stack([left, top, right, bottom], dim=1).float(), inner / outer
 
     def _resizing_matrix(self, length: int, dim: int, size: int) -> torch.Tensor:
@@ -133,20 +139,32 @@ class MaskUpsampler:
 
 @dataclass(frozen=True)
 class MaskResizer:
-    """Resizes logits by a matrix for their last dimension, and one in bands for the other.
+    """Resizes logits by products with bands of matrices, first the columns and then the rows.
 
     Attributes:
-        matrix: (w, W).
-        weights: of each band of BAND rows of the output the slice of h that it depends on, and (BAND, n) weights.
+        rows, columns: for each BAND pixels of the output the slice of logits that they need, and (BAND, n) weights.
     """
 
-    matrix: torch.Tensor
-    weights: list[tuple[slice, torch.Tensor]]
+    rows: list[tuple[slice, torch.Tensor]]
+    columns: list[tuple[slice, torch.Tensor]]
+
+    @property
+    def width(self) -> int:
+        """Of the output, pixels."""
+        return sum(len(weights) for _, weights in self.columns)
+
+    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
+        """Return (N, H, W) of (N, h, w) float32 masks."""
+        resized = masks.new_empty(len(masks), sum(len(weights) for _, weights in self.rows), self.width)
+        for target, band in zip(resized.split(BAND, dim=1), self.bands(masks), strict=True):
+            target.copy_(band)
+        return resized
 
     def bands(self, masks: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the bands of (N, h, w) float32 masks, (N, BAND, W) each."""
-        masks = masks @ self.matrix  # (N, h, W)
-        for band, weights in self.weights:
+        """Yield the bands of rows of (N, h, w) float32 masks, (N, BAND, W) each."""
+        masks = masks[:, : self.rows[-1][0].stop]  # without the padding
+        masks = torch.cat([masks[..., band] @ weights.t() for band, weights in self.columns], dim=2)  # (N, h, W)
+        for band, weights in self.rows:
             yield weights @ masks[:, band]
 
 
@@ -164,11 +182,11 @@ def _bands(matrix: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
     return bands
 
 
-def _first_and_last(inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first and the last position inside of each row of (N, L) bool; 0 where there is none."""
+def _extent(inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first position inside, and that after the last, of each row of (N, L) bool; 0 where there is none."""
     positions = torch.arange(inside.shape[1], device=inside.device)
     first = positions.where(inside, inside.shape[1]).amin(dim=1)
-    return first % inside.shape[1], positions.where(inside, 0).amax(dim=1)
+    return first % inside.shape[1], (positions + 1).where(inside, 0).amax(dim=1)
 
 
 class RegionMasks(ROIMasks):
@@ -237,8 +255,8 @@ class RegionMasks(ROIMasks):
 
     def bounding_boxes(self, height: int, width: int) -> Boxes:
         """Return the boxes around the masks at an output of (height, width); zeros for an empty mask."""
-        chunks = self.upsample.chunks(self.logits, self.rows, (height, width))
-        return Boxes.cat([BitMasks(full).get_bounding_boxes() for full in chunks])
+        resizer = self.upsample.resizer(self.logits, (height, width))
+        return Boxes(self.upsample.measure(self.tensor, resizer)[0])
 
 
 class RleMasks(list):

@@ -73,11 +73,12 @@ class SamAutomaticProposals:
             resizer = resizer or upsampler.resizer(masks, size)
             boxes, stability = upsampler.measure(masks, resizer, OFFSET if self.stability_score_thresh > 0 else None)
             is_stable = ... if stability is None else stability >= self.stability_score_thresh
+            boxes[:, 2:] = (boxes[:, 2:] - 1).clamp(min=0)  # SAM's end at the last pixel inside; zeros stay
             all_boxes.append(boxes[is_stable])
             all_scores.append(ious[is_stable])
         boxes, scores = torch.cat(all_boxes), torch.cat(all_scores)
         kept = nms(boxes, scores, self.box_nms_thresh)
-        boxes[:, 2:] += 1  # SAM's boxes end at the last pixel inside the mask, ours after it
+        boxes[:, 2:] += 1  # ours end after the last pixel inside
         return to_proposals(boxes[kept], scores[kept].clamp(0, 1), size)
 
 

@@ -34,6 +34,13 @@ EXTRACT = """time the extraction of tokens, on drawn images of 640 x 480
 Example:
     python -m tools.benchmarks extract --config-file configs/RegionSpot-BB.yaml --images 8 --batch 4 --workers 1
 """
+PROPOSALS = """time the boxes of SAM's automatic masks, against segment_anything's SamAutomaticMaskGenerator
+
+SAM has random weights, and both know the embedding of the 640 x 480 image.
+
+Example:
+    python -m tools.benchmarks proposals --config-file configs/RegionSpot-BB.yaml --points 6 --kept 15 100
+"""
 REPORT = """write the tables of JSON files into a document, between <!-- benchmark:NAME --> and <!-- /benchmark -->
 
 Example:
@@ -139,6 +146,18 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     return args
 
 
+def parse_proposals(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--points", type=positive, default=32, help="per side of the grid")
+    parser.add_argument(
+        "--kept", type=positive, nargs="+", default=[15, 100], help="percentages of masks above the threshold of IoU"
+    )
+    add_report_options(parser, "proposals", arguments)
+    args = parser.parse_args(arguments)
+    if max(args.kept) > 100:
+        parser.error(f"--kept: expected percentages, at most 100; got {max(args.kept)}")
+    return args
+
+
 def parse_report(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("files", type=Path, nargs="+", metavar="JSON", help="that benchmarks wrote")
     parser.add_argument("--document", type=Path, default=Path("docs/performance.md"), metavar="FILE")
@@ -197,6 +216,7 @@ COMMANDS = {
     "text": Command(parse_text, "tools.benchmarks.model", TEXT),
     "train": Command(parse_train, "tools.benchmarks.train", TRAIN),
     "extract": Command(parse_extract, "tools.benchmarks.extract", EXTRACT),
+    "proposals": Command(parse_proposals, "tools.benchmarks.proposals", PROPOSALS),
     "data": Command(parse_data, "tools.benchmarks.data", DATA),
     "memory": Command(parse_memory, "tools.benchmarks.train", MEMORY),
     "eval": Command(parse_eval, "tools.benchmarks.evaluation", EVAL),

@@ -21,7 +21,7 @@ from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
 # Of the images of the prompts that a CPU decodes at once, and makes masks of: more leave its cache.
-CPU_BYTES = 1 << 23
+CPU_BYTES = 1 << 24
 CPU_MASK_BYTES = 1 << 21
 
 

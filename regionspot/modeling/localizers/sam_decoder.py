@@ -186,8 +186,7 @@ class PromptDecoder:
                 scores = scores.unflatten(1, keys.shape[1:3])
                 del placed  # its memory is used again
             weights = scores.softmax(dim=2).flatten(1, 2)  # how much each position attends to each token
-            torch.baddbmm(base[part], weights.transpose(1, 2), updates[part], out=image[part])
-            image[part] = layer.norm4(image[part])
+            image[part] = layer.norm4(torch.baddbmm(base[part], weights.transpose(1, 2), updates[part]))
         return image
 
     def _parts(self, image: torch.Tensor) -> list[slice]:
