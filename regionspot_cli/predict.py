@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from regionspot import RegionPredictions, model_zoo
+from regionspot import RegionPredictions, __version__, model_zoo
 from regionspot.config import load_config
 from regionspot.data.datasets import category_ids
 from regionspot.drawing import DrawingStyle
@@ -122,6 +122,7 @@ class Prediction:
         """Return all that the results depend on."""
         args = self.args
         options = {
+            "version": __version__,
             "batch size": args.batch_size,
             "formats": self.image_formats,
             "embeddings": args.embeddings,

@@ -13,7 +13,8 @@ from regionspot.checkpoint.checkpointer import load_model
 from regionspot.prediction.regions import parse_points
 from regionspot_cli.commands import COMMANDS
 
-from ..helpers import NAMES, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
+from ..helpers import NAMES, ROOT, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
+from ..processes import run_program
 
 OWN_DIRECTORY = "the directory of the image"
 BOXES = "-3,30,60,40;8,5,30,20"
@@ -111,6 +112,12 @@ def test_names_with_dollars_and_braces_are_drawn(image):
 def test_sixteen_bit_image_is_recognized(image):
     Image.fromarray(np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)).save(image)
     assert run(image, "--boxes", BOXES, "--vocabulary", "a")[0] == 0
+
+
+def test_former_script_works(image):
+    arguments = ("--config-file", TINY, "--input", image, "--boxes", BOXES, "--vocabulary", "a,b", "--output", "old")
+    output = run_program(image.parent, ROOT / "tools" / "demo.py", *arguments)
+    assert "is now tools/predict.py" in output and (image.parent / "old" / "scene.png").is_file()
 
 
 def test_points_are_parsed_and_padded():
