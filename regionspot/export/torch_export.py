@@ -117,6 +117,8 @@ def _trace(module: nn.Module, inputs: dict[str, Shape], outputs: tuple[str, ...]
 
 def save_program(traced: Traced, path: Path) -> None:
     """Write a program as a ``.pt2`` file, for ``torch.export.load``."""
+    for node in traced.program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with paths of this machine
     torch.export.save(traced.program, path)
 
 
