@@ -17,7 +17,9 @@ from detectron2.config import CfgNode
 
 from regionspot.config import add_regionspot_config
 from regionspot.modeling import RegionRecognizer, RegionSpot, RegionSpotRCNN, RegionSpotROIHeads, freeze_host
-from regionspot.predictor import RegionPredictions, RegionSpotPredictor
+from regionspot.modeling.region_predictions import RegionPredictions
+from regionspot.prediction import RegionBatchPredictor, RegionFilter
+from regionspot.predictor import RegionSpotPredictor
 
 
 def load_recognizer(cfg: CfgNode, weights: str = "") -> RegionRecognizer:
@@ -29,6 +31,8 @@ def load_recognizer(cfg: CfgNode, weights: str = "") -> RegionRecognizer:
 __version__ = "0.1.0"
 
 __all__ = [
+    "RegionBatchPredictor",
+    "RegionFilter",
     "RegionPredictions",
     "RegionRecognizer",
     "RegionSpot",

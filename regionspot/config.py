@@ -74,6 +74,9 @@ def _add_inference_config(node: CfgNode) -> None:
     node.UNKNOWN = CfgNode()
     node.UNKNOWN.THRESHOLD = 0.0
     node.UNKNOWN.BACKGROUND = ()
+    # True: Instances also have ``region_embeddings`` (N, text_dim), the normalized semantic tokens, which a dot product
+    # compares with text embeddings.
+    node.REGION_EMBEDDINGS = False
     # CLIP on crops (MODEL.META_ARCHITECTURE CropBaseline): mask crops instead of box crops; crops per batch.
     node.CROP = CfgNode()
     node.CROP.MASKED = False

@@ -1,89 +1,37 @@
 """RegionSpot on your own images: ``set_image`` once, ``predict`` as often as you like."""
 
 import numbers
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import BitMasks
+from detectron2.structures import BitMasks, Boxes
 from numpy.typing import ArrayLike
 from PIL import Image
+from torch.nn.functional import normalize
 
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
-from regionspot.structures import Prompts, check_boxes
-from regionspot.utils.deprecation import renamed_argument, renamed_attribute
+from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.modeling.region_predictions import UNKNOWN, RegionPredictions
+from regionspot.structures import (
+    ImageFeatures,
+    Prompts,
+    check_boxes,
+    check_points,
+    check_regions,
+    float_tensor,
+    read_proposals,
+)
+from regionspot.utils.deprecation import renamed_argument
 from regionspot.utils.images import to_rgb_array
 from regionspot.vocabulary import VocabularySource
 
-UNKNOWN = "unknown"
-
-
-@dataclass
-class RegionPredictions:
-    """What RegionSpot recognizes in N regions of an image, in the order of the prompts.
-
-    Attributes:
-        boxes: (N, 4) float32, XYXY, original pixels: the prompts', or those around the predicted masks.
-        classes: (N,) int64, index of the best class in ``vocabulary``.
-        class_names: N names of the best classes, "unknown" for unknown regions.
-        scores: (N,) float32, probability of the best class.
-        top_classes: (N, k) int64, the k best classes, best first.
-        top_scores: (N, k) float32, their probabilities.
-        logits: (N, K) float32.
-        predicted_ious: (N,) float32, SAM's own estimate of each mask's IoU.
-        vocabulary: K class names.
-        unknown: (N,) bool, regions of no class (``MODEL.REGIONSPOT.UNKNOWN``).
-        image_size: (height, width) of the image.
-        region_masks: SAM's mask logits, on the model's device; None when masks were not asked for. ``masks``, ``mask``
-            and ``rles`` resize them to the image.
-    """
-
-    boxes: np.ndarray
-    classes: np.ndarray
-    class_names: list[str]
-    scores: np.ndarray
-    top_classes: np.ndarray
-    top_scores: np.ndarray
-    logits: np.ndarray
-    predicted_ious: np.ndarray
-    vocabulary: list[str]
-    unknown: np.ndarray
-    image_size: tuple[int, int]
-    region_masks: RegionMasks | None
-
-    labels = renamed_attribute("labels", "class_names")
-    iou = renamed_attribute("iou", "predicted_ious")
-
-    def __len__(self) -> int:
-        return len(self.class_names)
-
-    @cached_property
-    def masks(self) -> np.ndarray | None:
-        """(N, H, W) bool, original pixels; None when not asked for. All are computed when first read, and cached."""
-        if self.region_masks is None:
-            return None
-        return self.region_masks.to_bitmasks(None, *self.image_size).tensor.cpu().numpy()
-
-    @cached_property
-    def rles(self) -> list[dict] | None:
-        """N masks as COCO's compressed RLE; None when not asked for. Never more than a few are at full size."""
-        return None if self.region_masks is None else list(self.region_masks.to_rles(*self.image_size))
-
-    def mask(self, index: int) -> np.ndarray:
-        """Return the mask of one region, (H, W) bool, original pixels.
-
-        Raises:
-            ValueError: masks were not asked for.
-        """
-        if self.region_masks is None:
-            raise ValueError("no masks: predict them by with_masks=True")
-        return self.region_masks[int(index)].to_bitmasks(None, *self.image_size).tensor[0].cpu().numpy()
+ImageSource = str | Path | Image.Image | np.ndarray
 
 
 class RegionSpotPredictor:
@@ -97,11 +45,11 @@ class RegionSpotPredictor:
         """Build the model of ``cfg`` and load its weights (``MODEL.WEIGHTS``, SAM's and CLIP's).
 
         Raises:
-            ValueError: a model other than RegionSpot itself.
+            ValueError: a model that is neither RegionSpot itself nor its baseline, CLIP on crops.
         """
-        if cfg.MODEL.META_ARCHITECTURE != "RegionSpot":  # CropBaseline has logits of its own for boxes alone
+        if cfg.MODEL.META_ARCHITECTURE not in ("RegionSpot", "CropBaseline"):
             raise ValueError(
-                "MODEL.META_ARCHITECTURE: the predictor expects RegionSpot, got "
+                "MODEL.META_ARCHITECTURE: the predictor expects RegionSpot or CropBaseline, got "
                 f"{cfg.MODEL.META_ARCHITECTURE}; tools/train_net.py --eval-only evaluates others"
             )
         self.model = load_model(cfg)
@@ -121,25 +69,28 @@ class RegionSpotPredictor:
         self.recognizer.set_vocabulary(names)
 
     @torch.no_grad()
-    def encode(self, image: str | Path | Image.Image | np.ndarray) -> ImageFeatures:
+    def encode(self, image: ImageSource, image_format: str = "RGB") -> ImageFeatures:
         """Return the features of an image that ``predict`` needs.
 
         Args:
-            image: a path or a PIL image, which are turned upright by their EXIF tag and converted to RGB; or an array,
-                (H, W, 3) uint8, RGB, as it is.
+            image: a path or a PIL image, which are turned upright by their EXIF tag; or an array, uint8, (H, W, 3),
+                (H, W, 4) or gray, (H, W). All are converted to RGB; transparency is dropped.
+            image_format: order of an array's channels, "RGB" or "BGR" (OpenCV's).
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not an image, or an array of another shape or dtype.
         """
-        array = to_rgb_array(image, self._deep_range)
-        tensor = torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)  # a copy: the user's array may change
-        return self.recognizer.encode_images([tensor])
+        return self.recognizer.encode_images([self._to_tensor(image, image_format)])
 
-    def set_image(self, image: str | Path | Image.Image | np.ndarray) -> None:
+    def _to_tensor(self, image: ImageSource, image_format: str) -> torch.Tensor:
+        array = to_rgb_array(image, self._deep_range, image_format)
+        return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)  # a copy: the user's array may change
+
+    def set_image(self, image: ImageSource, image_format: str = "RGB") -> None:
         """Encode an image, as ``encode`` does, for the next calls of ``predict``."""
         self._features = None  # after an image that is refused, the previous one must not be used
-        self._features = self.encode(image)
+        self._features = self.encode(image, image_format)
 
     @renamed_argument("labels", "point_labels")
     @torch.no_grad()
@@ -177,8 +128,7 @@ class RegionSpotPredictor:
             raise RuntimeError("no image is set: call set_image(image) first, or give features=encode(image)")
         if not isinstance(features, ImageFeatures) or len(features.sizes) != 1:
             raise ValueError(f"features: expected what encode(image) returned, got {type(features).__name__}")
-        if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:
-            raise ValueError(f"top_k: expected an integer of at least 1, got {top_k!r}")
+        top_k = _check_top_k(top_k)
         prompts = self._prompts(boxes, points, point_labels, masks, features.sizes[0])
         recognizer = self.recognizer
         if is_independent and vocabulary is not None:
@@ -187,11 +137,108 @@ class RegionSpotPredictor:
             if vocabulary is not None:
                 self.set_vocabulary(vocabulary)
             names, embeddings = recognizer.classifier.get()  # K names, (K, text_dim)
+        return self._recognize(features, [prompts], [None], (names, embeddings), top_k, with_masks)[0]
+
+    @torch.no_grad()
+    def predict_images(
+        self,
+        images: Sequence[ImageSource],
+        boxes: Sequence[ArrayLike | None] | None = None,
+        proposal_scores: Sequence[ArrayLike | None] | None = None,
+        vocabulary: VocabularySource | None = None,
+        top_k: int = 5,
+        with_masks: bool = True,
+        image_format: str = "RGB",
+    ) -> list[RegionPredictions]:
+        """Recognize regions of several images at once; the image of ``set_image`` and the vocabulary in use stay.
+
+        Args:
+            images: B images, as for ``encode``.
+            boxes: for each image (N_i, 4), XYXY, original pixels, or None for those that ``MODEL.REGIONSPOT.PROPOSALS``
+                finds ("sam_automatic" or "detector"); None for all images by default.
+            proposal_scores: for each image (N_i,) scores of its boxes in [0, 1], or None.
+            vocabulary, top_k, with_masks: as for ``predict``, for this call only.
+            image_format: as for ``encode``.
+
+        Raises:
+            ValueError: an invalid image or box, which is named by its number; or no boxes, and nothing finds any.
+        """
+        top_k = _check_top_k(top_k)
+        names, embeddings = (
+            self.recognizer.classifier.get() if vocabulary is None else self.recognizer.encode_vocabulary(vocabulary)
+        )
+        tensors = [self._to_tensor(image, image_format) for image in images]
+        if not tensors:
+            return []
+        features = self.recognizer.encode_images(tensors)
+        regions = self._regions(tensors, features, boxes, proposal_scores)
+        prompts = [Prompts(boxes=image_boxes.tensor) for image_boxes, _ in regions]
+        scores = [image_scores for _, image_scores in regions]
+        return self._recognize(features, prompts, scores, (names, embeddings), top_k, with_masks)
+
+    def _regions(
+        self,
+        images: list[torch.Tensor],
+        features: ImageFeatures,
+        boxes: Sequence[ArrayLike | None] | None,
+        proposal_scores: Sequence[ArrayLike | None] | None,
+    ) -> list[tuple[Boxes, torch.Tensor | None]]:
+        """Return boxes and scores of each image, as they are given or as they are found."""
+        boxes = [None] * len(images) if boxes is None else boxes
+        scores = [None] * len(images) if proposal_scores is None else proposal_scores
+        if not len(images) == len(boxes) == len(scores):
+            raise ValueError(
+                f"expected boxes and scores for each of {len(images)} images, got {len(boxes)}, {len(scores)}"
+            )
+        regions: list[tuple[Boxes, torch.Tensor | None]] = [
+            (
+                Boxes(_box_tensor([] if x is None else x, f"boxes of image {i}")),
+                None if y is None else float_tensor(y, f"scores of image {i}", "(N,)"),
+            )
+            for i, (x, y) in enumerate(zip(boxes, scores))
+        ]
+        check_regions(images, [x for x, _ in regions], [y for _, y in regions])
+        without = [i for i, image_boxes in enumerate(boxes) if image_boxes is None]
+        if without:
+            chosen = torch.tensor(without)
+            assert features.embeddings is not None
+            for i, proposals in zip(
+                without, self.model.propose([images[i] for i in without], features.embeddings[chosen])
+            ):
+                regions[i] = read_proposals(proposals, self.model.top_k_proposals)
+        return regions
+
+    def _recognize(
+        self,
+        features: ImageFeatures,
+        prompts: list[Prompts],
+        scores: Sequence[torch.Tensor | None],
+        vocabulary: tuple[list[str], torch.Tensor],
+        top_k: int,
+        with_masks: bool,
+    ) -> list[RegionPredictions]:
+        """Recognize the prompts of B images, which have been checked, by names and their embeddings."""
+        recognizer, (names, embeddings) = self.recognizer, vocabulary
         # without boxes in the prompts, the regions' boxes are those around the masks
-        [output] = recognizer.locate(features, [prompts], with_masks or prompts.boxes is None, with_iou=True)
+        with_logits = with_masks or any(x.boxes is None for x in prompts)
+        located = recognizer.locate(features, prompts, with_logits or recognizer.needs_masks, with_iou=True)
+        masks = [self._masks(output, size) for output, size in zip(located, features.sizes)]
+        boxes = [_boxes(*parts) for parts in zip(prompts, masks, features.sizes)]
+        semantic = recognizer.region_embeddings(features.images or [], boxes, features, located)
         # (N, K + number of background names)
-        [logits] = recognizer.classify([output.tokens], features.feature_map, [embeddings], with_background=True)
-        return self._predictions(prompts, output, logits, names, int(top_k), with_masks, features.sizes[0])
+        logits = recognizer.score_images(semantic, [embeddings] * len(prompts), with_background=True)
+        results = []
+        for i, size in enumerate(features.sizes):
+            result = self._predictions(boxes[i], located[i], semantic[i], logits[i], scores[i], names, top_k, size)
+            results.append(replace(result, region_masks=masks[i] if with_masks else None))
+        return results
+
+    def _masks(self, output: LocalizerOutput, size: tuple[int, int]) -> RegionMasks | None:
+        """Return one mask for each region, if there are any."""
+        if output.masks is None:
+            return None
+        rows = torch.arange(len(output.masks), device=output.masks.device)
+        return RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
 
     def _prompts(
         self,
@@ -208,15 +255,13 @@ class RegionSpotPredictor:
             if boxes is None and points is None:
                 boxes = around
         if boxes is not None:
-            prompts["boxes"] = _float_tensor(boxes, "boxes", "(N, 4)")
-            if prompts["boxes"].numel() == 0:  # an empty list has no columns
-                prompts["boxes"] = prompts["boxes"].reshape(0, 4)
+            prompts["boxes"] = _box_tensor(boxes, "boxes")
             check_boxes(prompts["boxes"], size)
         if point_labels is not None and points is None:
             raise ValueError("point_labels are given without points")
         if points is not None:
-            prompts["points"] = _float_tensor(points, "points", "(N, P, 2)")
-            prompts["point_labels"] = _check_points(prompts["points"], point_labels, size)
+            prompts["points"] = float_tensor(points, "points", "(N, P, 2)")
+            prompts["point_labels"] = check_points(prompts["points"], point_labels, size)
         return Prompts(**prompts)
 
     def _mask_prompts(self, masks: np.ndarray, size: tuple[int, int]) -> tuple[torch.Tensor, np.ndarray]:
@@ -234,29 +279,24 @@ class RegionSpotPredictor:
 
     def _predictions(
         self,
-        prompts: Prompts,
+        boxes: Boxes,
         output: LocalizerOutput,
+        semantic_tokens: torch.Tensor,
         logits: torch.Tensor,
+        proposal_scores: torch.Tensor | None,
         names: list[str],
         top_k: int,
-        with_masks: bool,
         size: tuple[int, int],
     ) -> RegionPredictions:
-        masks = None
-        if output.masks is not None:
-            rows = torch.arange(len(output.masks), device=output.masks.device)  # one mask for each region
-            masks = RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
+        rule = self.recognizer.rule
         assert output.iou is not None
-        probabilities = self.recognizer.rule.probabilities(logits)
-        unknown = self.recognizer.rule.is_unknown(probabilities, len(self.recognizer.background))
+        probabilities = rule.probabilities(logits)
+        unknown = rule.is_unknown(probabilities, len(self.recognizer.background))
         # background names count in the probabilities, but are no answers
-        top_scores, top_classes = probabilities[:, : len(names)].topk(min(top_k, len(names)), dim=1)
-        boxes = prompts.clip(size).boxes
-        if boxes is None:
-            assert masks is not None
-            boxes = masks.bounding_boxes(*size).tensor
+        probabilities = probabilities[:, : len(names)]
+        top_scores, top_classes = probabilities.topk(min(top_k, len(names)), dim=1)
         return RegionPredictions(
-            boxes=boxes.cpu().numpy(),
+            boxes=boxes.tensor.cpu().numpy(),
             classes=top_classes[:, 0].cpu().numpy(),
             class_names=[UNKNOWN if u else names[i] for i, u in zip(top_classes[:, 0].tolist(), unknown.tolist())],
             scores=top_scores[:, 0].cpu().numpy(),
@@ -264,39 +304,38 @@ class RegionSpotPredictor:
             top_scores=top_scores.cpu().numpy(),
             logits=logits[:, : len(names)].cpu().numpy(),
             predicted_ious=output.iou.cpu().numpy(),
-            vocabulary=names,
+            vocabulary=list(names),
             unknown=unknown.cpu().numpy(),
+            embeddings=normalize(semantic_tokens.float(), dim=1).cpu().numpy(),
+            proposal_scores=None if proposal_scores is None else proposal_scores.cpu().numpy(),
+            detection_scores=rule.scores(probabilities, proposal_scores)
+            .gather(1, top_classes[:, :1])[:, 0]
+            .cpu()
+            .numpy(),
             image_size=size,
-            region_masks=masks if with_masks else None,
+            region_masks=None,
         )
 
 
-def _check_points(points: torch.Tensor, labels: ArrayLike | None, size: tuple[int, int]) -> torch.Tensor:
-    """Return the (N, P) int64 labels of (N, P, 2) points in an image of (height, width)."""
-    if points.dim() != 3 or points.shape[2] != 2 or 0 in points.shape[1:]:
-        raise ValueError(f"points: expected shape (N, P, 2), XY in pixels, got {tuple(points.shape)}")
-    checked = torch.ones(points.shape[:2]) if labels is None else _float_tensor(labels, "point_labels", "(N, P)")
-    if checked.shape != points.shape[:2]:
-        raise ValueError(
-            f"point_labels: expected shape {tuple(points.shape[:2])}, one for each point, got {tuple(checked.shape)}"
-        )
-    if not torch.isin(checked, torch.tensor([-1.0, 0.0, 1.0])).all():
-        raise ValueError("point_labels: expected 1 (foreground), 0 (background) or -1 (padding)")
-    is_padding = checked == -1
-    if is_padding.all(dim=1).any():
-        raise ValueError("point_labels: a region has padding (-1) only; expected at least one point")
-    # padding points may be anywhere, other points must be on a pixel
-    is_inside = (points >= 0).all(dim=2) & (points[..., 0] < size[1]) & (points[..., 1] < size[0])  # NaN is not
-    if not (is_inside | is_padding).all():
-        index = (~(is_inside | is_padding)).nonzero()[0].tolist()
-        raise ValueError(
-            f"points: {points[tuple(index)].tolist()} is outside the image of height {size[0]} and width {size[1]}"
-        )
-    return checked.long()
+def _boxes(prompts: Prompts, masks: RegionMasks | None, size: tuple[int, int]) -> Boxes:
+    """Return the boxes of prompts, clipped to an image of (height, width), or those around their masks."""
+    boxes = prompts.clip(size).boxes
+    if boxes is not None:
+        return Boxes(boxes)
+    assert masks is not None
+    return masks.bounding_boxes(*size)
 
 
-def _float_tensor(value: ArrayLike, what: str, shape: str) -> torch.Tensor:
-    try:
-        return torch.from_numpy(np.array(value, dtype=np.float32, order="C"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: expected numbers of shape {shape}, got {str(value)[:80]}") from error
+def _box_tensor(boxes: ArrayLike, what: str) -> torch.Tensor:
+    tensor = float_tensor(boxes, what, "(N, 4)")
+    if tensor.numel() == 0:  # an empty list has no columns
+        return tensor.reshape(0, 4)
+    if tensor.dim() != 2 or tensor.shape[1] != 4:  # before Boxes, which asserts
+        raise ValueError(f"{what}: expected shape (N, 4), XYXY in pixels, got {tuple(tensor.shape)}")
+    return tensor
+
+
+def _check_top_k(top_k: int) -> int:
+    if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 1:
+        raise ValueError(f"top_k: expected an integer of at least 1, got {top_k!r}")
+    return int(top_k)

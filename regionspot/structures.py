@@ -1,4 +1,4 @@
-"""Regions of images: prompts, valid boxes, and regions in Detectron2's proposals and annotations."""
+"""Images and their regions: features, prompts, valid boxes, regions in Detectron2's proposals and annotations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
+from numpy.typing import ArrayLike
 from torchvision.ops import nms
 
 MIN_SIDE = 1e-5  # pixels; Detectron2's filter of empty boxes drops smaller ones
@@ -80,6 +81,23 @@ class Prompts:
         return replace(self, **scaled)
 
 
+@dataclass
+class ImageFeatures:
+    """What the frozen encoders give for B images.
+
+    Attributes:
+        embeddings: (B, C, h, w) float, SAM's image embeddings; None where SAM is not run.
+        feature_map: (B, L, width) float, CLIP's semantic feature map, or None without CLIP's features.
+        sizes: (height, width) of each image as it was given.
+        images: the images themselves where crops of them are recognized (``CropBaseline``), else None.
+    """
+
+    embeddings: torch.Tensor | None
+    feature_map: torch.Tensor | None
+    sizes: list[tuple[int, int]]
+    images: list[torch.Tensor] | None = None
+
+
 def check_image_format(image_format: str, option: str = "INPUT.FORMAT") -> str:
     """Return ``image_format`` if it is valid, or raise a ValueError that names the option."""
     if image_format not in ("RGB", "BGR"):
@@ -117,6 +135,46 @@ def check_boxes(boxes: torch.Tensor, image_size: tuple[int, int], what: str = "b
         if is_invalid.any():
             index = int(is_invalid.nonzero()[0])
             raise ValueError(f"{what}: number {index}, {boxes[index].tolist()}, {problem}")
+
+
+def check_points(points: torch.Tensor, labels: ArrayLike | None, size: tuple[int, int]) -> torch.Tensor:
+    """Return the (N, P) int64 labels of (N, P, 2) points in an image of (height, width); all 1 by default.
+
+    Raises:
+        ValueError: points of wrong shape or outside the image, or labels that are not 1, 0 or -1.
+    """
+    if points.dim() != 3 or points.shape[2] != 2 or 0 in points.shape[1:]:
+        raise ValueError(f"points: expected shape (N, P, 2), XY in pixels, got {tuple(points.shape)}")
+    checked = torch.ones(points.shape[:2]) if labels is None else float_tensor(labels, "point_labels", "(N, P)")
+    if checked.shape != points.shape[:2]:
+        raise ValueError(
+            f"point_labels: expected shape {tuple(points.shape[:2])}, one for each point, got {tuple(checked.shape)}"
+        )
+    if not torch.isin(checked, torch.tensor([-1.0, 0.0, 1.0])).all():
+        raise ValueError("point_labels: expected 1 (foreground), 0 (background) or -1 (padding)")
+    is_padding = checked == -1
+    if is_padding.all(dim=1).any():
+        raise ValueError("point_labels: a region has padding (-1) only; expected at least one point")
+    # padding points may be anywhere, other points must be on a pixel
+    is_inside = (points >= 0).all(dim=2) & (points[..., 0] < size[1]) & (points[..., 1] < size[0])  # NaN is not
+    if not (is_inside | is_padding).all():
+        index = (~(is_inside | is_padding)).nonzero()[0].tolist()
+        raise ValueError(
+            f"points: {points[tuple(index)].tolist()} is outside the image of height {size[0]} and width {size[1]}"
+        )
+    return checked.long()
+
+
+def float_tensor(value: ArrayLike, what: str, shape: str) -> torch.Tensor:
+    """Return numbers of any kind as a float32 tensor, a copy; ``what`` and ``shape`` are for the message.
+
+    Raises:
+        ValueError: not numbers, or rows of different lengths.
+    """
+    try:
+        return torch.from_numpy(np.array(value, dtype=np.float32, order="C"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: expected numbers of shape {shape}, got {str(value)[:80]}") from error
 
 
 def clipped_sides(boxes: np.ndarray, image_sizes: Any) -> np.ndarray:

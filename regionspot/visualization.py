@@ -1,107 +1,24 @@
-"""Drawings of recognized regions, and their attention to the feature map."""
+"""Deprecated: drawings are in ``regionspot.drawing``, attention maps in ``regionspot.modeling.attention_maps``."""
 
-from collections.abc import Sequence
-
-import matplotlib
 import numpy as np
-import torch
-from detectron2.utils.visualizer import Visualizer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
 
-from regionspot.modeling.attention_maps import cross_attention_weights
-from regionspot.modeling.knowledge_integration import KnowledgeIntegration
-from regionspot.predictor import RegionPredictions
+from regionspot.drawing import DrawingStyle, Regions
+from regionspot.drawing import draw_regions as draw_regions_with_style
+from regionspot.utils.deprecation import moved_names, warn_renamed
 
-MIN_SIDE = 600  # pixels: smaller images have no space for labels
-
-
-def draw_regions(image: np.ndarray, predictions: RegionPredictions, with_masks: bool = True) -> np.ndarray:
-    """Draw an image's boxes, class names with scores and, if there are any, masks; (H, W, 3) uint8 RGB in and out."""
-    labels = [f"{label} {score:.0%}" for label, score in zip(predictions.class_names, predictions.scores)]
-    return draw_labels(image, predictions.boxes, predictions.masks if with_masks else None, labels)
+__getattr__ = moved_names(
+    __name__,
+    {
+        "draw_labels": "regionspot.drawing",
+        "draw_attention": "regionspot.drawing",
+        "draw_sheet": "regionspot.drawing",
+        "enlarge": "regionspot.drawing",
+        "cross_attention": "regionspot.modeling.attention_maps",
+    },
+)
 
 
-def draw_labels(image: np.ndarray, boxes: np.ndarray, masks: np.ndarray | None, labels: list[str]) -> np.ndarray:
-    """Draw (N, 4) boxes XYXY, (N, H, W) masks and N labels on a (H, W, 3) uint8 RGB image; return the same."""
-    escaped = [label.replace("$", r"\$") for label in labels]  # matplotlib would read $...$ as a formula
-    return Visualizer(image).overlay_instances(boxes=boxes, masks=masks, labels=escaped).get_image()
-
-
-def cross_attention(
-    integration: KnowledgeIntegration,
-    tokens: torch.Tensor,
-    feature_map: torch.Tensor,
-    regions: Sequence[int] | None = None,
-) -> torch.Tensor:
-    """Return the last layer's cross-attention of an image's regions to the feature map, averaged over the heads.
-
-    Args:
-        integration: the trained module, with a feature map.
-        tokens: (N, token_dim) float, of all regions.
-        feature_map: (1, L, width) float, L = grid^2 or 1 + grid^2.
-        regions: n rows of ``tokens``; all by default.
-
-    Returns:
-        (n, grid, grid) float, without the weight of the class token.
-    """
-    weights = cross_attention_weights(integration, tokens, feature_map, regions).mean(dim=0)  # (n, L)
-    grid = int(weights.shape[1] ** 0.5)  # the same with and without the class token, which comes first
-    return weights[:, -grid * grid :].unflatten(1, (grid, grid))
-
-
-def draw_attention(image: np.ndarray, attention: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Draw what a region attends to over its image, as a heat map from dark to bright, and the region's box.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        attention: (grid, grid) float, at least 0; CLIP saw the whole image as a square.
-        box: (4,) XYXY of the region, original pixels.
-
-    Returns:
-        (H', W', 3) uint8 RGB; small images are enlarged.
-    """
-    image, scale = enlarge(image)
-    height, width = image.shape[:2]
-    gray = image.mean(axis=2)
-    relative = (attention / max(float(attention.max()), 1e-12)).astype(np.float32)
-    heat = np.asarray(Image.fromarray(relative).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
-    mixed = 0.5 * gray[..., None] + 0.5 * 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
-    drawing = Image.fromarray(mixed.astype(np.uint8))
-    x0, y0, x1, y1 = (np.clip(box * scale, 0, (width - 1, height - 1) * 2)).tolist()
-    line = max(2, round(max(width, height) / 200))
-    ImageDraw.Draw(drawing).rectangle((x0, y0, x1, y1), outline=(0, 229, 255), width=line)
-    return np.asarray(drawing)
-
-
-def enlarge(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return an image, (H, W, 3) uint8 RGB, with at least ``MIN_SIDE`` pixels on its longer side, and the factor."""
-    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
-    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)), scale
-
-
-def draw_sheet(cells: Sequence[tuple[np.ndarray, str]], columns: int) -> np.ndarray:
-    """Draw images in a grid, each with its title above it.
-
-    Args:
-        cells: (H, W, 3) uint8 RGB images of any sizes, and titles, row by row.
-        columns: images of a row.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
-    columns = min(columns, len(cells))
-    rows = -(-len(cells) // columns)
-    tallest = max(image.shape[0] / image.shape[1] for image, _ in cells)
-    # inches, at 100 pixels each: an image is about 500 pixels wide
-    figure = Figure((5 * columns, (5 * min(tallest, 2) + 0.5) * rows), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    for index, (image, title) in enumerate(cells, 1):
-        axes = figure.add_subplot(rows, columns, index)
-        axes.imshow(image)
-        axes.set_title(title.replace("$", r"\$"), fontsize=12, wrap=True)
-        axes.set_axis_off()
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+def draw_regions(image: np.ndarray, predictions: Regions, with_masks: bool = True) -> np.ndarray:
+    """Deprecated: ``regionspot.drawing.draw_regions``, whose last argument is a style."""
+    warn_renamed(f"{__name__}.draw_regions", "regionspot.drawing.draw_regions", 2)
+    return draw_regions_with_style(image, predictions, DrawingStyle(outline="mask" if with_masks else "box"))

@@ -13,6 +13,7 @@ from pycocotools import mask as mask_api
 
 from regionspot import RegionSpotPredictor
 from regionspot.modeling.masks import MaskUpsampler
+from regionspot.modeling.proposal_sources import to_proposals
 
 from .helpers import NAMES, as_inputs, draw_scene, spread_tokens, tiny_config
 
@@ -178,6 +179,96 @@ def test_paths_equal_pil_images(predictor, tmp_path, mode, orientation):
             assert torch.equal(features.embeddings, expected.embeddings)
 
 
+@pytest.mark.parametrize(
+    ("image", "image_format", "expected"),
+    [
+        (IMAGE[..., ::-1], "BGR", IMAGE),
+        (np.dstack([IMAGE, IMAGE[..., :1]]), "RGB", IMAGE),
+        (np.dstack([IMAGE[..., ::-1], IMAGE[..., :1]]), "BGR", IMAGE),
+        (IMAGE[..., 0], "RGB", IMAGE[..., [0, 0, 0]]),
+        (IMAGE[..., :1], "BGR", IMAGE[..., [0, 0, 0]]),
+    ],
+    ids=["BGR", "RGBA", "BGRA", "gray", "gray with channel"],
+)
+def test_arrays_of_any_channels(predictor, image, image_format, expected):
+    encoded, straight = predictor.encode(image, image_format), predictor.encode(np.ascontiguousarray(expected))
+    assert torch.equal(encoded.embeddings, straight.embeddings)
+    assert torch.equal(encoded.feature_map, straight.feature_map)
+    with pytest.raises(ValueError, match="expected RGB or BGR, got 'rgb'"):
+        predictor.set_image(image, "rgb")
+
+
+def test_embeddings_give_the_logits(predictor):
+    predictions = predictor.predict(boxes=BOXES)
+    np.testing.assert_allclose(np.linalg.norm(predictions.embeddings, axis=1), 1, atol=1e-5)
+    text = predictor.recognizer.classifier.embeddings.numpy()
+    scale = predictor.recognizer.vision_language.clip_model.logit_scale.exp().item()
+    np.testing.assert_allclose(scale * predictions.embeddings @ text.T, predictions.logits, atol=1e-4)
+
+
+def test_rows_of_predictions(predictor):
+    predictions = predictor.predict(boxes=BOXES)
+    assert len(predictions.masks) == len(BOXES) > 2  # cached: a part must not take it over
+    for rows in ([2, 0], np.array([2, 0]), slice(1, None), np.arange(len(BOXES)) == 1, [], np.zeros(len(BOXES), bool)):
+        part, index = predictions[rows], np.arange(len(BOXES))[rows if len(np.shape(rows)) != 1 or len(rows) else []]
+        index = index if isinstance(rows, slice) or len(rows) else np.arange(0)
+        assert part.class_names == [predictions.class_names[i] for i in index] and part.vocabulary == NAMES
+        for name in ("boxes", "scores", "logits", "embeddings", "masks", "unknown"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(predictions, name)[index.astype(int)])
+        assert part.rles == [predictions.rles[i] for i in index]
+
+
+def test_several_images_equal_single_images(predictor):
+    scenes = [draw_scene(i, size) for i, size in enumerate([(48, 64), (64, 40), (50, 50)])]
+    images, boxes = [scene[0] for scene in scenes], [scenes[0][1], np.zeros((0, 4)), scenes[2][1]]
+    results = predictor.predict_images(images, boxes, vocabulary="zebra,cup", top_k=2)
+    assert predictor.vocabulary == NAMES  # the call's vocabulary is its own
+    for image, image_boxes, result in zip(images, boxes, results):
+        alone = predictor.predict(image_boxes, vocabulary="zebra,cup", top_k=2, features=predictor.encode(image))
+        assert result.image_size == image.shape[:2] and result.class_names == alone.class_names
+        np.testing.assert_allclose(result.logits, alone.logits, atol=1e-4)
+        assert np.array_equal(result.masks, alone.masks) and result.proposal_scores is None
+        np.testing.assert_array_equal(result.detection_scores, result.scores)
+    assert predictor.predict_images([]) == []
+
+
+def test_proposal_scores_rank_detections(predictor):
+    scores = np.linspace(0.1, 1, len(BOXES)).astype(np.float32)
+    [result] = predictor.predict_images([IMAGE], [BOXES], [scores], with_masks=False)
+    np.testing.assert_allclose(result.detection_scores, result.scores * scores, atol=1e-6)
+    assert result.proposal_scores.tolist() == scores.tolist() and result.masks is None
+
+
+def test_regions_are_found_where_none_are_given(predictor):
+    predictor.model.proposal_source = lambda images, *_: [
+        to_proposals(torch.tensor([[2.0, 3, 30, 40], [0, 0, 9, 9]]), torch.tensor([0.5, 0.25]), image.shape[1:])
+        for image in images
+    ]
+    proposed, provided = predictor.predict_images([IMAGE, IMAGE], [None, BOXES])
+    assert proposed.boxes.tolist() == [[2, 3, 30, 40], [0, 0, 9, 9]] and proposed.proposal_scores.tolist() == [
+        0.5,
+        0.25,
+    ]
+    assert provided.boxes.tolist() == BOXES.tolist() and provided.proposal_scores is None
+    predictor.model.top_k_proposals = 1
+    assert len(predictor.predict_images([IMAGE])[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "boxes", "scores", "message"),
+    [
+        ([IMAGE, IMAGE], [BOXES], None, "for each of 2 images, got 1"),
+        ([IMAGE, IMAGE], [BOXES, [[5, 5, 2, 9]]], None, "boxes of image 1: number 0.*no area"),
+        ([IMAGE], [BOXES], [[2.0] * len(BOXES)], r"scores of image 0: expected numbers in \[0, 1\]"),
+        ([IMAGE], [[[1, 2, 3]]], None, r"image 0: expected shape \(N, 4\)"),
+        ([IMAGE], None, None, "no boxes: give them, or set MODEL.REGIONSPOT.PROPOSALS.SOURCE"),
+    ],
+)
+def test_invalid_batches_are_refused(predictor, images, boxes, scores, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict_images(images, boxes, scores)
+
+
 def test_no_boxes(predictor):
     predictions = predictor.predict(boxes=[])
     assert len(predictions) == 0 and predictions.masks.shape == (0, 48, 64) and predictions.logits.shape == (0, 4)
@@ -292,15 +383,31 @@ def test_invalid_prompts_are_refused(predictor, prompts, message):
 
 @pytest.mark.parametrize(
     "image",
-    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)],
+    [np.zeros(4, np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)],
 )
 def test_invalid_images_are_refused(predictor, image):
-    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
+    with pytest.raises(ValueError, match=r"uint8 array, \(H, W, 3\)"):
         predictor.set_image(image)
     with pytest.raises(RuntimeError, match="no image is set"):
         predictor.predict(boxes=BOXES)
 
 
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="expects RegionSpot, got CropBaseline"):
-        RegionSpotPredictor(tiny_config("MODEL.META_ARCHITECTURE", "CropBaseline"))
+    with pytest.raises(ValueError, match="expects RegionSpot or CropBaseline, got RegionSpotRCNN"):
+        RegionSpotPredictor(tiny_config("MODEL.META_ARCHITECTURE", "RegionSpotRCNN"))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_crop_baseline_equals_the_meta_architecture(masked):
+    torch.manual_seed(0)
+    cfg = tiny_config("MODEL.META_ARCHITECTURE", "CropBaseline", "MODEL.REGIONSPOT.CROP.MASKED", masked)
+    predictor = RegionSpotPredictor(cfg)
+    predictor.set_vocabulary(NAMES)
+    [expected] = predictor.model([as_inputs(0)])
+    predictor.set_image(IMAGE)
+    [from_batch] = predictor.predict_images([IMAGE], [BOXES], with_masks=False)
+    for predictions in (predictor.predict(BOXES), from_batch):
+        np.testing.assert_allclose(predictions.top_scores, expected["regions"].top_scores, atol=1e-5)
+        np.testing.assert_array_equal(predictions.classes, expected["regions"].top_classes[:, 0])
+    around = predictor.predict(points=POINTS, point_labels=LABELS)
+    assert np.isfinite(around.scores).all() and around.boxes.shape == (2, 4) and from_batch.masks is None

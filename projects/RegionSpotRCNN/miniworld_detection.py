@@ -30,9 +30,9 @@ from miniworld import experiment
 from miniworld.categories import NAMES, NOVEL
 from miniworld.generator import Scene
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
+from regionspot.drawing import draw_labels
 from regionspot.utils.command_line import run_command
 from regionspot.utils.files import atomic_path
-from regionspot.visualization import draw_labels
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "miniworld"
 

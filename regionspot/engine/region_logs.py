@@ -16,10 +16,10 @@ from torch import nn
 from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import build_test_loader, dataset_vocabulary
 from regionspot.data.training_set import image_ids
+from regionspot.drawing import draw_labels
 from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.losses import region_focal_loss
 from regionspot.structures import to_rgb
-from regionspot.visualization import draw_labels
 
 logger = logging.getLogger(__name__)
 

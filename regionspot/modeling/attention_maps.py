@@ -53,3 +53,25 @@ def _project(attention: nn.MultiheadAttention, index: int, x: torch.Tensor) -> t
     """Return the queries (``index`` 0) or keys (1) of (N, C), as (heads, N, C / heads)."""
     weight, bias = attention.in_proj_weight.chunk(3)[index], attention.in_proj_bias.chunk(3)[index]
     return F.linear(x, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
+
+
+def cross_attention(
+    integration: KnowledgeIntegration,
+    tokens: torch.Tensor,
+    feature_map: torch.Tensor,
+    regions: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Return the last layer's cross-attention of an image's regions to the feature map, averaged over the heads.
+
+    Args:
+        integration: the trained module, with a feature map.
+        tokens: (N, token_dim) float, of all regions.
+        feature_map: (1, L, width) float, L = grid^2 or 1 + grid^2.
+        regions: n rows of ``tokens``; all by default.
+
+    Returns:
+        (n, grid, grid) float, without the weight of the class token.
+    """
+    weights = cross_attention_weights(integration, tokens, feature_map, regions).mean(dim=0)  # (n, L)
+    grid = int(weights.shape[1] ** 0.5)  # the same with and without the class token, which comes first
+    return weights[:, -grid * grid :].unflatten(1, (grid, grid))

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.meta_arch import RegionSpot
-from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
+from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.structures import ImageFeatures
 
 
 class CropRecognizer(RegionRecognizer):
@@ -26,6 +28,7 @@ class CropRecognizer(RegionRecognizer):
         """Take mask crops if ``masked``, ``batch_size`` at once; ``arguments`` are those of ``RegionRecognizer``."""
         super().__init__(**arguments)  # type: ignore[arg-type]
         self.masked, self.batch_size = masked, batch_size
+        self.needs_masks = masked
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -47,8 +50,8 @@ class CropRecognizer(RegionRecognizer):
     def encode_images(
         self, images: list[torch.Tensor], with_embeddings: bool = True, with_feature_map: bool = False
     ) -> ImageFeatures:
-        """Run SAM's image encoder alone by default: crops take the place of the feature map."""
-        return super().encode_images(images, with_embeddings, with_feature_map)
+        """Run SAM's image encoder alone by default: crops of the images take the place of the feature map."""
+        return replace(super().encode_images(images, with_embeddings, with_feature_map), images=images)
 
     def locate_boxes(
         self, images: list[torch.Tensor], boxes: list[Boxes], with_masks: bool, features: ImageFeatures | None
@@ -60,7 +63,7 @@ class CropRecognizer(RegionRecognizer):
             return features, [LocalizerOutput({}, None, None) for x in boxes]
         return super().locate_boxes(images, boxes, True, features)
 
-    def region_logits(
+    def region_embeddings(
         self,
         images: list[torch.Tensor],
         boxes: list[Boxes],
@@ -72,8 +75,7 @@ class CropRecognizer(RegionRecognizer):
         embeddings = [self.vision_language.pixel_mean.new_zeros(0, self.vision_language.text_dim)]
         while batch := list(itertools.islice(crops, self.batch_size)):
             embeddings.append(self._encode(batch))
-        logits = self.score(torch.cat(embeddings), with_background=True)
-        return list(logits.split([len(image_boxes) for image_boxes in boxes]))
+        return list(torch.cat(embeddings).split([len(image_boxes) for image_boxes in boxes]))
 
     def _crops(
         self,

@@ -106,12 +106,10 @@ class RegionSpot(nn.Module):
         """Recognize the regions of images, as ``forward`` describes; ``masks`` is their format for this call."""
         images = [to_rgb(inputs["image"], self.input_format) for inputs in batched_inputs]
         features = None
-        if isinstance(self.proposal_source, SamAutomaticProposals):  # SAM's encoder runs once for boxes and tokens
-            features = self.recognizer.encode_images(images)
-            proposals = self.proposal_source(images, features.embeddings)
-        elif self.proposal_source is not None:
-            proposals = self.proposal_source(images)
         if self.proposal_source is not None:
+            if isinstance(self.proposal_source, SamAutomaticProposals):  # SAM's encoder runs once for boxes and tokens
+                features = self.recognizer.encode_images(images)
+            proposals = self.propose(images, features.embeddings if features else None)
             batched_inputs = [{**inputs, "proposals": x} for inputs, x in zip(batched_inputs, proposals)]
         regions = [self._regions(inputs) for inputs in batched_inputs]
         boxes, scores = [boxes for boxes, _ in regions], [scores for _, scores in regions]
@@ -123,6 +121,21 @@ class RegionSpot(nn.Module):
         masks = self.masks if masks is None else masks
         results = self.recognizer.recognize(images, boxes, scores, sizes, masks, features=features)
         return [{"instances": result.detections, "regions": result.regions} for result in results]
+
+    @torch.no_grad()
+    def propose(self, images: list[torch.Tensor], embeddings: torch.Tensor | None = None) -> list[Instances]:
+        """Return the proposals of ``MODEL.REGIONSPOT.PROPOSALS.SOURCE`` for (3, H, W) RGB images in [0, 255].
+
+        ``embeddings`` are SAM's of the images, (B, C, h, w), if they are known already.
+
+        Raises:
+            ValueError: the source finds no boxes itself.
+        """
+        if self.proposal_source is None:
+            raise ValueError("no boxes: give them, or set MODEL.REGIONSPOT.PROPOSALS.SOURCE sam_automatic or detector")
+        if isinstance(self.proposal_source, SamAutomaticProposals):
+            return self.proposal_source(images, embeddings)
+        return self.proposal_source(images)
 
     def _regions(self, inputs: dict[str, Any]) -> tuple[Boxes, torch.Tensor | None]:
         """Return an image's boxes and, where they have them, their scores."""

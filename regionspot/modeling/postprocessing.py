@@ -27,6 +27,8 @@ class Recognition:
             box in the input). Unknown regions have no detections.
         regions: all regions in the order of their boxes, with ``pred_boxes``, ``top_classes`` and ``top_scores`` (N, up
             to 5; class probabilities) and ``unknown`` (N,) bool.
+
+    Both have ``region_embeddings`` (N, text_dim) float32, normalized, with ``MODEL.REGIONSPOT.REGION_EMBEDDINGS``.
     """
 
     detections: Instances

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import nn
+from torch.nn import functional as F
 
 from regionspot.checkpoint.loading import PARTS, frozen_sources, load_weights
 from regionspot.modeling.classifier import TextClassifier
+from regionspot.modeling.entry_embeddings import embed_vocabulary
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizers.localizer import Localizer, LocalizerOutput
 from regionspot.modeling.localizers.sam import SamLocalizer
@@ -21,29 +22,16 @@ from regionspot.modeling.postprocessing import DetectionRule, Recognition
 from regionspot.modeling.vision_language.clip import ClipVisionLanguageModel
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.modeling.vision_language.vision_language_model import VisionLanguageModel
-from regionspot.structures import Prompts, check_regions
+from regionspot.structures import ImageFeatures, Prompts, check_regions
 from regionspot.vocabulary import VocabularySource, load_vocabulary
 
 BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the classifier
 
 
-@dataclass
-class ImageFeatures:
-    """What the frozen encoders give for B images.
-
-    Attributes:
-        embeddings: (B, C, h, w) float, SAM's image embeddings; None where SAM is not run.
-        feature_map: (B, L, width) float, CLIP's semantic feature map, or None without CLIP's features.
-        sizes: (height, width) of each image as it was given.
-    """
-
-    embeddings: torch.Tensor | None
-    feature_map: torch.Tensor | None
-    sizes: list[tuple[int, int]]
-
-
 class RegionRecognizer(nn.Module):
     """Images and regions in, class logits of the regions out."""
+
+    needs_masks = False  # a baseline may recognize masks
 
     @configurable
     def __init__(
@@ -58,6 +46,7 @@ class RegionRecognizer(nn.Module):
         background: list[str] | None = None,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        with_embeddings: bool = False,
     ) -> None:
         """
         Args:
@@ -69,6 +58,7 @@ class RegionRecognizer(nn.Module):
             rule: how detections follow from logits.
             background: names of what is no object ("sky"): a region whose best name is one of them is unknown.
             focal_alpha, focal_gamma: of the training loss.
+            with_embeddings: add ``region_embeddings`` to all ``Instances``.
         """
         super().__init__()
         self.localizer = localizer
@@ -78,6 +68,7 @@ class RegionRecognizer(nn.Module):
         self.rule = rule or DetectionRule()
         self.background = list(background or [])
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.with_embeddings = with_embeddings
         if background:
             self.classifier.add(BACKGROUND, background)
         if vocabulary:  # encoded when first needed: CLIP's weights are still to come
@@ -106,6 +97,7 @@ class RegionRecognizer(nn.Module):
             "background": list(node.UNKNOWN.BACKGROUND),
             "focal_alpha": node.LOSS.FOCAL_ALPHA,
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
+            "with_embeddings": node.REGION_EMBEDDINGS,
         }
 
     @classmethod
@@ -128,12 +120,12 @@ class RegionRecognizer(nn.Module):
         Raises:
             ValueError: no names, an empty name, or a name too long for CLIP; the old vocabulary then stays.
         """
-        self.classifier.add(key, load_vocabulary(names), encode=True)
+        self.classifier.add(key, embed_vocabulary(self, load_vocabulary(names, with_examples=True)), encode=True)
         self.classifier.active = key
 
     def encode_vocabulary(self, names: VocabularySource) -> tuple[list[str], torch.Tensor]:
         """Return names and their (K, text_dim) embeddings for ``classify``; the vocabulary in use stays."""
-        loaded = load_vocabulary(names)
+        loaded = embed_vocabulary(self, load_vocabulary(names, with_examples=True))
         return list(loaded), self.classifier.text_encoder(loaded)
 
     @contextmanager
@@ -211,8 +203,16 @@ class RegionRecognizer(nn.Module):
         Returns:
             B tensors, (N_i, K_i) float32.
         """
-        vocabularies = vocabularies or [""] * len(tokens)
-        semantic_tokens = self.knowledge_integration(tokens, feature_map)  # B x (N_i, text_dim)
+        return self.score_images(self.knowledge_integration(tokens, feature_map), vocabularies, with_background)
+
+    def score_images(
+        self,
+        semantic_tokens: list[torch.Tensor],
+        vocabularies: Sequence[str | torch.Tensor] = (),
+        with_background: bool = False,
+    ) -> list[torch.Tensor]:
+        """Return the logits of B images' (N_i, text_dim) semantic tokens; the other arguments are ``classify``'s."""
+        vocabularies = vocabularies or [""] * len(semantic_tokens)
         keys = {id(x) if isinstance(x, torch.Tensor) else x for x in vocabularies}
         if len(semantic_tokens) == len(vocabularies) and len(keys) == 1:  # all images together
             logits = self.score(torch.cat(semantic_tokens), vocabularies[0], with_background)
@@ -304,7 +304,8 @@ class RegionRecognizer(nn.Module):
         """
         check_mask_format(masks)
         features, located = self.locate_boxes(images, boxes, bool(masks), features)
-        logits = self.region_logits(images, boxes, features, located)
+        embeddings = self.region_embeddings(images, boxes, features, located)
+        logits = self.score_images(embeddings, with_background=True)  # (N_i, K + background)
         results = []
         for i, (image_logits, output) in enumerate(zip(logits, located)):
             size = features.sizes[i]
@@ -314,9 +315,12 @@ class RegionRecognizer(nn.Module):
             scaled.clip(output_size)
             scores = proposal_scores[i] if proposal_scores else None
             result = self.rule.detect(scaled, image_logits, scores, output_size, len(self.background), classes)
+            rows = result.detections.region_indices
+            if self.with_embeddings:
+                result.regions.region_embeddings = F.normalize(embeddings[i].float(), dim=1)
+                result.detections.region_embeddings = result.regions.region_embeddings[rows]
             if masks:
                 assert output.masks is not None
-                rows = result.detections.region_indices
                 RegionMasks(output.masks, rows, self.localizer.mask_upsampler(size)).attach(result.detections, masks)
             results.append(result)
         return results
@@ -328,15 +332,15 @@ class RegionRecognizer(nn.Module):
         features = features or self.encode_images(images)
         return features, self.locate(features, _box_prompts(boxes), with_masks)
 
-    def region_logits(
+    def region_embeddings(
         self,
         images: list[torch.Tensor],
         boxes: list[Boxes],
         features: ImageFeatures,
         located: list[LocalizerOutput],
     ) -> list[torch.Tensor]:
-        """Return (N_i, K + background) logits of each image's regions; a baseline may compute them in another way."""
-        return self.classify([output.tokens for output in located], features.feature_map, with_background=True)
+        """Return the (N_i, text_dim) semantic tokens of each image's regions; a baseline may have others."""
+        return self.knowledge_integration([output.tokens for output in located], features.feature_map)
 
 
 def _box_prompts(boxes: Sequence[Boxes]) -> list[Prompts]:

@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 
+from regionspot.drawing import draw_attention
 from regionspot.modeling import RegionRecognizer
+from regionspot.modeling.attention_maps import cross_attention
 from regionspot.report.panels import EmbeddedImage, embed
 from regionspot.report.worst_images import ImageErrors
 from regionspot.structures import Prompts
-from regionspot.visualization import cross_attention, draw_attention
 
 MAX_MAPS = 4  # of an image
 MAX_SIDE = 320  # pixels

@@ -26,29 +26,39 @@ _UPRIGHT = {
 }
 
 
-def to_rgb_array(image: str | Path | Image.Image | np.ndarray, deep_range: Sequence[float] = ()) -> np.ndarray:
-    """Return any image as (H, W, 3) uint8 RGB, upright.
+def to_rgb_array(
+    image: str | Path | Image.Image | np.ndarray, deep_range: Sequence[float] = (), image_format: str = "RGB"
+) -> np.ndarray:
+    """Return any image as (H, W, 3) uint8 RGB, upright; transparency is dropped.
 
     Args:
-        image: a path, a PIL image (both are rotated by their EXIF tag), or a (H, W, 3) uint8 RGB array.
+        image: a path, a PIL image (both are rotated by their EXIF tag), or a uint8 array: (H, W, 3), (H, W, 4) with
+            transparency, (H, W) or (H, W, 1) gray.
         deep_range: see ``decode_image``.
+        image_format: order of an array's channels, "RGB" or "BGR".
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not an image, a damaged one, or an array of another shape or dtype.
     """
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"image_format: expected RGB or BGR, got {image_format!r}")
     if isinstance(image, (str, Path)):
         return decode_image(image, "RGB", deep_range=deep_range)[0]
     if isinstance(image, Image.Image):
         with _one_error("image"):
             return _to_array(image, "RGB", check_deep_range(deep_range))
     array = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+    shape = array.shape if array.ndim != 2 else (*array.shape, 1)
+    if array.dtype != np.uint8 or len(shape) != 3 or shape[2] not in (1, 3, 4) or 0 in shape:
         raise ValueError(
-            f"image: expected a path, a PIL image, or (H, W, 3) uint8 RGB; got shape {array.shape} and dtype "
-            f"{array.dtype}"
+            "image: expected a path, a PIL image, or a uint8 array, (H, W, 3), (H, W, 4) or gray (H, W); got shape "
+            f"{array.shape} and dtype {array.dtype}"
         )
-    return array
+    array = array.reshape(shape)
+    if shape[2] == 1:
+        return array.repeat(3, axis=2)
+    return array[..., :3] if image_format == "RGB" else array[..., 2::-1]
 
 
 def decode_image(

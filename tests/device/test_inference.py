@@ -10,8 +10,8 @@ from detectron2.utils.events import EventStorage
 
 from regionspot import RegionSpotPredictor
 from regionspot.config import load_config
+from regionspot.modeling.attention_maps import cross_attention
 from regionspot.structures import Prompts
-from regionspot.visualization import cross_attention
 
 from ..helpers import NAMES, ROOT, as_inputs, draw_scene, tiny_config, tiny_model
 from ..simulated_device import SimulatedTensor

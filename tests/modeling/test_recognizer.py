@@ -93,3 +93,21 @@ def test_invalid_regions_are_refused(changes, message):
     assert not recognizer(**right)[0].scores.requires_grad
     with pytest.raises(ValueError, match=message):
         recognizer(**{**right, **changes})
+
+
+@pytest.mark.parametrize("name", ["RegionSpot", "CropBaseline"])
+def test_region_embeddings_of_instances(name):
+    """Those of a detection are its region's, and give its class probabilities."""
+    key = "MODEL.REGIONSPOT.REGION_EMBEDDINGS"
+    model = tiny_model("MODEL.META_ARCHITECTURE", name, key, True)
+    [output] = model([as_inputs(0)])
+    regions, detections = output["regions"], output["instances"]
+    embeddings = regions.region_embeddings
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(regions)))
+    assert torch.equal(detections.region_embeddings, embeddings[detections.region_indices])
+    recognizer = model.recognizer
+    scale = recognizer.vision_language.clip_model.logit_scale.exp()
+    probabilities = (scale * embeddings @ recognizer.classifier.embeddings.t()).softmax(dim=1)
+    torch.testing.assert_close(regions.top_scores, probabilities.sort(dim=1, descending=True).values, atol=1e-5, rtol=0)
+    [plain] = tiny_model("MODEL.META_ARCHITECTURE", name)([as_inputs(0)])
+    assert not plain["instances"].has("region_embeddings") and not plain["regions"].has("region_embeddings")

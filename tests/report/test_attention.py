@@ -9,10 +9,11 @@ import torch
 from detectron2.structures import Boxes
 from PIL import Image
 
+from regionspot.drawing import draw_attention
+from regionspot.modeling.attention_maps import cross_attention
 from regionspot.report.attention import AttentionMaps
 from regionspot.report.panels import make_panel
 from regionspot.report.worst_images import ImageErrors, Region
-from regionspot.visualization import cross_attention, draw_attention
 
 from ..helpers import draw_scene, tiny_model
 

@@ -310,3 +310,10 @@ def test_fixed_ap_is_measured_from_logits_to_metrics(tmp_path):
     assert [row[0] for row in rows][-2:] == ["8 images, 800 detections", "metrics"]
     assert all(len(row) == len(headers) for row in rows)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["bbox"]["AP"] >= 0
+
+
+def test_index_is_searched_and_named(capsys):
+    rows = COMMANDS["index"].call("--regions", 3000, "--dim", 8, "--names", 5, "--repeats", 1)
+    assert list(rows) == ["open", "search, 1 query", "search, 100 queries", "classify, 5 names"]
+    assert all(0 < row["seconds"] < 60 and 0 <= row["gigabytes"] < 1 for row in rows.values())
+    assert "3,000 regions of 8 numbers" in capsys.readouterr().out

@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from detectron2.structures import Boxes
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from regionspot.checkpoint.checkpointer import load_model
+from regionspot.prediction.regions import parse_points
 from regionspot_cli.commands import COMMANDS
-from regionspot_cli.predict import parse_points
 
-from ..helpers import NAMES, TINY, draw_scene
+from ..helpers import NAMES, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
 
 OWN_DIRECTORY = "the directory of the image"
 BOXES = "-3,30,60,40;8,5,30,20"
@@ -31,6 +34,11 @@ def run(image, *arguments):
     return ended.value.code, output
 
 
+def as_regions(image, boxes):
+    pixels = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)
+    return [pixels], [Boxes(torch.tensor([[float(x) for x in box.split(",")] for box in boxes.split(";")]))]
+
+
 def test_image_and_json_output(image, capsys):
     code, output = run(image, "--boxes", BOXES, "--vocabulary", ",".join(NAMES))
     assert code == 0
@@ -48,6 +56,31 @@ def test_image_and_json_output(image, capsys):
     assert "MEAN NOTHING" in capsys.readouterr().out
 
 
+def test_baseline_without_weights_of_regionspot(image, capsys, tmp_path):
+    """SAM and CLIP have weights, RegionSpot has none: CLIP on mask crops names the regions, and the output says so."""
+    write_frozen_parts(tiny_model().recognizer, tmp_path)
+    frozen = frozen_overrides(tmp_path)
+    code, output = run(image, "--boxes", BOXES, "--vocabulary", ",".join(NAMES), *frozen)
+    printed = capsys.readouterr().out
+    assert code == 0 and printed.count("CLIP ON MASK CROPS") == 2 and "MEAN NOTHING" not in printed
+    baseline = ("MODEL.META_ARCHITECTURE", "CropBaseline", "MODEL.REGIONSPOT.CROP.MASKED", True)
+    model = load_model(tiny_config(*baseline, *frozen))
+    model.set_vocabulary(NAMES)
+    [expected] = model.recognizer.recognize(*as_regions(image, BOXES))
+    regions = json.loads((output / "scene.json").read_text())["regions"]
+    assert [region["class_index"] for region in regions] == expected.regions.top_classes[:, 0].tolist()
+    np.testing.assert_allclose([region["score"] for region in regions], expected.regions.top_scores[:, 0], atol=1e-5)
+
+
+def test_absent_weights_are_not_fetched(image, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
+    known = ("MODEL.REGIONSPOT.CLIP.WEIGHTS", "ViT-B/16")
+    code, _ = run(image, "--boxes", BOXES, "--vocabulary", "a", "--cached-weights-only", *known)
+    printed = capsys.readouterr().out
+    assert code == 0 and "MEAN NOTHING" in printed and "CLIP ViT-B/16 (351 MB) are fetched" in printed
+
+
 def test_boxes_from_files_points_and_overrides(image):
     boxes = image.parent / "boxes.json"
     for content in ([[8, 5, 30, 20]], {"scene.png": [[8, 5, 30, 20]], "other.png": []}):
@@ -56,6 +89,7 @@ def test_boxes_from_files_points_and_overrides(image):
             image,
             "--boxes",
             str(boxes),
+            "--overwrite",
             "MODEL.REGIONSPOT.VOCABULARY",
             "zebra,cup",
             "MODEL.REGIONSPOT.SCORE_FUNCTION",
@@ -65,7 +99,7 @@ def test_boxes_from_files_points_and_overrides(image):
         assert code == 0 and content["vocabulary"] == ["zebra", "cup"]
         [region] = content["regions"]
         assert region["score"] == pytest.approx(1 / (1 + np.exp(-max(region["logits"]))), abs=1e-5)
-    code, output = run(image, "--points", "10,10 50,40,0;30,20", "--vocabulary", "zebra,cup")
+    code, output = run(image, "--points", "10,10 50,40,0;30,20", "--vocabulary", "zebra,cup", "--overwrite")
     assert code == 0 and len(json.loads((output / "scene.json").read_text())["regions"]) == 2
 
 
@@ -87,7 +121,6 @@ def test_points_are_parsed_and_padded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocabulary", "a"], "no regions: expected --boxes"),
         (["--boxes", "1,2,3", "--vocabulary", "a"], "four numbers a box"),
         (["--boxes", "1,2,3,x", "--vocabulary", "a"], "expected numbers"),
         (["--boxes", ";", "--vocabulary", "a"], "no boxes; expected at least one"),

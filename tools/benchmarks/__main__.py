@@ -61,6 +61,11 @@ Examples:
     python -m tools.benchmarks eval --protocol fixed --images 19809   (all detections of LVIS val: memory and disk)
     python -m tools.benchmarks eval --protocol coco --images 29821 --categories 13204 --alone   (the size of V3Det val)
 """
+INDEX = """time search in a region index of random embeddings, and the naming of all its regions
+
+Example:
+    python -m tools.benchmarks index --regions 1000000 --names 1203
+"""
 STARTUP = "time `import regionspot`, and what of it is RegionSpot's own, and `regionspot --help`"
 
 
@@ -173,6 +178,15 @@ def parse_eval(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def parse_index(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--regions", type=positive, default=1_000_000, help="in the index")
+    parser.add_argument("--dim", type=positive, default=512, help="numbers of an embedding")
+    parser.add_argument("--names", type=positive, default=1203, help="of the vocabulary")
+    parser.add_argument("--repeats", type=positive, default=2, help="runs, of which the shortest counts")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="where the index is written for the time")
+    return parser.parse_args(arguments)
+
+
 def parse_startup(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
     return parser.parse_args(arguments)
@@ -186,6 +200,7 @@ COMMANDS = {
     "data": Command(parse_data, "tools.benchmarks.data", DATA),
     "memory": Command(parse_memory, "tools.benchmarks.train", MEMORY),
     "eval": Command(parse_eval, "tools.benchmarks.evaluation", EVAL),
+    "index": Command(parse_index, "tools.benchmarks.index", INDEX),
     "startup": Command(parse_startup, "tools.benchmarks.startup", STARTUP),
     "report": Command(parse_report, "tools.benchmarks.report", REPORT),
     "all": Command(parse_all, "tools.benchmarks.suite", ALL),

@@ -15,8 +15,7 @@ from regionspot.config import load_config
 from regionspot.modeling import RegionRecognizer
 from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.recognizer import ImageFeatures
-from regionspot.structures import Prompts
+from regionspot.structures import ImageFeatures, Prompts
 from regionspot.vocabulary import get_templates
 from tools.benchmarks.measure import Meter
 from tools.benchmarks.plain import PlainRecognizer, encode_names

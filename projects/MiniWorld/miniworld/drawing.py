@@ -7,8 +7,9 @@ from PIL import Image
 from miniworld.categories import NAMES, NOVEL
 from miniworld.experiment import locate_boxes
 from miniworld.generator import SIZE, Scene
+from regionspot.drawing import draw_attention, draw_labels
 from regionspot.modeling import RegionRecognizer
-from regionspot.visualization import cross_attention, draw_attention, draw_labels
+from regionspot.modeling.attention_maps import cross_attention
 
 SCALE = 3  # images are drawn this much larger
 

@@ -26,8 +26,7 @@ from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.localizers.localizer import LocalizerOutput
-from regionspot.modeling.recognizer import ImageFeatures
-from regionspot.structures import Prompts
+from regionspot.structures import ImageFeatures, Prompts
 from regionspot.utils.files import atomic_path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -130,7 +129,8 @@ def recognize_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
         boxes = jitter(scene.boxes, rng) if jittered else scene.boxes
         features, located, mask_tensor = locate_boxes(recognizer, scene, boxes)
         regions = [Boxes(torch.from_numpy(boxes))]
-        logits = recognizer.region_logits([to_tensor(scene)], regions, features, [located])
+        embeddings = recognizer.region_embeddings([to_tensor(scene)], regions, features, [located])
+        logits = recognizer.score_images(embeddings, with_background=True)
         results.logits += [image_logits.cpu() for image_logits in logits]
         results.targets += scene.classes.tolist()
         masks = mask_tensor.cpu().numpy()
@@ -168,9 +168,14 @@ def write_proposals(scenes: list[Scene], path: Path) -> None:
 
 
 def average_precision(cfg: CfgNode, model: RegionSpot, split: str, proposals: Path | None = None) -> dict[str, float]:
-    """Return LVIS's AP, APr, APc, APf and mask_AP of a split, by the ordinary evaluation."""
+    """Return LVIS's AP, APr, APc, APf and mask_AP of a split, by the ordinary evaluation, which leaves its files.
+
+    They are in ``OUTPUT_DIR/inference``, and those of a proposal file in a directory of its name beside it.
+    """
     cfg = cfg.clone()
     cfg.defrost()
+    if proposals:
+        cfg.OUTPUT_DIR = str(proposals.with_suffix(""))
     cfg.DATASETS.TEST = (f"miniworld_{split}",)
     cfg.DATASETS.PROPOSAL_FILES_TEST = (str(proposals),) if proposals else ()
     cfg.freeze()

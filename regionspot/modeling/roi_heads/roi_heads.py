@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import ImageList, Instances
 from torch import nn
+from torch.nn.functional import normalize
 
 from regionspot.checkpoint.key_layout import PARTS
 from regionspot.modeling.localizers.localizer import LocalizerOutput
@@ -175,7 +176,15 @@ class RegionSpotROIHeads(ROIHeads):
         encoded = self.recognizer.encode_images(images)  # once, for RegionSpot's boxes and masks of the host's
         named = self.recognizer.recognize(images, boxes, scores, None, masks, others, encoded)
         prompts = [Prompts(boxes=detections.pred_boxes.tensor) for detections in known]
-        located = self.recognizer.locate(encoded, prompts, with_masks=True) if masks else [None] * len(known)
+        with_embeddings = self.recognizer.with_embeddings
+        if not masks and not with_embeddings:
+            return [self._merge(x.detections, y, None) for x, y in zip(named, known)]
+        located = self.recognizer.locate(encoded, prompts, bool(masks))
+        if with_embeddings:
+            host_boxes = [detections.pred_boxes for detections in known]
+            embeddings = self.recognizer.region_embeddings(images, host_boxes, encoded, located)
+            for detections, image_embeddings in zip(known, embeddings):
+                detections.region_embeddings = normalize(image_embeddings.float(), dim=1)
         return [self._merge(x.detections, y, z) for x, y, z in zip(named, known, located)]
 
     def _merge(self, named: Instances, known: Instances, located: LocalizerOutput | None) -> Instances:

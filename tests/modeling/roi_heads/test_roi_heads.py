@@ -146,6 +146,32 @@ def test_known_names_are_the_hosts():
         assert torch.equal(masks[tuple(box.tolist())], mask)
 
 
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_region_embeddings_of_both_sources(with_masks):
+    options = (*NO_NMS, "MODEL.MASK_ON", with_masks, "MODEL.REGIONSPOT.REGION_EMBEDDINGS", True)
+    model = rcnn(*options, HEAD + "HOST_VOCABULARY", KNOWN)
+    inputs = bgr(as_inputs(0))
+    [merged], known = model([inputs]), host_detections(model, inputs)
+    merged = merged["instances"]
+    known = known[(known.pred_classes == 1) | (known.pred_classes == 3)]  # regions attend to those of known names
+    recognizer = model.roi_heads.recognizer
+    [expected] = recognizer.recognize([as_inputs(0)["image"]], [known.pred_boxes])
+    of_host = {tuple(x.tolist()): y for x, y in zip(known.pred_boxes.tensor, expected.regions.region_embeddings)}
+    is_host = (merged.pred_classes == 0) | (merged.pred_classes == 2)
+    assert 0 < is_host.sum() < len(merged)
+    for box, embedding in zip(merged.pred_boxes.tensor[is_host], merged.region_embeddings[is_host]):
+        torch.testing.assert_close(embedding, of_host[tuple(box.tolist())])
+    plain = rcnn(*options)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    named = plain([inputs])[0]["instances"]
+    rows = {
+        (*box.tolist(), label.item()): i for i, (box, label) in enumerate(zip(named.pred_boxes, named.pred_classes))
+    }
+    by_name = merged[~is_host]
+    chosen = [rows[(*box.tolist(), label.item())] for box, label in zip(by_name.pred_boxes, by_name.pred_classes)]
+    torch.testing.assert_close(by_name.region_embeddings, named.region_embeddings[torch.tensor(chosen)])
+
+
 def test_known_names_in_other_spellings(tmp_path):
     (tmp_path / "aliases.json").write_text('{"crimson thing": "red square"}')
     spelled = (HEAD + "HOST_VOCABULARY", "zebra, Blue_Squares, cup, crimson thing")

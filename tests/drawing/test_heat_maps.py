@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from regionspot.visualization import cross_attention, draw_attention, draw_sheet
+from regionspot.drawing import draw_attention, draw_sheet
+from regionspot.modeling.attention_maps import cross_attention
 
-from .helpers import as_inputs, tiny_model
+from ..helpers import as_inputs, tiny_model
 
 
 @pytest.mark.parametrize("features", ["feature_map", "feature_map+class_token"])
