@@ -20,7 +20,7 @@ def main(args: Namespace) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it reports what its optimizer leaves as it is
     check_options(args.output, args.format, args.precision, args.opset)
     cfg = load_config(args.config_file, args.opts)
-    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
+    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY, with_examples=True)
     cfg.MODEL.REGIONSPOT.PRECISION = "float32"  # of what is exported; --precision is that of the export
     cfg.MODEL.REGIONSPOT.COMPILE = False
     if args.format == "onnx" and args.check:

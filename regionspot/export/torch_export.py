@@ -109,9 +109,7 @@ def _trace(module: nn.Module, inputs: dict[str, Shape], outputs: tuple[str, ...]
         dtype = torch.int64 if name == "point_labels" else torch.float32
         example[name] = torch.ones([sizes.get(x, x) for x in shape], dtype=dtype)
     dynamic = {name: {i: DIMS[x] for i, x in enumerate(shape) if isinstance(x, str)} for name, shape in inputs.items()}
-    # strict takes longer, but knows that len(tensor) in SAM's decoder is no constant
-    strict = isinstance(module, RegionDecoder)
-    program = torch.export.export(module.eval(), (), example, dynamic_shapes=dynamic, strict=strict)
+    program = torch.export.export(module.eval(), (), example, dynamic_shapes=dynamic, strict=False)
     return Traced(program, inputs, outputs)
 
 
