@@ -20,9 +20,13 @@ def main(args: Namespace) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it reports what its optimizer leaves as it is
     check_options(args.output, args.format, args.precision, args.opset)
     cfg = load_config(args.config_file, args.opts)
-    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
+    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY, with_examples=True)
     cfg.MODEL.REGIONSPOT.PRECISION = "float32"  # of what is exported; --precision is that of the export
     cfg.MODEL.REGIONSPOT.COMPILE = False
+    if args.format == "onnx" and args.check:
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)  # not what it leaves as it is, either
     predictor = RegionSpotPredictor(cfg)
     predictor.set_vocabulary(vocabulary)
     check = partial(check_export, predictor.recognizer, file_format=args.format, precision=args.precision)

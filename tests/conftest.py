@@ -35,6 +35,7 @@ SLOW = [
     "device/test_benchmark.py",
     "modeling/test_meta_arch.py",
     "modeling/roi_heads/test_roi_heads.py",
+    "test_serve.py",
     "export/test_onnx.py",
     "export/test_modules.py",
     "tools/test_gpu_check.py",

@@ -11,8 +11,8 @@ from detectron2.structures import Boxes
 
 from regionspot.export.onnx_predictor import OnnxRegionPredictor, RegionPredictions
 from regionspot.export.torch_export import TorchRegionPredictor
-from regionspot.modeling.recognizer import ImageFeatures, RegionRecognizer
-from regionspot.structures import Prompts
+from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.structures import ImageFeatures, Prompts
 
 NUM_BOXES = (1, 7, 100)
 OTHER_NAMES = ("person", "dog", "bicycle", "cup", "traffic light")

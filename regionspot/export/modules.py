@@ -1,7 +1,7 @@
 """The recognizer's parts as exporters can trace them: tensors in, tensors out, any numbers of regions and names.
 
-They run the recognizer's own modules. Only what a trace cannot follow is written differently here: SAM's attention by
-rows, which writes in place, the groups of several images, and SAM's point embeddings, which are set by indexing.
+They run the recognizer's own modules. Only what a trace cannot follow is written differently: SAM's attention by rows
+and its decoder by chunks, which write in place, the groups of several images, and point embeddings set by indexing.
 """
 
 import copy
@@ -18,10 +18,10 @@ from segment_anything.modeling.image_encoder import (
 from torch import nn
 from torch.nn import functional as F
 
+from regionspot.export.prompt_decoder import decode_prompts, predict_masks
 from regionspot.modeling.knowledge_integration import residual
 from regionspot.modeling.localizers import sam_encoder
 from regionspot.modeling.localizers.sam import SamLocalizer
-from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.vision_language.clip import ClipVisionLanguageModel, LayerNorm, encode_patches
 
@@ -93,9 +93,9 @@ class RegionDecoder(nn.Module):
             (N, D) position-aware tokens, (N,) estimated IoUs and (N, 4h, 4w) mask logits over SAM's input; float32.
         """
         sparse = self._encode_points(point_coords, point_labels)  # (N, P, C), float32
-        decoder = PromptDecoder(self.decoder, (image_embeddings + self.no_mask).to(self.dtype), self.position)
-        num_tokens = self.decoder.num_mask_tokens if self.multimask else 1
-        hidden, image = decoder.decode(sparse.to(self.dtype), None, slice(0, 1 + num_tokens))
+        embeddings = (image_embeddings + self.no_mask).to(self.dtype)
+        num_outputs = 1 + (self.decoder.num_mask_tokens if self.multimask else 1)
+        hidden, image = decode_prompts(self.decoder, embeddings, self.position, sparse.to(self.dtype), num_outputs)
         ious = self.decoder.iou_prediction_head(hidden[:, 0])  # (N, M)
         mlps = self.decoder.output_hypernetworks_mlps
         if self.multimask:
@@ -106,7 +106,7 @@ class RegionDecoder(nn.Module):
         else:
             mask_tokens, iou = hidden[:, 1], ious[:, 0]
             kernels = mlps[0](mask_tokens)  # (N, C / 8)
-        masks = decoder.predict_masks(image, kernels[:, None])[:, 0]
+        masks = predict_masks(self.decoder, image, kernels, embeddings.shape[-1])
         if self.token_stage == "prompt_encoder":
             is_point = (point_labels >= 0).float()[..., None]  # (N, P, 1)
             tokens = (sparse * is_point).sum(dim=1) / is_point.sum(dim=1).clamp(min=1)
@@ -175,9 +175,11 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
     """Return the frozen parts of a recognizer.
 
     Raises:
-        ValueError: parts other than SAM and CLIP, which have no export form here.
+        ValueError: a baseline, or parts other than SAM and CLIP, which have no export form here.
     """
     localizer, vision_language = recognizer.localizer, recognizer.vision_language
+    if type(recognizer) is not RegionRecognizer:
+        raise ValueError(f"export: expected a RegionRecognizer, got {type(recognizer).__name__}")
     if not isinstance(localizer, SamLocalizer) or not isinstance(vision_language, ClipVisionLanguageModel):
         kinds = f"{type(localizer).__name__} and {type(vision_language).__name__}"
         raise ValueError(f"export: expected SAM and CLIP as the frozen parts, got {kinds}")

@@ -39,7 +39,7 @@ class RegionPredictions:
     top_classes: np.ndarray  # (N, k) int64, the k best classes, best first
     top_scores: np.ndarray  # (N, k) float32
     logits: np.ndarray  # (N, K) float32
-    semantic_embeddings: np.ndarray  # (N, D) float32, L2-normalized, in the space of the text embeddings
+    embeddings: np.ndarray  # (N, D) float32, L2-normalized, in the space of the text embeddings
     predicted_ious: np.ndarray  # (N,) float32, SAM's own estimate of each mask's IoU
     vocabulary: list[str]  # K class names
     unknown: np.ndarray  # (N,) bool, regions of no class
@@ -191,7 +191,7 @@ class OnnxRegionPredictor:
             top_classes=top,
             top_scores=scores,
             logits=logits[:, : len(names)],
-            semantic_embeddings=semantic,
+            embeddings=semantic,
             predicted_ious=ious,
             vocabulary=list(names),
             unknown=unknown,

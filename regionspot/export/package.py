@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 
-import regionspot
 from regionspot.checkpoint.formats import fingerprint
 from regionspot.checkpoint.key_layout import PARTS, select
 from regionspot.export import onnx_predictor
@@ -158,7 +158,7 @@ def describe(
             part: {"source": Path(source).name, "fingerprint": fingerprint(select(state, PARTS[part]))}
             for part, source in recognizer.weight_sources.items()
         },
-        "versions": {"regionspot": regionspot.__version__, "torch": str(torch.__version__)},
+        "versions": {"regionspot": sys.modules["regionspot"].__version__, "torch": str(torch.__version__)},
     }
 
 

@@ -109,14 +109,14 @@ def _trace(module: nn.Module, inputs: dict[str, Shape], outputs: tuple[str, ...]
         dtype = torch.int64 if name == "point_labels" else torch.float32
         example[name] = torch.ones([sizes.get(x, x) for x in shape], dtype=dtype)
     dynamic = {name: {i: DIMS[x] for i, x in enumerate(shape) if isinstance(x, str)} for name, shape in inputs.items()}
-    # strict takes longer, but knows that len(tensor) in SAM's decoder is no constant
-    strict = isinstance(module, RegionDecoder)
-    program = torch.export.export(module.eval(), (), example, dynamic_shapes=dynamic, strict=strict)
+    program = torch.export.export(module.eval(), (), example, dynamic_shapes=dynamic, strict=False)
     return Traced(program, inputs, outputs)
 
 
 def save_program(traced: Traced, path: Path) -> None:
     """Write a program as a ``.pt2`` file, for ``torch.export.load``."""
+    for node in traced.program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with paths of this machine
     torch.export.save(traced.program, path)
 
 

@@ -73,7 +73,7 @@ def predictor(exported):
 def assert_same(actual, expected):
     assert actual.class_names == expected.class_names and actual.vocabulary == expected.vocabulary
     assert actual.image_size == expected.image_size and np.array_equal(actual.unknown, expected.unknown)
-    for field in ("boxes", "scores", "top_scores", "logits", "predicted_ious"):
+    for field in ("boxes", "scores", "top_scores", "logits", "embeddings", "predicted_ious"):
         value, reference = getattr(actual, field), getattr(expected, field)
         assert value.shape == reference.shape and value.dtype == reference.dtype, field
         assert np.allclose(value, reference, atol=1e-3), field
