@@ -65,8 +65,8 @@ def check_export(
     image, boxes = draw_check(recognizer, max(num_boxes))
     features = recognizer.encode_images([torch.from_numpy(image).permute(2, 0, 1)])
     predictor.set_image(image)
-    vocabularies = {names: recognizer.encode_vocabulary(list(names))[1] for names in (OTHER_NAMES,)}
-    vocabularies = {tuple(recognizer.vocabulary): recognizer.classifier.embeddings, **vocabularies}
+    vocabularies: dict[tuple[str, ...], torch.Tensor] = {tuple(recognizer.vocabulary): recognizer.classifier.embeddings}
+    vocabularies[OTHER_NAMES] = recognizer.encode_vocabulary(list(OTHER_NAMES))[1]
     differences: dict[str, Difference] = {}
     for count in num_boxes:
         for names, embeddings in vocabularies.items():
@@ -121,6 +121,7 @@ def _predict(
 
 
 def _outputs(predictions: RegionPredictions) -> dict[str, np.ndarray]:
+    assert predictions.mask_logits is not None
     order = np.argsort(predictions.top_classes, axis=1)
     return {
         "logits": predictions.logits,

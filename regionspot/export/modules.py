@@ -6,6 +6,7 @@ and its decoder by chunks, which write in place, the groups of several images, a
 
 import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from segment_anything.modeling.image_encoder import (
@@ -27,6 +28,7 @@ from regionspot.modeling.vision_language.clip import ClipVisionLanguageModel, La
 
 # A head's attention matrix with more entries is made alone: SAM's 4096 x 4096 of 12 heads would be 0.8 GB at once.
 MAX_MATRIX = 1 << 20
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class ImageEncoders(nn.Module):
@@ -62,6 +64,7 @@ class RegionDecoder(nn.Module):
     """SAM's prompt encoder and mask decoder: points and corners of boxes to position-aware tokens and masks."""
 
     position: torch.Tensor
+    no_mask: torch.Tensor
 
     def __init__(self, recognizer: RegionRecognizer, dtype: torch.dtype) -> None:
         """Copy SAM's prompt encoder in float32, as coordinates need it, and its mask decoder as ``dtype``."""
@@ -186,7 +189,7 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
     return localizer, vision_language
 
 
-def as_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def as_dtype(module: Module, dtype: torch.dtype) -> Module:
     """Return a copy on the CPU in eval mode; CLIP's layer norms, which compute in float32, stay in it."""
     copied = copy.deepcopy(module).to("cpu", dtype).eval().requires_grad_(False)
     for part in copied.modules():

@@ -64,7 +64,7 @@ def _attend(
 
     assert attn_mask is None and not is_causal and not dropout_p and not enable_gqa
     rank, channels = len(query.shape), query.shape[-1]
-    factor = op.CastLike(op.Constant(value_float=float(scale or channels**-0.5)), query)
+    factor: Any = op.CastLike(op.Constant(value_float=float(scale or channels**-0.5)), query)  # type: ignore[type-var]
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     return op.MatMul(op.Softmax(op.MatMul(op.Mul(query, factor), transposed), axis=-1), value)
 

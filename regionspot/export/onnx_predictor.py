@@ -232,8 +232,8 @@ class OnnxRegionPredictor:
             inputs["point_labels"] = labels[start : start + self.chunk]
             outputs.append(self._run("region_decoder", inputs))
         if not outputs:
-            shapes = [self.description["token_dim"]], [], [4 * features.image_embeddings.shape[-1]] * 2
-            return [np.zeros((0, *shape), np.float32) for shape in shapes]
+            side, dim = 4 * features.image_embeddings.shape[-1], self.description["token_dim"]
+            return [np.zeros(shape, np.float32) for shape in ((0, dim), (0,), (0, side, side))]
         return [np.concatenate(parts) for parts in zip(*outputs)]
 
     def _classify(self, tokens: np.ndarray, features: ImageFeatures, embeddings: np.ndarray) -> list[np.ndarray]:
@@ -318,8 +318,8 @@ def _check_boxes(boxes: Any, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"boxes: expected shape (N, 4), XYXY in pixels, got {array.shape}")
     first, last = array[:, :2], array[:, 2:]
     is_valid = np.isfinite(array) & np.hstack([first < np.minimum(last, [size[1], size[0]]), last > 0])
-    if not (is_valid := is_valid.all(axis=1)).all():
-        index = int(is_valid.argmin())
+    if not is_valid.all():
+        index = int(is_valid.all(axis=1).argmin())
         raise ValueError(f"boxes: number {index}, {array[index].tolist()}, has no area in the image {size}, XYXY")
     return array
 

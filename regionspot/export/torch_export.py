@@ -107,7 +107,7 @@ def _trace(module: nn.Module, inputs: dict[str, Shape], outputs: tuple[str, ...]
     example = {}
     for name, shape in inputs.items():
         dtype = torch.int64 if name == "point_labels" else torch.float32
-        example[name] = torch.ones([sizes.get(x, x) for x in shape], dtype=dtype)
+        example[name] = torch.ones([sizes[x] if isinstance(x, str) else x for x in shape], dtype=dtype)
     dynamic = {name: {i: DIMS[x] for i, x in enumerate(shape) if isinstance(x, str)} for name, shape in inputs.items()}
     program = torch.export.export(module.eval(), (), example, dynamic_shapes=dynamic, strict=False)
     return Traced(program, inputs, outputs)
