@@ -14,7 +14,7 @@ OPTIONAL = {
     "parquet": ["pyarrow>=15"],
     "supervision": ["supervision>=0.25"],
     "ray": ["ray[data]>=2.30"],
-    "app": ["gradio>=5"],
+    "app": ["gradio>=6.31"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
     "serve": ["litserve>=0.2.5"],
 }
@@ -29,6 +29,7 @@ setup(
     packages=find_packages(include=["regionspot", "regionspot.*", "regionspot_cli"]),
     package_data={
         "regionspot.model_zoo": ["configs/**/*.yaml", "configs/**/*.json"],
+        "regionspot.app": ["assets/*"],
         "regionspot.report": ["templates/*"],
     },
     entry_points={"console_scripts": ["regionspot = regionspot_cli.__main__:main"]},

@@ -45,11 +45,11 @@ class RegionSpotPredictor:
         """Build the model of ``cfg`` and load its weights (``MODEL.WEIGHTS``, SAM's and CLIP's).
 
         Raises:
-            ValueError: a model other than RegionSpot itself.
+            ValueError: a model that is neither RegionSpot itself nor its baseline, CLIP on crops.
         """
-        if cfg.MODEL.META_ARCHITECTURE != "RegionSpot":  # CropBaseline has logits of its own for boxes alone
+        if cfg.MODEL.META_ARCHITECTURE not in ("RegionSpot", "CropBaseline"):
             raise ValueError(
-                "MODEL.META_ARCHITECTURE: the predictor expects RegionSpot, got "
+                "MODEL.META_ARCHITECTURE: the predictor expects RegionSpot or CropBaseline, got "
                 f"{cfg.MODEL.META_ARCHITECTURE}; tools/train_net.py --eval-only evaluates others"
             )
         self.model = load_model(cfg)
@@ -221,15 +221,24 @@ class RegionSpotPredictor:
         recognizer, (names, embeddings) = self.recognizer, vocabulary
         # without boxes in the prompts, the regions' boxes are those around the masks
         with_logits = with_masks or any(x.boxes is None for x in prompts)
-        located = recognizer.locate(features, prompts, with_logits, with_iou=True)
-        semantic = recognizer.knowledge_integration([output.tokens for output in located], features.feature_map)
+        located = recognizer.locate(features, prompts, with_logits or recognizer.needs_masks, with_iou=True)
+        masks = [self._masks(output, size) for output, size in zip(located, features.sizes)]
+        boxes = [_boxes(*parts) for parts in zip(prompts, masks, features.sizes)]
+        semantic = recognizer.region_embeddings(features.images or [], boxes, features, located)
         # (N, K + number of background names)
         logits = recognizer.score_images(semantic, [embeddings] * len(prompts), with_background=True)
         results = []
         for i, size in enumerate(features.sizes):
-            result = self._predictions(prompts[i], located[i], semantic[i], logits[i], scores[i], names, top_k, size)
-            results.append(result if with_masks else replace(result, region_masks=None))
+            result = self._predictions(boxes[i], located[i], semantic[i], logits[i], scores[i], names, top_k, size)
+            results.append(replace(result, region_masks=masks[i] if with_masks else None))
         return results
+
+    def _masks(self, output: LocalizerOutput, size: tuple[int, int]) -> RegionMasks | None:
+        """Return one mask for each region, if there are any."""
+        if output.masks is None:
+            return None
+        rows = torch.arange(len(output.masks), device=output.masks.device)
+        return RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
 
     def _prompts(
         self,
@@ -270,7 +279,7 @@ class RegionSpotPredictor:
 
     def _predictions(
         self,
-        prompts: Prompts,
+        boxes: Boxes,
         output: LocalizerOutput,
         semantic_tokens: torch.Tensor,
         logits: torch.Tensor,
@@ -279,22 +288,15 @@ class RegionSpotPredictor:
         top_k: int,
         size: tuple[int, int],
     ) -> RegionPredictions:
-        rule, masks = self.recognizer.rule, None
-        if output.masks is not None:
-            rows = torch.arange(len(output.masks), device=output.masks.device)  # one mask for each region
-            masks = RegionMasks(output.masks, rows, self.recognizer.localizer.mask_upsampler(size))
+        rule = self.recognizer.rule
         assert output.iou is not None
         probabilities = rule.probabilities(logits)
         unknown = rule.is_unknown(probabilities, len(self.recognizer.background))
         # background names count in the probabilities, but are no answers
         probabilities = probabilities[:, : len(names)]
         top_scores, top_classes = probabilities.topk(min(top_k, len(names)), dim=1)
-        boxes = prompts.clip(size).boxes
-        if boxes is None:
-            assert masks is not None
-            boxes = masks.bounding_boxes(*size).tensor
         return RegionPredictions(
-            boxes=boxes.cpu().numpy(),
+            boxes=boxes.tensor.cpu().numpy(),
             classes=top_classes[:, 0].cpu().numpy(),
             class_names=[UNKNOWN if u else names[i] for i, u in zip(top_classes[:, 0].tolist(), unknown.tolist())],
             scores=top_scores[:, 0].cpu().numpy(),
@@ -311,8 +313,17 @@ class RegionSpotPredictor:
             .cpu()
             .numpy(),
             image_size=size,
-            region_masks=masks,
+            region_masks=None,
         )
+
+
+def _boxes(prompts: Prompts, masks: RegionMasks | None, size: tuple[int, int]) -> Boxes:
+    """Return the boxes of prompts, clipped to an image of (height, width), or those around their masks."""
+    boxes = prompts.clip(size).boxes
+    if boxes is not None:
+        return Boxes(boxes)
+    assert masks is not None
+    return masks.bounding_boxes(*size)
 
 
 def _box_tensor(boxes: ArrayLike, what: str) -> torch.Tensor:

@@ -89,11 +89,13 @@ class ImageFeatures:
         embeddings: (B, C, h, w) float, SAM's image embeddings; None where SAM is not run.
         feature_map: (B, L, width) float, CLIP's semantic feature map, or None without CLIP's features.
         sizes: (height, width) of each image as it was given.
+        images: the images themselves where crops of them are recognized (``CropBaseline``), else None.
     """
 
     embeddings: torch.Tensor | None
     feature_map: torch.Tensor | None
     sizes: list[tuple[int, int]]
+    images: list[torch.Tensor] | None = None
 
 
 def check_image_format(image_format: str, option: str = "INPUT.FORMAT") -> str:

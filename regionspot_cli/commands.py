@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from regionspot_cli import predict_command, see_commands
+from regionspot_cli import find_commands, predict_command, see_commands, ship_commands
 from regionspot_cli.command import Command, add_overrides
 
 PREDICTIONS_KEPT = "the predictions so far are kept"
@@ -225,6 +225,8 @@ COMMANDS = {
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),
     **see_commands.COMMANDS,
+    **ship_commands.COMMANDS,
+    **find_commands.COMMANDS,
     "calibrate": Command(parse_calibrate, "regionspot_cli.calibrate", CALIBRATE),
     "table": Command(parse_table, "regionspot_cli.table", TABLE, "finished rows are kept"),
 }

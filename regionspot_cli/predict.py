@@ -14,7 +14,6 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from regionspot import RegionPredictions, __version__, model_zoo
-from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
 from regionspot.config import load_config
 from regionspot.data.datasets import category_ids
 from regionspot.drawing import DrawingStyle
@@ -31,17 +30,10 @@ from regionspot.prediction.sources import ImageList, ImageRecord, list_images
 from regionspot.utils.command_line import printable
 from regionspot.vocabulary import dataset_names, load_vocabulary
 from regionspot_cli.predict_command import IMAGE_FORMATS
+from regionspot_cli.weights import BASELINE, leave_absent_weights, use_baseline_without_weights
 
 FEW = 20  # images: of more, the regions are not printed
 LISTED = 10  # lines of a list at the end
-
-
-def leave_absent_weights(cfg: CfgNode) -> None:
-    """Set the known weights that are not in the cache directory to "": these parts stay random."""
-    for part in ("SAM", "CLIP"):
-        known = KNOWN_WEIGHTS.get(cfg.MODEL.REGIONSPOT[part].WEIGHTS)
-        if known is not None and not known.path.is_file():
-            cfg.MODEL.REGIONSPOT[part].WEIGHTS = ""
 
 
 def choose_regions(args: Namespace, cfg: CfgNode, images: ImageList) -> RegionSource | None:
@@ -98,11 +90,11 @@ class Prediction:
         names = args.vocabulary or self.cfg.MODEL.REGIONSPOT.VOCABULARY
         if not names and self.images.dataset:
             names = f"dataset:{self.images.dataset}"
-        self.vocabulary = load_vocabulary(names)
+        self.vocabulary = load_vocabulary(names, with_examples=True)
         if not args.ray:
             check_outputs(self.images, self.output, args.format)
-        if args.cached_weights_only:
-            leave_absent_weights(self.cfg)
+        self.absent_weights = leave_absent_weights(self.cfg) if args.cached_weights_only else ""
+        self.is_baseline = use_baseline_without_weights(self.cfg)
         self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
         if len(self.images) == 1:
             sample = self.reader[0]
@@ -179,6 +171,19 @@ def print_summary(output: Path, summary: Summary) -> None:
             print("\n".join(f"  {printable(line)}" for line in lines[:LISTED]))
 
 
+def print_weights(prediction: Prediction) -> None:
+    """Say it where names or masks are not RegionSpot's."""
+    if prediction.is_baseline:
+        print(f"\n{BASELINE}")
+    elif prediction.random_parts:
+        print(
+            f"\nNo weights for {', '.join(prediction.random_parts)}: these parts are untrained, "
+            "THE LABELS AND MASKS MEAN NOTHING. This only shows that the program runs."
+        )
+    if absent := prediction.absent_weights:
+        print(f"Without --cached-weights-only (make photo DOWNLOAD=yes) {absent} are fetched from official addresses.")
+
+
 def predict_on_ray(prediction: Prediction) -> None:
     """Do the work of a command line on a Ray cluster."""
     args, cfg = prediction.args, prediction.cfg
@@ -207,6 +212,8 @@ def predict_on_ray(prediction: Prediction) -> None:
 def main(args: Namespace) -> None:
     setup_logger(name="regionspot")
     prediction = Prediction(args)
+    if prediction.is_baseline:
+        print(f"{BASELINE}\n")
     if args.ray:
         predict_on_ray(prediction)
         return
@@ -216,11 +223,7 @@ def main(args: Namespace) -> None:
         prediction.write_run_files(parts)
         summary = summarize(args.output, parts, prediction.images.skipped)
     print_summary(prediction.output, summary)
-    if prediction.random_parts:
-        print(
-            f"\nNo weights for {', '.join(prediction.random_parts)}: these parts are untrained, "
-            "THE LABELS AND MASKS MEAN NOTHING. This only shows that the program runs."
-        )
+    print_weights(prediction)
     num_failed = len(summary.unreadable)
     if num_failed and num_failed >= summary.num_images:
         raise ValueError(f"none of the images could be used; the first: {summary.unreadable[0][1]}")

@@ -89,7 +89,7 @@ def draw_comparison(args: Namespace) -> np.ndarray:
     """Return the same regions as two models name them, or RegionSpot and CLIP on crops (paper, figure 3)."""
     cfg = load_config(args.config_file, args.opts)
     image, boxes = read_regions(args, cfg.INPUT.DEEP_RANGE)
-    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
+    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY, with_examples=True)
     recognizer = load_model(cfg).recognizer
     models = [(_title(args.config_file, cfg.MODEL.WEIGHTS), recognizer)]
     if args.other_config_file or args.other_weights:

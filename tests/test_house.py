@@ -20,23 +20,27 @@ TEXTS = [*sorted(FILES), *(ROOT / name for name in ("README.md", "CHANGELOG.md",
 EXEMPT = ('"--picture', "boxes of the picture, cut to it", "was_cancelled", "<folder>")
 
 # What each room may import of the others; a room may always import itself.
-GROUND = {"structures", "vocabulary", "checkpoint", "utils"}
+GROUND = {"structures", "vocabulary", "vocabulary_entries", "checkpoint", "utils"}
 MAY_IMPORT = {
     "config": {"utils"},
     "utils": set(),
     "structures": {"utils"},
-    "vocabulary": {"utils"},
+    "vocabulary": {"utils", "vocabulary_entries"},
+    "vocabulary_entries": {"utils"},
     "data": GROUND | {"config"},
     "modeling": GROUND | {"config"},
     "evaluation": GROUND | {"config", "data"},
     "report": GROUND | {"config", "data", "evaluation", "modeling", "drawing"},
     "checkpoint": {"utils"},
     "model_zoo": {"checkpoint", "config"},
+    "app": GROUND | {"config", "drawing", "modeling", "predictor", "report"},
     "engine": GROUND | {"config", "data", "modeling", "evaluation", "drawing"},
+    "export": GROUND | {"config", "modeling"},
     "predictor": GROUND | {"config", "modeling"},
-    "prediction": GROUND | {"config", "data", "modeling", "predictor", "drawing"},
+    "prediction": GROUND | {"config", "data", "drawing", "modeling", "predictor"},
     "drawing": {"utils"},
     "visualization": {"drawing", "utils"},
+    "index": GROUND | {"config", "data", "modeling", "engine", "predictor", "report", "evaluation"},
 }
 
 

@@ -393,5 +393,21 @@ def test_invalid_images_are_refused(predictor, image):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="expects RegionSpot, got CropBaseline"):
-        RegionSpotPredictor(tiny_config("MODEL.META_ARCHITECTURE", "CropBaseline"))
+    with pytest.raises(ValueError, match="expects RegionSpot or CropBaseline, got RegionSpotRCNN"):
+        RegionSpotPredictor(tiny_config("MODEL.META_ARCHITECTURE", "RegionSpotRCNN"))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_crop_baseline_equals_the_meta_architecture(masked):
+    torch.manual_seed(0)
+    cfg = tiny_config("MODEL.META_ARCHITECTURE", "CropBaseline", "MODEL.REGIONSPOT.CROP.MASKED", masked)
+    predictor = RegionSpotPredictor(cfg)
+    predictor.set_vocabulary(NAMES)
+    [expected] = predictor.model([as_inputs(0)])
+    predictor.set_image(IMAGE)
+    [from_batch] = predictor.predict_images([IMAGE], [BOXES], with_masks=False)
+    for predictions in (predictor.predict(BOXES), from_batch):
+        np.testing.assert_allclose(predictions.top_scores, expected["regions"].top_scores, atol=1e-5)
+        np.testing.assert_array_equal(predictions.classes, expected["regions"].top_classes[:, 0])
+    around = predictor.predict(points=POINTS, point_labels=LABELS)
+    assert np.isfinite(around.scores).all() and around.boxes.shape == (2, 4) and from_batch.masks is None

@@ -27,28 +27,31 @@ class KnownWeights:
 
     url: str
     sha256: str
+    megabytes: int  # about, to be said before it is fetched
 
     @property
     def path(self) -> Path:
         return cache_dir() / "weights" / self.url.rsplit("/", 1)[1]
 
 
-def _sam(file_name: str, sha256: str) -> KnownWeights:
-    return KnownWeights(f"{_SAM_ROOT}/{file_name}", sha256)
+def _sam(file_name: str, megabytes: int, sha256: str) -> KnownWeights:
+    return KnownWeights(f"{_SAM_ROOT}/{file_name}", sha256, megabytes)
 
 
-def _clip(file_name: str, sha256: str) -> KnownWeights:
-    return KnownWeights(f"{_CLIP_ROOT}/{sha256}/{file_name}", sha256)
+def _clip(file_name: str, megabytes: int, sha256: str) -> KnownWeights:
+    return KnownWeights(f"{_CLIP_ROOT}/{sha256}/{file_name}", sha256, megabytes)
 
 
 KNOWN_WEIGHTS = {
-    "vit_b": _sam("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
-    "vit_l": _sam("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
-    "vit_h": _sam("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
-    "ViT-B/32": _clip("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B/16": _clip("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L/14": _clip("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": _clip("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+    "vit_b": _sam("sam_vit_b_01ec64.pth", 375, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": _sam("sam_vit_l_0b3195.pth", 1250, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": _sam("sam_vit_h_4b8939.pth", 2565, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+    "ViT-B/32": _clip("ViT-B-32.pt", 354, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": _clip("ViT-B-16.pt", 351, "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": _clip("ViT-L-14.pt", 933, "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": _clip(
+        "ViT-L-14-336px.pt", 934, "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"
+    ),
 }
 
 

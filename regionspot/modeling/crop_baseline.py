@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -27,6 +28,7 @@ class CropRecognizer(RegionRecognizer):
         """Take mask crops if ``masked``, ``batch_size`` at once; ``arguments`` are those of ``RegionRecognizer``."""
         super().__init__(**arguments)  # type: ignore[arg-type]
         self.masked, self.batch_size = masked, batch_size
+        self.needs_masks = masked
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -48,8 +50,8 @@ class CropRecognizer(RegionRecognizer):
     def encode_images(
         self, images: list[torch.Tensor], with_embeddings: bool = True, with_feature_map: bool = False
     ) -> ImageFeatures:
-        """Run SAM's image encoder alone by default: crops take the place of the feature map."""
-        return super().encode_images(images, with_embeddings, with_feature_map)
+        """Run SAM's image encoder alone by default: crops of the images take the place of the feature map."""
+        return replace(super().encode_images(images, with_embeddings, with_feature_map), images=images)
 
     def locate_boxes(
         self, images: list[torch.Tensor], boxes: list[Boxes], with_masks: bool, features: ImageFeatures | None

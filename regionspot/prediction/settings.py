@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -9,6 +10,7 @@ from detectron2.config import CfgNode
 from regionspot.checkpoint.fetch import KNOWN_WEIGHTS, resolve_weights
 from regionspot.prediction.sources import ImageList
 from regionspot.utils.files import sha256_of_file
+from regionspot.vocabulary_entries import EmbeddedVocabulary, EntryVocabulary
 
 
 def describe_run(
@@ -35,12 +37,24 @@ def describe_run(
     return {
         "images": [len(images), images.fingerprint()],
         "vocabulary": list(vocabulary),
-        "synonyms": _short_hash(repr(getattr(vocabulary, "phrases", ""))),
+        "entries": _describe_entries(vocabulary),
         **options,
         "files": [sha256_of_file(path)[:16] for path in files],
         "weights": {key: _describe_weights(source) for key, source in sources.items()},
         "config": _short_hash(cfg.dump()),
     }
+
+
+def _describe_entries(vocabulary: Sequence[str]) -> str:
+    """Return a hash of what stands behind the names: synonyms, examples, or embeddings."""
+    if isinstance(vocabulary, EmbeddedVocabulary):
+        return hashlib.sha256(vocabulary.embeddings.numpy().tobytes()).hexdigest()[:16]
+    if isinstance(vocabulary, EntryVocabulary):
+        concepts = [concept for entry in vocabulary.entries for concept in (entry.concept, *entry.negatives)]
+        images = sorted({str(example.image) for concept in concepts for example in concept.examples})
+        files = [sha256_of_file(image) for image in images if Path(image).is_file()]
+        return _short_hash(repr((vocabulary.entries, files)))
+    return _short_hash(repr(getattr(vocabulary, "phrases", "")))
 
 
 def _describe_weights(source: str) -> str:

@@ -68,7 +68,10 @@ def test_demo_learns_and_writes_summary(demo):
     assert summary["base_top1"] > 0.08  # chance is 1 / 120
     images = {path.name for path in directory.glob("*.png")}
     assert {"scene_0.png", "attention_0.png", "attention_1.png"} <= images
-    assert "tools/predict.py" in output
+    report = (directory / "report.html").read_text()
+    assert f"{summary['AP']:.2f}" in report and f"{summary['proposal_file']['AP']:.2f}" in report
+    assert f"open {directory / 'report.html'} in a browser" in output
+    assert "regionspot_cli predict --config-file" in output
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from detectron2.structures import Boxes
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from regionspot.checkpoint.checkpointer import load_model
 from regionspot.prediction.regions import parse_points
 from regionspot_cli.commands import COMMANDS
 
-from ..helpers import NAMES, ROOT, TINY, draw_scene
+from ..helpers import NAMES, ROOT, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
 from ..processes import run_program
 
 OWN_DIRECTORY = "the directory of the image"
@@ -32,6 +35,11 @@ def run(image, *arguments):
     return ended.value.code, output
 
 
+def as_regions(image, boxes):
+    pixels = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)
+    return [pixels], [Boxes(torch.tensor([[float(x) for x in box.split(",")] for box in boxes.split(";")]))]
+
+
 def test_image_and_json_output(image, capsys):
     code, output = run(image, "--boxes", BOXES, "--vocabulary", ",".join(NAMES))
     assert code == 0
@@ -47,6 +55,31 @@ def test_image_and_json_output(image, capsys):
         assert mask_api.decode(region["mask"]).shape == (48, 64)
     assert Image.open(output / "scene.png").size == (64, 48)
     assert "MEAN NOTHING" in capsys.readouterr().out
+
+
+def test_baseline_without_weights_of_regionspot(image, capsys, tmp_path):
+    """SAM and CLIP have weights, RegionSpot has none: CLIP on mask crops names the regions, and the output says so."""
+    write_frozen_parts(tiny_model().recognizer, tmp_path)
+    frozen = frozen_overrides(tmp_path)
+    code, output = run(image, "--boxes", BOXES, "--vocabulary", ",".join(NAMES), *frozen)
+    printed = capsys.readouterr().out
+    assert code == 0 and printed.count("CLIP ON MASK CROPS") == 2 and "MEAN NOTHING" not in printed
+    baseline = ("MODEL.META_ARCHITECTURE", "CropBaseline", "MODEL.REGIONSPOT.CROP.MASKED", True)
+    model = load_model(tiny_config(*baseline, *frozen))
+    model.set_vocabulary(NAMES)
+    [expected] = model.recognizer.recognize(*as_regions(image, BOXES))
+    regions = json.loads((output / "scene.json").read_text())["regions"]
+    assert [region["class_index"] for region in regions] == expected.regions.top_classes[:, 0].tolist()
+    np.testing.assert_allclose([region["score"] for region in regions], expected.regions.top_scores[:, 0], atol=1e-5)
+
+
+def test_absent_weights_are_not_fetched(image, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
+    known = ("MODEL.REGIONSPOT.CLIP.WEIGHTS", "ViT-B/16")
+    code, _ = run(image, "--boxes", BOXES, "--vocabulary", "a", "--cached-weights-only", *known)
+    printed = capsys.readouterr().out
+    assert code == 0 and "MEAN NOTHING" in printed and "CLIP ViT-B/16 (351 MB) are fetched" in printed
 
 
 def test_boxes_from_files_points_and_overrides(image):

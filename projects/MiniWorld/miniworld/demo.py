@@ -19,7 +19,10 @@ from PIL import Image
 from miniworld import experiment
 from miniworld.drawing import draw_predictions
 from regionspot.modeling.crop_baseline import CropRecognizer
+from regionspot.report import write_report
 from regionspot.utils.files import atomic_path
+
+NUM_WORST = 12  # images of the report
 
 
 class Stages:
@@ -86,14 +89,23 @@ def main(args: Namespace) -> None:
         for name, image in draw_predictions(model.recognizer, scenes[:6]).items():
             with atomic_path(args.output / f"{name}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
+    with stage("report", "the two evaluations as one HTML file"):
+        write_report([args.output / "training", args.output / "proposals"], args.output / "report.html", NUM_WORST)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     summary.update(seconds=stage.seconds, seed=args.seed, world_seed=0, versions=versions)
     with atomic_path(args.output / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
     print(f"\n{table(summary)}\n\n{sum(stage.seconds.values()):.0f} s; images and summary.json are in {args.output}")
-    print(
-        "The same on your own image, with names of this world:\n"
-        f"  {sys.executable} tools/predict.py --config-file {os.path.relpath(args.config_file)} --input IMAGE.png "
-        '--boxes "x0,y0,x1,y1" --vocabulary "striped red star,plain blue ring" --output output/mine '
-        f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
+    print(f"\nWhat to try next:\n{next_steps(args)}")
+
+
+def next_steps(args: Namespace) -> str:
+    """Return a line for each thing that a user may want to do with the output."""
+    config = os.path.relpath(args.config_file)
+    weights = f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
+    program = f"{sys.executable} -m regionspot_cli"
+    return (
+        f"  look: open {args.output / 'report.html'} in a browser: AP, errors by kind, confusions, the worst images\n"
+        f"  predict: {program} predict --config-file {config} --input {args.output / 'data/miniworld/test'} "
+        f'--vocabulary "striped red star,plain blue ring" --output output/mine {weights}'
     )

@@ -168,9 +168,14 @@ def write_proposals(scenes: list[Scene], path: Path) -> None:
 
 
 def average_precision(cfg: CfgNode, model: RegionSpot, split: str, proposals: Path | None = None) -> dict[str, float]:
-    """Return LVIS's AP, APr, APc, APf and mask_AP of a split, by the ordinary evaluation."""
+    """Return LVIS's AP, APr, APc, APf and mask_AP of a split, by the ordinary evaluation, which leaves its files.
+
+    They are in ``OUTPUT_DIR/inference``, and those of a proposal file in a directory of its name beside it.
+    """
     cfg = cfg.clone()
     cfg.defrost()
+    if proposals:
+        cfg.OUTPUT_DIR = str(proposals.with_suffix(""))
     cfg.DATASETS.TEST = (f"miniworld_{split}",)
     cfg.DATASETS.PROPOSAL_FILES_TEST = (str(proposals),) if proposals else ()
     cfg.freeze()
