@@ -79,7 +79,8 @@ class FrameReader:
     """Reads frames of videos in any order, and fast if it is nearly theirs: one decoder stays open."""
 
     def __init__(self) -> None:
-        self._path, self._index = "", None
+        self._path = ""
+        self._index: _Index | None = None
         self._container: Any = None
         self._frames: Iterator[Any] = iter(())
         self._position = -1  # of the frame that was decoded last
