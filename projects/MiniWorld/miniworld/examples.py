@@ -27,13 +27,23 @@ HEADERS = ("novel top-1", "base top-1", "novel of novel names")
 
 
 def example_pool(dataset_name: str) -> dict[int, list[dict[str, Any]]]:
-    """Return the regions of a data set by class, as the examples of a vocabulary file."""
+    """Return the regions of a data set by class, as the examples of a vocabulary file.
+
+    Raises:
+        ValueError: too few regions of a novel class.
+    """
     pool: dict[int, list[dict[str, Any]]] = {}
     for record in DatasetCatalog.get(dataset_name):
         for annotation in record["annotations"]:
             x, y, width, height = annotation["bbox"]
             box = [x, y, x + width, y + height]
             pool.setdefault(annotation["category_id"], []).append({"image": record["file_name"], "box": box})
+    for label in NOVEL:
+        if len(pool.get(label, ())) < max(NUMBERS):
+            raise ValueError(
+                f"{dataset_name} has {len(pool.get(label, ()))} regions of {NAMES[label]!r}, expected at least "
+                f"{max(NUMBERS)} of each novel class; draw more scenes: --val"
+            )
     return pool
 
 
@@ -89,12 +99,12 @@ def similar_names(predictor: RegionSpotPredictor) -> dict[int, int]:
     return {label: int(similarities[label].argmax()) for label in NOVEL}
 
 
-def run_seed(args: Namespace, seed: int) -> dict[str, dict[str, float]]:
+def run_seed(args: Namespace, seed: int, pool: dict[int, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """Return the accuracies of all rows by the model of a seed, with examples that the seed chooses."""
     predictor, cfg = load_trained(args, seed)
     index = index_split(predictor, cfg, "miniworld_test", args.output / "indexes" / f"test-{seed}")
     _, labels = annotated_labels(index, AnnotationFile(MetadataCatalog.get("miniworld_test").json_file))
-    rows = vocabularies(example_pool("miniworld_val"), similar_names(predictor), seed)
+    rows = vocabularies(pool, similar_names(predictor), seed)
     results = {}
     for name, vocabulary in tqdm(rows.items(), desc=f"vocabularies, seed {seed}"):
         _, embeddings = predictor.recognizer.encode_vocabulary(vocabulary)
@@ -115,10 +125,10 @@ def main(args: Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
     sizes = {"train": args.train, "val": args.val, "test": args.test}
     experiment.draw_data(args.output / "data", sizes, args.workers)
-    results = []
+    pool, results = example_pool("miniworld_val"), []
     for seed in range(args.seeds):
         path: Path = args.output / "examples" / f"{seed}.json"
         if not path.is_file():
-            write_json(path, run_seed(args, seed))
+            write_json(path, run_seed(args, seed, pool))
         results.append(json.loads(path.read_text()))
     print(f"\n{table(results)}")
