@@ -65,7 +65,7 @@ def vocabularies(
         for label in NOVEL:
             entry: dict[str, Any] = {"name": NAMES[label], "examples": shuffled[label][:number]}
             entry |= {"synonyms": [NAMES[label]]} if with_name else {}
-            entry |= {"negatives": shuffled[similar[label]][:num_negatives]} if num_negatives else {}
+            entry |= {"negatives": shuffled.get(similar[label], [])[:num_negatives]} if num_negatives else {}
             names[label] = entry
         return names
 
