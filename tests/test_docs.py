@@ -46,6 +46,8 @@ def directory(tmp_path_factory):
     (directory / "boxes.json").write_text((directory / "results.json").read_text())
     torch.save({"model": released_state(model)}, directory / "regionspot_bb.pth")
     Image.fromarray(draw_scene(0, (480, 640))[0]).save(directory / "cup.jpg")
+    [names] = blocks(ROOT / "docs" / "find.md", "json")
+    (directory / "names.json").write_text(names)
     overrides = [*frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
     for name in ("BB", "BL"):
         write_config(directory / "configs" / f"RegionSpot-{name}.yaml", TINY, overrides)

@@ -1,19 +1,25 @@
-"""Suspicious labels: annotated regions that look like another name, by confident learning.
+"""Suspicious labels: annotated regions that look like another name.
 
-Northcutt et al., "Confident Learning: Estimating Uncertainty in Dataset Labels" (JAIR 2021): a class's threshold is the
-mean probability that its own annotations have for it. Names that the model confuses have low thresholds, so that being
-confused is no reason for suspicion.
+The model's logits are calibrated on the labels first, by a temperature and a bias for each class (Alexandari et al.,
+"Maximum Likelihood with Bias-Corrected Calibration", ICML 2020): a name that the model prefers to another one whatever
+it sees is no reason for suspicion. Few wrong labels among many hardly move so few parameters. What is suspicious enough
+to be reported is decided by confident learning (Northcutt et al., JAIR 2021): a class's threshold is the mean
+probability that its own annotations have for it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from regionspot.data.coco_io import AnnotationFile
 from regionspot.data.coco_io.annotations import look_up
 from regionspot.index.classify import IndexClassifier
 from regionspot.index.store import RegionIndex
+
+MAX_FITTED = 10_000_000  # logits that calibration holds in memory
 
 
 @dataclass(frozen=True)
@@ -24,25 +30,31 @@ class Audit:
         annotations: (N,) int64, positions in the annotation file.
         labels: (N,) int64, annotated classes.
         suggested: (N,) int64, the class other than the label that fits best.
-        suspicion: (N,) float32 in [0, 1]: how much better it fits, both compared with their classes' thresholds.
-        is_suspicious: (N,) bool: the most probable class that reaches its threshold is not the label.
-        label_scores, suggested_scores: (N,) float32, probabilities of both.
+        log_ratios: (N,) float32, of the probability of the suggestion to that of the label.
+        suspicion: (N,) float32 in [0, 1], the probability of the suggestion if one of both is right.
+        is_suspicious: (N,) bool: the most probable class that reaches its threshold is not the label, whose probability
+            is below its own.
+        label_scores, suggested_scores: (N,) float32, calibrated probabilities of both.
         thresholds: (K,) float32, mean probability of each class for its own annotations.
     """
 
     annotations: np.ndarray
     labels: np.ndarray
     suggested: np.ndarray
-    suspicion: np.ndarray
+    log_ratios: np.ndarray
     is_suspicious: np.ndarray
     label_scores: np.ndarray
     suggested_scores: np.ndarray
     thresholds: np.ndarray
 
+    @property
+    def suspicion(self) -> np.ndarray:
+        return 1 / (1 + np.exp(-self.log_ratios))
+
     def ranked(self, only_suspicious: bool = True) -> np.ndarray:
         """Return the regions' rows, the most suspicious first."""
         rows = np.flatnonzero(self.is_suspicious) if only_suspicious else np.arange(len(self.labels))
-        return rows[np.argsort(-self.suspicion[rows], kind="stable")]
+        return rows[np.argsort(-self.log_ratios[rows], kind="stable")]
 
 
 def annotated_labels(index: RegionIndex, file: AnnotationFile) -> tuple[np.ndarray, np.ndarray]:
@@ -67,10 +79,10 @@ def annotated_labels(index: RegionIndex, file: AnnotationFile) -> tuple[np.ndarr
 
 
 def audit_labels(classifier: IndexClassifier, annotations: np.ndarray, labels: np.ndarray) -> Audit:
-    """Compare the labels of regions with what they look like; the index is read twice.
+    """Compare the labels of regions with what they look like; the index is read three times.
 
     Args:
-        classifier: of the index and the names of the classes; its probabilities must sum to 1.
+        classifier: of the index and the names of the classes, without background.
         annotations: (N,) of the regions, see ``annotated_labels``.
         labels: (N,) int64 classes.
 
@@ -82,27 +94,47 @@ def audit_labels(classifier: IndexClassifier, annotations: np.ndarray, labels: n
             f"expected annotated regions of at least two classes, got {len(labels)} of {classifier.num_names}"
         )
     targets = torch.from_numpy(labels)
-    label_scores = torch.zeros(len(labels))
-    for first, _, probabilities in classifier.probabilities():
-        rows = slice(first, first + len(probabilities))
-        label_scores[rows] = probabilities.cpu().gather(1, targets[rows, None])[:, 0]
-    thresholds = _thresholds(label_scores, targets, classifier.num_names)
-    columns: list[list[torch.Tensor]] = [[], [], [], []]
-    for first, _, probabilities in classifier.probabilities():
-        results = _compare(probabilities.cpu(), targets[first : first + len(probabilities)], thresholds)
-        for column, values in zip(columns, results):
-            column.append(values)
-    suggested, suspicion, is_suspicious, suggested_scores = (torch.cat(column).numpy() for column in columns)
-    return Audit(
-        annotations,
-        labels,
-        suggested,
-        suspicion,
-        is_suspicious,
-        label_scores.numpy(),
-        suggested_scores,
-        thresholds.numpy(),
-    )
+    scale, bias = calibrate(*_sample(classifier, targets))
+
+    def calibrated() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for first, _, logits in classifier.logits():
+            yield (logits.cpu() * scale + bias).log_softmax(dim=1), targets[first : first + len(logits)]
+
+    own = [x.gather(1, chunk[:, None])[:, 0].exp() for x, chunk in calibrated()]
+    thresholds = _thresholds(torch.cat(own), targets, classifier.num_names)
+    columns = [torch.cat(x).numpy() for x in zip(*(_compare(x, chunk, thresholds) for x, chunk in calibrated()))]
+    return Audit(annotations, labels, *columns, thresholds=thresholds.numpy())
+
+
+def _sample(classifier: IndexClassifier, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the (n, K) logits and (n,) labels of regions spread over the index, as many as memory allows."""
+    step = -(-len(targets) * classifier.num_names // MAX_FITTED)
+    logits = [x[-first % step :: step].cpu() for first, _, x in classifier.logits()]
+    return torch.cat(logits), targets[::step]
+
+
+def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale, (1,), and the biases of classes, (K,), with which logits explain labels best.
+
+    Args:
+        logits: (n, K) float32.
+        labels: (n,) int64.
+    """
+    log_scale = torch.zeros(1, requires_grad=True)
+    bias = torch.zeros(logits.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        # a class with few annotations keeps a bias near 0
+        prior = 0.25 * bias.square().sum() / len(labels)
+        value = F.cross_entropy(logits * log_scale.exp() + bias, labels) + prior
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return log_scale.detach().exp(), bias.detach()
 
 
 def _thresholds(label_scores: torch.Tensor, labels: torch.Tensor, num_names: int) -> torch.Tensor:
@@ -113,17 +145,16 @@ def _thresholds(label_scores: torch.Tensor, labels: torch.Tensor, num_names: int
 
 
 def _compare(
-    probabilities: torch.Tensor, labels: torch.Tensor, thresholds: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ``Audit``'s suggested, suspicion, is_suspicious and suggested_scores of n regions."""
-    margins = probabilities - thresholds  # (n, K)
-    own = margins.gather(1, labels[:, None])[:, 0]
-    best, suggested = margins.scatter(1, labels[:, None], -torch.inf).max(dim=1)
-    confident = torch.where(margins >= 0, probabilities, -1.0)
+    log_probabilities: torch.Tensor, labels: torch.Tensor, thresholds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``Audit``'s suggested, log_ratios, is_suspicious, label_scores and suggested_scores of n regions."""
+    own = log_probabilities.gather(1, labels[:, None])[:, 0]
+    best, suggested = log_probabilities.scatter(1, labels[:, None], -torch.inf).max(dim=1)
+    probabilities = log_probabilities.exp()
+    confident = torch.where(probabilities >= thresholds, probabilities, -1.0)
     top, confident_class = confident.max(dim=1)
-    is_suspicious = (top >= 0) & (confident_class != labels)
-    # the class that is confident is the better suggestion where both rules differ
+    is_suspicious = (top >= 0) & (confident_class != labels) & (own.exp() < thresholds[labels])
+    # a class that is confident is the better suggestion where both rules differ
     suggested = torch.where(is_suspicious, confident_class, suggested)
-    best = margins.gather(1, suggested[:, None])[:, 0]
-    suspicion = (best - own + 2) / 4  # differences of two margins are in [-2, 2]
-    return suggested, suspicion, is_suspicious, probabilities.gather(1, suggested[:, None])[:, 0]
+    best = log_probabilities.gather(1, suggested[:, None])[:, 0]
+    return suggested, best - own, is_suspicious, own.exp(), best.exp()

@@ -82,8 +82,8 @@ class AuditWriter:
             numbers[region.image].append(number)
         panels = [self._panel(numbers[name], images) for name in list(numbers)[:num_images]]
         text = (
-            f"{len(self.rows):,} of {len(self.audit.labels):,} labels; suspicion is how much better another name "
-            "fits than the label, both compared with what is usual for their classes (confident learning)."
+            f"{len(self.rows):,} of {len(self.audit.labels):,} labels; suspicion is the probability of the "
+            "other name if it or the label is right, calibrated on all labels."
         )
         sections = [
             Section("summary", "Suspicious labels", texts=[text], tables=[self._labels()]),

@@ -66,13 +66,18 @@ class IndexClassifier:
         # the scale is applied to the names once, not to every logit
         self._weights = (weights.float() * float(np.exp(np.float32(index.manifest["logit_scale"])))).to(device).t()
 
-    def probabilities(self, chunk: int = CLASSIFY_CHUNK) -> Iterator[tuple[int, dict[str, torch.Tensor], torch.Tensor]]:
-        """Yield (row of the first region, columns, (n, K + M) float32 probabilities), a chunk at a time."""
+    def logits(self, chunk: int = CLASSIFY_CHUNK) -> Iterator[tuple[int, dict[str, torch.Tensor], torch.Tensor]]:
+        """Yield (row of the first region, columns, (n, K + M) float32 logits), a chunk at a time."""
         for first, columns in self.index.chunks(chunk):
             embeddings = columns["embeddings"].to(self.device).float()
             # rounding to float16 changes lengths, too; the classifier's own are normalized
             embeddings = embeddings / (embeddings.norm(dim=1, keepdim=True) + 1e-7)
-            yield first, columns, self.rule.probabilities(embeddings @ self._weights)
+            yield first, columns, embeddings @ self._weights
+
+    def probabilities(self, chunk: int = CLASSIFY_CHUNK) -> Iterator[tuple[int, dict[str, torch.Tensor], torch.Tensor]]:
+        """Yield (row of the first region, columns, (n, K + M) float32 probabilities), a chunk at a time."""
+        for first, columns, logits in self.logits(chunk):
+            yield first, columns, self.rule.probabilities(logits)
 
     def classify(self, top_k: int = 1, chunk: int = CLASSIFY_CHUNK) -> Iterator[NamedRegions]:
         """Yield the ``top_k`` best names of all regions, a chunk at a time."""

@@ -8,7 +8,8 @@ from regionspot.data import register_json_dataset
 from regionspot.data.coco_io import AnnotationFile
 from regionspot.data.tokens.writer import StoreWriter
 from regionspot.index import IndexClassifier, RegionIndex, build_index, dataset_images
-from regionspot.index.audit import Audit, annotated_labels, audit_labels
+from regionspot.index import audit as audit_module
+from regionspot.index.audit import Audit, annotated_labels, audit_labels, calibrate
 from regionspot.index.audit_files import AuditWriter
 from regionspot.index.store import INDEX
 
@@ -43,8 +44,8 @@ def test_perfect_model_ranks_planted_errors_first(tmp_path):
     assert np.array_equal(audit.suggested[planted], truth[planted])
     assert audit.suspicion.min() >= 0 and audit.suspicion.max() <= 1
     for label in range(8):  # the mean over the class's own annotations, in which errors are near 0
-        share = (truth[labels == label] == label).mean()
-        assert audit.thresholds[label] == pytest.approx(share, abs=1e-3)
+        assert audit.thresholds[label] == pytest.approx(audit.label_scores[labels == label].mean(), abs=1e-5)
+        assert audit.thresholds[label] == pytest.approx((truth[labels == label] == label).mean(), abs=0.1)
 
 
 def test_confused_names_are_no_reason_for_suspicion(tmp_path):
@@ -61,6 +62,24 @@ def test_confused_names_are_no_reason_for_suspicion(tmp_path):
 def test_class_without_annotations_is_not_suggested(tmp_path):
     audit = audit_of(tmp_path, torch.eye(3)[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), torch.eye(3))
     assert not audit.is_suspicious.any() and audit.thresholds[2] == 1
+
+
+def test_calibration_recovers_scale_and_bias():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4000, 5, generator=generator)
+    true_bias = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0])
+    labels = torch.multinomial((0.5 * logits + true_bias).softmax(dim=1), 1, generator=generator)[:, 0]
+    scale, bias = calibrate(logits, labels)
+    assert float(scale) == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(bias - bias.mean(), true_bias, atol=0.2, rtol=0)
+
+
+def test_calibration_samples_a_large_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_module, "MAX_FITTED", 8 * 30)
+    labels = np.arange(200) % 8
+    classifier = IndexClassifier(index_of(tmp_path, torch.eye(8)[labels]), torch.eye(8))
+    logits, sampled = audit_module._sample(classifier, torch.from_numpy(labels))
+    assert len(logits) == len(sampled) == 29 and torch.equal(logits.argmax(dim=1), sampled)
 
 
 def test_one_class_is_refused(tmp_path):
@@ -99,9 +118,10 @@ def test_files_of_an_audit(audited, tmp_path):
     index, file, content, directory = audited
     annotations, labels = annotated_labels(index, file)
     count = len(labels)
-    suspicion = np.linspace(0.1, 0.9, count).astype(np.float32)
+    suspicion = np.linspace(0.1, 0.9, count)
     columns = (np.zeros(count, np.float32), np.ones(count, np.float32), np.full(4, 0.5, np.float32))
-    audit = Audit(annotations, labels, (labels + 1) % 4, suspicion, suspicion > 0.7, *columns)
+    ratios = np.log(suspicion / (1 - suspicion))
+    audit = Audit(annotations, labels, (labels + 1) % 4, ratios, suspicion > 0.7, *columns)
     writer = AuditWriter(index, file, audit)
     writer.write_coco(tmp_path / "suspicious.json")
     written = json.loads((tmp_path / "suspicious.json").read_text())
