@@ -4,21 +4,39 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.utils.logger import setup_logger
 
 from regionspot import RegionSpotPredictor
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
+from regionspot.data.datasets import register_from_spec
 from regionspot.engine import fork_workers
 from regionspot.index import ImageSet, RegionIndex, build_index, dataset_images, file_images
 from regionspot.utils.command_line import printable
 
 
 def find_images(args: Namespace) -> ImageSet:
-    if not args.dataset:
-        return file_images(args.images)
-    check_registered([args.dataset], "--dataset")
-    return dataset_images(args.dataset, with_boxes=not args.find_boxes)
+    """Return the images of --input, with the boxes of --regions."""
+    finds_boxes, [first, *others] = args.regions in ("sam", "detector"), args.input
+    if not others and (first in DatasetCatalog or register_from_spec(first)):
+        check_registered([first], "--input")
+        if args.regions not in ("", "gt") and not finds_boxes:
+            raise ValueError(f"--regions {args.regions}: expected sam, detector or gt for a data set")
+        return dataset_images(first, with_boxes=not finds_boxes)
+    if args.regions == "gt":
+        raise ValueError("--regions gt: expected a data set as --input, such as my.json:my_images")
+    return file_images(args.input, "" if finds_boxes else args.regions)
+
+
+def choose_source(cfg: CfgNode, regions: str) -> None:
+    """Let SAM, or the config's detector, find the boxes."""
+    node = cfg.MODEL.REGIONSPOT.PROPOSALS
+    if regions in ("sam", "detector"):
+        node.SOURCE = {"sam": "sam_automatic", "detector": "detector"}[regions]
+    elif node.SOURCE == "auto":
+        node.SOURCE = "sam_automatic"
 
 
 def verify(directory: Path) -> int:
@@ -37,8 +55,8 @@ def main(args: Namespace) -> int:
     fork_workers()
     images = find_images(args)
     cfg = load_config(args.config_file, args.opts)
-    if not images.has_boxes and cfg.MODEL.REGIONSPOT.PROPOSALS.SOURCE == "auto":
-        cfg.MODEL.REGIONSPOT.PROPOSALS.SOURCE = "sam_automatic"
+    if not images.has_boxes:
+        choose_source(cfg, args.regions)
     index = build_index(RegionSpotPredictor(cfg), cfg, images, args.output, args.shard_images)
     if index is None:
         print(f"{printable(args.output)}: other processes still work on it")

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "prediction": GROUND | {"config", "data", "drawing", "modeling", "predictor"},
     "drawing": {"utils"},
     "visualization": {"drawing", "utils"},
-    "index": GROUND | {"config", "data", "modeling", "engine", "predictor", "report", "evaluation"},
+    "index": GROUND | {"config", "data", "modeling", "engine", "prediction", "predictor", "report", "evaluation"},
 }
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def build_index(
         for shard, rows in enumerate(shards):
             with _claim(writer, shard) as is_claimed:
                 if is_claimed:
-                    _write_shard(predictor, cfg, writer, shard, records, rows, bar)
+                    loader = _load(cfg, images, rows)
+                    _write_shard(predictor, writer, shard, loader, len(rows), bar)
     return RegionIndex(directory) if writer.finish() else None
 
 
@@ -164,21 +165,18 @@ def _is_outdated(writer: StoreWriter, shard: int, records: Sequence[ImageRegions
     return has_changed or any(isinstance(_read(records[row], ()), np.ndarray) for row in left_out)
 
 
-def _write_shard(
-    predictor: RegionSpotPredictor,
-    cfg: CfgNode,
-    writer: StoreWriter,
-    shard: int,
-    records: Sequence[ImageRegions],
-    rows: range,
-    bar: tqdm,
-) -> None:
-    loader = DataLoader(
-        _Images(records, rows, tuple(cfg.INPUT.DEEP_RANGE)),
+def _load(cfg: CfgNode, images: ImageSet, rows: range) -> DataLoader:
+    return DataLoader(
+        _Images(images, rows, tuple(cfg.INPUT.DEEP_RANGE)),
         batch_size=cfg.TEST.BATCH_SIZE,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
     )
+
+
+def _write_shard(
+    predictor: RegionSpotPredictor, writer: StoreWriter, shard: int, loader: DataLoader, num_images: int, bar: tqdm
+) -> None:
     entries: list[_Embedded] = []
     left_out: dict[int, str] = {}
     for batch in loader:
@@ -193,21 +191,30 @@ def _write_shard(
     for reason in left_out.values():
         logger.warning("left out: %s", reason)
     order = sorted(left_out)
-    writer.write(shard, _pack(entries, predictor), len(rows), order, [left_out[row] for row in order])
+    writer.write(shard, _pack(entries, predictor), num_images, order, [left_out[row] for row in order])
 
 
 class _Images(Dataset):
-    """Images of a shard: (row, record, pixels or why they cannot be read)."""
+    """Images of a shard: (row, record, pixels or why they cannot be used)."""
 
-    def __init__(self, records: Sequence[ImageRegions], rows: range, deep_range: tuple[float, ...]) -> None:
-        self.records, self.rows, self.deep_range = records, rows, deep_range
+    def __init__(self, images: ImageSet, rows: range, deep_range: tuple[float, ...]) -> None:
+        self.images, self.rows, self.deep_range = images, rows, deep_range
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, ImageRegions, np.ndarray | str]:
-        record = self.records[self.rows[index]]
-        return self.rows[index], record, _read(record, self.deep_range)
+        record = self.images.images[self.rows[index]]
+        pixels = _read(record, self.deep_range)
+        if isinstance(pixels, np.ndarray) and self.images.regions is not None:
+            try:
+                regions = self.images.regions(record, (pixels.shape[0], pixels.shape[1]))
+            except ValueError as error:
+                return self.rows[index], record, f"{record.name}: {error}"
+            if not regions.has_entry:
+                return self.rows[index], record, f"{record.name}: it has no regions in the file"
+            record = replace(record, boxes=regions.boxes, proposal_scores=regions.scores)
+        return self.rows[index], record, pixels
 
 
 def _read(record: ImageRegions, deep_range: Sequence[float]) -> np.ndarray | str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.data.dataset_mapper import read_annotations
 from regionspot.data.training_set import describe_annotations
+from regionspot.prediction.regions import RegionSource, open_region_source
+from regionspot.prediction.sources import list_images
 from regionspot.structures import has_area
-from regionspot.utils.files import expand_user
-from regionspot.utils.images import FORMATS
-
-SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm"), "JPEG2000": (".jp2",)}
-IMAGE_SUFFIXES = tuple(x for name in FORMATS for x in SUFFIXES.get(name, (f".{name.lower()}",)))
+from regionspot.utils.files import sha256_of_file
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class ImageRegions:
     boxes: np.ndarray | None = None
     proposal_scores: np.ndarray | None = None
     keys: np.ndarray | None = None
+    frame: int = -1  # of a video: indexes are of images
 
 
 @dataclass(frozen=True)
@@ -50,37 +49,41 @@ class ImageSet:
         root: the directory that names are relative to.
         fingerprint: of the names and boxes, which tells whether an index is of these images.
         has_boxes: whether boxes are known of all images.
+        regions: returns the boxes of an image that has none itself, when its size is known; None without.
     """
 
     images: Sequence[ImageRegions]
     root: Path
     fingerprint: str
     has_boxes: bool
+    regions: RegionSource | None = None
 
 
-def file_images(paths: Iterable[str | Path]) -> ImageSet:
-    """Return the images of files and, sorted by name, of directories with all below them.
+def file_images(inputs: Sequence[str], regions: str = "") -> ImageSet:
+    """Return the images of files, directories, patterns and lists, as ``prediction.sources.list_images`` finds them.
+
+    Args:
+        inputs: see ``list_images``; no videos.
+        regions: a file of boxes, in any format of ``open_region_source``; "" for boxes that are to be found.
 
     Raises:
-        FileNotFoundError: no such file or directory.
-        ValueError: no image among them.
+        FileNotFoundError: no such file, or no image among them.
+        ValueError: a video.
     """
-    files: dict[Path, None] = {}
-    for path in map(expand_user, paths):
-        if path.is_dir():
-            below = (x for x in path.rglob("*") if x.suffix.lower() in IMAGE_SUFFIXES and x.is_file())
-            files.update(dict.fromkeys(x.absolute() for x in sorted(below)))
-        elif path.is_file():
-            files[path.absolute()] = None
-        else:
-            raise FileNotFoundError(f"images {str(path)!r}: no such file or directory")
-    if not files:
-        raise ValueError(f"no images: expected files or directories with {', '.join(IMAGE_SUFFIXES)}")
-    root = Path(os.path.commonpath([path.parent for path in files]))
-    names = [path.relative_to(root).as_posix() for path in files]
-    images = [ImageRegions(name, path, number) for number, (name, path) in enumerate(zip(names, files))]
-    fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    return ImageSet(images, root, fingerprint, has_boxes=False)
+    records = list(list_images(inputs))
+    for record in records:
+        if record.frame >= 0:
+            raise ValueError(f"--input {record.path}: expected images; regionspot predict takes videos, too")
+    paths = list(dict.fromkeys(Path(record.path).absolute() for record in records))
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    names = [path.relative_to(root).as_posix() for path in paths]
+    images = [ImageRegions(name, path, number) for number, (name, path) in enumerate(zip(names, paths))]
+    digest = hashlib.sha256("\n".join(names).encode())
+    if not regions:
+        return ImageSet(images, root, digest.hexdigest(), has_boxes=False)
+    source = open_region_source(regions, "")
+    digest.update((sha256_of_file(regions) if Path(regions).is_file() else regions).encode())
+    return ImageSet(images, root, digest.hexdigest(), has_boxes=True, regions=source)
 
 
 def dataset_images(name: str, with_boxes: bool = True) -> ImageSet:

@@ -76,7 +76,11 @@ def test_demo_learns_and_writes_summary(demo):
     report = (directory / "report.html").read_text()
     assert f"{summary['AP']:.2f}" in report and f"{summary['proposal_file']['AP']:.2f}" in report
     assert f"open {directory / 'report.html'} in a browser" in output
-    assert "regionspot_cli predict --config-file" in output
+    assert (
+        (directory / "search" / "sheet.png").is_file() and "search --index" in output and "predict --config" in output
+    )
+    rows = (directory / "search" / "regions.csv").read_text().splitlines()[1:]
+    assert len(rows) == 12 and all(row.split(",")[2].startswith("test/") for row in rows)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -19,9 +19,9 @@ def directory(tmp_path_factory):
     model = write_user_files(directory)
     torch.save({"model": released_state(model)}, directory / "model.pth")
     Image.fromarray(draw_scene(0)[0]).save(directory / "cup.png")
-    overrides = ["--opts", *frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
+    overrides = [*frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
     data = f"{directory}/my.json:{directory}/my_images"
-    COMMANDS["index"].call("--dataset", data, "--config-file", TINY, "--output", directory / "index", *overrides)
+    COMMANDS["index"].call("--input", data, "--config-file", TINY, "--output", directory / "index", *overrides)
     return directory
 
 
@@ -34,14 +34,16 @@ def test_index_needs_no_config_file_later(directory, capsys):
     box = draw_scene(0)[1][1]
     region = f"{directory}/my_images/0.png:{','.join(str(x) for x in box)}"
     output = directory / "search"
-    COMMANDS["search"].call(directory / "index", "--region", region, "--top-k", 4, "--output", output)
+    COMMANDS["search"].call("--index", directory / "index", "--region", region, "--top-k", 4, "--output", output)
     rows = read_csv(output / "regions.csv")
     assert len(rows) == 4 and [row["rank"] for row in rows] == ["1", "2", "3", "4"]
     assert rows[0]["image"] == "0.png" and [float(rows[0][x]) for x in ("x0", "y0", "x1", "y1")] == box.tolist()
     assert [float(row["score"]) for row in rows] == sorted((float(row["score"]) for row in rows), reverse=True)
     assert np.asarray(Image.open(output / "sheet.png")).std() > 10
     assert "   1  " in capsys.readouterr().out
-    COMMANDS["search"].call(directory / "index", "--text", "red square", "a disc", "--image", directory / "cup.png")
+    COMMANDS["search"].call(
+        "--index", directory / "index", "--text", "red square", "--text", "a disc", "--image", directory / "cup.png"
+    )
     assert len(capsys.readouterr().out.splitlines()) == 20
 
 
@@ -50,7 +52,7 @@ def test_classify_writes_a_table(directory, suffix, capsys):
     path, counts = directory / f"names.{suffix}", directory / "counts.csv"
     names = "red square,green disc,blue square"
     COMMANDS["classify-index"].call(
-        directory / "index", "--vocabulary", names, "--top-k", 2, "--output", path, "--counts", counts
+        *("--index", directory / "index", "--vocabulary", names), "--top-k", 2, "--output", path, "--counts", counts
     )
     if suffix == "csv":
         rows = read_csv(path)
@@ -70,7 +72,30 @@ def test_classify_writes_a_table(directory, suffix, capsys):
 
 def test_index_of_other_weights_is_refused(directory):
     with pytest.raises(ValueError, match="region index .* is of another sam: expected .*model.pth"):
-        COMMANDS["search"].call(directory / "index", "--text", "cup", "--opts", "MODEL.WEIGHTS", "")
+        COMMANDS["search"].call("--index", directory / "index", "--text", "cup", "MODEL.WEIGHTS", "")
+
+
+def test_index_of_files_with_boxes_of_a_file(directory):
+    """Boxes of a labeling tool, by the images' names; an image that the file lacks costs a line."""
+    boxes = {f"{i}.png": draw_scene(i)[1].tolist() for i in range(3)}
+    (directory / "boxes.json").write_text(json.dumps(boxes))
+    weights = [*frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
+    images = [directory / "my_images" / f"{i}.png" for i in range(4)]
+    output = directory / "index_of_boxes"
+    options = ["--regions", directory / "boxes.json", "--config-file", TINY, "--output", output]
+    COMMANDS["index"].call("--input", *images, *options, *weights)
+    index = RegionIndex(output)
+    assert len(index) == sum(map(len, boxes.values())) and index.left_out() == ["3.png: it has no regions in the file"]
+    for region in index.regions(range(len(index))):
+        assert region.box.tolist() in boxes[region.image]
+
+
+def test_gt_without_a_data_set_is_refused(directory):
+    with pytest.raises(ValueError, match="--regions gt: expected a data set as --input"):
+        COMMANDS["index"].call(
+            *("--input", directory / "cup.png", "--regions", "gt"),
+            *("--config-file", TINY, "--output", directory / "none"),
+        )
 
 
 def test_verify(directory, capsys):
@@ -81,9 +106,13 @@ def test_verify(directory, capsys):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("index", ["photos", "--config-file", "a.yaml"], "expected --config-file, --output, and images or --dataset"),
-        ("search", ["index"], "expected --text, --image or --region"),
-        ("classify-index", ["index", "--vocabulary", "a", "--output", "a.xlsx"], "expected one of the suffixes .csv"),
+        ("index", ["--input", "photos", "--config-file", "a.yaml"], "expected --input, --config-file and --output, or"),
+        ("search", ["--index", "index"], "expected --text, --image or --region"),
+        (
+            "classify-index",
+            ["--index", "index", "--vocabulary", "a", "--output", "a.xlsx"],
+            "expected one of the suffixes .csv",
+        ),
     ],
 )
 def test_wrong_arguments_end_at_once(name, arguments, message, capsys):
@@ -93,7 +122,7 @@ def test_wrong_arguments_end_at_once(name, arguments, message, capsys):
 
 
 def test_audit_writes_three_files(directory, capsys):
-    overrides = ["--opts", *frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
+    overrides = [*frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
     files = ["--annotations", directory / "my.json", "--images", directory / "my_images"]
     for _ in range(2):  # the second time the index is there
         COMMANDS["audit"].call(*files, "--config-file", TINY, "--output", directory / "audit", "--top-k", 5, *overrides)
@@ -111,13 +140,15 @@ def test_embedded_vocabulary_in_all_commands(directory, capsys):
     path = directory / "names.safetensors"
     config = ["--config-file", TINY]
     COMMANDS["vocabulary"].call(
-        *["embed", directory / "names.json", *config, "--output", path, "--reference", directory / "index", "--opts"],
-        *overrides,
+        *["embed", "--vocabulary", directory / "names.json", *config, "--output", path],
+        *["--reference", directory / "index", *overrides],
     )
     assert "2 names of 32 numbers each" in capsys.readouterr().out
     for source in (path, directory / "names.json"):
         output = directory / "mine.csv"
-        COMMANDS["classify-index"].call(directory / "index", "--vocabulary", f"@{source}", "--output", output)
+        COMMANDS["classify-index"].call(
+            "--index", directory / "index", "--vocabulary", f"@{source}", "--output", output
+        )
         assert {row["name"] for row in read_csv(output)} <= {"red square", "mine"}
     boxes = ";".join(",".join(map(str, row)) for row in draw_scene(0)[1].tolist())
     COMMANDS["predict"].call(
