@@ -134,7 +134,7 @@ class RegionClassifier(nn.Module):
         self.dtype = dtype
         self.integration = as_dtype(recognizer.knowledge_integration, dtype)
         for layer in self.integration.decoder.layers:
-            layer.residual = residual  # not compiled
+            layer.residual = residual  # type: ignore[assignment]  # not compiled
         scale = recognizer.vision_language.clip_model.logit_scale.detach().float().exp().cpu()
         self.register_buffer("logit_scale", scale)
 

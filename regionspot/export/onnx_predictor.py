@@ -75,7 +75,7 @@ class OnnxRegionPredictor:
         Args:
             directory: what ``regionspot export`` wrote; by default that of this file.
             providers: onnxruntime's execution providers; by default CUDA if there is one, and the CPU.
-            chunk: regions decoded at once, about 60 MB each at SAM's full size.
+            chunk: regions decoded at once, about 30 MB each at SAM's full size.
         """
         self.directory, self.chunk = Path(directory), chunk
         if not (self.directory / "model.json").is_file():
