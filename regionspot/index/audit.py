@@ -2,9 +2,7 @@
 
 The model's logits are calibrated on the labels first, by a temperature and a bias for each class (Alexandari et al.,
 "Maximum Likelihood with Bias-Corrected Calibration", ICML 2020): a name that the model prefers to another one whatever
-it sees is no reason for suspicion. Few wrong labels among many hardly move so few parameters. What is suspicious enough
-to be reported is decided by confident learning (Northcutt et al., JAIR 2021): a class's threshold is the mean
-probability that its own annotations have for it.
+it sees is no reason for suspicion. Few wrong labels among many hardly move so few parameters.
 """
 
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from regionspot.data.coco_io.annotations import look_up
 from regionspot.index.classify import IndexClassifier
 from regionspot.index.store import RegionIndex
 
+MIN_SUSPICION = 0.95  # of labels that are reported
 MAX_FITTED = 10_000_000  # logits that calibration holds in memory
 
 
@@ -29,27 +28,27 @@ class Audit:
     Attributes:
         annotations: (N,) int64, positions in the annotation file.
         labels: (N,) int64, annotated classes.
-        suggested: (N,) int64, the class other than the label that fits best.
+        suggested: (N,) int64, the most probable class other than the label.
         log_ratios: (N,) float32, of the probability of the suggestion to that of the label.
-        suspicion: (N,) float32 in [0, 1], the probability of the suggestion if one of both is right.
-        is_suspicious: (N,) bool: the most probable class that reaches its threshold is not the label, whose probability
-            is below its own.
         label_scores, suggested_scores: (N,) float32, calibrated probabilities of both.
-        thresholds: (K,) float32, mean probability of each class for its own annotations.
     """
 
     annotations: np.ndarray
     labels: np.ndarray
     suggested: np.ndarray
     log_ratios: np.ndarray
-    is_suspicious: np.ndarray
     label_scores: np.ndarray
     suggested_scores: np.ndarray
-    thresholds: np.ndarray
 
     @property
     def suspicion(self) -> np.ndarray:
-        return 1 / (1 + np.exp(-self.log_ratios))
+        """(N,) float32 in [0, 1], the probability of the suggestion if either it or the label is right."""
+        return 1 / (1 + np.exp(-self.log_ratios.clip(-80, 80)))
+
+    @property
+    def is_suspicious(self) -> np.ndarray:
+        """(N,) bool: a suspicion of at least ``MIN_SUSPICION``."""
+        return self.suspicion >= MIN_SUSPICION
 
     def ranked(self, only_suspicious: bool = True) -> np.ndarray:
         """Return the regions' rows, the most suspicious first."""
@@ -79,7 +78,7 @@ def annotated_labels(index: RegionIndex, file: AnnotationFile) -> tuple[np.ndarr
 
 
 def audit_labels(classifier: IndexClassifier, annotations: np.ndarray, labels: np.ndarray) -> Audit:
-    """Compare the labels of regions with what they look like; the index is read three times.
+    """Compare the labels of regions with what they look like; the index is read twice.
 
     Args:
         classifier: of the index and the names of the classes, without background.
@@ -100,10 +99,8 @@ def audit_labels(classifier: IndexClassifier, annotations: np.ndarray, labels: n
         for first, _, logits in classifier.logits():
             yield (logits.cpu() * scale + bias).log_softmax(dim=1), targets[first : first + len(logits)]
 
-    own = [x.gather(1, chunk[:, None])[:, 0].exp() for x, chunk in calibrated()]
-    thresholds = _thresholds(torch.cat(own), targets, classifier.num_names)
-    columns = [torch.cat(x).numpy() for x in zip(*(_compare(x, chunk, thresholds) for x, chunk in calibrated()))]
-    return Audit(annotations, labels, *columns, thresholds=thresholds.numpy())
+    columns = [torch.cat(x).numpy() for x in zip(*(_compare(x, chunk) for x, chunk in calibrated()))]
+    return Audit(annotations, labels, *columns)
 
 
 def _sample(classifier: IndexClassifier, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,24 +134,8 @@ def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
     return log_scale.detach().exp(), bias.detach()
 
 
-def _thresholds(label_scores: torch.Tensor, labels: torch.Tensor, num_names: int) -> torch.Tensor:
-    """Return the (K,) mean probability of each class for its own annotations; 1 for a class without any."""
-    counts = torch.bincount(labels, minlength=num_names)
-    sums = torch.zeros(num_names, dtype=torch.float64).index_add_(0, labels, label_scores.double())
-    return torch.where(counts > 0, sums / counts.clamp(min=1), 1.0).float()
-
-
-def _compare(
-    log_probabilities: torch.Tensor, labels: torch.Tensor, thresholds: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ``Audit``'s suggested, log_ratios, is_suspicious, label_scores and suggested_scores of n regions."""
+def _compare(log_probabilities: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return ``Audit``'s suggested, log_ratios, label_scores and suggested_scores of n regions."""
     own = log_probabilities.gather(1, labels[:, None])[:, 0]
     best, suggested = log_probabilities.scatter(1, labels[:, None], -torch.inf).max(dim=1)
-    probabilities = log_probabilities.exp()
-    confident = torch.where(probabilities >= thresholds, probabilities, -1.0)
-    top, confident_class = confident.max(dim=1)
-    is_suspicious = (top >= 0) & (confident_class != labels) & (own.exp() < thresholds[labels])
-    # a class that is confident is the better suggestion where both rules differ
-    suggested = torch.where(is_suspicious, confident_class, suggested)
-    best = log_probabilities.gather(1, suggested[:, None])[:, 0]
-    return suggested, best - own, is_suspicious, own.exp(), best.exp()
+    return suggested, best - own, own.exp(), best.exp()

@@ -36,7 +36,7 @@ class AuditWriter:
             index: of the annotated boxes.
             file: the annotations.
             audit: of all regions of the index.
-            top_k: number of most suspicious labels; by default all that confident learning refuses.
+            top_k: number of most suspicious labels; by default all that are suspicious enough.
         """
         self.file, self.audit, self.names = file, audit, [category.class_name for category in file.categories]
         self.rows = audit.ranked() if top_k is None else audit.ranked(only_suspicious=False)[:top_k]

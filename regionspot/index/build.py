@@ -242,7 +242,7 @@ def _embed(predictor: RegionSpotPredictor, images: dict[int, tuple[ImageRegions,
     for row, record, result in zip(images, records, results):
         num_regions = len(result)
         scores_or_none = result.proposal_scores
-        columns = {
+        columns: dict[str, np.ndarray] = {
             "boxes": result.boxes.astype(np.float32),
             "embeddings": result.embeddings.astype(np.float16),
             "proposal_scores": np.full(num_regions, -1.0, np.float32) if scores_or_none is None else scores_or_none,

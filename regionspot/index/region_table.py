@@ -30,7 +30,8 @@ class RegionTable:
         self._write = kinds[self.path.suffix]
         if self._write is None:
             _import_pyarrow()
-        self._stack, self._writer = ExitStack(), None
+        self._stack = ExitStack()
+        self._writer: Any = None
 
     def __enter__(self) -> "RegionTable":
         self._temporary = self._stack.enter_context(atomic_path(self.path))

@@ -140,7 +140,9 @@ class EntryEncoder:
         tokens = located.tokens
         # regions of an image attend to each other: an example must not depend on which others there are
         groups = [*tokens[: len(boxes)].split(1), tokens[len(boxes) :]]
-        semantic = [recognizer.knowledge_integration([group], features.feature_map)[0] for group in groups]
+        maps = features.feature_map
+        maps = None if maps is None else maps.expand(len(groups), -1, -1)
+        semantic = recognizer.knowledge_integration(groups, maps)
         normalized = [F.normalize(x.float(), dim=1).cpu() for x in semantic]
         return torch.cat(normalized[:-1]), normalized[-1]
 

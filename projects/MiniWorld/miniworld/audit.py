@@ -68,7 +68,7 @@ def main(args: Namespace) -> list[tuple[int, float, float]]:
     print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
     flagged = audit.is_suspicious
     precision, recall = is_planted[flagged].mean() if flagged.any() else 0.0, flagged[is_planted].mean()
-    print(f"\nconfident learning refuses {flagged.sum()}: precision {100 * precision:.1f}, recall {100 * recall:.1f}")
+    print(f"\n{flagged.sum()} are reported: precision {100 * precision:.1f}, recall {100 * recall:.1f}")
     writer = AuditWriter(index, file, audit, len(planted))
     writer.write_page(args.output / "audit" / "audit.html", str(root))
     print(f"the page of the first {len(planted)} is {args.output / 'audit' / 'audit.html'}")
