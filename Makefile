@@ -30,7 +30,7 @@ photo: $(VENV)/.ready
 	$(BIN)/python tools/predict.py \
 	    --input "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0] + "/data/coffee.png")')" \
 	    --boxes "172,17,408,308;77,66,479,388;326,66,424,326" --vocabulary "cup,saucer,spoon,espresso,wooden table,zebra" \
-	    --output output/demo --overwrite $(if $(DOWNLOAD),,--cached-weights-only) MODEL.WEIGHTS "$(WEIGHTS)"
+	    --output output/demo $(if $(DOWNLOAD),,--cached-weights-only) MODEL.WEIGHTS "$(WEIGHTS)"
 
 # A file's tests share what is slow to set up, so a worker takes whole files, in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -12,7 +12,6 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "regionspot" / "__init__.py
 OPTIONAL = {
     "video": ["av>=12"],
     "parquet": ["pyarrow>=15"],
-    "supervision": ["supervision>=0.25"],
     "ray": ["ray[data]>=2.30"],
     "app": ["gradio>=6.31"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],

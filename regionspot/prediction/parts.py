@@ -9,6 +9,7 @@ import msgspec
 
 from regionspot.utils.files import atomic_path, read_json, write_json
 
+FEW_IMAGES = 20  # a run of so many at most is replaced by one with other settings without being asked
 PART_IMAGES = 64  # images of a part, at least: what a killed run repeats
 
 
@@ -50,7 +51,8 @@ class PartStore:
             differing = [key for key in settings if earlier.get(key) != settings[key]]
             if not differing:
                 return
-            if not overwrite and any(self.directory.glob("*.jsonl")):
+            is_large = earlier.get("images", [0])[0] > FEW_IMAGES  # a few are soon recognized again
+            if is_large and not overwrite and any(self.directory.glob("*.jsonl")):
                 key = differing[0]
                 raise ValueError(
                     f"--output {self.directory.parent}: it has a run with other settings; {key} was "

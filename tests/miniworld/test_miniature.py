@@ -123,12 +123,16 @@ def test_audit_finds_more_errors_than_chance(trained, capsys):
 
 def test_examples_of_two_classes(trained, monkeypatch, capsys):
     directory, options = trained
-    draw_data(directory / "data", {"val": 30}, 1)
-    counts = Counter(x["category_id"] for record in DatasetCatalog.get("miniworld_val") for x in record["annotations"])
-    present = [label for label in NOVEL if counts[label] >= 2][:2]
+    draw_data(directory / "data", {"val": 30, "test": 30}, 1)
+    examples_of, tested = (
+        Counter(x["category_id"] for record in DatasetCatalog.get(f"miniworld_{split}") for x in record["annotations"])
+        for split in ("val", "test")
+    )
+    present = [label for label in NOVEL if examples_of[label] >= 2 and tested[label]][:2]
+    assert len(present) == 2
     monkeypatch.setattr(examples, "NOVEL", present)
     monkeypatch.setattr(examples, "NUMBERS", (1, 2))
-    options = [*options, "--test", 10, "--seeds", 1]
+    options = [*options, "--test", 30, "--seeds", 1]
     COMMANDS["examples"].call(*options, *SMALL)
     results = json.loads((directory / "examples" / "0.json").read_text())
     assert list(results)[:3] == ["name", "1 example", "2 examples"] and len(results) == 6

@@ -90,7 +90,6 @@ def test_boxes_from_files_points_and_overrides(image):
             image,
             "--boxes",
             str(boxes),
-            "--overwrite",
             "MODEL.REGIONSPOT.VOCABULARY",
             "zebra,cup",
             "MODEL.REGIONSPOT.SCORE_FUNCTION",
@@ -100,7 +99,7 @@ def test_boxes_from_files_points_and_overrides(image):
         assert code == 0 and content["vocabulary"] == ["zebra", "cup"]
         [region] = content["regions"]
         assert region["score"] == pytest.approx(1 / (1 + np.exp(-max(region["logits"]))), abs=1e-5)
-    code, output = run(image, "--points", "10,10 50,40,0;30,20", "--vocabulary", "zebra,cup", "--overwrite")
+    code, output = run(image, "--points", "10,10 50,40,0;30,20", "--vocabulary", "zebra,cup")
     assert code == 0 and len(json.loads((output / "scene.json").read_text())["regions"]) == 2
 
 

@@ -124,10 +124,10 @@ def main(args: Namespace) -> None:
 def next_steps(args: Namespace, query: str) -> str:
     """Return a line for each thing that a user may want to do with the output."""
     weights = f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
-    program = f"{sys.executable} -m regionspot_cli"
+    program, index = f"{sys.executable} -m regionspot_cli", args.output / "index"
     return (
         f"  look: open {args.output / 'report.html'} in a browser: AP, errors by kind, confusions, the worst images\n"
-        f"  search: {program} search --index {args.output / 'index'} --text {query!r} --output {args.output / 'search'}\n"
+        f"  search: {program} search --index {index} --text {query!r} --output {args.output / 'search'}\n"
         f"  name: {program} predict --config-file {os.path.relpath(args.config_file)} --input IMAGE.png "
         f'--vocabulary "striped red star,plain blue ring" --output output/mine {weights}'
     )
