@@ -114,11 +114,11 @@ def test_audit_finds_more_errors_than_chance(trained, capsys):
     assert "labels are wrong" in capsys.readouterr().out and (directory / "audit" / "audit.html").is_file()
 
 
-def test_examples_of_two_classes(trained, monkeypatch, capsys):
+def test_examples_of_the_classes_that_have_them(trained, monkeypatch, capsys):
     directory, options = trained
     draw_data(directory / "data", {"val": 30}, 1)
     counts = Counter(x["category_id"] for record in DatasetCatalog.get("miniworld_val") for x in record["annotations"])
-    present = [label for label in NOVEL if counts[label] >= 2][:2]
+    present = [label for label in NOVEL if counts[label] >= 2]
     monkeypatch.setattr(examples, "NOVEL", present)
     monkeypatch.setattr(examples, "NUMBERS", (1, 2))
     options = [*options, "--test", 10, "--seeds", 1]
