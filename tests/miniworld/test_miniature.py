@@ -121,7 +121,7 @@ def test_audit_finds_more_errors_than_chance(trained, capsys):
     assert "labels are wrong" in capsys.readouterr().out and (directory / "audit" / "audit.html").is_file()
 
 
-def test_examples_of_two_classes(trained, monkeypatch, capsys):
+def test_examples_of_the_classes_that_have_them(trained, monkeypatch, capsys):
     directory, options = trained
     draw_data(directory / "data", {"val": 30, "test": 30}, 1)
     examples_of, tested = (

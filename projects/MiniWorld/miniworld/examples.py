@@ -19,7 +19,9 @@ from regionspot import RegionSpotPredictor
 from regionspot.data.coco_io import AnnotationFile
 from regionspot.index import IndexClassifier, RegionIndex
 from regionspot.index.audit import annotated_labels
+from regionspot.modeling.entry_embeddings import embed_vocabulary
 from regionspot.utils.files import write_json
+from regionspot.vocabulary import load_vocabulary
 
 NUMBERS = (1, 5, 20)  # examples of a class
 COLUMNS = ("novel_top1", "base_top1", "novel_of_novel")
@@ -105,9 +107,12 @@ def run_seed(args: Namespace, seed: int, pool: dict[int, list[dict[str, Any]]]) 
     index = index_split(predictor, cfg, "miniworld_test", args.output / "indexes" / f"test-{seed}")
     _, labels = annotated_labels(index, AnnotationFile(MetadataCatalog.get("miniworld_test").json_file))
     rows = vocabularies(pool, similar_names(predictor), seed)
+    validation = index_split(predictor, cfg, "miniworld_val", args.output / "indexes" / f"val-{seed}")
+    references = validation.embeddings(range(0, len(validation), max(len(validation) // 4096, 1)))
     results = {}
     for name, vocabulary in tqdm(rows.items(), desc=f"vocabularies, seed {seed}"):
-        _, embeddings = predictor.recognizer.encode_vocabulary(vocabulary)
+        entries = embed_vocabulary(predictor.recognizer, load_vocabulary(vocabulary, with_examples=True), references)
+        _, embeddings = predictor.recognizer.encode_vocabulary(entries)
         results[name] = accuracies(index, embeddings.cpu(), labels)
     return results
 
