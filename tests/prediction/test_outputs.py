@@ -141,6 +141,7 @@ def test_formats_of_whole_runs_can_be_added(world, tmp_path, monkeypatch):
     predict(world, tmp_path / "out", *arguments, "results")
     expected = (tmp_path / "out" / "results.json").read_bytes()
     monkeypatch.setattr("regionspot_cli.predict.RegionBatchPredictor", None)  # no model is built
+    monkeypatch.setattr("regionspot.prediction.parts.FEW_IMAGES", 0)
     predict(world, tmp_path / "out", *arguments, "results,csv")
     assert (tmp_path / "out" / "regions.csv").is_file()
     assert (tmp_path / "out" / "results.json").read_bytes() == expected

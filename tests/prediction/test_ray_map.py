@@ -1,7 +1,9 @@
 """Recognition on a local Ray cluster, of which a process is killed in between, equals the plain one."""
 
+import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,7 @@ import torch
 from PIL import Image
 
 from regionspot.prediction import RegionBatchPredictor
-from regionspot.prediction.ray_map import RayPool, connect, run_on_ray
-from regionspot.prediction.regions import SameBoxes
+from regionspot.prediction.ray_map import _Actor, connect, run_on_ray
 from regionspot.prediction.sources import list_images
 from regionspot_cli.commands import COMMANDS
 
@@ -59,27 +60,47 @@ def ray(monkeypatch):
         yield ray
 
 
-def test_killed_worker_changes_nothing(photos, ray):
-    cfg = tiny_config(*frozen_overrides(photos), "MODEL.WEIGHTS", str(photos / "model.pth"))
+def test_killed_worker_changes_nothing(photos, ray, monkeypatch):
+    cfg, weights = load(photos)
     boxes = {f"{i:03}.png": draw_scene(i)[1].tolist() for i in range(12) if i != 9}
-    images = list_images([str(photos)])
-    pool = RayPool(batch_size=3)
-    arguments = {"cfg": cfg, "vocabulary": NAMES, "regions": SameBoxes(boxes), "pool": pool, "predictor": KilledOnce}
-    run_on_ray(ray, [], images, str(photos / "out"), **arguments)
+    (photos / "boxes.json").write_text(json.dumps(boxes))
+    monkeypatch.setattr("regionspot_cli.predict.run_on_ray", partial(run_on_ray, predictor=KilledOnce))
+    options = ["--boxes", photos / "boxes.json", "--vocabulary", ",".join(NAMES), "--batch-size", 3, "--ray", "local"]
+    command = ["--config-file", TINY, "--input", photos, "--output", photos / "out", *options, *weights]
+    COMMANDS["predict"].call(*command)
     calls = (photos / "calls.txt").read_text().split()
     assert (photos / "killed").exists() and len(set(calls)) == 2
-    paths = [record.path for record in images]
+    paths = [record.path for record in list_images([str(photos)])]
     plain = RegionBatchPredictor(cfg, NAMES)({"path": paths, "boxes": [boxes.get(Path(x).name, []) for x in paths]})
     compare(photos / "out", plain, paths)
-    # The command line, on the same cluster, with a table of paths and boxes.
-    table = {"path": paths, "boxes": [boxes.get(Path(x).name, []) for x in paths]}
-    pyarrow.parquet.write_table(pyarrow.table(table), photos / "table.parquet")
-    arguments = ("--config-file", TINY, "--input", photos / "table.parquet", "--output", photos / "by_command")
-    overrides = (*frozen_overrides(photos), "MODEL.WEIGHTS", photos / "model.pth")
-    COMMANDS["predict"].call(*arguments, "--vocabulary", ",".join(NAMES), "--ray", "local", *overrides)
-    compare(photos / "by_command", plain, paths)
     with pytest.raises(ValueError, match="expected a new or empty directory"):
-        COMMANDS["predict"].call(*arguments, "--vocabulary", ",".join(NAMES), "--ray", "local", *overrides)
+        COMMANDS["predict"].call(*command)
+
+
+def test_actor_takes_tables_of_paths_and_boxes(photos):
+    """Arrays of arrays, as Ray reads them from Parquet."""
+    cfg, _ = load(photos)
+    paths = [str(photos / f"{i:03}.png") for i in range(4)]
+    boxes = [draw_scene(i)[1] for i in range(4)]
+    nested = np.empty(4, object)
+    for i, image_boxes in enumerate(boxes):
+        nested[i] = np.empty(len(image_boxes), object)
+        nested[i][:] = list(image_boxes)
+    options = {"cfg": cfg, "vocabulary": NAMES, "region_filter": None, "with_embeddings": True}
+    actor = _Actor(RegionBatchPredictor, options, None)
+    table = actor({"path": np.array(paths, object), "boxes": nested, "key": np.arange(4)}).to_pydict()
+    plain = RegionBatchPredictor(cfg, NAMES, with_embeddings=True)({"path": paths, "boxes": boxes})
+    assert table["path"] == paths and table["key"] == [0, 1, 2, 3] and table["error"] == [None] * 4
+    for name in ("boxes", "class_names", "classes", "masks"):
+        assert table[name] == plain[name]
+    for name in ("scores", "embeddings"):
+        for row, expected in zip(table[name], plain[name]):
+            np.testing.assert_allclose(row, expected, atol=1e-6)
+
+
+def load(photos):
+    weights = [*frozen_overrides(photos), "MODEL.WEIGHTS", str(photos / "model.pth")]
+    return tiny_config(*weights), weights
 
 
 def compare(directory, expected, paths):
