@@ -20,6 +20,7 @@ SLOW = [
     "projects/test_rcnn.py",
     "prediction/test_ray_map.py",
     "prediction/test_run.py",
+    "test_docs.py",
     "test_golden.py",
     "app/test_browser.py",
     "engine/test_trainer.py",

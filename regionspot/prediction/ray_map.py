@@ -1,6 +1,8 @@
 """The same recognition on many machines, by Ray Data: actors with the model, images and tables from any file system."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -72,7 +74,10 @@ def connect(address: str, num_cpus: int | None = None, object_store_bytes: int |
     local: dict[str, Any] = {}
     if address == "local":
         local = {"num_cpus": num_cpus, "object_store_memory": object_store_bytes, "include_dashboard": False}
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR", **local)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray sets one of its own, which would outlive it
     try:
         yield ray
     finally:

@@ -56,7 +56,9 @@ def photos(tmp_path):
 @pytest.fixture
 def ray(monkeypatch):
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else it waits for all other work of the machine
+    before = signal.getsignal(signal.SIGTERM)
     with connect("local", num_cpus=2, object_store_bytes=100 << 20) as ray:
+        assert signal.getsignal(signal.SIGTERM) is before  # commands end by handlers of their own
         yield ray
 
 
