@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from regionspot.app.prompts import parse_regions
 
 from ..helpers import NAMES, draw_scene
 
-pytest.importorskip("gradio", reason="no Gradio: pip install 'regionspot[app]'")
+if find_spec("gradio") is None:  # its import takes seconds
+    pytest.skip("no Gradio: pip install 'regionspot[app]'", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

@@ -6,6 +6,7 @@ import socket
 import tempfile
 import time
 import urllib.request
+from importlib.util import find_spec
 
 import pytest
 
@@ -15,7 +16,8 @@ from regionspot_cli.see_commands import parse_bytes
 from ..helpers import ROOT, TINY
 from ..processes import Program
 
-pytest.importorskip("gradio", reason="no Gradio: pip install 'regionspot[app]'")
+if find_spec("gradio") is None:  # its import takes seconds
+    pytest.skip("no Gradio: pip install 'regionspot[app]'", allow_module_level=True)
 SCRIPT = ROOT / "regionspot_cli" / "__main__.py"
 
 

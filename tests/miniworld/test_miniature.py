@@ -112,8 +112,9 @@ def trained(demo, tmp_path_factory):
     return directory, ["--output", directory, "--config-file", CONFIG, "--train", 1, "--workers", 1, "--val", 30]
 
 
-def test_audit_finds_more_errors_than_chance(trained, capsys):
+def test_audit_finds_more_errors_than_chance(demo, trained, monkeypatch, capsys):
     directory, options = trained
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(demo[0] / "cache"))  # the names are encoded once for all
     points = COMMANDS["audit"].call(*options, *SMALL)
     number, precision, recall = next(point for point in points if point[1] > 0)
     assert points[-1][2] > 4 * 0.05 + 0.1  # chance finds a share of 4 * 5 % in the last row's labels
@@ -121,8 +122,9 @@ def test_audit_finds_more_errors_than_chance(trained, capsys):
     assert "labels are wrong" in capsys.readouterr().out and (directory / "audit" / "audit.html").is_file()
 
 
-def test_examples_of_the_classes_that_have_them(trained, monkeypatch, capsys):
+def test_examples_of_the_classes_that_have_them(demo, trained, monkeypatch, capsys):
     directory, options = trained
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(demo[0] / "cache"))
     draw_data(directory / "data", {"val": 30, "test": 30}, 1)
     examples_of, tested = (
         Counter(x["category_id"] for record in DatasetCatalog.get(f"miniworld_{split}") for x in record["annotations"])
