@@ -89,10 +89,15 @@ def _add_index(parser: ArgumentParser) -> None:
 
 def parse_search(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     _add_index(parser)
-    many = {"action": "append", "default": []}
-    parser.add_argument("--text", **many, metavar="TEXT", help="a name or description; any number of times")
-    parser.add_argument("--image", **many, type=Path, metavar="IMG", help="an image of the object alone; likewise")
-    parser.add_argument("--region", **many, metavar="IMG:BOX", help="image.jpg:x0,y0,x1,y1 in pixels; likewise")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="TEXT", help="a name or description; any number of times"
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], type=Path, metavar="IMG", help="an image of the object alone; likewise"
+    )
+    parser.add_argument(
+        "--region", action="append", default=[], metavar="IMG:BOX", help="image.jpg:x0,y0,x1,y1 in pixels; likewise"
+    )
     parser.add_argument("--top-k", type=int, default=20, metavar="K", help="number of regions")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for regions.csv and sheet.png")
     parser.add_argument("--images", default="", metavar="DIR", help="directory of the indexed images, if it was moved")

@@ -18,6 +18,7 @@ from regionspot.data.tokens.writer import StoreWriter
 from regionspot.index.sources import ImageRegions, ImageSet
 from regionspot.index.store import CONFIG, INDEX, RegionIndex
 from regionspot.modeling.identity import describe_model
+from regionspot.prediction.sources import ImageRecord
 from regionspot.predictor import RegionSpotPredictor
 from regionspot.utils.files import atomic_path, describe_file, is_same_file
 from regionspot.utils.images import to_rgb_array
@@ -208,7 +209,8 @@ class _Images(Dataset):
         pixels = _read(record, self.deep_range)
         if isinstance(pixels, np.ndarray) and self.images.regions is not None:
             try:
-                regions = self.images.regions(record, (pixels.shape[0], pixels.shape[1]))
+                listed = ImageRecord(record.image_id, record.name, str(record.path), -1, record.image_id, record.name)
+                regions = self.images.regions(listed, (pixels.shape[0], pixels.shape[1]))
             except ValueError as error:
                 return self.rows[index], record, f"{record.name}: {error}"
             if not regions.has_entry:

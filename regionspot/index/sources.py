@@ -37,7 +37,6 @@ class ImageRegions:
     boxes: np.ndarray | None = None
     proposal_scores: np.ndarray | None = None
     keys: np.ndarray | None = None
-    frame: int = -1  # of a video: indexes are of images
 
 
 @dataclass(frozen=True)
