@@ -27,7 +27,7 @@ demo: photo
 	$(BIN)/python -m miniworld demo --output output/demo
 
 photo: $(VENV)/.ready
-	$(BIN)/python tools/demo.py --config-file configs/RegionSpot-BB.yaml \
+	$(BIN)/python tools/predict.py \
 	    --input "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0] + "/data/coffee.png")')" \
 	    --boxes "172,17,408,308;77,66,479,388;326,66,424,326" --vocabulary "cup,saucer,spoon,espresso,wooden table,zebra" \
 	    --output output/demo $(if $(DOWNLOAD),,--cached-weights-only) MODEL.WEIGHTS "$(WEIGHTS)"

@@ -12,9 +12,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "regionspot" / "__init__.py
 OPTIONAL = {
     "video": ["av>=12"],
     "parquet": ["pyarrow>=15"],
-    "supervision": ["supervision>=0.25"],
     "ray": ["ray[data]>=2.30"],
-    "app": ["gradio>=5"],
+    "app": ["gradio>=6.31"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
     "serve": ["litserve>=0.2.5"],
 }
@@ -29,6 +28,7 @@ setup(
     packages=find_packages(include=["regionspot", "regionspot.*", "regionspot_cli"]),
     package_data={
         "regionspot.model_zoo": ["configs/**/*.yaml", "configs/**/*.json"],
+        "regionspot.app": ["assets/*"],
         "regionspot.report": ["templates/*"],
     },
     entry_points={"console_scripts": ["regionspot = regionspot_cli.__main__:main"]},
@@ -49,6 +49,7 @@ setup(
         "safetensors>=0.4",
         "msgspec>=0.18",
         "filelock>=3.13",
+        "defusedxml>=0.7",
         "jinja2>=3.1",  # torch needs it, too
         "tqdm>=4.65",
     ],

@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.utils.files import expand_user, read_json
+from regionspot.vocabulary_entries import EmbeddedVocabulary, EntryVocabulary, load_embedded, parse_entries
 
 logger = logging.getLogger(__name__)
 
@@ -135,22 +136,42 @@ def get_phrases(names: Sequence[str]) -> list[tuple[str, ...]]:
     return names.phrases if isinstance(names, Vocabulary) else [(name,) for name in names]
 
 
-def load_vocabulary(source: VocabularySource) -> list[str]:
+def load_vocabulary(source: VocabularySource, with_examples: bool = False) -> list[str]:
     """Return class names from any source.
 
     Args:
         source: a sequence of names; a mapping from names to their synonyms; "a,b,c"; "dataset:coco_2017_val" for the
             names of a registered data set; or "@path" (the @ is optional if the path ends in .txt or .json): a text
             file with one name per line, a JSON list of names, a JSON object from names to lists of synonyms, or a
-            JSON file with COCO's or LVIS's ``categories``.
+            JSON file with COCO's or LVIS's ``categories``. In JSON an entry may also be an object with prompts,
+            example regions and negatives; ".safetensors" is a vocabulary that was embedded already.
+        with_examples: whether the caller can embed such objects, and use embeddings, as recognizers can.
 
     Returns:
-        The names; with synonyms a ``Vocabulary``.
+        The names; with synonyms a ``Vocabulary``, with other entries an ``EntryVocabulary`` or ``EmbeddedVocabulary``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no names, an empty name, a JSON file of another format, or any other source.
+        ValueError: no names, an empty name, a JSON file of another format, or any other source; or a vocabulary with
+            examples where only names are used, as in training.
     """
+    names = _load_any(source)
+    if isinstance(names, (EntryVocabulary, EmbeddedVocabulary)) and not with_examples:
+        shown = source if isinstance(source, str) else "vocabulary"
+        raise ValueError(
+            f"{shown}: its entries are more than names, but training and evaluation use names alone; such a vocabulary "
+            "is for predict, search, classify-index and set_vocabulary"
+        )
+    return names
+
+
+def _load_any(source: VocabularySource) -> list[str]:
+    if isinstance(source, (EntryVocabulary, EmbeddedVocabulary)):
+        return source
+    if not isinstance(source, str) and isinstance(source, (Mapping, Sequence)):
+        entries = parse_entries(source, "vocabulary", Path())
+        if entries is not None:
+            return entries
     if isinstance(source, Mapping):
         return check_synonyms(source, "vocabulary")
     if not isinstance(source, str):
@@ -164,11 +185,16 @@ def load_vocabulary(source: VocabularySource) -> list[str]:
             )
         return check_names(names, f"vocabulary {source!r}")
     # No class is named "a.json": without the @ a path is meant, too.
-    if source.startswith("@") or source.endswith((".txt", ".json")):
+    if source.startswith("@") or source.endswith((".txt", ".json", ".safetensors")):
         path = expand_user(source.removeprefix("@"))
         if not path.is_file():
             raise FileNotFoundError(f"vocabulary {str(path)!r}: no such file. Expected one name a line (.txt), or JSON")
+        if path.suffix == ".safetensors":
+            return load_embedded(path)
         content = _read_names(path)
+        if path.suffix == ".json" and (entries := parse_entries(content, str(path), path.parent)) is not None:
+            check_names(list(entries), str(path))
+            return entries
         return check_names(content, str(path)) if isinstance(content, list) else check_synonyms(content, str(path))
     return check_names([name.strip() for name in source.split(",") if name.strip()], "vocabulary")
 

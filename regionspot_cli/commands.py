@@ -5,8 +5,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from regionspot_cli import see_commands
-from regionspot_cli.command import Command, add_overrides, join_negative
+from regionspot_cli import find_commands, predict_command, see_commands, ship_commands
+from regionspot_cli.command import Command, add_overrides
 
 PREDICTIONS_KEPT = "the predictions so far are kept"
 # As regionspot.data.proposals.FORMATS, whose import takes seconds.
@@ -29,14 +29,6 @@ EVALUATE = """evaluate a model on the data sets of its config, as `train --eval-
 
 Example:
     regionspot evaluate --config-file configs/RegionSpot-BB.yaml MODEL.WEIGHTS regionspot_bb.pth
-"""
-PREDICT = """recognize regions of images: writes DIR/<stem>.png and DIR/<stem>.json for each
-
-Examples:
-    tools/demo.py --config-file configs/RegionSpot-BB.yaml --input cup.jpg --boxes "172,17,408,308;326,66,424,326" \\
-        --vocabulary "cup,spoon,saucer" --output output/demo MODEL.WEIGHTS regionspot_bb.pth
-    tools/demo.py --config-file configs/RegionSpot-BB.yaml --input *.jpg --points "290,160;370,200" \\
-        --vocabulary @names.txt --output output/demo MODEL.WEIGHTS regionspot_bb.pth
 """
 EXTRACT = """extract SAM's tokens of all annotated boxes into token stores, or verify stores
 
@@ -127,30 +119,6 @@ def parse_evaluate(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
     add_launch(parser)
     parser.set_defaults(eval_only=True)
     return parser.parse_args(arguments)
-
-
-def parse_predict(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
-    parser.add_argument("--input", nargs="+", required=True, metavar="IMG", help="images")
-    parser.add_argument(
-        "--boxes",
-        metavar="BOXES",
-        help='"x0,y0,x1,y1;..." in pixels, or a JSON file: a list of boxes, or {image file name: boxes}',
-    )
-    parser.add_argument(
-        "--points",
-        metavar="POINTS",
-        help='"x,y;..." in pixels, one region each; "x,y x,y,0;..." several points, label 0 is background',
-    )
-    parser.add_argument("--vocabulary", metavar="NAMES", help='"a,b,c" or @file; default: MODEL.REGIONSPOT.VOCABULARY')
-    parser.add_argument("--output", required=True, metavar="DIR", help="for images and JSON")
-    parser.add_argument(
-        "--cached-weights-only",
-        action="store_true",
-        help="fetch nothing: SAM or CLIP weights that are not on this machine are left random",
-    )
-    add_overrides(parser)
-    return parser.parse_args(join_negative(arguments))
 
 
 def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -251,12 +219,14 @@ def parse_table(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 COMMANDS = {
     "train": Command(parse_train, "regionspot_cli.train", TRAIN, "the checkpoints so far are kept", "start"),
     "evaluate": Command(parse_evaluate, "regionspot_cli.train", EVALUATE, PREDICTIONS_KEPT, "start"),
-    "predict": Command(parse_predict, "regionspot_cli.predict", PREDICT, "images and JSON of previous inputs are kept"),
+    **predict_command.COMMANDS,
     "extract": Command(parse_extract, "regionspot_cli.extract", EXTRACT, "finished shards are kept"),
     "convert": Command(parse_convert, "regionspot_cli.convert", CONVERT),
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),
     **see_commands.COMMANDS,
+    **ship_commands.COMMANDS,
+    **find_commands.COMMANDS,
     "calibrate": Command(parse_calibrate, "regionspot_cli.calibrate", CALIBRATE),
     "table": Command(parse_table, "regionspot_cli.table", TABLE, "finished rows are kept"),
 }

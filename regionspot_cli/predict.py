@@ -1,5 +1,7 @@
-"""Recognizes regions of images."""
+"""Recognizes regions of any number of images."""
 
+import importlib.util
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,171 +9,221 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from tqdm import tqdm
 
-from regionspot import RegionPredictions, RegionSpotPredictor
+from regionspot import RegionPredictions, __version__, model_zoo
 from regionspot.config import load_config
-from regionspot.drawing import DrawingStyle, draw_regions
-from regionspot.structures import check_boxes
+from regionspot.data.datasets import category_ids
+from regionspot.drawing import DrawingStyle
+from regionspot.prediction import RegionBatchPredictor, RegionFilter
+from regionspot.prediction.loading import SampleReader
+from regionspot.prediction.outputs import DrawingWriter, ImageWriter, JsonWriter, open_image_writers, write_run_files
+from regionspot.prediction.parts import PartStore
+from regionspot.prediction.ray_map import RayPool, connect, is_for_ray, run_on_ray
+from regionspot.prediction.recognize import Recognize, recognize_boxes, recognize_points
+from regionspot.prediction.regions import RegionSource, open_region_source, parse_boxes, parse_points
+from regionspot.prediction.run import SUMMARY, Summary, open_run, run_prediction, summarize
+from regionspot.prediction.settings import describe_run
+from regionspot.prediction.sources import ImageList, ImageRecord, list_images
 from regionspot.utils.command_line import printable
-from regionspot.utils.files import atomic_path, read_json, write_json
-from regionspot.utils.images import to_rgb_array
-from regionspot.vocabulary import load_vocabulary
+from regionspot.vocabulary import dataset_names, load_vocabulary
+from regionspot_cli.predict_command import IMAGE_FORMATS
 from regionspot_cli.weights import BASELINE, leave_absent_weights, use_baseline_without_weights
 
-
-def parse_boxes(text: str, image: Path) -> list[list[float]]:
-    """Return the boxes of --boxes for an image.
-
-    Raises:
-        FileNotFoundError: no such JSON file.
-        ValueError: not four numbers a box, or the file has no boxes for the image.
-    """
-    content = read_json(text, "--boxes") if text.endswith(".json") else _parse_numbers(text, "--boxes", "x0,y0,x1,y1")
-    # A file may have boxes for each image, by the image's file name or path; an image may have none there.
-    boxes = content
-    if isinstance(content, dict):
-        boxes = content.get(image.name, content.get(str(image)))
-        if boxes is None:
-            raise ValueError(f"--boxes {text}: no boxes for {image.name}; it has {', '.join(list(content)[:5])}")
-    if not boxes and not isinstance(content, dict):
-        raise ValueError("--boxes: no boxes; expected at least one, x0,y0,x1,y1")
-    if not isinstance(boxes, list) or any(
-        not isinstance(box, list)
-        or len(box) != 4
-        or any(isinstance(side, bool) or not isinstance(side, (int, float)) for side in box)
-        for box in boxes
-    ):
-        raise ValueError(f"--boxes: expected four numbers a box, x0,y0,x1,y1, got {str(boxes)[:100]}")
-    return boxes
+FEW = 20  # images: of more, the regions are not printed
+LISTED = 10  # lines of a list at the end
 
 
-def parse_points(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return points (N, P, 2) and labels (N, P), padded with label -1, of --points.
-
-    Raises:
-        ValueError: not two or three numbers a point.
-    """
-    regions = [
-        _parse_numbers(";".join(region.split()), "--points", "x,y or x,y,label")
-        for region in text.split(";")
-        if region.strip()
-    ]
-    if not regions or any(len(point) not in (2, 3) for region in regions for point in region):
-        raise ValueError(f'--points: expected "x,y" or "x,y,label", got {text!r}')
-    longest = max(map(len, regions))
-    points = np.zeros((len(regions), longest, 2), np.float32)
-    labels = np.full((len(regions), longest), -1)
-    for i, region in enumerate(regions):
-        for j, (x, y, *label) in enumerate(region):
-            points[i, j] = x, y
-            if label and label[0] not in (0, 1):
-                raise ValueError(f"--points: expected label 1 (on the object) or 0 (off it), got {label[0]:g}")
-            labels[i, j] = label[0] if label else 1
-    return points, labels
+def choose_regions(args: Namespace, cfg: CfgNode, images: ImageList) -> RegionSource | None:
+    """Return where regions come from, None if the model finds them, which is then set in ``cfg``."""
+    node, chosen = cfg.MODEL.REGIONSPOT.PROPOSALS, args.regions
+    if args.boxes or args.points:
+        node.SOURCE = "gt"  # builds no detector
+        return parse_boxes(args.boxes) if args.boxes else None
+    if not chosen and node.SOURCE in ("gt", "detector"):
+        chosen = node.SOURCE
+    if chosen in (None, "sam", "detector"):
+        node.SOURCE = "detector" if chosen == "detector" else "sam_automatic"
+        return None
+    node.SOURCE = "gt"
+    return open_region_source(chosen, images.dataset)
 
 
-def _parse_numbers(text: str, option: str, expected: str) -> list[list[float]]:
-    try:
-        return [[float(x) for x in group.split(",")] for group in text.split(";") if group.strip()]
-    except ValueError:
-        raise ValueError(f"{option}: expected numbers, {expected}, separated by semicolons; got {text!r}") from None
-
-
-def describe(image: Path, size: tuple[int, int], predictions: RegionPredictions) -> dict[str, Any]:
-    """Return the content of the JSON file of an image of (height, width)."""
-    regions = []
-    assert predictions.rles is not None
-    for i, label in enumerate(predictions.class_names):
-        regions.append(
-            {
-                "box": [round(float(x), 3) for x in predictions.boxes[i]],
-                "label": label,
-                "class_index": int(predictions.classes[i]),
-                "score": float(predictions.scores[i]),
-                "iou": float(predictions.predicted_ious[i]),
-                "logits": predictions.logits[i].tolist(),
-                "mask": predictions.rles[i],
-            }
-        )
-    return {
-        "image": str(image),
-        "height": size[0],
-        "width": size[1],
-        "vocabulary": predictions.vocabulary,
-        "regions": regions,
-    }
-
-
-def load_inputs(args: Namespace, deep_range: Sequence[float]) -> list[tuple[Path, np.ndarray, dict[str, Any]]]:
-    """Read all images and prompts first, so that errors in them are reported before the model is built."""
-    if not args.boxes and not args.points:
-        raise ValueError("no regions: expected --boxes, --points or both")
-    stems = [Path(image).stem for image in args.input]
-    if len(set(stems)) < len(stems):
-        repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
-        raise ValueError(f"--input: images of the same name would overwrite each other's output: {repeated}")
-    inputs = []
-    for path in map(Path, args.input):
-        if (Path(args.output) / f"{path.stem}.png").resolve() == path.resolve():
+def check_outputs(images: ImageList, output: Path, formats: Sequence[str]) -> None:
+    """Refuse outputs that would overwrite an input."""
+    if "drawing" not in formats:
+        return
+    directory = f"{output.absolute()}/"
+    for record in images:
+        path = os.path.abspath(record.path)  # noqa: PTH100 - as fast as a million images need
+        if path.startswith(directory) and path == f"{directory}{record.stem}.png":
             raise ValueError(
-                f"--output {args.output}: the output image would overwrite the input {path}; give another directory"
+                f"--output {output}: the output image would overwrite the input {record.path}; give another directory"
             )
-        image = to_rgb_array(path, deep_range)
-        prompts: dict[str, Any] = {}
-        if args.boxes:
-            prompts["boxes"] = parse_boxes(args.boxes, path)
-            check_boxes(
-                torch.tensor(prompts["boxes"]).reshape(-1, 4),
-                (image.shape[0], image.shape[1]),
-                f"--boxes of {path.name}",
-            )
-        if args.points:
-            prompts["points"], prompts["point_labels"] = parse_points(args.points)
-        inputs.append((path, image, prompts))
-    return inputs
 
 
-def write_outputs(
-    directory: Path, path: Path, image: np.ndarray, predictions: RegionPredictions, with_masks: bool
-) -> None:
-    """Write the annotated image and the JSON of an image, and print its regions."""
-    drawing = draw_regions(image, predictions, DrawingStyle(outline="mask" if with_masks else "box"))
-    content = describe(path, (image.shape[0], image.shape[1]), predictions)
-    write_json(directory / f"{path.stem}.json", content, indent=None)
-    with atomic_path(directory / f"{path.stem}.png") as temporary:
-        Image.fromarray(drawing).save(temporary, format="PNG")
-    for box, label, score, iou in zip(
-        predictions.boxes, predictions.class_names, predictions.scores, predictions.predicted_ious
-    ):
-        place = ", ".join(f"{x:.0f}" for x in box)
-        tqdm.write(f"{printable(path.name)}  box {place}:  {printable(label)}  (score {score:.3f}, mask IoU {iou:.3f})")
+class RegionPrinter:
+    """Prints the regions of an image, one a line."""
+
+    def __call__(self, record: ImageRecord, image: np.ndarray, regions: RegionPredictions) -> None:
+        columns = (regions.boxes, regions.class_names, regions.scores, regions.predicted_ious)
+        for box, label, score, iou in zip(*columns):
+            place, name = ", ".join(f"{x:.0f}" for x in box), printable(record.name)
+            tqdm.write(f"{name}  box {place}:  {printable(label)}  (score {score:.3f}, mask IoU {iou:.3f})")
+
+
+class Prediction:
+    """What the arguments of a command line ask for, checked before the model is built."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args, self.output = args, Path(args.output)
+        self.cfg = load_config(args.config_file or model_zoo.get_config_file("RegionSpot-BB.yaml"), args.opts)
+        self.filter = RegionFilter(args.score_threshold, args.nms, args.top_k, not args.drop_unknown)
+        is_remote = is_for_ray(args.input)
+        if is_remote and not args.ray:
+            raise ValueError(f"--input {args.input[0]}: only Ray reads it; give --ray ADDRESS, or local files")
+        self.images = ImageList() if is_remote else list_images(args.input, args.video_step, self.output)
+        source = choose_regions(args, self.cfg, self.images)
+        self.points = parse_points(args.points) if args.points else None
+        names = args.vocabulary or self.cfg.MODEL.REGIONSPOT.VOCABULARY
+        if not names and self.images.dataset:
+            names = f"dataset:{self.images.dataset}"
+        self.vocabulary = load_vocabulary(names, with_examples=True)
+        if not args.ray:
+            check_outputs(self.images, self.output, args.format)
+        self.absent_weights = leave_absent_weights(self.cfg) if args.cached_weights_only else ""
+        self.is_baseline = use_baseline_without_weights(self.cfg)
+        self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
+        if len(self.images) == 1:
+            sample = self.reader[0]
+            if sample.error or not sample.has_entry:
+                raise ValueError(sample.error or f"{args.boxes or args.regions}: no boxes for {sample.record.name}")
+        self.random_parts: list[str] = []
+        self.region_writers = open_image_writers(self.output, args.format, self.vocabulary)
+        self.category_ids = self._find_category_ids()
+        if "parquet" in args.format and importlib.util.find_spec("pyarrow") is None:
+            raise ValueError("--format parquet needs pyarrow: pip install 'regionspot[parquet]'")
+
+    def _find_category_ids(self) -> list[int] | None:
+        """Return the data set's ids of the classes, if they are its own."""
+        name = self.images.dataset
+        if not name or list(dataset_names(name)) != list(self.vocabulary):
+            return None
+        return category_ids(name).tolist()
+
+    @property
+    def image_formats(self) -> list[str]:
+        """What is written of each image."""
+        return [name for name in self.args.format if name in IMAGE_FORMATS]
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that the results depend on."""
+        args = self.args
+        options = {
+            "version": __version__,
+            "batch size": args.batch_size,
+            "formats": self.image_formats,
+            "embeddings": args.embeddings,
+            "filter": [args.score_threshold, args.nms, args.top_k, args.drop_unknown],
+            "boxes": args.boxes,
+            "points": args.points,
+            "regions": args.regions,
+        }
+        files = [name for name in (args.boxes, args.regions) if name and Path(name).is_file()]
+        return describe_run(self.cfg, self.images, self.vocabulary, options, files)
+
+    def build(self) -> tuple[Recognize, list[ImageWriter]]:
+        """Build the model, and what writes the outputs of each image."""
+        torch.manual_seed(max(self.cfg.SEED, 0))
+        predictor = RegionBatchPredictor(self.cfg, self.vocabulary, self.filter)
+        self.random_parts = predictor.predictor.random_parts
+        recognize = recognize_boxes(predictor) if self.points is None else recognize_points(predictor, *self.points)
+        style = DrawingStyle(outline="box" if "sam" in self.random_parts else "mask")
+        writers: dict[str, Any] = {
+            "drawing": DrawingWriter(self.output, style),
+            "json": JsonWriter(self.output, self.args.embeddings),
+            **self.region_writers,
+        }
+        chosen: list[ImageWriter] = [writers[name] for name in self.image_formats]
+        return recognize, [*chosen, RegionPrinter()] if len(self.images) <= FEW else chosen
+
+    def write_run_files(self, parts: PartStore) -> None:
+        """Write what is made of all images."""
+        for writer in self.region_writers.values():
+            writer.finish()
+        args = self.args
+        write_run_files(self.output, args.format, parts, self.vocabulary, self.category_ids, args.embeddings)
+
+
+def print_summary(output: Path, summary: Summary) -> None:
+    """Print how many images and regions there were, and the beginnings of the lists of what was left out."""
+    print(f"{summary.num_regions} regions of {summary.num_images} images are in {printable(output)}")
+    lists = {
+        "could not be used": [f"{name}: {reason}" for name, reason in summary.unreadable],
+        "have no regions in the file": summary.without_regions,
+    }
+    for what, lines in lists.items():
+        if lines:
+            more = f", {LISTED} of them here and all in {printable(output / SUMMARY)}" if len(lines) > LISTED else ""
+            print(f"{len(lines)} images {what}{more}:")
+            print("\n".join(f"  {printable(line)}" for line in lines[:LISTED]))
+
+
+def print_weights(prediction: Prediction) -> None:
+    """Say it where names or masks are not RegionSpot's."""
+    if prediction.is_baseline:
+        print(f"\n{BASELINE}")
+    elif prediction.random_parts:
+        print(
+            f"\nNo weights for {', '.join(prediction.random_parts)}: these parts are untrained, "
+            "THE LABELS AND MASKS MEAN NOTHING. This only shows that the program runs."
+        )
+    if absent := prediction.absent_weights:
+        print(f"Without --cached-weights-only (make photo DOWNLOAD=yes) {absent} are fetched from official addresses.")
+
+
+def predict_on_ray(prediction: Prediction) -> None:
+    """Do the work of a command line on a Ray cluster."""
+    args, cfg = prediction.args, prediction.cfg
+    if args.points or set(args.format) - {"drawing", "json", "parquet"}:
+        raise ValueError("--ray: it writes Parquet alone, without --points or other formats")
+    is_local = "://" not in args.output
+    if is_local and prediction.output.is_dir() and any(prediction.output.iterdir()):
+        raise ValueError(f"--output {args.output}: expected a new or empty directory, as Ray adds to what is there")
+    has_gpus = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    with connect(args.ray) as ray:
+        run_on_ray(
+            ray,
+            args.input,
+            prediction.images if len(prediction.images) else None,
+            str(prediction.output.absolute()) if is_local else args.output,
+            cfg=cfg,
+            vocabulary=prediction.vocabulary,
+            region_filter=prediction.filter,
+            pool=RayPool(args.ray_actors, num_gpus=int(has_gpus), batch_size=args.batch_size),
+            with_embeddings=args.embeddings,
+            regions=prediction.reader.regions,
+        )
+    print(f"Parquet files of the regions are in {printable(args.output)}")
 
 
 def main(args: Namespace) -> None:
     setup_logger(name="regionspot")
-    cfg = load_config(args.config_file, args.opts)
-    inputs = load_inputs(args, cfg.INPUT.DEEP_RANGE)
-    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
-    absent = leave_absent_weights(cfg) if args.cached_weights_only else ""
-    is_baseline = use_baseline_without_weights(cfg)
-    if is_baseline:
+    prediction = Prediction(args)
+    if prediction.is_baseline:
         print(f"{BASELINE}\n")
-    torch.manual_seed(max(cfg.SEED, 0))
-    predictor = RegionSpotPredictor(cfg)
-    predictor.set_vocabulary(vocabulary)
-    for path, image, prompts in tqdm(inputs, desc="images", unit="image"):
-        predictor.set_image(image)
-        write_outputs(Path(args.output), path, image, predictor.predict(**prompts), "sam" not in predictor.random_parts)
-    print(f"images and JSON are in {printable(args.output)}")
-    if is_baseline:
-        print(f"\n{BASELINE}")
-    elif predictor.random_parts:
-        print(
-            f"\nNo weights for {', '.join(predictor.random_parts)}: these parts are untrained, "
-            "THE LABELS AND MASKS MEAN NOTHING. This only shows that the program runs."
-        )
-    if absent:
-        print(f"Without --cached-weights-only (make photo DOWNLOAD=yes) {absent} are fetched from official addresses.")
+    if args.ray:
+        predict_on_ray(prediction)
+        return
+    parts = PartStore(args.output, len(prediction.images), args.batch_size)
+    with open_run(args.output, parts, prediction.describe(), args.overwrite):
+        run_prediction(prediction.reader, prediction.build, parts, args.workers, args.embeddings)
+        prediction.write_run_files(parts)
+        summary = summarize(args.output, parts, prediction.images.skipped)
+    print_summary(prediction.output, summary)
+    print_weights(prediction)
+    num_failed = len(summary.unreadable)
+    if num_failed and num_failed >= summary.num_images:
+        raise ValueError(f"none of the images could be used; the first: {summary.unreadable[0][1]}")

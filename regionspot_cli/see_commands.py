@@ -1,6 +1,7 @@
 """The arguments of the commands that show results."""
 
-from argparse import REMAINDER, ArgumentParser, Namespace
+import re
+from argparse import REMAINDER, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,14 @@ Examples:
         --boxes "172,17,408,308;326,66,424,326" --crops box,mask --output compared.png MODEL.WEIGHTS regionspot_bb.pth
     regionspot visualize tokens tokens/my-my_images --dataset my.json:my_images --output tokens.png
 """
+APP = """serve a local web page: upload an image, draw boxes or click points, type names, see masks, scores, attention
+
+Nothing leaves the machine, and nobody else can open the page unless --host says so.
+
+Example:
+    regionspot app --config-file configs/RegionSpot-BB.yaml --vocabulary "cup,spoon" MODEL.WEIGHTS regionspot_bb.pth
+"""
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 ATTENTION = """Draw an image with numbered regions, and what each attends to in CLIP's feature map (paper, figure 4)."""
 COMPARE = """Draw how two models name the same regions, or RegionSpot and CLIP on crops (paper, figure 3)."""
 STORED = """Draw images with the regions whose tokens a store holds."""
@@ -86,7 +95,33 @@ def parse_visualize(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     return parser.parse_args(join_negative(arguments))
 
 
+def parse_bytes(text: str) -> int:
+    """Return the bytes of "20mb"."""
+    match = re.fullmatch(r"([1-9]\d*)(kb|mb|gb)", text.lower())
+    if match is None:
+        raise ArgumentTypeError(f"expected a size such as 500kb or 20mb, got {text!r}")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def parse_app(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument("--vocabulary", metavar="NAMES", help='"a,b,c" or @file, to start with')
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument(
+        "--max-upload", type=parse_bytes, default="20mb", metavar="SIZE", help="of an image: 500kb, 20mb, ..."
+    )
+    parser.add_argument("--cached-weights-only", action="store_true", help="fetch nothing, see `regionspot predict`")
+    parser.add_argument("--check", action="store_true", help="load the model, build the page, and exit")
+    add_overrides(parser)
+    args = parser.parse_args(arguments)
+    if not 0 < args.port < 1 << 16:
+        parser.error(f"--port: expected 1 to 65535, got {args.port}")
+    return args
+
+
 COMMANDS = {
+    "app": Command(parse_app, "regionspot_cli.app", APP),
     "report": Command(parse_report, "regionspot_cli.report", REPORT),
     "visualize": Command(parse_visualize, "regionspot_cli.visualize", VISUALIZE),
 }

@@ -20,19 +20,21 @@ from regionspot.drawing import draw_attention, draw_labels, draw_sheet, enlarge
 from regionspot.modeling import RegionRecognizer
 from regionspot.modeling.attention_maps import cross_attention
 from regionspot.modeling.crop_baseline import CropRecognizer
+from regionspot.prediction.regions import parse_boxes
 from regionspot.predictor import UNKNOWN
 from regionspot.structures import Prompts, check_boxes
 from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path
 from regionspot.utils.images import to_rgb_array
 from regionspot.vocabulary import load_vocabulary
-from regionspot_cli.predict import parse_boxes
 
 
 def read_regions(args: Namespace, deep_range: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Return the image, (H, W, 3) uint8 RGB, and its boxes, (N, 4) float32 XYXY."""
     image = to_rgb_array(args.input, deep_range)
-    boxes = np.array(parse_boxes(args.boxes, args.input), np.float32).reshape(-1, 4)
+    boxes = parse_boxes(args.boxes).find(args.input.name, str(args.input))
+    if boxes is None:
+        raise ValueError(f"--boxes {args.boxes}: no boxes for {args.input.name}")
     check_boxes(torch.from_numpy(boxes), (image.shape[0], image.shape[1]), "--boxes")
     return image, boxes
 
@@ -87,7 +89,7 @@ def draw_comparison(args: Namespace) -> np.ndarray:
     """Return the same regions as two models name them, or RegionSpot and CLIP on crops (paper, figure 3)."""
     cfg = load_config(args.config_file, args.opts)
     image, boxes = read_regions(args, cfg.INPUT.DEEP_RANGE)
-    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY)
+    vocabulary = load_vocabulary(args.vocabulary or cfg.MODEL.REGIONSPOT.VOCABULARY, with_examples=True)
     recognizer = load_model(cfg).recognizer
     models = [(_title(args.config_file, cfg.MODEL.WEIGHTS), recognizer)]
     if args.other_config_file or args.other_weights:

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from regionspot import model_zoo
 from regionspot.config import load_config
 
-from .helpers import ROOT, TINY, draw_scene, frozen_overrides, released_state, write_user_files
+from .helpers import ROOT, TINY, draw_scene, frozen_overrides, released_state, run, write_user_files
 from .processes import run_program
 
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -22,6 +23,7 @@ PROGRAMS = {
     "python": ROOT / "tools" / "benchmarks" / "__main__.py",
 }
 SHORT = {"SOLVER.MAX_ITER": "12"}  # in place of what a guide says
+SERVERS = {"app": "--check"}  # commands that would never end, and the option with which they only start
 
 
 def blocks(path, language):
@@ -44,6 +46,8 @@ def directory(tmp_path_factory):
     (directory / "boxes.json").write_text((directory / "results.json").read_text())
     torch.save({"model": released_state(model)}, directory / "regionspot_bb.pth")
     Image.fromarray(draw_scene(0, (480, 640))[0]).save(directory / "cup.jpg")
+    [names] = blocks(ROOT / "docs" / "find.md", "json")
+    (directory / "names.json").write_text(names)
     overrides = [*frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
     for name in ("BB", "BL"):
         write_config(directory / "configs" / f"RegionSpot-{name}.yaml", TINY, overrides)
@@ -68,19 +72,24 @@ def test_guide_starts_with_a_command(path):
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem)
-def test_commands_work(path, directory):
+def test_commands_work(path, directory, monkeypatch):
+    monkeypatch.setattr(model_zoo, "CONFIGS", directory / "configs")  # the default config is tiny, too
     outputs = []
     for command in commands(path):
         if command[0] == "make":
             subprocess.run([*command, "--dry-run", "PYTHON=python"], cwd=ROOT, check=True, capture_output=True)
             continue
+        if command == ["python", "server.py"]:
+            continue  # tests/test_serve.py starts it
         program, *arguments = command
         if program == "python":
             assert arguments[:2] == ["-m", "tools.benchmarks"]
             arguments = arguments[2:]
         arguments = [SHORT.get(arguments[i - 1], argument) for i, argument in enumerate(arguments)]
+        if program == "regionspot" and arguments[0] in SERVERS:
+            arguments.insert(1, SERVERS[arguments[0]])
         outputs.append(run_program(directory, PROGRAMS.get(program, ROOT / program), *arguments))
-    check = {"train": check_training, "README": check_prediction}.get(path.stem)
+    check = {"train": check_training, "README": check_prediction, "export": check_export}.get(path.stem)
     if check:
         check(directory, outputs)
 
@@ -96,6 +105,14 @@ def check_training(directory, outputs):
     assert "Starting training from iteration 12" in resumed  # of a run that was done
     assert "protocol: coco on my_val.json:my_images" in evaluated and "images: 8 of 8" in evaluated
     assert json.loads((directory / "output" / "mine" / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] >= 0
+
+
+def check_export(directory, outputs):
+    assert "probabilities" in outputs[0] and "opset 20" in outputs[0]
+    [snippet] = blocks(ROOT / "docs" / "export.md", "python")
+    path = f"PYTHONPATH={directory / 'output' / 'cups'}"  # this alone: the file imports nothing of the checkout
+    printed = run(directory, "env", path, sys.executable, "-c", f"{snippet}\nprint(result.masks.shape, len(result))")
+    assert "(2, 480, 640)" in printed and "(1, 480, 640) 1" in printed
 
 
 def check_prediction(directory, outputs):

@@ -49,8 +49,8 @@ def test_wheel_has_configs_and_commands(wheel):
         assert "regionspot = regionspot_cli.__main__:main" in archive.read(entry_points).decode()
     configs = {name.split("/configs/")[1] for name in names if name.startswith("regionspot/model_zoo/configs/")}
     assert configs == {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.*")}
-    templates = ROOT / "regionspot" / "report" / "templates"
-    assert {str(path.relative_to(ROOT)) for path in templates.iterdir()} <= set(names)
+    for place in ("report/templates", "app/assets"):
+        assert {str(path.relative_to(ROOT)) for path in (ROOT / "regionspot" / place).iterdir()} <= set(names)
     for package in ("regionspot", "regionspot_cli"):
         modules = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert modules == {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")}

@@ -71,7 +71,9 @@ def place_labels(
             labels.append(Label(text, placement))
         else:
             without_space.append(index)
-    for index in without_space if numbers is not None else ():
+    if numbers is None:
+        return labels
+    for index in without_space:
         text = layout_text(str(numbers[index]), font_size)
         if placement := placer.place(index, _label_size(text), with_leader=False, beyond_share=True):
             labels.append(Label(text, placement, numbers[index]))

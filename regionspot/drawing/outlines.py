@@ -5,13 +5,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_utils
 
 from regionspot.drawing.palette import Color
-from regionspot.utils.rle import check_rles
+from regionspot.utils.rle import CroppedMask, check_rles, crop_rle
 
-# The part of a mask inside its box, (h, w) uint8 0 or 1, and that box's top left corner (x, y); None for no pixels.
-CroppedMask = tuple[np.ndarray, tuple[int, int]]
 MaskReader = Callable[[int], CroppedMask | None]
 
 
@@ -26,30 +23,18 @@ def mask_reader(regions: Any, image_size: tuple[int, int]) -> MaskReader | None:
         ValueError: masks of another size or number, or a damaged RLE.
     """
     num_regions, masks = len(regions.boxes), None
-    if (rles := getattr(regions, "rles", None)) is None:
-        masks = getattr(regions, "masks", None)
-    if rles is None and masks is None:
+    if (rles := getattr(regions, "rles", None)) is None and (masks := getattr(regions, "masks", None)) is None:
         return None
-    num_masks = len(rles if masks is None else masks)
+    num_masks = len(rles) if rles is not None else len(masks)  # type: ignore[arg-type]
     if num_masks != num_regions:
         raise ValueError(f"masks: expected {num_regions}, one of each region, got {num_masks}")
     if masks is not None:
         if masks.shape[1:] != image_size:
             raise ValueError(f"masks: expected shape (N, {image_size[0]}, {image_size[1]}), got {masks.shape}")
         return lambda index: crop_mask(np.asarray(masks[index]).astype(np.uint8))
+    assert rles is not None
     packed = check_rles(rles, lambda index: f"mask {index}", np.tile(image_size, (num_regions, 1)))
     return lambda index: crop_rle(packed[index])
-
-
-def crop_rle(rle: dict) -> CroppedMask | None:
-    """Return the part of a mask that has all its pixels, and its corner; None for no pixels.
-
-    The RLE must be valid, see ``regionspot.utils.rle.check_rles``.
-    """
-    x, y, width, height = mask_utils.toBbox(rle).astype(int).tolist()
-    if not width or not height:
-        return None
-    return np.ascontiguousarray(mask_utils.decode(rle)[y : y + height, x : x + width]), (x, y)
 
 
 def crop_mask(mask: np.ndarray) -> CroppedMask | None:

@@ -15,11 +15,11 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from regionspot.checkpoint.formats import fingerprint
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.image_check import check_images, path_of_image
 from regionspot.data.tokens import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations, image_ids
+from regionspot.modeling.identity import describe_clip, describe_sam
 from regionspot.modeling.localizers.localizer import check_stages
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import Prompts
@@ -48,29 +48,6 @@ class Extraction:
                 raise ValueError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
         if not self.stages or not 0 <= self.machine[0] < self.machine[1]:
             raise ValueError(f"expected a stage, and a machine rank below the number of machines; got {self}")
-
-
-def describe_sam(recognizer: RegionRecognizer) -> dict[str, Any]:
-    """Return what tokens depend on: SAM's weights, their source, and which of its masks is taken."""
-    return {
-        "source": _describe_source(recognizer.weight_sources["sam"], recognizer.localizer.dtype),
-        "fingerprint": fingerprint(recognizer.localizer.sam.state_dict()),
-        "multimask": recognizer.localizer.multimask,
-    }
-
-
-def describe_clip(recognizer: RegionRecognizer) -> dict[str, Any]:
-    """Return what feature maps depend on: CLIP's image encoder, and which of its outputs are taken."""
-    vision = recognizer.vision_language
-    return {
-        "source": _describe_source(recognizer.weight_sources["clip_model"], vision.dtype),
-        "fingerprint": fingerprint(vision.image_weights()),
-        "part": vision.features,
-    }
-
-
-def _describe_source(source: str, dtype: torch.dtype) -> str:
-    return source if dtype == torch.float32 else f"{source} in {str(dtype).removeprefix('torch.')}"
 
 
 def describe_store(recognizer: RegionRecognizer, dataset_name: str, extraction: Extraction) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from regionspot.data.build import (
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.image_check import check_images
 from regionspot.engine.evaluate import choose_metric, evaluate_dataset
-from regionspot.engine.extract import describe_clip, describe_sam
 from regionspot.engine.optimizer import build_lr_scheduler, build_optimizer
 from regionspot.engine.region_logs import RegionAccuracy, validate_regions
 from regionspot.engine.run_setup import log_size
 from regionspot.engine.trainer import Trainer, TrainingPlan
 from regionspot.modeling import RegionSpot
+from regionspot.modeling.identity import describe_clip, describe_sam
 from regionspot.utils.files import directory_name
 
 

@@ -121,10 +121,10 @@ def _attend_heads(
     """Return (b, N, H, D) of (b, H, N, D) queries and (b, H, L, D) keys and values; ``mask`` is True at valid keys."""
     queries, keys, values = queries_keys_values
     dropout = attention.dropout if attention.training else 0.0
-    # each chunk of queries attends to all keys: exact, and it bounds the memory on any device
-    chunks = [
-        F.scaled_dot_product_attention(part, keys, values, mask, dropout) for part in queries.split(MAX_QUERIES, dim=2)
-    ]
+    # each chunk of queries attends to all keys: exact, and it bounds the memory on any device; a program that is traced
+    # for any number of regions cannot have a number of chunks
+    parts = (queries,) if torch.compiler.is_compiling() else queries.split(MAX_QUERIES, dim=2)
+    chunks = [F.scaled_dot_product_attention(part, keys, values, mask, dropout) for part in parts]
     return (chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)).transpose(1, 2)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from regionspot.utils.rle import encode_masks
 
 MAX_PIXELS = 1 << 22  # of the masks that are resized at once: 16 MB of float32
 BAND = 64  # pixels of the output that are made by one matrix product
+BAND_PIXELS = 1 << 19  # that a CPU measures at once, of all masks: more leave its cache
 
 # ``pred_masks`` as bool tensors, ``pred_masks_rle`` as COCO's RLEs, ``pred_masks`` as ``RegionMasks``; "" for no masks.
 MASK_FORMATS = ("", "bitmask", "rle", "lazy")
@@ -56,8 +58,9 @@ class MaskUpsampler:
         column_major: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Yield the masks of ``logit_chunks``: (n, *output_size) bool."""
-        for resized in self.logit_chunks(logits, rows, output_size, column_major):
-            yield resized > self.threshold
+        # not a loop, whose variable would keep a chunk while the next one is made
+        is_inside = partial(torch.gt, other=self.threshold)
+        yield from map(is_inside, self.logit_chunks(logits, rows, output_size, column_major))
 
     def logit_chunks(
         self,
@@ -73,23 +76,96 @@ class MaskUpsampler:
         ``column_major`` is the order in memory that RLE needs.
         """
         rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
-        first, last = (0, 1) if column_major else (1, 0)  # the dimension that is resized first, and then the other
-        matrix = self._resizing_matrix(logits.shape[1 + first], first, output_size[first]).to(logits.device)
-        bands = [
-            (band, weights.to(logits.device))
-            for band, weights in _bands(self._resizing_matrix(logits.shape[1 + last], last, output_size[last]))
-        ]
+        resizer = self.resizer(logits, output_size, column_major)
         for part in rows.split(self.chunk_size(output_size)) if len(rows) else ():
-            masks = logits[part].float()  # (n, h, w)
-            masks = (masks.transpose(1, 2) if column_major else masks) @ matrix  # (n, w, H) or (n, h, W)
-            masks = torch.cat([weights @ masks[:, band] for band, weights in bands], dim=1)
-            yield masks.transpose(1, 2) if column_major else masks  # (n, H, W)
+            masks = logits[part].float()  # (n, h, w); what is yielded is kept nowhere here
+            yield resizer(masks.transpose(1, 2)).transpose(1, 2) if column_major else resizer(masks)  # (n, H, W)
+
+    def resizer(self, logits: torch.Tensor, output_size: tuple[int, int], column_major: bool = False) -> "MaskResizer":
+        """Return what resizes (..., h, w) logits, or (..., w, h) for ``column_major``, to an image on their device."""
+        first, last = (0, 1) if column_major else (1, 0)  # the dimension that is resized first, and then the other
+        sides = logits.shape[-2:]
+        weights = [
+            [
+                (band, part.to(logits.device))
+                for band, part in _bands(self._resizing_matrix(sides[i], i, output_size[i]))
+            ]
+            for i in (last, first)
+        ]
+        return MaskResizer(*weights)
+
+    def measure(
+        self, logits: torch.Tensor, resizer: "MaskResizer", offset: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Measure masks at the size of the image, of which only some rows are made at a time.
+
+        Args:
+            logits: (N, h, w).
+            resizer: for them, row-major.
+            offset: of the threshold, for the stability.
+
+        Returns:
+            (N, 4) float32 XYXY boxes that end after the last pixel inside, zeros for an empty mask; and None without
+            ``offset``, else (N,) float32 stability scores: of the pixels that are inside by a threshold lower by
+            ``offset``, how many are by one higher by it.
+        """
+        pixels = BAND_PIXELS if logits.device.type == "cpu" else MAX_PIXELS
+        size = max(pixels // (BAND * resizer.width), 1)
+        parts = [self._measure(part.float(), resizer, offset) for part in logits.split(size)]  # one of none at least
+        boxes, stability = zip(*parts)
+        return torch.cat(boxes), None if offset is None else torch.cat(stability)
+
+    def _measure(
+        self, logits: torch.Tensor, resizer: "MaskResizer", offset: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = [], torch.full_like(logits[:, 0, :1], -torch.inf)
+        inner, outer = logits.new_zeros(2, len(logits))
+        for band in resizer.bands(logits):  # (n, BAND, W)
+            rows.append(band.amax(dim=2))
+            columns = torch.maximum(columns, band.amax(dim=1))
+            if offset is not None:  # float counts, which are exact for masks up to 2^24 pixels, are the fastest
+                inner += band.clone().gt_(self.threshold + offset).sum(dim=(1, 2))
+                outer += band.gt_(self.threshold - offset).sum(dim=(1, 2))
+        top, bottom = _extent(torch.cat(rows, dim=1) > self.threshold)
+        left, right = _extent(columns > self.threshold)
+        return torch.stack([left, top, right, bottom], dim=1).float(), inner / outer
 
     def _resizing_matrix(self, length: int, dim: int, size: int) -> torch.Tensor:
         """Return (length, size): what each of the logits along a dimension adds to each pixel of the output."""
         impulses = torch.eye(length)[None]
         resized = F.interpolate(impulses, self.side, mode="linear")[..., : self.input_size[dim]]  # without the padding
         return F.interpolate(resized, size, mode="linear")[0]
+
+
+@dataclass(frozen=True)
+class MaskResizer:
+    """Resizes logits by products with bands of matrices, first the columns and then the rows.
+
+    Attributes:
+        rows, columns: for each BAND pixels of the output the slice of logits that they need, and (BAND, n) weights.
+    """
+
+    rows: list[tuple[slice, torch.Tensor]]
+    columns: list[tuple[slice, torch.Tensor]]
+
+    @property
+    def width(self) -> int:
+        """Of the output, pixels."""
+        return sum(len(weights) for _, weights in self.columns)
+
+    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
+        """Return (N, H, W) of (N, h, w) float32 masks."""
+        resized = masks.new_empty(len(masks), sum(len(weights) for _, weights in self.rows), self.width)
+        for target, band in zip(resized.split(BAND, dim=1), self.bands(masks), strict=True):
+            target.copy_(band)
+        return resized
+
+    def bands(self, masks: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the bands of rows of (N, h, w) float32 masks, (N, BAND, W) each."""
+        masks = masks[:, : self.rows[-1][0].stop]  # without the padding
+        masks = torch.cat([masks[..., band] @ weights.t() for band, weights in self.columns], dim=2)  # (N, h, W)
+        for band, weights in self.rows:
+            yield weights @ masks[:, band]
 
 
 def _bands(matrix: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
@@ -104,6 +180,13 @@ def _bands(matrix: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
         band = slice(int(used[0]), int(used[-1]) + 1)
         bands.append((band, weights[band].t().contiguous()))
     return bands
+
+
+def _extent(inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first position inside, and that after the last, of each row of (N, L) bool; 0 where there is none."""
+    positions = torch.arange(inside.shape[1], device=inside.device)
+    first = positions.where(inside, inside.shape[1]).amin(dim=1)
+    return first % inside.shape[1], (positions + 1).where(inside, 0).amax(dim=1)
 
 
 class RegionMasks(ROIMasks):
@@ -172,8 +255,8 @@ class RegionMasks(ROIMasks):
 
     def bounding_boxes(self, height: int, width: int) -> Boxes:
         """Return the boxes around the masks at an output of (height, width); zeros for an empty mask."""
-        chunks = self.upsample.chunks(self.logits, self.rows, (height, width))
-        return Boxes.cat([BitMasks(full).get_bounding_boxes() for full in chunks])
+        resizer = self.upsample.resizer(self.logits, (height, width))
+        return Boxes(self.upsample.measure(self.tensor, resizer)[0])
 
 
 class RleMasks(list):

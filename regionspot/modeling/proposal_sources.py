@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork, build_model
 from detectron2.structures import Boxes, Instances
-from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, calculate_stability_score
+from segment_anything.utils.amg import build_point_grid
 from torchvision.ops import nms
 
 from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
@@ -22,6 +22,7 @@ from regionspot.structures import Prompts, to_rgb
 from regionspot.utils.yaml_config import merge_yaml
 
 SOURCES = ("auto", "gt", "file", "sam_automatic", "detector")
+OFFSET = 1.0  # of the threshold, for the stability, as in SamAutomaticMaskGenerator
 
 
 class SamAutomaticProposals:
@@ -67,17 +68,17 @@ class SamAutomaticProposals:
         points = (self.points * torch.tensor([width, height]))[:, None].to(embedding.device)  # (P, 1, 2)
         prompts = Prompts(points=points, point_labels=torch.ones_like(points[..., 0], dtype=torch.int64))
         all_boxes, all_scores = [torch.zeros(0, 4, device=embedding.device)], [embedding.new_zeros(0)]
-        upsampler = self.localizer.mask_upsampler(size)
+        upsampler, resizer = self.localizer.mask_upsampler(size), None
         for ious, masks in self.localizer.all_masks(embedding, prompts, self.pred_iou_thresh):
-            chunks = upsampler.logit_chunks(masks, None, size)
-            for scores, logits in zip(ious.split(upsampler.chunk_size(size)), chunks):
-                stability = calculate_stability_score(logits, upsampler.threshold, 1.0)
-                is_stable = stability >= self.stability_score_thresh if self.stability_score_thresh > 0 else ...
-                all_boxes.append(batched_mask_to_box(logits[is_stable] > upsampler.threshold).float())
-                all_scores.append(scores[is_stable])
+            resizer = resizer or upsampler.resizer(masks, size)
+            boxes, stability = upsampler.measure(masks, resizer, OFFSET if self.stability_score_thresh > 0 else None)
+            is_stable = ... if stability is None else stability >= self.stability_score_thresh
+            boxes[:, 2:] = (boxes[:, 2:] - 1).clamp(min=0)  # SAM's end at the last pixel inside; zeros stay
+            all_boxes.append(boxes[is_stable])
+            all_scores.append(ious[is_stable])
         boxes, scores = torch.cat(all_boxes), torch.cat(all_scores)
         kept = nms(boxes, scores, self.box_nms_thresh)
-        boxes[:, 2:] += 1  # SAM's boxes end at the last pixel inside the mask, ours after it
+        boxes[:, 2:] += 1  # ours end after the last pixel inside
         return to_proposals(boxes[kept], scores[kept].clamp(0, 1), size)
 
 

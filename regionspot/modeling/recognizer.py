@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from regionspot.checkpoint.loading import PARTS, frozen_sources, load_weights
 from regionspot.modeling.classifier import TextClassifier
+from regionspot.modeling.entry_embeddings import embed_vocabulary
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizers import Localizer, LocalizerOutput, build_localizer
 from regionspot.modeling.losses import region_focal_loss
@@ -117,12 +118,12 @@ class RegionRecognizer(nn.Module):
         Raises:
             ValueError: no names, an empty name, or a name too long for CLIP; the old vocabulary then stays.
         """
-        self.classifier.add(key, load_vocabulary(names), encode=True)
+        self.classifier.add(key, embed_vocabulary(self, load_vocabulary(names, with_examples=True)), encode=True)
         self.classifier.active = key
 
     def encode_vocabulary(self, names: VocabularySource) -> tuple[list[str], torch.Tensor]:
         """Return names and their (K, text_dim) embeddings for ``classify``; the vocabulary in use stays."""
-        loaded = load_vocabulary(names)
+        loaded = embed_vocabulary(self, load_vocabulary(names, with_examples=True))
         return list(loaded), self.classifier.text_encoder(loaded)
 
     @contextmanager

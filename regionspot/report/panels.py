@@ -50,7 +50,8 @@ class Panel:
         font_size: of the names, in original pixels.
         objects, detections: their boxes.
         errors: what is wrong, a line for each error.
-        attention: attention maps of regions.
+        attention: attention maps of regions, or other small images.
+        attention_title: what they are.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Panel:
     detections: list[Box]
     errors: list[str]
     attention: list[EmbeddedImage]
+    attention_title: str = "What the regions of objects attend to, from dark to bright:"
 
 
 Attend = Callable[[np.ndarray, ImageErrors], list[EmbeddedImage]]  # attention maps of an image's objects

@@ -13,6 +13,8 @@ import torch
 
 BATCH = 255  # with NumPy 2, pycocotools 2.0.11 fails for lists of 256 masks or more
 MAX_PIXELS = 2**32 - 1  # pycocotools counts in 32 bits
+# The part of a mask inside the box around its pixels, (h, w) uint8 0 or 1, and that box's top left corner (x, y).
+CroppedMask = tuple[np.ndarray, tuple[int, int]]
 _INTEGER = (int, np.integer)
 _MAX_COORDINATE = 1e6  # pixels; pycocotools walks along each side of a polygon
 _MAX_DIGITS = 7  # of 5 bits: enough for a 32-bit count and for the difference of two
@@ -171,6 +173,14 @@ def mask_boxes(rles: Sequence[dict]) -> np.ndarray:
     """Return (len(rles), 4) float64 XYWH boxes around masks, in pixels."""
     batches = [mask_utils.toBbox(list(rles[i : i + BATCH])) for i in range(0, len(rles), BATCH)]
     return np.concatenate(batches).astype(np.float64) if batches else np.zeros((0, 4))
+
+
+def crop_rle(rle: dict) -> CroppedMask | None:
+    """Decode a valid RLE (see ``check_rles``), no more of it than the box around its pixels; None if it has none."""
+    x, y, width, height = mask_utils.toBbox(rle).astype(int).tolist()
+    if not width or not height:
+        return None
+    return np.ascontiguousarray(mask_utils.decode(rle)[y : y + height, x : x + width]), (x, y)
 
 
 def is_size(size: Any) -> bool:

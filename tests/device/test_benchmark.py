@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from tools.benchmarks.extract import benchmark_extract
 from tools.benchmarks.model import Models, benchmark_model
+from tools.benchmarks.proposals import benchmark_proposals
 from tools.benchmarks.train import benchmark_train
 
 from ..helpers import tiny_config
@@ -29,3 +30,8 @@ def test_train_benchmark_runs_on_the_device(tmp_path):
 def test_extract_benchmark_runs_on_the_device(tmp_path):
     args = Namespace(images=2, boxes=2, batch=2, workers=0, plain_images=1, repeats=1)
     assert benchmark_extract(tiny_config(*ON_DEVICE), tmp_path, args).rows[0]["ratio"] > 0
+
+
+def test_proposals_benchmark_runs_on_the_device():
+    [row] = benchmark_proposals(tiny_config(*ON_DEVICE), Namespace(points=3, kept=[50], repeats=1)).rows
+    assert row["same_boxes"] and row["boxes"]

@@ -1,11 +1,16 @@
 """The committed weights, and the demo end to end at a small size."""
 
 import json
+from collections import Counter
 
 import pytest
+from detectron2.data import DatasetCatalog
 
+from miniworld import examples
+from miniworld.__main__ import COMMANDS
 from miniworld.__main__ import __file__ as MAIN
-from miniworld.experiment import CONFIG, CONFIGS, WEIGHTS, miniworld_config
+from miniworld.categories import NOVEL
+from miniworld.experiment import CONFIG, CONFIGS, WEIGHTS, draw_data, miniworld_config
 from miniworld.pretrain_clip import report_clip
 from miniworld.pretrain_sam import report_sam
 from regionspot.modeling import RegionRecognizer
@@ -71,7 +76,11 @@ def test_demo_learns_and_writes_summary(demo):
     report = (directory / "report.html").read_text()
     assert f"{summary['AP']:.2f}" in report and f"{summary['proposal_file']['AP']:.2f}" in report
     assert f"open {directory / 'report.html'} in a browser" in output
-    assert "regionspot_cli predict --config-file" in output
+    assert (
+        (directory / "search" / "sheet.png").is_file() and "search --index" in output and "predict --config" in output
+    )
+    rows = (directory / "search" / "regions.csv").read_text().splitlines()[1:]
+    assert len(rows) == 12 and all(row.split(",")[2].startswith("test/") for row in rows)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -91,3 +100,43 @@ def test_evaluation_matches_demo(demo, tmp_path, monkeypatch, processes):
     summary = json.loads((directory / "summary.json").read_text())
     for key in ("AP", "APr", "APc", "APf", "mask_AP"):
         assert float(metrics[key]) == pytest.approx(summary[key], abs=2e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(demo, tmp_path_factory):
+    """The demo's weights where the experiments look for them."""
+    directory = tmp_path_factory.mktemp("experiments")
+    (directory / "training" / f"{CONFIG.stem}-0").mkdir(parents=True)
+    weights = (demo[0] / "training" / "model_final.pth").read_bytes()
+    (directory / "training" / f"{CONFIG.stem}-0" / "model_final.pth").write_bytes(weights)
+    return directory, ["--output", directory, "--config-file", CONFIG, "--train", 1, "--workers", 1, "--val", 30]
+
+
+def test_audit_finds_more_errors_than_chance(demo, trained, monkeypatch, capsys):
+    directory, options = trained
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(demo[0] / "cache"))  # the names are encoded once for all
+    points = COMMANDS["audit"].call(*options, *SMALL)
+    number, precision, recall = next(point for point in points if point[1] > 0)
+    assert points[-1][2] > 4 * 0.05 + 0.1  # chance finds a share of 4 * 5 % in the last row's labels
+    assert 0 < precision <= 1 and 0 < recall <= 1 and number > 0
+    assert "labels are wrong" in capsys.readouterr().out and (directory / "audit" / "audit.html").is_file()
+
+
+def test_examples_of_the_classes_that_have_them(demo, trained, monkeypatch, capsys):
+    directory, options = trained
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(demo[0] / "cache"))
+    draw_data(directory / "data", {"val": 30, "test": 30}, 1)
+    examples_of, tested = (
+        Counter(x["category_id"] for record in DatasetCatalog.get(f"miniworld_{split}") for x in record["annotations"])
+        for split in ("val", "test")
+    )
+    present = [label for label in NOVEL if examples_of[label] >= 2 and tested[label]][:2]
+    assert len(present) == 2
+    monkeypatch.setattr(examples, "NOVEL", present)
+    monkeypatch.setattr(examples, "NUMBERS", (1, 2))
+    options = [*options, "--test", 30, "--seeds", 1]
+    COMMANDS["examples"].call(*options, *SMALL)
+    results = json.loads((directory / "examples" / "0.json").read_text())
+    assert list(results)[:3] == ["name", "1 example", "2 examples"] and len(results) == 6
+    assert all(0 <= value <= 1 for row in results.values() for value in row.values())
+    assert "| name and 2 examples" in capsys.readouterr().out

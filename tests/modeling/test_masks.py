@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes
 from pycocotools import mask as mask_api
+from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
 
 from regionspot.modeling import masks as masks_module
 from regionspot.modeling.masks import RegionMasks
@@ -49,6 +50,23 @@ def test_every_form_is_as_sam_gives_it(localizer, logits, size, max_pixels, monk
     assert rles[0] is rles[4] and rles[1] is rles[2]
     boxes = masks.bounding_boxes(*size)
     assert torch.equal(boxes.tensor, BitMasks(expected[rows]).get_bounding_boxes().tensor)
+
+
+@pytest.mark.parametrize("pixels", [1, 1 << 19])
+@pytest.mark.parametrize("size", [SIZE, (31, 47), (130, 200)])
+def test_masks_are_measured_as_segment_anything_does(localizer, logits, size, pixels, monkeypatch):
+    monkeypatch.setattr(masks_module, "BAND_PIXELS", pixels)
+    logits = logits - logits.flatten(1).quantile(0.98, dim=1)[:, None, None]  # a peak of each is inside
+    logits = torch.cat([logits, -torch.ones(1, 32, 32)])  # the last one is empty
+    full = localizer.sam.postprocess_masks(logits[:, None], localizer.input_size(SIZE), size)[:, 0]
+    upsampler = localizer.mask_upsampler(SIZE)
+    boxes, stability = upsampler.measure(logits, upsampler.resizer(logits, size), 0.3)
+    expected = batched_mask_to_box(full > 0).float()  # its boxes end at the last pixel inside
+    expected[:-1, 2:] += 1
+    assert torch.equal(boxes, expected) and not boxes[-1].any()
+    assert len(boxes.unique(dim=0)) > 3
+    torch.testing.assert_close(stability, calculate_stability_score(full, 0.0, 0.3), equal_nan=True)
+    assert upsampler.measure(logits, upsampler.resizer(logits, size))[1] is None
 
 
 def test_no_masks_have_every_form(localizer, logits):

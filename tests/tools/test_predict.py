@@ -10,10 +10,11 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from regionspot.checkpoint.checkpointer import load_model
+from regionspot.prediction.regions import parse_points
 from regionspot_cli.commands import COMMANDS
-from regionspot_cli.predict import parse_points
 
-from ..helpers import NAMES, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
+from ..helpers import NAMES, ROOT, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
+from ..processes import run_program
 
 OWN_DIRECTORY = "the directory of the image"
 BOXES = "-3,30,60,40;8,5,30,20"
@@ -112,6 +113,12 @@ def test_sixteen_bit_image_is_recognized(image):
     assert run(image, "--boxes", BOXES, "--vocabulary", "a")[0] == 0
 
 
+def test_former_script_works(image):
+    arguments = ("--config-file", TINY, "--input", image, "--boxes", BOXES, "--vocabulary", "a,b", "--output", "old")
+    output = run_program(image.parent, ROOT / "tools" / "demo.py", *arguments)
+    assert "is now tools/predict.py" in output and (image.parent / "old" / "scene.png").is_file()
+
+
 def test_points_are_parsed_and_padded():
     points, labels = parse_points("10,10 50,40,0;30,20")
     assert points.tolist() == [[[10, 10], [50, 40]], [[30, 20], [0, 0]]] and labels.tolist() == [[1, 0], [1, -1]]
@@ -120,7 +127,6 @@ def test_points_are_parsed_and_padded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocabulary", "a"], "no regions: expected --boxes"),
         (["--boxes", "1,2,3", "--vocabulary", "a"], "four numbers a box"),
         (["--boxes", "1,2,3,x", "--vocabulary", "a"], "expected numbers"),
         (["--boxes", ";", "--vocabulary", "a"], "no boxes; expected at least one"),

@@ -34,6 +34,13 @@ EXTRACT = """time the extraction of tokens, on drawn images of 640 x 480
 Example:
     python -m tools.benchmarks extract --config-file configs/RegionSpot-BB.yaml --images 8 --batch 4 --workers 1
 """
+PROPOSALS = """time the boxes of SAM's automatic masks, against segment_anything's SamAutomaticMaskGenerator
+
+SAM has random weights, and both know the embedding of the 640 x 480 image.
+
+Example:
+    python -m tools.benchmarks proposals --config-file configs/RegionSpot-BB.yaml --points 6 --kept 15 100
+"""
 REPORT = """write the tables of JSON files into a document, between <!-- benchmark:NAME --> and <!-- /benchmark -->
 
 Example:
@@ -60,6 +67,11 @@ Examples:
     python -m tools.benchmarks eval --images 2000 --detections 300 --task bbox segm
     python -m tools.benchmarks eval --protocol fixed --images 19809   (all detections of LVIS val: memory and disk)
     python -m tools.benchmarks eval --protocol coco --images 29821 --categories 13204 --alone   (the size of V3Det val)
+"""
+INDEX = """time search in a region index of random embeddings, and the naming of all its regions
+
+Example:
+    python -m tools.benchmarks index --regions 1000000 --names 1203
 """
 STARTUP = "time `import regionspot`, and what of it is RegionSpot's own, and `regionspot --help`"
 
@@ -134,6 +146,18 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     return args
 
 
+def parse_proposals(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--points", type=positive, default=32, help="per side of the grid")
+    parser.add_argument(
+        "--kept", type=positive, nargs="+", default=[15, 100], help="percentages of masks above the threshold of IoU"
+    )
+    add_report_options(parser, "proposals", arguments)
+    args = parser.parse_args(arguments)
+    if max(args.kept) > 100:
+        parser.error(f"--kept: expected percentages, at most 100; got {max(args.kept)}")
+    return args
+
+
 def parse_report(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("files", type=Path, nargs="+", metavar="JSON", help="that benchmarks wrote")
     parser.add_argument("--document", type=Path, default=Path("docs/performance.md"), metavar="FILE")
@@ -173,6 +197,15 @@ def parse_eval(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def parse_index(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--regions", type=positive, default=1_000_000, help="in the index")
+    parser.add_argument("--dim", type=positive, default=512, help="numbers of an embedding")
+    parser.add_argument("--names", type=positive, default=1203, help="of the vocabulary")
+    parser.add_argument("--repeats", type=positive, default=2, help="runs, of which the shortest counts")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="where the index is written for the time")
+    return parser.parse_args(arguments)
+
+
 def parse_startup(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the shortest counts")
     return parser.parse_args(arguments)
@@ -183,9 +216,11 @@ COMMANDS = {
     "text": Command(parse_text, "tools.benchmarks.model", TEXT),
     "train": Command(parse_train, "tools.benchmarks.train", TRAIN),
     "extract": Command(parse_extract, "tools.benchmarks.extract", EXTRACT),
+    "proposals": Command(parse_proposals, "tools.benchmarks.proposals", PROPOSALS),
     "data": Command(parse_data, "tools.benchmarks.data", DATA),
     "memory": Command(parse_memory, "tools.benchmarks.train", MEMORY),
     "eval": Command(parse_eval, "tools.benchmarks.evaluation", EVAL),
+    "index": Command(parse_index, "tools.benchmarks.index", INDEX),
     "startup": Command(parse_startup, "tools.benchmarks.startup", STARTUP),
     "report": Command(parse_report, "tools.benchmarks.report", REPORT),
     "all": Command(parse_all, "tools.benchmarks.suite", ALL),

@@ -32,15 +32,15 @@ class PlainRecognizer(nn.Module):
         _check_method(cfg)
         node, integration = cfg.MODEL.REGIONSPOT, recognizer.knowledge_integration
         self.device = recognizer.vision_language.pixel_mean.device
-        self.sam = _with_weights_of(build_sam(get_sam_size(cfg)), recognizer.localizer.sam, self.device)
+        self.sam = with_weights_of(build_sam(get_sam_size(cfg)), recognizer.localizer.sam, self.device)
         clip_model = recognizer.vision_language.clip_model
-        self.clip_model = _with_weights_of(build_clip(get_clip_size(cfg)), clip_model, self.device)
+        self.clip_model = with_weights_of(build_clip(get_clip_size(cfg)), clip_model, self.device)
         width, depth = integration.to_clip.out_features, node.INTEGRATION.DEPTH
-        self.to_clip = _with_weights_of(nn.Linear(integration.to_clip.in_features, width), integration.to_clip)
-        self.projector = _with_weights_of(nn.Linear(width, integration.projector.out_features), integration.projector)
+        self.to_clip = with_weights_of(nn.Linear(integration.to_clip.in_features, width), integration.to_clip)
+        self.projector = with_weights_of(nn.Linear(width, integration.projector.out_features), integration.projector)
         heads, hidden = node.INTEGRATION.NUM_HEADS, node.INTEGRATION.FFN_DIM
         layer = nn.TransformerDecoderLayer(width, heads, hidden, node.INTEGRATION.DROPOUT)
-        self.decoder = _with_weights_of(
+        self.decoder = with_weights_of(
             nn.TransformerDecoder(layer, depth, nn.LayerNorm(width)), integration.decoder, self.device
         )
         self.mean, self.std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
@@ -152,7 +152,7 @@ def _check_method(cfg: CfgNode) -> None:
             )
 
 
-def _with_weights_of(module: nn.Module, source: nn.Module, device: torch.device | None = None) -> Any:
+def with_weights_of(module: nn.Module, source: nn.Module, device: torch.device | None = None) -> Any:
     """Give a module the weights of another: the same tensors, or copies in float32."""
     state = {key: value.detach().float() for key, value in source.state_dict().items()}
     module.load_state_dict(state, assign=True)

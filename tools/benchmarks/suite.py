@@ -11,6 +11,7 @@ import torch
 from tools.benchmarks.report import write_tables
 
 BB, BL = "configs/RegionSpot-BB.yaml", "configs/RegionSpot-BL.yaml"
+MINI = "projects/MiniWorld/configs/RegionSpot-mini.yaml"
 FLOAT32 = "SOLVER.AMP.ENABLED False"
 BF16 = "MODEL.REGIONSPOT.PRECISION bf16"
 COMPILE = "MODEL.REGIONSPOT.COMPILE True"
@@ -26,6 +27,8 @@ SUITES = {
         f"train --steps 5 --warm-up 1 --images 64 --repeats 2 --config-file {BB} SOLVER.IMS_PER_BATCH 4 {FLOAT32}",
         f"train --maps --steps 10 --warm-up 2 --images 128 --repeats 2 --config-file {BB} {FLOAT32}",
         f"extract --images 2 --plain-images 1 --config-file {BB}",
+        f"proposals --repeats 2 --config-file {MINI}",
+        f"proposals --points 8 --repeats 2 --config-file {BB}",
     ],
     "cuda": [
         f"model --boxes 1 10 100 300 1000 --plain-boxes 1000 --config-file {BL} {RELEASE}",
@@ -36,6 +39,7 @@ SUITES = {
         "INPUT.REDUCED_JPEG 224",
         f"train --maps --steps 100 --warm-up 20 --workers 8 --config-file {BL} SOLVER.IMS_PER_BATCH 64",
         f"extract --images 2048 --batch 16 --workers 14 --config-file {BL} {BF16} {COMPILE} {ENCODER_BATCH}",
+        f"proposals --config-file {BB}",
     ],
 }
 

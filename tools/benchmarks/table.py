@@ -39,6 +39,12 @@ def _share(row: Row, key: str) -> str:
     return f"{100 * row[key]:.0f} %" if key in row else ""
 
 
+def _boxes(row: Row) -> str:
+    if "boxes" not in row:
+        return ""
+    return f"{row['boxes']:,}, " + ("the same" if row["same_boxes"] else f"plain {row['plain_boxes']:,}, not the same")
+
+
 # A column that no row has anything for is left out. The JSON file has the rest.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "part": lambda row: row["part"],
@@ -50,6 +56,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "waits for data": lambda row: _share(row, "data_share"),
     "plain: time": lambda row: row.get("plain_error", "") or _seconds(row, "plain_"),
     "plain: memory": lambda row: _memory(row, "plain_"),
+    "boxes": _boxes,
     "times as fast": lambda row: f"{row['ratio']:.1f}" if "ratio" in row else "",
 }
 

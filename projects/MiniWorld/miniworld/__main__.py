@@ -25,6 +25,19 @@ An interrupted run continues: what is in DIR/results is not run again.
 Example:
     miniworld ablations --output output/ablations
 """
+EXAMPLES = """recognize novel classes by example regions, by their names, and by both: a table over several seeds
+
+Models are trained where they are not in DIR/training yet, which `miniworld ablations` fills, too. An interrupted run
+continues.
+
+Example:
+    miniworld examples --output output/ablations
+"""
+AUDIT = """plant wrong labels in the validation split and look for them: precision and recall of the first N
+
+Example:
+    miniworld audit --output output/ablations
+"""
 PRETRAIN = """train the frozen parts of this world, SAM and CLIP, from scratch
 
 Run again after an interruption, it resumes from its last checkpoint.
@@ -58,6 +71,31 @@ def parse_ablations(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     parser.add_argument("--train", type=int, default=3200, help="number of training scenes")
     parser.add_argument("--test", type=int, default=200, help="number of test scenes")
     parser.add_argument("--jobs", type=int, default=CPUS, help="runs at the same time")
+    add_overrides(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_training(parser: ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("output/ablations"), metavar="DIR")
+    parser.add_argument("--config-file", type=Path, default=CONFIGS / "RegionSpot-mini.yaml", metavar="FILE")
+    parser.add_argument("--train", type=int, default=3200, help="number of training scenes")
+    parser.add_argument("--workers", type=int, default=CPUS, help="drawing processes")
+
+
+def parse_examples(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    _add_training(parser)
+    parser.add_argument("--seeds", type=int, default=3, help="models, each with other examples")
+    parser.add_argument("--val", type=int, default=1600, help="scenes that examples are taken from")
+    parser.add_argument("--test", type=int, default=200, help="number of test scenes")
+    add_overrides(parser)
+    return parser.parse_args(arguments)
+
+
+def parse_audit(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    _add_training(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the model and of the errors")
+    parser.add_argument("--val", type=int, default=1600, help="scenes whose labels are audited")
+    parser.add_argument("--share", type=float, default=0.05, help="of the labels that become wrong")
     add_overrides(parser)
     return parser.parse_args(arguments)
 
@@ -96,6 +134,8 @@ def parse_draw(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 COMMANDS = {
     "demo": Command(parse_demo, "miniworld.demo", DEMO, "the drawn scenes and the features are kept"),
     "ablations": Command(parse_ablations, "miniworld.ablations", ABLATIONS, "finished runs are kept"),
+    "examples": Command(parse_examples, "miniworld.examples", EXAMPLES, "trained models and finished seeds are kept"),
+    "audit": Command(parse_audit, "miniworld.audit", AUDIT, "trained models are kept"),
     "draw": Command(parse_draw, "miniworld.draw", DRAW, "finished splits are kept"),
     "pretrain": Command(parse_pretrain, "miniworld.pretrain", PRETRAIN, "the last checkpoint is kept"),
 }

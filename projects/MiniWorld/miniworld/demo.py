@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -14,15 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from PIL import Image
 
 from miniworld import experiment
+from miniworld.categories import NAMES, NOVEL
 from miniworld.drawing import draw_predictions
+from miniworld.trained import index_split
+from regionspot import RegionSpotPredictor
 from regionspot.modeling.crop_baseline import CropRecognizer
 from regionspot.report import write_report
 from regionspot.utils.files import atomic_path
+from regionspot_cli.commands import COMMANDS
 
 NUM_WORST = 12  # images of the report
+QUERY = NAMES[NOVEL[0]]  # what is searched for
+NUM_SIMILAR = 12  # regions
 
 
 class Stages:
@@ -59,6 +67,18 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
     return summary
 
 
+def search(cfg: CfgNode, output: Path) -> None:
+    """Build the index of the test regions, and search it as a user would."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(output / "training" / "model_final.pth")
+    cfg.TEST.BATCH_SIZE = 8
+    shutil.rmtree(output / "index", ignore_errors=True)  # of another training
+    index_split(RegionSpotPredictor(cfg), cfg, "miniworld_test", output / "index")
+    options = ("--top-k", NUM_SIMILAR, "--output", output / "search")
+    COMMANDS["search"].call("--index", output / "index", "--text", QUERY, *options)
+
+
 def table(summary: dict[str, Any]) -> str:
     """Return the results as text."""
     rows = {"RegionSpot, true boxes": "", "RegionSpot, jittered boxes": "jittered_"}
@@ -91,21 +111,23 @@ def main(args: Namespace) -> None:
                 Image.fromarray(image).save(temporary, format="PNG")
     with stage("report", "the two evaluations as one HTML file"):
         write_report([args.output / "training", args.output / "proposals"], args.output / "report.html", NUM_WORST)
+    with stage("index", f"an index of the test regions, and those that are most like {QUERY!r}"):
+        search(cfg, args.output)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     summary.update(seconds=stage.seconds, seed=args.seed, world_seed=0, versions=versions)
     with atomic_path(args.output / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
     print(f"\n{table(summary)}\n\n{sum(stage.seconds.values()):.0f} s; images and summary.json are in {args.output}")
-    print(f"\nWhat to try next:\n{next_steps(args)}")
+    print(f"\nWhat to try next:\n{next_steps(args, QUERY)}")
 
 
-def next_steps(args: Namespace) -> str:
+def next_steps(args: Namespace, query: str) -> str:
     """Return a line for each thing that a user may want to do with the output."""
-    config = os.path.relpath(args.config_file)
     weights = f"MODEL.WEIGHTS {args.output / 'training' / 'model_final.pth'}"
-    program = f"{sys.executable} -m regionspot_cli"
+    program, index = f"{sys.executable} -m regionspot_cli", args.output / "index"
     return (
         f"  look: open {args.output / 'report.html'} in a browser: AP, errors by kind, confusions, the worst images\n"
-        f"  predict: {program} predict --config-file {config} --input {args.output / 'data/miniworld/test'} "
+        f"  search: {program} search --index {index} --text {query!r} --output {args.output / 'search'}\n"
+        f"  name: {program} predict --config-file {os.path.relpath(args.config_file)} --input IMAGE.png "
         f'--vocabulary "striped red star,plain blue ring" --output output/mine {weights}'
     )

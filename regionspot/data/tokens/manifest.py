@@ -1,6 +1,7 @@
-"""The manifest of a token store: what its shards hold, and what the features were extracted from."""
+"""The manifest of a store of shards: what they hold, and what the features were extracted from."""
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,43 @@ _OLD_FORMAT = "regionspot-tokens-1"
 _OLD_KEYS = {"images of a shard": "shard_images", "number of shards": "num_shards", "imported from": "imported_from"}
 
 _ENTRY_TYPES = {"file": str, "sha256": str, "bytes": int, "images": int, "boxes": int, "seen": int}
-_MANIFEST_TYPES = {"images": int, "boxes": int, "stages": list, "shards": list}
+_MANIFEST_TYPES = {"images": int, "boxes": int, "shards": list}
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class StoreKind:
+    """What distinguishes stores of one kind from those of others.
+
+    Attributes:
+        name: in messages.
+        format: value of ``format`` in a manifest.
+        command: that writes them.
+        types: keys of a manifest, beside those of all kinds, and their types.
+        keys: keys whose values may be of any type.
+    """
+
+    name: str
+    format: str
+    command: str
+    types: dict[str, type] = field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged shard."""
+        return f"delete this shard and run {self.command} again, which writes it again"
+
+
+TOKENS = StoreKind(
+    "token store",
+    FORMAT,
+    "tools/extract_tokens.py",
+    {"stages": list},
+    frozenset({"clip", "flip", "sam", "annotations"}),
+)
+
+
+def read_manifest(directory: Path, kind: StoreKind = TOKENS) -> dict[str, Any]:
     """Return the manifest of a finished store.
 
     Raises:
@@ -28,25 +62,25 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         if (directory / ORIGIN).is_file():
-            raise ValueError(f"token store {directory} is not finished; run tools/extract_tokens.py again, it resumes")
-        raise FileNotFoundError(f"token store {directory}: no {MANIFEST} there; make it with tools/extract_tokens.py")
-    manifest = read_origin(path)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"token store: {path} is of format {manifest.get('format')!r}, expected {FORMAT!r}")
+            raise ValueError(f"{kind.name} {directory} is not finished; run {kind.command} again, it resumes")
+        raise FileNotFoundError(f"{kind.name} {directory}: no {MANIFEST} there; make it with {kind.command}")
+    manifest = read_origin(path, kind)
+    if manifest.get("format") != kind.format:
+        raise ValueError(f"{kind.name}: {path} is of format {manifest.get('format')!r}, expected {kind.format!r}")
     is_complete = (
-        _has_types(manifest, _MANIFEST_TYPES)
-        and {"clip", "flip", "sam", "annotations"} <= manifest.keys()
-        and all(isinstance(stage, str) for stage in manifest["stages"])
+        _has_types(manifest, _MANIFEST_TYPES | kind.types)
+        and kind.keys <= manifest.keys()
+        and all(isinstance(stage, str) for stage in manifest.get("stages", ()))
         and all(is_entry(entry) for entry in manifest["shards"])
     )
     if not is_complete:
-        raise ValueError(f"token store: {path} is damaged: it lacks keys of a manifest; extract the tokens again")
+        raise ValueError(f"{kind.name}: {path} is damaged: it lacks keys of a manifest; run {kind.command} again")
     return manifest
 
 
-def read_origin(path: Path) -> dict[str, Any]:
+def read_origin(path: Path, kind: StoreKind = TOKENS) -> dict[str, Any]:
     """Read a manifest, or the beginning of one, and translate version 1 to the current keys."""
-    content = read_object(path)
+    content = read_object(path, kind)
     if content.get("format") != _OLD_FORMAT:
         return content
     size = re.search(r"longest side (\d+)", str(content.pop("prompt_frame", "")))
@@ -55,10 +89,10 @@ def read_origin(path: Path) -> dict[str, Any]:
     return {**content, "format": FORMAT, "image_size": int(size[1]) if size else None}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path, "token store:")
+def read_object(path: Path, kind: StoreKind = TOKENS) -> dict[str, Any]:
+    content = read_json(path, f"{kind.name}:")
     if not isinstance(content, dict):
-        raise ValueError(f"token store: {path} is damaged: expected an object, got {type(content).__name__}")
+        raise ValueError(f"{kind.name}: {path} is damaged: expected an object, got {type(content).__name__}")
     return content
 
 
@@ -78,14 +112,13 @@ def _has_types(content: dict[str, Any], types: dict[str, type]) -> bool:
     return all(type(content.get(key)) is expected for key, expected in types.items())
 
 
-def check_origin(directory: Path, origin: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_origin(directory: Path, origin: dict[str, Any], expected: dict[str, Any], kind: StoreKind = TOKENS) -> None:
     """Refuse a store with a manifest, or its beginning, of another origin than ``expected``; the error names both."""
     for key, value in expected.items():
         if _without_source(origin.get(key)) != _without_source(value):
             raise ValueError(
-                f"token store {directory} is of another {key}: expected {_describe(value)}, got "
-                f"{_describe(origin.get(key))}; delete it and run tools/extract_tokens.py again, or extract into "
-                "another directory"
+                f"{kind.name} {directory} is of another {key}: expected {_describe(value)}, got "
+                f"{_describe(origin.get(key))}; delete it and run {kind.command} again, or write into another directory"
             )
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from regionspot.data.tokens.manifest import check_origin, read_manifest, read_object
+from regionspot.data.tokens.manifest import TOKENS, StoreKind, check_origin, read_manifest, read_object
 from regionspot.utils.files import sha256_of_file, write_json
 
-REMEDY = "delete this shard and run tools/extract_tokens.py again, which writes it again"
+REMEDY = TOKENS.remedy
 VERIFIED = ".verified.json"  # size and time of the shards whose SHA-256 was compared
 
 
@@ -120,7 +120,7 @@ class TokenStore:
         shard_index, row = self._locations[position].tolist()
         shard = self._shards[shard_index]
         # Reading past the end of a memory map, of a file that was truncated since, would kill the process.
-        _check_size(self.directory, self.manifest["shards"][shard_index])
+        check_size(self.directory, self.manifest["shards"][shard_index])
         start, stop = shard["offsets"][row : row + 2].tolist()
         return shard, row, start, stop
 
@@ -158,26 +158,34 @@ class TokenStore:
         check_origin(self.directory, self.manifest, expected)
 
 
-def _check_size(directory: Path, entry: dict[str, Any]) -> None:
+def check_size(directory: Path, entry: dict[str, Any], kind: StoreKind = TOKENS) -> None:
+    """Refuse a shard that is missing, or has not the number of bytes that the manifest says."""
     path = directory / entry["file"]
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"token store: shard {path} is missing; copy it again, or run extract_tokens.py again"
+            f"{kind.name}: shard {path} is missing; copy it again, or run {kind.command} again"
         ) from None
     if size != entry["bytes"]:
-        raise ValueError(f"token store: shard {path} is damaged: expected {entry['bytes']} bytes, got {size}; {REMEDY}")
+        raise ValueError(
+            f"{kind.name}: shard {path} is damaged: expected {entry['bytes']} bytes, got {size}; {kind.remedy}"
+        )
+
+
+def map_shard(directory: Path, entry: dict[str, Any], kind: StoreKind = TOKENS) -> dict[str, torch.Tensor]:
+    """Return the tensors of a shard, which map the file: it is read when they are used."""
+    path = directory / entry["file"]
+    check_size(directory, entry, kind)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{kind.name}: shard {path} is damaged ({error}); {kind.remedy}") from error
 
 
 def _open_shard(directory: Path, entry: dict[str, Any]) -> dict[str, torch.Tensor]:
-    path = directory / entry["file"]
-    _check_size(directory, entry)
-    try:
-        with safe_open(path, framework="pt") as file:  # tensors map the file, which is read when they are used
-            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"token store: shard {path} is damaged ({error}); {REMEDY}") from error
+    path, content = directory / entry["file"], map_shard(directory, entry)
     if not {"image_ids", "offsets", "boxes", "labels"} <= set(content):
         raise ValueError(f"token store: {path} is not a shard: it has {', '.join(sorted(content)[:4])}; {REMEDY}")
     images, boxes, offsets = entry["images"], entry["boxes"], content["offsets"]
@@ -195,26 +203,26 @@ def _open_shard(directory: Path, entry: dict[str, Any]) -> dict[str, torch.Tenso
     return content
 
 
-def _compare_sha256(path: Path, expected: str) -> str:
+def _compare_sha256(path: Path, expected: str, kind: StoreKind = TOKENS) -> str:
     """Return the problem of a shard, "" for none."""
     actual = sha256_of_file(path)
     if actual == expected:
         return ""
-    return f"{path} is damaged: expected SHA-256 {expected[:12]}, got {actual[:12]}; {REMEDY}"
+    return f"{path} is damaged: expected SHA-256 {expected[:12]}, got {actual[:12]}; {kind.remedy}"
 
 
-def find_damage(directory: str | Path) -> Iterator[str]:
+def find_damage(directory: str | Path, kind: StoreKind = TOKENS) -> Iterator[str]:
     """Compare a store with its manifest; yield a line for each shard that is missing, changed or not listed.
 
     Raises as ``read_manifest``.
     """
     directory = Path(directory)
-    entries = {entry["file"]: entry for entry in read_manifest(directory)["shards"]}
+    entries = {entry["file"]: entry for entry in read_manifest(directory, kind)["shards"]}
     for name, entry in tqdm(entries.items(), desc=f"verifying {directory}", unit="shard"):
         path = directory / name
         if not path.is_file():
-            yield f"{path} is missing: run tools/extract_tokens.py again, which writes it again"
-        elif problem := _compare_sha256(path, entry["sha256"]):
+            yield f"{path} is missing: run {kind.command} again, which writes it again"
+        elif problem := _compare_sha256(path, entry["sha256"], kind):
             yield problem
     # Left from an extraction with other shards: they are not read, but may be copied around.
     for path in sorted(directory.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""Writing token stores, shard by shard, by any number of processes."""
+"""Writing stores, shard by shard, by any number of processes."""
 
 import shutil
 from collections.abc import Collection, Sequence
@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from regionspot.data.tokens.manifest import (
-    FORMAT,
     MANIFEST,
     ORIGIN,
+    TOKENS,
+    StoreKind,
     check_origin,
     is_entry,
     read_manifest,
@@ -33,14 +34,16 @@ class StoreWriter:
         ValueError: the directory has a store, finished or not, of another origin.
     """
 
-    def __init__(self, directory: str | Path, origin: dict[str, Any], num_shards: int) -> None:
-        self.directory, self.num_shards = Path(directory), num_shards
-        self.origin = {"format": FORMAT, **origin, "num_shards": num_shards}
+    def __init__(
+        self, directory: str | Path, origin: dict[str, Any], num_shards: int, kind: StoreKind = TOKENS
+    ) -> None:
+        self.directory, self.num_shards, self.kind = Path(directory), num_shards, kind
+        self.origin = {"format": kind.format, **origin, "num_shards": num_shards}
         self.directory.mkdir(parents=True, exist_ok=True)
         # A finished store has a manifest, one in progress its beginning; both name the origin.
         for name in (MANIFEST, ORIGIN):
             if (self.directory / name).is_file():
-                check_origin(self.directory, read_origin(self.directory / name), self.origin)
+                check_origin(self.directory, read_origin(self.directory / name, kind), self.origin, kind)
         self.discard()
         if not self.is_complete():
             write_json(self.directory / ORIGIN, self.origin)
@@ -65,7 +68,7 @@ class StoreWriter:
 
     def left_out(self, shard: int) -> list[int]:
         """Return the ids of unreadable images, which a finished shard lacks."""
-        entry = read_manifest(self.directory)["shards"][shard] if self.is_complete() else self._entry(shard)
+        entry = read_manifest(self.directory, self.kind)["shards"][shard] if self.is_complete() else self._entry(shard)
         return entry.get("left_out", []) if entry else []
 
     def image_files(self, shard: int) -> dict[int, list[int]]:
@@ -78,7 +81,7 @@ class StoreWriter:
     def discard(self, shards: Collection[int] = ()) -> None:
         """Mark these shards as not finished, and those of a complete store that are missing or truncated."""
         if self.is_complete():
-            entries = dict(enumerate(read_manifest(self.directory)["shards"]))
+            entries = dict(enumerate(read_manifest(self.directory, self.kind)["shards"]))
             intact = {shard: x for shard, x in entries.items() if shard not in shards and self._is_intact(x)}
             if len(intact) == len(entries):
                 return
@@ -90,10 +93,18 @@ class StoreWriter:
         for shard in shards:
             self.path(shard, ".json").unlink(missing_ok=True)
 
-    def write(self, shard: int, content: dict[str, torch.Tensor], seen: int, left_out: Sequence[int] = ()) -> None:
-        """Write a shard with the tensors that ``TokenStore`` describes.
+    def write(
+        self,
+        shard: int,
+        content: dict[str, torch.Tensor],
+        seen: int,
+        left_out: Sequence[int] = (),
+        reasons: Sequence[str] = (),
+    ) -> None:
+        """Write a shard with the tensors that ``TokenStore`` (or ``RegionIndex``) describes.
 
-        ``seen`` is its number of images of the data set, with regions or without; ``left_out`` has the unreadable ones.
+        ``seen`` is its number of images of the data set, with regions or without; ``left_out`` has the unreadable ones,
+        and ``reasons`` says why.
         """
         for key, value in content.items():
             if value.is_floating_point() and not value.isfinite().all():
@@ -106,6 +117,8 @@ class StoreWriter:
         entry = {"file": self.path(shard).name, "sha256": sha256, "bytes": size, **counts}
         if left_out:
             entry["left_out"] = list(left_out)
+        if reasons:
+            entry["reasons"] = list(reasons)
         write_json(self.path(shard, ".json"), entry)
 
     def finish(self) -> bool:

@@ -1,5 +1,6 @@
 """SAM as localizer, at every size (paper, section 3.1)."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,8 +20,9 @@ from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
-CPU_BYTES = 1 << 25  # of the images of the prompts decoded at once on a CPU: more leave its cache
-MASKS_ON_CPU = 2  # made at once, for the same reason
+# Of the images of the prompts that a CPU decodes at once, and makes masks of: more leave its cache.
+CPU_BYTES = 1 << 24
+CPU_MASK_BYTES = 1 << 21
 
 
 @LOCALIZER_REGISTRY.register()
@@ -192,20 +194,21 @@ class SamLocalizer(Localizer):
         decoder, prompt_decoder = self.sam.mask_decoder, self._prompt_decoder(embedding, prompts)
         for part in self._split(prompts, embedding):
             sparse, _ = self._encode_prompts(part)
-            hidden, image = prompt_decoder.decode(sparse, None, slice(0, 1 + decoder.num_mask_tokens))
-            ious = decoder.iou_prediction_head(hidden[:, 0])[:, 1:].float()  # (N, M), without the single-mask output
+            updated = prompt_decoder.update(sparse, None)
+            iou_tokens = prompt_decoder.read(updated, slice(0, 1))[:, 0]
+            ious = decoder.iou_prediction_head(iou_tokens)[:, 1:].float()  # (N, M), without the single-mask output
             rows, outputs = torch.where(ious > min_iou)
             used, positions = rows.unique(return_inverse=True)
             if len(used):
+                updated = updated if len(used) == len(part) else updated[used]
                 mlps = decoder.output_hypernetworks_mlps
-                kernels = torch.stack([mlps[i](hidden[used, 1 + i]) for i in range(1, len(mlps))], dim=1)  # (n, M, C/8)
-                masks = prompt_decoder.predict_masks(image[used], kernels)
-                yield ious[rows, outputs], masks[positions, outputs].float()
+                mask_tokens = prompt_decoder.read(updated, slice(2, 1 + len(mlps))).unbind(dim=1)
+                kernels = torch.stack([mlp(x) for mlp, x in zip(mlps[1:], mask_tokens, strict=True)], dim=1)
+                masks = _predict_masks(prompt_decoder, updated.image, kernels)  # by (n, M, C / 8) kernels
+                yield ious[rows, outputs], masks[positions, outputs]
 
     def _split(self, prompts: Prompts, embedding: torch.Tensor) -> list[Prompts]:
-        size = self.prompt_chunk
-        if embedding.device.type == "cpu":
-            size = max(min(size, CPU_BYTES // embedding.nbytes), 1)
+        size = min(self.prompt_chunk, _number_at_once(embedding, CPU_BYTES))
         return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def _prompt_decoder(self, embeddings: torch.Tensor, prompts: Prompts) -> PromptDecoder:
@@ -242,9 +245,7 @@ class SamLocalizer(Localizer):
         masks = None
         if with_masks:
             assert kernels is not None
-            size = MASKS_ON_CPU if image.device.type == "cpu" else len(image)
-            parts = zip(image.split(size), kernels[:, None].split(size))
-            masks = torch.cat([prompt_decoder.predict_masks(*part)[:, 0].float() for part in parts])
+            masks = _predict_masks(prompt_decoder, image, kernels[:, None])[:, 0]
         return LocalizerOutput(
             stage_tokens={
                 stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
@@ -301,3 +302,15 @@ class SamLocalizer(Localizer):
             inputs = F.pad(inputs, (0, self.image_size - width, 0, self.image_size - height))
             prompts.append(20 * F.interpolate(inputs, side, mode="bilinear", antialias=True) - 10)
         return torch.cat(prompts)
+
+
+def _number_at_once(image: torch.Tensor, cpu_bytes: int) -> int:
+    """Return how many images a CPU takes at once, each as large as the first of ``image``; other devices take all."""
+    return max(cpu_bytes // image[0].nbytes, 1) if image.device.type == "cpu" else sys.maxsize
+
+
+def _predict_masks(decoder: PromptDecoder, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """Return the (N, M, 4h, 4w) float32 mask logits of (N, P, C) images and (N, M, C / 8) kernels."""
+    size = min(_number_at_once(image, CPU_MASK_BYTES), len(image))
+    masks = [decoder.predict_masks(*part).float() for part in zip(image.split(size), kernels.split(size))]
+    return masks[0] if len(masks) == 1 else torch.cat(masks)

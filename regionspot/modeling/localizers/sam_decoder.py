@@ -9,12 +9,33 @@ Shapes: B images of P = h * w positions with C channels, N prompts with T tokens
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from segment_anything.modeling import MaskDecoder
-from segment_anything.modeling.transformer import Attention
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import nn
 from torch.nn import functional as F
+
+PART_BYTES = 1 << 20  # of the images that a CPU works on at once
+
+
+@dataclass(frozen=True)
+class UpdatedPrompts:
+    """N prompts behind the two-way layers, before the final attention.
+
+    Attributes:
+        tokens: (N, T, C) the output tokens and the prompts', as they began.
+        queries: (N, T, C) what became of them.
+        image: (N, P, C) that masks are made of.
+    """
+
+    tokens: torch.Tensor
+    queries: torch.Tensor
+    image: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor) -> "UpdatedPrompts":
+        return UpdatedPrompts(self.tokens[rows], self.queries[rows], self.image[rows])
 
 
 class PromptDecoder:
@@ -29,34 +50,40 @@ class PromptDecoder:
         """
         self.decoder = decoder
         self.side = embeddings.shape[-1]
-        self.image = embeddings.flatten(2).transpose(1, 2)  # (B, P, C)
-        self.position = position.flatten(2).transpose(1, 2)  # (1, P, C)
-        self.image_with_position = self.image + self.position
+        self.image = embeddings.flatten(2).transpose(1, 2).contiguous()  # (B, P, C)
+        self.position = position.flatten(2).transpose(1, 2).contiguous()  # (1, P, C)
         self._projections: dict[nn.Linear, torch.Tensor] = {}
+        if self.image.device.type == "cpu":
+            _keep_freed_memory()
 
     def decode(
         self, sparse: torch.Tensor, dense: torch.Tensor | None, outputs: slice, counts: Sequence[int] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the two-way transformer.
-
-        Args:
-            sparse: (N, T', C) embeddings of the prompts' boxes and points.
-            dense: (N, C, h, w) embeddings of the prompts' masks; None in all calls if there are none.
-            outputs: which of SAM's output tokens are needed; 0 is the IoU token, then come the mask tokens.
-            counts: how many of the prompts, which are in the order of the B images, belong to each; for one image not
-                needed.
+        """Run the two-way transformer: ``update``, then ``read`` of all prompts.
 
         Returns:
             (N, O, C) output tokens, and the (N, P, C) image that masks are made of.
         """
+        prompts = self.update(sparse, dense, counts)
+        return self.read(prompts, outputs), prompts.image
+
+    @torch.no_grad()
+    def update(self, sparse: torch.Tensor, dense: torch.Tensor | None, counts: Sequence[int] = ()) -> UpdatedPrompts:
+        """Run the two-way layers of the transformer.
+
+        Args:
+            sparse: (N, T', C) embeddings of the prompts' boxes and points.
+            dense: (N, C, h, w) embeddings of the prompts' masks; None in all calls if there are none.
+            counts: how many of the prompts, which are in the order of the B images, belong to each; for one image not
+                needed.
+        """
         counts = counts or [len(sparse)]
         output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)  # (N, T, C)
-        transformer, queries = self.decoder.transformer, tokens
+        queries = tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)  # (N, T, C)
         image, shared_by = self.image, counts if dense is None else None  # (B, P, C)
         if dense is not None:
             image = _repeat(image, counts) + dense.flatten(2).transpose(1, 2)  # (N, P, C)
-        for layer in transformer.layers:
+        for layer in self.decoder.transformer.layers:
             if layer.skip_first_layer_pe:
                 queries = layer.norm1(_attend_tokens(layer.self_attn, queries, queries))
             else:
@@ -64,12 +91,20 @@ class PromptDecoder:
             attended = self._attend_image(layer.cross_attn_token_to_image, queries + tokens, image, shared_by)
             queries = layer.norm2(queries + attended)
             queries = layer.norm3(queries + layer.mlp(queries))
-            attention = layer.cross_attn_image_to_token
-            image = layer.norm4(self._update_image(attention, queries + tokens, queries, image, shared_by))
+            image = self._update_image(layer, queries + tokens, queries, image, shared_by)
             shared_by = None
-        queries, tokens = queries[:, outputs], tokens[:, outputs]
-        attended = self._attend_image(transformer.final_attn_token_to_image, queries + tokens, image, shared_by)
-        return transformer.norm_final_attn(queries + attended), image
+        return UpdatedPrompts(tokens, queries, image)
+
+    def read(self, prompts: UpdatedPrompts, outputs: slice) -> torch.Tensor:
+        """Run the final attention for the output tokens that are needed; 0 is the IoU token, then come the mask tokens.
+
+        Returns:
+            (N, O, C) output tokens.
+        """
+        transformer, image = self.decoder.transformer, prompts.image
+        queries, tokens = prompts.queries[:, outputs], prompts.tokens[:, outputs]
+        attended = self._attend_image(transformer.final_attn_token_to_image, queries + tokens, image, None)
+        return transformer.norm_final_attn(queries + attended)
 
     def predict_masks(self, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         """Upscale the image and apply M kernels for each prompt.
@@ -82,15 +117,17 @@ class PromptDecoder:
             kernels: (N, M, C / 8), from the hypernetwork MLPs.
 
         Returns:
-            (N, M, 4h, 4w) mask logits.
+            (N, M, 4h, 4w) mask logits, float32 at least.
         """
         first, norm, activation, second, last_activation = self.decoder.output_upscaling
         x = _upscale(first, image)  # (N, P, 2, 2, C / 4)
         x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
         x = last_activation(_upscale(second, x))  # (N, P, 2, 2, 2, 2, C / 8)
-        logits = x.flatten(1, -2) @ kernels.transpose(1, 2)  # (N, P * 16, M)
-        logits = logits.unflatten(1, (-1, self.side, 2, 2, 2, 2))  # (N, h, w, then y, x in the 2 x 2, in that again, M)
-        return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)  # (N, M, 4h, 4w)
+        logits = kernels @ x.flatten(1, -2).transpose(1, 2)  # (N, M, P * 16)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # h, w, then y, x in the 2 x 2, in that again; the last two x stay together: as one number they move faster
+        pairs = torch.view_as_complex(logits.unflatten(2, (-1, self.side, 2, 2, 2, 2)))  # (N, M, h, w, 2, 2, 2)
+        return torch.view_as_real(pairs.permute(0, 1, 2, 4, 6, 3, 5).contiguous()).flatten(5).flatten(2, 4)
 
     def _attend_image(
         self, attention: Attention, tokens: torch.Tensor, image: torch.Tensor, shared_by: Sequence[int] | None
@@ -98,63 +135,97 @@ class PromptDecoder:
         """Cross-attention of (N, T, C) tokens to the image: (N, P, C), or (B, P, C) that prompts share, by counts."""
         queries = _split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
         if shared_by is not None:
-            keys = self._project_once(attention, attention.k_proj, self.image_with_position)  # (B, H, P, D)
+            keys = self._project_once(attention, attention.k_proj, image + self.position)  # (B, H, P, D)
             values = self._project_once(attention, attention.v_proj, image)
 
             def attend(together: torch.Tensor, i: int) -> torch.Tensor:
-                return F.scaled_dot_product_attention(together, keys[i], values[i])
+                return F.scaled_dot_product_attention(together[None], keys[i : i + 1], values[i : i + 1])[0]
 
             return attention.out_proj(_merge_heads(_for_each_image(attend, queries, shared_by)))
         queries = queries * queries.shape[-1] ** -0.5
-        scores = self._scores(attention, attention.k_proj, queries, image, shared_by)  # (N, H, T, P)
-        attended = scores.softmax(dim=-1).flatten(1, 2) @ image  # (N, H * T, C)
-        value_weight = attention.v_proj.weight.unflatten(0, (attention.num_heads, -1))  # (H, D, C)
-        attended = attended.unflatten(1, queries.shape[1:3]) @ value_weight.transpose(1, 2)  # (N, H, T, D)
+        # the keys' bias adds the same to all scores of a token; (N, H * T, C)
+        projected = _multiply_heads(queries, _by_head(attention, attention.k_proj.weight)).flatten(1, 2)
+        attended = torch.empty_like(projected)
+        for part in self._parts(image):
+            placed = image[part] + self.position
+            attended[part] = (projected[part] @ placed.transpose(1, 2)).softmax(dim=-1) @ image[part]
+        value_weight = _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # (H, C, D)
+        attended = _multiply_heads(attended.unflatten(1, queries.shape[1:3]), value_weight)  # (N, H, T, D)
         return attention.out_proj(_merge_heads(attended) + attention.v_proj.bias)
 
     def _update_image(
         self,
-        attention: Attention,
+        layer: TwoWayAttentionBlock,
         keys: torch.Tensor,
         values: torch.Tensor,
         image: torch.Tensor,
         shared_by: Sequence[int] | None,
     ) -> torch.Tensor:
-        """Return the (N, P, C) image plus its cross-attention to tokens: (N, T, C) ``keys`` and ``values``."""
+        """Return the (N, P, C) image plus its cross-attention to tokens, (N, T, C) ``keys`` and ``values``, and norm.
+
+        An image that prompts do not share is overwritten.
+        """
+        attention = layer.cross_attn_image_to_token
         keys = _split_heads(attention, attention.k_proj(keys))  # (N, H, T, D)
         keys = keys * keys.shape[-1] ** -0.5
-        scores = self._scores(attention, attention.q_proj, keys, image, shared_by)  # (N, H, T, P)
-        weights = scores.softmax(dim=2).flatten(1, 2)  # over the tokens; (N, H * T, P)
-        values = _split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
-        output_weight = attention.out_proj.weight.t().unflatten(0, (attention.num_heads, -1))  # (H, D, C)
-        updates = values @ output_weight  # (N, H, T, C): what a token adds to a position that attends to it alone
-        updates[:, 0] += attention.out_proj.bias  # added once: a head's weights sum to 1
-        image = image if shared_by is None else _repeat(image, shared_by)
-        return torch.baddbmm(image, weights.transpose(1, 2), updates.flatten(1, 2))
-
-    def _scores(
-        self,
-        attention: Attention,
-        projection: nn.Linear,
-        tokens: torch.Tensor,
-        image: torch.Tensor,
-        shared_by: Sequence[int] | None,
-    ) -> torch.Tensor:
-        """Return the (N, H, T, P) products of (N, H, T, D) with the projection of image + position."""
+        updates = _token_updates(attention, values).flatten(1, 2)  # (N, H * T, C)
         if shared_by is not None:
-            projected = self._project_once(attention, projection, self.image_with_position)  # (B, H, P, D)
-            return _for_each_image(lambda together, i: together @ projected[i].transpose(1, 2), tokens, shared_by)
-        weight = projection.weight.unflatten(0, (attention.num_heads, -1))  # (H, D, C)
-        scores = (tokens @ weight).flatten(1, 2) @ image.transpose(1, 2)  # (N, H * T, P)
-        [position] = self._project_once(attention, projection, self.position)  # (H, P, D), with the bias
-        by_position = _for_each_image(lambda together, _: together @ position.transpose(1, 2), tokens, [len(tokens)])
-        return scores.unflatten(1, tokens.shape[1:3]) + by_position
+            shared = self._project_once(attention, attention.q_proj, image + self.position).transpose(2, 3)
+            all_scores = _for_each_image(lambda together, i: together @ shared[i], keys, shared_by)  # (N, H, T, P)
+            base, image = _repeat(image, shared_by), image.new_empty(len(keys), *image.shape[1:])
+        else:
+            projected = _multiply_heads(keys, _by_head(attention, attention.q_proj.weight)).flatten(1, 2)
+            bias = (keys @ _by_head(attention, attention.q_proj.bias)[..., None]).flatten(1, 2)  # (N, H * T, 1)
+            base = image
+        for part in self._parts(image):
+            if shared_by is not None:
+                scores = all_scores[part]
+            else:
+                placed = image[part] + self.position
+                scores = torch.baddbmm(bias[part], projected[part], placed.transpose(1, 2))  # (n, H * T, P)
+                scores = scores.unflatten(1, keys.shape[1:3])
+                del placed  # its memory is used again
+            weights = scores.softmax(dim=2).flatten(1, 2)  # how much each position attends to each token
+            image[part] = layer.norm4(torch.baddbmm(base[part], weights.transpose(1, 2), updates[part]))
+        return image
+
+    def _parts(self, image: torch.Tensor) -> list[slice]:
+        """Split (N, P, C) so that the images of a part stay in a CPU's cache; other devices take all at once."""
+        size = max(PART_BYTES // image[0].nbytes, 1) if image.device.type == "cpu" else len(image)
+        return [slice(i, i + size) for i in range(0, len(image), size)]
 
     def _project_once(self, attention: Attention, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """Return the (B, H, P, D) projection of what all prompts share; the first call computes it."""
         if projection not in self._projections:
             self._projections[projection] = _split_heads(attention, projection(x))
         return self._projections[projection]
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MB of freed memory for the next chunk of prompts: fresh pages take half the time.
+
+    glibc gives memory back once twice the largest block that it has freed so far is free, of those up to 32 MB. This
+    one is never written, so that it takes no memory.
+    """
+    torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8)
+
+
+def _token_updates(attention: Attention, values: torch.Tensor) -> torch.Tensor:
+    """Return (N, H, T, C): what each of (N, T, C) tokens adds to a position that attends to it alone, by head."""
+    values = _split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
+    updates = _multiply_heads(values, _by_head(attention, attention.out_proj.weight.t()))
+    updates[:, 0] += attention.out_proj.bias  # added once: a head's weights sum to 1
+    return updates
+
+
+def _by_head(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """(H * D, ...) -> (H, D, ...)."""
+    return x.unflatten(0, (attention.num_heads, -1))
+
+
+def _multiply_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply (N, H, T, X) with each head's (H, X, Y), one product a head: (N, H, T, Y)."""
+    return _for_each_image(lambda together, _: together @ weight, x, [len(x)])
 
 
 def _for_each_image(

@@ -17,6 +17,7 @@ from regionspot.modeling.vision_language.text_cache import TextCache
 from regionspot.modeling.vision_language.vision_language_model import VisionLanguageModel
 from regionspot.utils.files import cache_dir
 from regionspot.vocabulary import clean_name, get_phrases, get_templates
+from regionspot.vocabulary_entries import EmbeddedVocabulary
 
 MANY_PROMPTS = 20000  # they take minutes on a CPU: a warning and a progress bar
 NUM_IN_MEMORY = 4  # vocabularies whose embeddings stay in memory
@@ -65,7 +66,8 @@ class TextEncoder:
         """Return the text embeddings of class names, cached in memory and on disk; any thread may call.
 
         Args:
-            names: K names; those of a ``Vocabulary`` are the average of their synonyms.
+            names: K names; those of a ``Vocabulary`` are the average of their synonyms, those of an
+                ``EmbeddedVocabulary`` have theirs.
 
         Returns:
             (K, text_dim) float32, L2-normalized.
@@ -73,6 +75,8 @@ class TextEncoder:
         Raises:
             ValueError: a name is too long for CLIP's context, or CLIP's weights give no finite numbers.
         """
+        if isinstance(names, EmbeddedVocabulary):
+            return names.embeddings.to(self.device)
         cleaned = [tuple(clean_name(phrase, self.name_style) for phrase in phrases) for phrases in get_phrases(names)]
         directory = self._cache_directory()
         key = (directory, tuple(cleaned))

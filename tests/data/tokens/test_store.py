@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.tokens import StoreWriter, TokenStore, find_damage, pack_images
 from regionspot.data.training_set import describe_annotations
-from regionspot.engine.extract import Extraction, check_image_ids, describe_sam, extract_tokens
+from regionspot.engine.extract import Extraction, check_image_ids, extract_tokens
+from regionspot.modeling.identity import describe_sam
 from regionspot.structures import Prompts
 
 from ...helpers import tiny_config, tiny_model, write_dataset

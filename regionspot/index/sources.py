@@ -1,0 +1,119 @@
+"""The images and boxes that an index is built of: files and directories, or an annotated data set."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from regionspot.data.dataset_mapper import read_annotations
+from regionspot.data.training_set import describe_annotations
+from regionspot.prediction.regions import RegionSource, open_region_source
+from regionspot.prediction.sources import list_images
+from regionspot.structures import has_area
+from regionspot.utils.files import sha256_of_file
+
+
+@dataclass(frozen=True)
+class ImageRegions:
+    """An image, and its regions if they are known.
+
+    Attributes:
+        name: of the image, relative to the root of its ``ImageSet``.
+        path: of its file.
+        image_id: of an annotation file, or the image's number.
+        boxes: (N, 4) float, XYXY, original pixels; None for those that SAM or a detector finds.
+        proposal_scores: (N,) in [0, 1], or None.
+        keys: (N,) int64, what the regions are called in their source; None for none.
+    """
+
+    name: str
+    path: Path
+    image_id: int
+    boxes: np.ndarray | None = None
+    proposal_scores: np.ndarray | None = None
+    keys: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in a fixed order.
+
+    Attributes:
+        images: ``ImageRegions``, which may be made when they are asked for.
+        root: the directory that names are relative to.
+        fingerprint: of the names and boxes, which tells whether an index is of these images.
+        has_boxes: whether boxes are known of all images.
+        regions: returns the boxes of an image that has none itself, when its size is known; None without.
+    """
+
+    images: Sequence[ImageRegions]
+    root: Path
+    fingerprint: str
+    has_boxes: bool
+    regions: RegionSource | None = None
+
+
+def file_images(inputs: Sequence[str], regions: str = "") -> ImageSet:
+    """Return the images of files, directories, patterns and lists, as ``prediction.sources.list_images`` finds them.
+
+    Args:
+        inputs: see ``list_images``; no videos.
+        regions: a file of boxes, in any format of ``open_region_source``; "" for boxes that are to be found.
+
+    Raises:
+        FileNotFoundError: no such file, or no image among them.
+        ValueError: a video.
+    """
+    records = list(list_images(inputs))
+    for record in records:
+        if record.frame >= 0:
+            raise ValueError(f"--input {record.path}: expected images; regionspot predict takes videos, too")
+    paths = list(dict.fromkeys(Path(record.path).absolute() for record in records))
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    names = [path.relative_to(root).as_posix() for path in paths]
+    images = [ImageRegions(name, path, number) for number, (name, path) in enumerate(zip(names, paths))]
+    digest = hashlib.sha256("\n".join(names).encode())
+    if not regions:
+        return ImageSet(images, root, digest.hexdigest(), has_boxes=False)
+    source = open_region_source(regions, "")
+    digest.update((sha256_of_file(regions) if Path(regions).is_file() else regions).encode())
+    return ImageSet(images, root, digest.hexdigest(), has_boxes=True, regions=source)
+
+
+def dataset_images(name: str, with_boxes: bool = True) -> ImageSet:
+    """Return the images of a registered data set, with its annotated boxes that are no crowds and have area.
+
+    The ``keys`` of regions are the positions of their annotations among those of their image.
+    """
+    records = DatasetCatalog.get(name)
+    root = Path(MetadataCatalog.get(name).get("image_root") or ".").absolute()
+    description = describe_annotations(name)
+    fingerprint = description["fingerprint"] if with_boxes else f"images of {description['fingerprint']}"
+    return ImageSet(_DatasetImages(records, root, with_boxes), root, fingerprint, with_boxes)
+
+
+class _DatasetImages(Sequence):
+    """Records of a data set as ``ImageRegions``, made when they are asked for."""
+
+    def __init__(self, records: Any, root: Path, with_boxes: bool) -> None:
+        self.records, self.root, self.with_boxes = records, root, with_boxes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        record = self.records[index]
+        path = Path(record["file_name"]).absolute()
+        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        boxes = keys = None
+        if self.with_boxes:
+            boxes, _ = read_annotations(record, with_crowds=True)
+            crowd = np.array([bool(x.get("iscrowd", 0)) for x in record["annotations"]], bool)
+            keys = np.flatnonzero(~crowd & has_area(boxes, (record["height"], record["width"])))
+            boxes = boxes[keys]
+        return ImageRegions(name, path, int(record["image_id"]), boxes, None, keys)

@@ -1,0 +1,69 @@
+"""What features were made by: fingerprints of the parts of a recognizer."""
+
+from typing import Any
+
+import torch
+
+from regionspot.checkpoint.formats import fingerprint
+
+
+def describe_sam(recognizer: Any) -> dict[str, Any]:
+    """Return what tokens depend on: SAM's weights, their source, and which of its masks is taken."""
+    return {
+        "source": _describe_source(recognizer.weight_sources["sam"], recognizer.localizer.dtype),
+        "fingerprint": fingerprint(recognizer.localizer.sam.state_dict()),
+        "multimask": recognizer.localizer.multimask,
+    }
+
+
+def describe_clip(recognizer: Any) -> dict[str, Any]:
+    """Return what feature maps depend on: CLIP's image encoder, and which of its outputs are taken."""
+    vision = recognizer.vision_language
+    return {
+        "source": _describe_source(recognizer.weight_sources["clip_model"], vision.dtype),
+        "fingerprint": fingerprint(vision.image_weights()),
+        "part": vision.features,
+    }
+
+
+def describe_trained(recognizer: Any) -> dict[str, Any]:
+    """Return what semantic tokens depend on beside SAM and CLIP: the trained module."""
+    return {
+        "source": recognizer.weight_sources["trained"],
+        "fingerprint": fingerprint(recognizer.knowledge_integration.state_dict()),
+    }
+
+
+def describe_text(recognizer: Any) -> dict[str, Any]:
+    """Return what text embeddings depend on: CLIP's text encoder, templates, and how names are cleaned."""
+    text = recognizer.classifier.text_encoder
+    return {
+        "source": recognizer.weight_sources["clip_model"],
+        "fingerprint": fingerprint(recognizer.vision_language.text_weights()),
+        "templates": len(text.templates),
+        "name_style": text.name_style,
+    }
+
+
+def describe_model(recognizer: Any) -> dict[str, dict[str, Any]]:
+    """Return what embeddings of regions depend on, and the texts that are compared with them."""
+    return {
+        "sam": describe_sam(recognizer),
+        "clip": describe_clip(recognizer),
+        "trained": describe_trained(recognizer),
+        "text": describe_text(recognizer),
+    }
+
+
+def fingerprints(recognizer: Any, with_regions: bool) -> dict[str, str]:
+    """Return a fingerprint of each part that embeddings of texts depend on, and with those of regions."""
+    text = describe_text(recognizer)
+    result = {"text encoder": f"{text['fingerprint'][:32]} {text['templates']} {text['name_style']}"}
+    if with_regions:
+        parts = (describe_sam(recognizer), describe_clip(recognizer), describe_trained(recognizer))
+        result |= dict(zip(("SAM", "CLIP", "attention module"), (part["fingerprint"][:32] for part in parts)))
+    return result
+
+
+def _describe_source(source: str, dtype: torch.dtype) -> str:
+    return source if dtype == torch.float32 else f"{source} in {str(dtype).removeprefix('torch.')}"
