@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from miniworld import examples
 from miniworld.__main__ import COMMANDS
@@ -104,12 +104,16 @@ def test_evaluation_matches_demo(demo, tmp_path, monkeypatch, processes):
 
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
-    """The demo's weights where the experiments look for them."""
+    """The demo's weights where the experiments look for them; what these register is forgotten afterwards."""
+    registered = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
     directory = tmp_path_factory.mktemp("experiments")
     (directory / "training" / f"{CONFIG.stem}-0").mkdir(parents=True)
     weights = (demo[0] / "training" / "model_final.pth").read_bytes()
     (directory / "training" / f"{CONFIG.stem}-0" / "model_final.pth").write_bytes(weights)
-    return directory, ["--output", directory, "--config-file", CONFIG, "--train", 1, "--workers", 1, "--val", 30]
+    yield directory, ["--output", directory, "--config-file", CONFIG, "--train", 1, "--workers", 1, "--val", 30]
+    for catalog, content in registered:
+        catalog.data.clear()
+        catalog.data.update(content)
 
 
 def test_audit_finds_more_errors_than_chance(demo, trained, monkeypatch, capsys):
