@@ -51,11 +51,6 @@ SLOW = [
 ]
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """A third worker on two cores: tests that wait for a server, a cluster or a browser leave theirs idle."""
-    return max(3, len(os.sched_getaffinity(0)))
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Import the modules without garbage collection, and keep what they made out of all later ones."""
