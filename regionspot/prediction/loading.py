@@ -12,7 +12,6 @@ from regionspot.prediction.regions import RegionSource
 from regionspot.prediction.sources import ImageList, ImageRecord
 from regionspot.prediction.videos import FrameReader
 from regionspot.structures import check_boxes
-from regionspot.utils.command_line import STOPPING
 from regionspot.utils.images import to_rgb_array
 
 
@@ -101,5 +100,6 @@ def load_batches(reader: SampleReader, batches: Sequence[range], workers: int) -
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    for stop_signal in STOPPING:  # the main process ends its workers
-        signal.signal(stop_signal, signal.SIG_IGN)
+    # Ctrl-C is for the main process, which ends its workers; it does so by SIGTERM, which they must not ignore
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

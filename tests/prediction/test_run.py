@@ -151,7 +151,7 @@ def test_two_runs_in_a_directory_are_refused(tmp_path):
 
 
 def test_interruption_says_how_to_resume(tmp_path):
-    photos = write_images(tmp_path / "photos", 60)
+    photos = write_images(tmp_path / "photos", 400)
     program = Program(tmp_path, SCRIPT, "predict", *command(photos, "out"))
     while not list((tmp_path / "out" / ".parts").glob("*.jsonl")):
         assert program.process.is_alive(), program.output()
