@@ -17,7 +17,7 @@ from regionspot.checkpoint.checkpointer import load_model
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.modeling.region_predictions import UNKNOWN, RegionPredictions
+from regionspot.modeling.region_predictions import RegionPredictions, name_regions
 from regionspot.structures import (
     ImageFeatures,
     Prompts,
@@ -288,32 +288,17 @@ class RegionSpotPredictor:
         top_k: int,
         size: tuple[int, int],
     ) -> RegionPredictions:
-        rule = self.recognizer.rule
         assert output.iou is not None
-        probabilities = rule.probabilities(logits)
-        unknown = rule.is_unknown(probabilities, len(self.recognizer.background))
-        # background names count in the probabilities, but are no answers
-        probabilities = probabilities[:, : len(names)]
-        top_scores, top_classes = probabilities.topk(min(top_k, len(names)), dim=1)
+        recognizer = self.recognizer
         return RegionPredictions(
             boxes=boxes.tensor.cpu().numpy(),
-            classes=top_classes[:, 0].cpu().numpy(),
-            class_names=[UNKNOWN if u else names[i] for i, u in zip(top_classes[:, 0].tolist(), unknown.tolist())],
-            scores=top_scores[:, 0].cpu().numpy(),
-            top_classes=top_classes.cpu().numpy(),
-            top_scores=top_scores.cpu().numpy(),
-            logits=logits[:, : len(names)].cpu().numpy(),
             predicted_ious=output.iou.cpu().numpy(),
             vocabulary=list(names),
-            unknown=unknown.cpu().numpy(),
             embeddings=normalize(semantic_tokens.float(), dim=1).cpu().numpy(),
             proposal_scores=None if proposal_scores is None else proposal_scores.cpu().numpy(),
-            detection_scores=rule.scores(probabilities, proposal_scores)
-            .gather(1, top_classes[:, :1])[:, 0]
-            .cpu()
-            .numpy(),
             image_size=size,
             region_masks=None,
+            **name_regions(recognizer.rule, names, logits, len(recognizer.background), top_k, proposal_scores),
         )
 
 

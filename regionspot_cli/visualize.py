@@ -20,8 +20,8 @@ from regionspot.drawing import draw_attention, draw_labels, draw_sheet, enlarge
 from regionspot.modeling import RegionRecognizer
 from regionspot.modeling.attention_maps import cross_attention
 from regionspot.modeling.crop_baseline import CropRecognizer
+from regionspot.modeling.region_predictions import UNKNOWN
 from regionspot.prediction.regions import parse_boxes
-from regionspot.predictor import UNKNOWN
 from regionspot.structures import Prompts, check_boxes
 from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path

@@ -16,7 +16,7 @@ from regionspot.modeling.attention_maps import cross_attention
 from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.proposal_sources import SamAutomaticProposals
-from regionspot.modeling.region_predictions import UNKNOWN, RegionPredictions
+from regionspot.modeling.region_predictions import RegionPredictions, name_regions
 from regionspot.predictor import RegionSpotPredictor
 from regionspot.structures import ImageFeatures, Prompts, read_proposals
 from regionspot.utils.images import FORMATS, to_rgb_array
@@ -137,28 +137,14 @@ class PageModel:
     @torch.no_grad()
     def _compare(self, predictions: RegionPredictions, examples: Mapping[str, np.ndarray]) -> RegionPredictions:
         """Score regions again, with the embeddings of examples in place of those of their names."""
-        recognizer, rule = self.predictor.recognizer, self.predictor.recognizer.rule
+        recognizer = self.predictor.recognizer
         names, text = recognizer.encode_vocabulary(predictions.vocabulary)  # (K, text_dim)
         embeddings = text.clone()  # the text encoder keeps its own
         for name, embedding in examples.items():
             embeddings[names.index(name)] = torch.from_numpy(embedding).to(embeddings)
         logits = recognizer.score(torch.from_numpy(predictions.embeddings).to(text), embeddings, with_background=True)
-        probabilities = rule.probabilities(logits)
-        unknown = rule.is_unknown(probabilities, len(recognizer.background)).tolist()
-        probabilities = probabilities[:, : len(names)]
-        top_scores, top_classes = probabilities.topk(predictions.top_classes.shape[1], dim=1)
-        classes = top_classes[:, 0].tolist()
-        return replace(
-            predictions,
-            classes=top_classes[:, 0].cpu().numpy(),
-            class_names=[UNKNOWN if is_unknown else names[label] for label, is_unknown in zip(classes, unknown)],
-            scores=top_scores[:, 0].cpu().numpy(),
-            top_classes=top_classes.cpu().numpy(),
-            top_scores=top_scores.cpu().numpy(),
-            logits=logits[:, : len(names)].cpu().numpy(),
-            unknown=np.array(unknown, bool),
-            detection_scores=rule.scores(probabilities, None).gather(1, top_classes[:, :1])[:, 0].cpu().numpy(),
-        )
+        top_k = predictions.top_classes.shape[1]
+        return replace(predictions, **name_regions(recognizer.rule, names, logits, len(recognizer.background), top_k))
 
     @torch.no_grad()
     def draw_attention(self, recognition: Recognition, index: int) -> np.ndarray:

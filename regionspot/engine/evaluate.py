@@ -19,10 +19,10 @@ from regionspot.data.build import build_test_loader, proposal_source
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.engine.extract import check_image_ids
 from regionspot.evaluation import Protocol, RegionEvaluator
-from regionspot.evaluation.protocol import ANNOTATED, METRICS, short_hash
+from regionspot.evaluation.protocol import ANNOTATED, METRICS
 from regionspot.modeling import RegionRecognizer, RegionSpot
 from regionspot.modeling.proposal_sources import detector_config
-from regionspot.utils.files import sha256_of_file
+from regionspot.utils.files import sha256_of_file, short_hash
 from regionspot.utils.run_lock import run_lock
 
 logger = logging.getLogger(__name__)

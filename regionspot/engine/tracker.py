@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from detectron2.engine import HookBase
 
-from regionspot.evaluation.protocol import short_hash
+from regionspot.utils.files import short_hash
 
 TRACKERS = ("wandb", "mlflow")
 

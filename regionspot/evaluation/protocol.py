@@ -1,8 +1,9 @@
 """What an evaluation's numbers mean: the source of the boxes, the scores of detections, and the rules."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
+
+from regionspot.utils.files import short_hash
 
 METRICS = ("lvis", "fixed", "coco")
 ANNOTATED = "annotated"  # boxes that are the annotated ones
@@ -37,8 +38,3 @@ class Protocol:
     def identity(self) -> str:
         """Return a hash of all fields: predictions of two runs belong together if it is equal."""
         return short_hash(json.dumps(asdict(self), sort_keys=True), 64)
-
-
-def short_hash(text: str, digits: int = 12) -> str:
-    """Return the first digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]

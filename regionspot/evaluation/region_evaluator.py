@@ -21,9 +21,10 @@ from regionspot.evaluation.class_cap import ClassCap
 from regionspot.evaluation.ground_truth import GroundTruth
 from regionspot.evaluation.lvis_metrics import DETS_PER_CLASS
 from regionspot.evaluation.prediction_log import ImagePredictions, PredictionLog
-from regionspot.evaluation.protocol import ANNOTATED, Protocol, short_hash
+from regionspot.evaluation.protocol import ANNOTATED, Protocol
 from regionspot.evaluation.record import EvaluationRecord
 from regionspot.evaluation.report import chance_warning, evaluate_task, format_table, region_accuracy, write_evaluations
+from regionspot.utils.files import short_hash
 from regionspot.utils.rle import PackedRles
 
 logger = logging.getLogger(__name__)

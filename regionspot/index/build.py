@@ -18,6 +18,8 @@ from regionspot.data.tokens.writer import StoreWriter
 from regionspot.index.sources import ImageRegions, ImageSet
 from regionspot.index.store import CONFIG, INDEX, RegionIndex
 from regionspot.modeling.identity import describe_model
+from regionspot.modeling.region_predictions import RegionPredictions
+from regionspot.prediction.batch_predictor import predict_each
 from regionspot.prediction.sources import ImageRecord
 from regionspot.predictor import RegionSpotPredictor
 from regionspot.utils.files import atomic_path, describe_file, is_same_file
@@ -228,20 +230,20 @@ def _read(record: ImageRegions, deep_range: Sequence[float]) -> np.ndarray | str
 
 def _embed(predictor: RegionSpotPredictor, images: dict[int, tuple[ImageRegions, Any]]) -> dict[int, _Embedded | str]:
     """Return the entries of images, or what is wrong with their boxes, by row."""
-    if not images:
-        return {}
-    records = [record for record, _ in images.values()]
-    boxes = [None if x.boxes is None else np.asarray(x.boxes, np.float32).reshape(-1, 4) for x in records]
-    scores = [record.proposal_scores for record in records]
-    pixels = [content for _, content in images.values()]
-    try:
-        results = predictor.predict_images(pixels, boxes, scores, _ANY_NAME, top_k=1, with_masks=False)
-    except ValueError as error:
-        if len(images) > 1:  # one image's boxes are invalid: the others must not suffer
-            return {row: x for row, image in images.items() for x in _embed(predictor, {row: image}).values()}
-        return {row: str(error).replace("image 0", "the image") for row in images}
-    entries: dict[int, _Embedded | str] = {}
-    for row, record, result in zip(images, records, results):
+
+    def predict(rows: list[int]) -> list[RegionPredictions]:
+        records = [images[row][0] for row in rows]
+        boxes = [None if x.boxes is None else np.asarray(x.boxes, np.float32).reshape(-1, 4) for x in records]
+        scores = [record.proposal_scores for record in records]
+        pixels = [images[row][1] for row in rows]
+        return predictor.predict_images(pixels, boxes, scores, _ANY_NAME, top_k=1, with_masks=False)
+
+    results, errors = predict_each(predict, list(images))
+    entries: dict[int, _Embedded | str] = {
+        row: message.replace("image 0", "the image") for row, message in errors.items()
+    }
+    for row, result in results.items():
+        record = images[row][0]
         num_regions = len(result)
         scores_or_none = result.proposal_scores
         columns: dict[str, np.ndarray] = {

@@ -1,6 +1,9 @@
 """Modules that are never trained."""
 
+from typing import Any
+
 import torch
+from fvcore.common.registry import Registry
 from torch import nn
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,3 +27,15 @@ class FrozenModule(nn.Module):
     def train(self, mode: bool = True) -> "FrozenModule":
         super().train(False)
         return self
+
+
+def get_registered(registry: Registry, name: str, key: str) -> Any:
+    """Return the class that is registered by a name; ``key`` is the config key that has it.
+
+    Raises:
+        ValueError: no class of that name.
+    """
+    if name not in registry:
+        known = ", ".join(registered for registered, _ in registry)
+        raise ValueError(f"{key}: expected one of {known}; got {name!r}")
+    return registry.get(name)

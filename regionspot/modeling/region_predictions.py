@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from regionspot.modeling.masks import RegionMasks
+from regionspot.modeling.postprocessing import DetectionRule
 from regionspot.utils.deprecation import renamed_attribute
 
 UNKNOWN = "unknown"  # class name of regions of no class
@@ -88,3 +90,38 @@ class RegionPredictions:
         if self.region_masks is None:
             raise ValueError("no masks: predict them by with_masks=True")
         return self.region_masks[int(index)].to_bitmasks(None, *self.image_size).tensor[0].cpu().numpy()
+
+
+def name_regions(
+    rule: DetectionRule,
+    names: Sequence[str],
+    logits: torch.Tensor,
+    num_background: int,
+    top_k: int,
+    proposal_scores: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """Return the fields of ``RegionPredictions`` that follow from logits.
+
+    Args:
+        rule: what becomes of logits.
+        names: K class names.
+        logits: (N, K + num_background) float.
+        num_background: number of background names, which count in the probabilities but are no answers.
+        top_k: number of best classes to report.
+        proposal_scores: (N,) in [0, 1], or None.
+    """
+    probabilities = rule.probabilities(logits)
+    unknown = rule.is_unknown(probabilities, num_background)
+    probabilities = probabilities[:, : len(names)]
+    top_scores, top_classes = probabilities.topk(min(top_k, len(names)), dim=1)
+    best = top_classes[:, :1]
+    return {
+        "classes": best[:, 0].cpu().numpy(),
+        "class_names": [UNKNOWN if u else names[i] for i, u in zip(best[:, 0].tolist(), unknown.tolist())],
+        "scores": top_scores[:, 0].cpu().numpy(),
+        "top_classes": top_classes.cpu().numpy(),
+        "top_scores": top_scores.cpu().numpy(),
+        "logits": logits[:, : len(names)].cpu().numpy(),
+        "unknown": unknown.cpu().numpy(),
+        "detection_scores": rule.scores(probabilities, proposal_scores).gather(1, best)[:, 0].cpu().numpy(),
+    }

@@ -1,7 +1,7 @@
 """Recognition in batches of images, as engines for many machines call it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,21 +93,15 @@ class RegionBatchPredictor:
             raise ValueError(
                 "no boxes: expected the column 'boxes', or MODEL.REGIONSPOT.PROPOSALS.SOURCE sam_automatic or detector"
             )
-        results: dict[int, RegionPredictions] = {}
         scores = _column(batch, "proposal_scores", num_images)
-        groups = [[row for row in range(num_images) if row not in errors]]
-        while groups:
-            rows = groups.pop()
-            try:
-                predictions = self.predict(
-                    [images[row] for row in rows], [boxes[row] for row in rows], [scores[row] for row in rows]
-                )
-                results.update(zip(rows, predictions))
-            except ValueError as error:
-                if len(rows) > 1:  # one image's boxes are invalid: the others of its batch must not suffer
-                    groups += [[row] for row in rows]
-                else:
-                    errors[rows[0]] = str(error).replace("image 0", "the image")
+        readable = [row for row in range(num_images) if row not in errors]
+        results, invalid = predict_each(
+            lambda rows: self.predict(
+                [images[row] for row in rows], [boxes[row] for row in rows], [scores[row] for row in rows]
+            ),
+            readable,
+        )
+        errors |= {row: message.replace("image 0", "the image") for row, message in invalid.items()}
         columns = {name: list(values) for name, values in batch.items() if name not in (*PIXELS, "proposal_scores")}
         sizes = [images[row].shape[:2] if row in images else (0, 0) for row in range(num_images)]
         columns |= {"height": [size[0] for size in sizes], "width": [size[1] for size in sizes]}
@@ -136,8 +130,35 @@ class RegionBatchPredictor:
         names += ["embeddings"] if self.with_embeddings else []
         columns = {name: [[] if x is None else _as_list(getattr(x, name)) for x in results] for name in names}
         if self.with_masks:
-            columns["masks"] = [[] if x is None else [_counts(rle) for rle in x.rles or ()] for x in results]
+            columns["masks"] = [[] if x is None else [rle["counts"] for rle in x.rles or ()] for x in results]
         return columns
+
+
+def predict_each(
+    predict: Callable[[list[int]], list[RegionPredictions]], rows: Sequence[int]
+) -> tuple[dict[int, RegionPredictions], dict[int, str]]:
+    """Predict rows of a batch together; one that is invalid costs itself alone.
+
+    Args:
+        predict: returns the regions of some rows; a ``ValueError`` is about one of them.
+        rows: of the batch.
+
+    Returns:
+        Regions, and what is wrong with the other rows, by row.
+    """
+    results: dict[int, RegionPredictions] = {}
+    errors: dict[int, str] = {}
+    groups = [list(rows)] if rows else []
+    while groups:
+        group = groups.pop()
+        try:
+            results.update(zip(group, predict(group)))
+        except ValueError as error:
+            if len(group) > 1:
+                groups += [[row] for row in group]
+            else:
+                errors[group[0]] = str(error)
+    return results, errors
 
 
 def _column(batch: dict[str, Any], name: str, num_images: int) -> list[Any]:
@@ -153,7 +174,3 @@ def _open(content: bytes) -> Image.Image:
 
 def _as_list(values: np.ndarray | list) -> list:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
-
-
-def _counts(rle: dict) -> str:
-    return rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]

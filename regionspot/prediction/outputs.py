@@ -93,12 +93,8 @@ def encode_image(sample: Sample, regions: RegionPredictions | None, with_embeddi
     for name in (*names, "embeddings") if with_embeddings else names:
         values = [] if regions is None else getattr(regions, name)
         line[name] = values.tolist() if isinstance(values, np.ndarray) else values
-    line["masks"] = [] if regions is None or regions.rles is None else [_counts(rle) for rle in regions.rles]
+    line["masks"] = [] if regions is None or regions.rles is None else [rle["counts"] for rle in regions.rles]
     return msgspec.json.encode(line)
-
-
-def _counts(rle: dict) -> str:
-    return rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
 
 
 def open_image_writers(

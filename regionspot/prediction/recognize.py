@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from regionspot.modeling.region_predictions import RegionPredictions
-from regionspot.prediction.batch_predictor import RegionBatchPredictor
+from regionspot.prediction.batch_predictor import RegionBatchPredictor, predict_each
 from regionspot.prediction.loading import Sample
 
 # Returns the regions of each sample, None for those whose ``error`` is set, which it may set itself.
@@ -16,23 +16,17 @@ def recognize_boxes(predictor: RegionBatchPredictor) -> Recognize:
     """Return what recognizes the boxes of samples, or those that the model finds, a batch at once."""
 
     def recognize(samples: Sequence[Sample]) -> list[RegionPredictions | None]:
-        results: dict[int, RegionPredictions] = {}
-        groups = [[row for row, sample in enumerate(samples) if not sample.error]]
-        while groups:
-            rows = groups.pop()
+        def predict(rows: list[int]) -> list[RegionPredictions]:
             chosen = [samples[row] for row in rows]
-            try:
-                predictions = predictor.predict(
-                    [sample.image for sample in chosen if sample.image is not None],
-                    [sample.boxes for sample in chosen],
-                    [sample.proposal_scores for sample in chosen],
-                )
-                results.update(zip(rows, predictions))
-            except ValueError as error:
-                if len(rows) > 1:  # one image is invalid: the others of its batch must not suffer
-                    groups += [[row] for row in rows]
-                else:
-                    samples[rows[0]].error = str(error).replace("image 0", samples[rows[0]].record.name)
+            return predictor.predict(
+                [sample.image for sample in chosen if sample.image is not None],
+                [sample.boxes for sample in chosen],
+                [sample.proposal_scores for sample in chosen],
+            )
+
+        results, errors = predict_each(predict, [row for row, sample in enumerate(samples) if not sample.error])
+        for row, message in errors.items():
+            samples[row].error = message.replace("image 0", samples[row].record.name)
         return [results.get(row) for row in range(len(samples))]
 
     return recognize

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 from regionspot.checkpoint.fetch import KNOWN_WEIGHTS, resolve_weights
 from regionspot.prediction.sources import ImageList
-from regionspot.utils.files import sha256_of_file
+from regionspot.utils.files import sha256_of_file, short_hash
 from regionspot.vocabulary_entries import EmbeddedVocabulary, EntryVocabulary
 
 
@@ -41,7 +41,7 @@ def describe_run(
         **options,
         "files": [sha256_of_file(path)[:16] for path in files],
         "weights": {key: _describe_weights(source) for key, source in sources.items()},
-        "config": _short_hash(cfg.dump()),
+        "config": short_hash(cfg.dump(), 16),
     }
 
 
@@ -53,8 +53,8 @@ def _describe_entries(vocabulary: Sequence[str]) -> str:
         concepts = [concept for entry in vocabulary.entries for concept in (entry.concept, *entry.negatives)]
         images = sorted({str(example.image) for concept in concepts for example in concept.examples})
         files = [sha256_of_file(image) for image in images if Path(image).is_file()]
-        return _short_hash(repr((vocabulary.entries, files)))
-    return _short_hash(repr(getattr(vocabulary, "phrases", "")))
+        return short_hash(repr((vocabulary.entries, files)), 16)
+    return short_hash(repr(getattr(vocabulary, "phrases", "")), 16)
 
 
 def _describe_weights(source: str) -> str:
@@ -64,7 +64,3 @@ def _describe_weights(source: str) -> str:
         return source
     path = resolve_weights(source)
     return f"{path.name} {sha256_of_file(path)[:16]}"
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

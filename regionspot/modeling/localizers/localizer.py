@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 
-from regionspot.modeling.frozen import FrozenModule
+from regionspot.modeling.frozen import FrozenModule, get_registered
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
@@ -149,8 +149,5 @@ class Localizer(FrozenModule, ABC):
 
 def build_localizer(cfg: CfgNode) -> Localizer:
     """Build the localizer of ``MODEL.REGIONSPOT.LOCALIZER.NAME`` with random weights."""
-    name = cfg.MODEL.REGIONSPOT.LOCALIZER.NAME
-    if name not in LOCALIZER_REGISTRY:
-        known = ", ".join(key for key, _ in LOCALIZER_REGISTRY)
-        raise ValueError(f"MODEL.REGIONSPOT.LOCALIZER.NAME: expected one of {known}; got {name!r}")
-    return LOCALIZER_REGISTRY.get(name)(cfg)
+    key = "MODEL.REGIONSPOT.LOCALIZER.NAME"
+    return get_registered(LOCALIZER_REGISTRY, cfg.MODEL.REGIONSPOT.LOCALIZER.NAME, key)(cfg)

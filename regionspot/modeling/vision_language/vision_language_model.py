@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 
-from regionspot.modeling.frozen import FrozenModule
+from regionspot.modeling.frozen import FrozenModule, get_registered
 
 FEATURES = ("none", "feature_map", "feature_map+class_token")
 
@@ -101,8 +101,5 @@ class VisionLanguageModel(FrozenModule, ABC):
 
 def build_vision_language_model(cfg: CfgNode) -> VisionLanguageModel:
     """Build the model of ``MODEL.REGIONSPOT.VISION_LANGUAGE.NAME`` with random weights."""
-    name = cfg.MODEL.REGIONSPOT.VISION_LANGUAGE.NAME
-    if name not in VISION_LANGUAGE_REGISTRY:
-        known = ", ".join(key for key, _ in VISION_LANGUAGE_REGISTRY)
-        raise ValueError(f"MODEL.REGIONSPOT.VISION_LANGUAGE.NAME: expected one of {known}; got {name!r}")
-    return VISION_LANGUAGE_REGISTRY.get(name)(cfg)
+    key = "MODEL.REGIONSPOT.VISION_LANGUAGE.NAME"
+    return get_registered(VISION_LANGUAGE_REGISTRY, cfg.MODEL.REGIONSPOT.VISION_LANGUAGE.NAME, key)(cfg)
