@@ -79,7 +79,7 @@ detectron2:
 	    --target "$$($(TARGET_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" -r requirements/detectron2.txt
 
 lock: $(VENV)/.ready
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --no-emit-package regionspot requirements/lock.in -o requirements/lock.txt
+	$(BIN)/uv pip compile --quiet --refresh-package regionspot --universal --python-version 3.10 --no-header --no-annotate --no-emit-package regionspot requirements/lock.in -o requirements/lock.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate requirements/docs.in -o requirements/docs.txt
 
 clean:
