@@ -81,7 +81,7 @@ def load_weights(recognizer: Any, path: str, sources: dict[str, str], prefer_ave
         source = recorded.get(part, {}).get("source", "")
         if source and Path(source).is_file() and not Path(sources[part]).is_file():
             sources[part] = source
-        state.update(_read_frozen_part(part, sources[part]))
+        state.update(_read_frozen_part(recognizer, part, sources[part]))
     _check_fingerprints(recognizer, state, recorded, sources)
     _load_strictly(recognizer, state, path)
     loaded = {part: sources[part] for part, prefix in PARTS.items() if select(state, prefix)}
@@ -122,14 +122,15 @@ def to_recognizer_state(state: dict[str, torch.Tensor], path: str) -> dict[str, 
     return renamed
 
 
-def _read_frozen_part(part: str, source: str) -> dict[str, torch.Tensor]:
+def _read_frozen_part(recognizer: Any, part: str, source: str) -> dict[str, torch.Tensor]:
     if not source:
         logger.warning("No weights are given for %s: it keeps those it has, random ones if nothing was loaded", part)
         return {}
     state = unwrap_state(load_checkpoint_file(resolve_weights(source)), source)
     # SAM's and CLIP's own files have no prefixes; a RegionSpot checkpoint may be the source, too.
     if not any(is_released_key(key) for key in state):
-        state = {f"{part}.{key}": value for key, value in state.items()}
+        module = recognizer.get_submodule(FROZEN[part].split(".")[0])
+        state = {f"{part}.{key}": value for key, value in module.rename_official_keys(state).items()}
     return {key: value for key, value in rename_released_keys(state).items() if key.startswith(FROZEN[part])}
 
 

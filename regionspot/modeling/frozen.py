@@ -28,6 +28,13 @@ class FrozenModule(nn.Module):
         super().train(False)
         return self
 
+    def rename_official_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the weights of an official file under the keys of the model's own state dict, without unused ones.
+
+        Weights under the model's own keys are returned as they are.
+        """
+        return state
+
 
 def get_registered(registry: Registry, name: str, key: str) -> Any:
     """Return the class that is registered by a name; ``key`` is the config key that has it.
