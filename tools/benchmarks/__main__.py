@@ -41,6 +41,13 @@ SAM has random weights, and both know the embedding of the 640 x 480 image.
 Example:
     python -m tools.benchmarks proposals --config-file configs/RegionSpot-BB.yaml --points 6 --kept 15 100
 """
+MODELS = """measure localizers and vision-language models with random weights: parameters, time, memory, lengths
+
+Those of --config-file come first, then those of --others that have not been measured yet.
+
+Example:
+    python -m tools.benchmarks models --config-file configs/RegionSpot-BB.yaml --others configs/models/*.yaml
+"""
 REPORT = """write the tables of JSON files into a document, between <!-- benchmark:NAME --> and <!-- /benchmark -->
 
 Example:
@@ -158,6 +165,13 @@ def parse_proposals(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     return args
 
 
+def parse_models(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--others", nargs="+", default=[], metavar="FILE", help="more configs")
+    parser.add_argument("--boxes", type=positive, default=100, help="in the image")
+    add_report_options(parser, "models", arguments)
+    return parser.parse_args(arguments)
+
+
 def parse_report(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("files", type=Path, nargs="+", metavar="JSON", help="that benchmarks wrote")
     parser.add_argument("--document", type=Path, default=Path("docs/performance.md"), metavar="FILE")
@@ -217,6 +231,7 @@ COMMANDS = {
     "train": Command(parse_train, "tools.benchmarks.train", TRAIN),
     "extract": Command(parse_extract, "tools.benchmarks.extract", EXTRACT),
     "proposals": Command(parse_proposals, "tools.benchmarks.proposals", PROPOSALS),
+    "models": Command(parse_models, "tools.benchmarks.models", MODELS),
     "data": Command(parse_data, "tools.benchmarks.data", DATA),
     "memory": Command(parse_memory, "tools.benchmarks.train", MEMORY),
     "eval": Command(parse_eval, "tools.benchmarks.evaluation", EVAL),

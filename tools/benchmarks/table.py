@@ -48,6 +48,8 @@ def _boxes(row: Row) -> str:
 # A column that no row has anything for is left out. The JSON file has the rest.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "part": lambda row: row["part"],
+    "parameters": lambda row: f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "",
+    "length": lambda row: str(row.get("token_dim", "")),
     "time": _seconds,
     "rate": _rate,
     "share": lambda row: _share(row, "share"),

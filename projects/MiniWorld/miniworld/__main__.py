@@ -1,7 +1,7 @@
 """``miniworld COMMAND``, or ``python -m miniworld COMMAND``; only the standard library is imported here."""
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,7 +11,12 @@ from regionspot_cli.command import Command, add_overrides, run_one_of
 CPUS = os.cpu_count() or 1
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # steps, batch size, learning rate, images
-RECIPES = {"clip": (6000, 64, 1e-3, 40000), "sam": (5000, 8, 1e-3, 6000)}
+RECIPES = {
+    "clip": (6000, 64, 1e-3, 40000),
+    "sam": (5000, 8, 1e-3, 6000),
+    "sam2": (2500, 8, 1e-3, 4000),
+    "siglip": (800, 64, 5e-4, 12000),
+}
 
 DEMO = """train RegionSpot in a drawn world, evaluate it on classes without annotations (make demo)
 
@@ -108,6 +113,7 @@ def parse_pretrain(parser: ArgumentParser, arguments: Sequence[str]) -> Namespac
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--images", "--pictures", type=int, help="images to draw")
     parser.add_argument("--seed", type=int, default=0, help="seed of images, weights and batches")
+    parser.add_argument("--amp", action=BooleanOptionalAction, default=True, help="bf16; slow on a CPU without it")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--workers", type=int, default=CPUS, help="drawing processes")
     parser.add_argument("--save-every", type=int, default=250, help="iterations between checkpoints")

@@ -14,10 +14,17 @@ from tqdm import tqdm
 from miniworld.packing import pack_weights
 from miniworld.pretrain_clip import ClipPretraining
 from miniworld.pretrain_sam import SamPretraining
+from miniworld.pretrain_sam2 import Sam2Pretraining
+from miniworld.pretrain_siglip import SiglipPretraining
 from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.utils.files import atomic_path, sha256_of_file
 
-TASKS: dict[str, type[ClipPretraining] | type[SamPretraining]] = {"clip": ClipPretraining, "sam": SamPretraining}
+TASKS: dict[str, type[ClipPretraining] | type[SamPretraining]] = {
+    "clip": ClipPretraining,
+    "sam": SamPretraining,
+    "sam2": Sam2Pretraining,
+    "siglip": SiglipPretraining,
+}
 
 
 def learning_rate(iteration: int, steps: int, peak: float) -> float:
@@ -44,7 +51,7 @@ def train(task: ClipPretraining | SamPretraining, args: Namespace, checkpoint: P
             group["lr"] = learning_rate(iteration, args.steps, args.lr)
         batch = task.batch(iteration, iteration / args.steps, args.batch)
         moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.amp):
             loss = task(**moved)
         optimizer.zero_grad()
         loss.backward()

@@ -8,6 +8,7 @@ discarded after the training: without it, so small a model takes far longer to a
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,13 +47,19 @@ class ClipPretraining(nn.Module):
         """
         super().__init__()
         self.images, self.seed = CaptionedImages(directory, num_images, seed, workers), seed
-        self.model = build_clip(CLIP_SIZE)
+        self.model = self.build()
+        self.words = nn.Linear(CLIP_SIZE.embed_dim, len(WORDS))
+        self.log_scale = nn.Parameter(self.model.logit_scale.clone())
+
+    @staticmethod
+    def build() -> Any:
+        """Return the model that learns, with random weights."""
+        model = build_clip(CLIP_SIZE)
         # A feature map that contains the position: it starts from a sine-cosine term.
         with torch.no_grad():
             grid = CLIP_SIZE.image_size // CLIP_SIZE.patch_size
-            self.model.visual.positional_embedding.mul_(0.1).add_(0.5 * sincos_2d(grid, CLIP_SIZE.width))
-        self.words = nn.Linear(CLIP_SIZE.embed_dim, len(WORDS))
-        self.log_scale = nn.Parameter(self.model.logit_scale.clone())
+            model.visual.positional_embedding.mul_(0.1).add_(0.5 * sincos_2d(grid, CLIP_SIZE.width))
+        return model
 
     def batch(self, iteration: int, progress: float, size: int) -> dict[str, torch.Tensor]:
         return self.images.batch(self.seed, iteration, progress, size)

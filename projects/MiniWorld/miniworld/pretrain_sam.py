@@ -1,6 +1,8 @@
 """Trains the miniature SAM: from boxes and points to masks, without any class."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ def draw_masks(arguments: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.n
 class SamPretraining(nn.Module):
     """SAM and its loss."""
 
-    model: Sam
+    model: Any
 
     def __init__(self, directory: Path, seed: int, num_scenes: int, workers: int) -> None:
         """
@@ -53,7 +55,11 @@ class SamPretraining(nn.Module):
             drawn = pool.imap(draw_masks, [(seed, i) for i in range(num_scenes)], chunksize=32)
             self.scenes = list(tqdm(drawn, total=num_scenes, desc="drawing scenes"))
         self.seed = seed
-        self.model = build_sam(SAM_SIZE)
+        self.model = self.build()
+
+    @staticmethod
+    def build() -> Any:
+        return build_sam(SAM_SIZE)
 
     def batch(self, iteration: int, progress: float, size: int) -> dict[str, list]:
         """Return a batch: images, and for four objects of each a slightly jittered box, or a point inside."""
@@ -91,19 +97,22 @@ class SamPretraining(nn.Module):
         The single mask is trained on boxes; of the several masks the best is, on boxes and points alike.
         """
         device = self.model.device
-        embeddings = self.model.image_encoder(
-            torch.stack([self.model.preprocess(image.to(device).float()) for image in images])
-        )
-        losses = []
-        for embedding, prompt, target in zip(embeddings, prompts, coverage):
-            masks, ious = self._decode(embedding[None], prompt.to(device))  # (N, 4, s, s), (N, 4)
-            target = target.to(device)[:, None]
-            loss = mask_loss(masks, target)  # (N, 4)
-            with torch.no_grad():
-                real = soft_iou(masks > 0, target > 0.5)
-            single = loss[:, 0].mean() if prompt.boxes is not None else 0
-            losses.append(single + loss[:, 1:].min(dim=1).values.mean() + F.mse_loss(ious, real))
-        return torch.stack(losses).mean()
+        embeddings = self._encode([image.to(device) for image in images])
+        batch = zip(embeddings, [prompt.to(device) for prompt in prompts], [target.to(device) for target in coverage])
+        return torch.stack([self._loss(*image) for image in batch]).mean()
+
+    def _encode(self, images: list[torch.Tensor]) -> Sequence[Any]:
+        """Return the embeddings of each image, as ``_decode`` takes them."""
+        inputs = torch.stack([self.model.preprocess(image.float()) for image in images])
+        return self.model.image_encoder(inputs).split(1)
+
+    def _loss(self, embedding: Any, prompts: Prompts, target: torch.Tensor) -> torch.Tensor:
+        masks, ious = self._decode(embedding, prompts)  # (N, 4, s, s), (N, 4)
+        loss = mask_loss(masks, target[:, None])  # (N, 4)
+        with torch.no_grad():
+            real = soft_iou(masks > 0, target[:, None] > 0.5)
+        single = loss[:, 0].mean() if prompts.boxes is not None else 0
+        return single + loss[:, 1:].min(dim=1).values.mean() + F.mse_loss(ious, real)
 
     def _decode(self, embedding: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
         sam = self.model
