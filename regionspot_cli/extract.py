@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
-from regionspot.data.tokens import find_damage
+from regionspot.data.tokens import find_damage, get_token_stages
 from regionspot.data.tokens.manifest import MANIFEST, read_manifest
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
@@ -54,7 +54,7 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
     check_registered(args.datasets, "--datasets")
     model = load_model(cfg)
     extraction = Extraction(
-        stages=tuple(args.stages or [cfg.MODEL.REGIONSPOT.TOKEN_STAGE]),
+        stages=tuple(args.stages or get_token_stages(cfg)),
         flip=args.flip,
         feature_maps=args.feature_maps,
         shard_images=args.shard_images,

@@ -18,7 +18,7 @@ from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableIm
 from regionspot.data.datasets.categories import category_ids
 from regionspot.data.image_check import check_images, check_unchanged
 from regionspot.data.proposals import ProposalFile
-from regionspot.data.tokens import TokenStore
+from regionspot.data.tokens import TokenStore, get_token_stages
 from regionspot.utils.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def open_training_images(
         ValueError: no regions, class names other than the annotations', or a store of other annotations.
     """
     # 1. The files, and whether they belong together.
-    store = TokenStore(store_path, cfg.MODEL.REGIONSPOT.TOKEN_STAGE) if store_path else None
+    store = TokenStore(store_path, *get_token_stages(cfg)) if store_path else None
     file = ProposalFile(proposals) if proposals else None
     mapper = RegionSpotDatasetMapper(cfg, True, token_store=store, proposal_file=file, vocabulary=name)
     if store is not None:

@@ -20,7 +20,7 @@ from regionspot.data.image_check import check_images, path_of_image
 from regionspot.data.tokens import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations, image_ids
 from regionspot.modeling.identity import describe_clip, describe_sam
-from regionspot.modeling.localizers.localizer import check_stages
+from regionspot.modeling.localizers.localizer import MASK_STAGE, TOKEN_STAGES, check_stages
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import Prompts
 from regionspot.utils.files import describe_file, is_same_file
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Extraction:
     """What to extract, and how."""
 
-    stages: Sequence[str] = ("transformer",)  # SAM's stages whose tokens to store
+    stages: Sequence[str] = ("transformer",)  # SAM's stages whose tokens to store, and "mask"
     flip: bool = False  # also extract from the horizontally flipped image
     feature_maps: bool = False  # also store CLIP's feature maps (300 kB per image at BB's size)
     shard_images: int = 512  # images of the data set per shard
@@ -42,7 +42,7 @@ class Extraction:
     machine: tuple[int, int] = (0, 1)  # rank and number of machines that share no disk; (0, 1) does all shards
 
     def __post_init__(self) -> None:
-        check_stages(self.stages, "--stages")
+        check_stages(self.stages, "--stages", (*TOKEN_STAGES, MASK_STAGE))
         for name in ("shard_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")

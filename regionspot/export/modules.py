@@ -178,7 +178,7 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
     """Return the frozen parts of a recognizer.
 
     Raises:
-        ValueError: a baseline, or parts other than SAM and CLIP, which have no export form here.
+        ValueError: a baseline, parts other than SAM and CLIP, or mask pooling, which have no export form here.
     """
     localizer, vision_language = recognizer.localizer, recognizer.vision_language
     if type(recognizer) is not RegionRecognizer:
@@ -186,6 +186,8 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
     if not isinstance(localizer, SamLocalizer) or not isinstance(vision_language, ClipVisionLanguageModel):
         kinds = f"{type(localizer).__name__} and {type(vision_language).__name__}"
         raise ValueError(f"export: expected SAM and CLIP as the frozen parts, got {kinds}")
+    if recognizer.knowledge_integration.mask_pooling:
+        raise ValueError("export: MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING has no export form")
     return localizer, vision_language
 
 

@@ -36,9 +36,9 @@ def cross_attention_weights(
         raise ValueError("cross_attention: this model has no feature map to attend to (CLIP.FEATURES none)")
     decoder_layer = integration.decoder.layers[layer]
     assert isinstance(decoder_layer, RegionDecoderLayer)
-    # the decoder never computes the weights: they are computed from its queries, which the first norm gives
+    # the decoder never computes the weights: they are computed from its queries, which a norm gives
     inputs: list[torch.Tensor] = []
-    hook = decoder_layer.norm1.register_forward_hook(lambda module, args, output: inputs.append(output))
+    hook = decoder_layer.query_norm.register_forward_hook(lambda module, args, output: inputs.append(output))
     try:
         integration([tokens], feature_map)
     finally:

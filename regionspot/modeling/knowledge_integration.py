@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 from torch.nn import functional as F
 
+from regionspot.modeling.mask_pooling import COVERAGE_DIM, pool_features
 from regionspot.modeling.region_groups import RegionGroups
 
 MAX_QUERIES = 1024  # regions that attend at once
@@ -18,7 +19,7 @@ MAX_DEPTH = 100  # the paper compares 1, 3 and 6; a typo would build layers unti
 
 
 class RegionDecoderLayer(nn.Module):
-    """A post-norm decoder layer: self-attention among regions, cross-attention to the feature map, FFN.
+    """A decoder layer: self-attention among regions, cross-attention to the feature map, FFN; the paper's is post-norm.
 
     Its parameters have the names of PyTorch's ``TransformerDecoderLayer``, or, without features, of its
     ``TransformerEncoderLayer``. PyTorch's own layers pad all images to the most regions, hold an N x N matrix per head
@@ -26,10 +27,17 @@ class RegionDecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, ffn_dim: int, dropout: float, with_features: bool, region_attention: bool
+        self,
+        width: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        with_features: bool,
+        region_attention: bool,
+        pre_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.region_attention = region_attention
+        self.region_attention, self.pre_norm = region_attention, pre_norm
         self.self_attn = nn.MultiheadAttention(width, num_heads, dropout, batch_first=True)
         if with_features:
             self.multihead_attn = nn.MultiheadAttention(width, num_heads, dropout, batch_first=True)
@@ -43,13 +51,21 @@ class RegionDecoderLayer(nn.Module):
 
     def forward(self, regions: torch.Tensor, groups: RegionGroups, feature_map: torch.Tensor | None) -> torch.Tensor:
         """Decode (M, C) ``regions``; ``feature_map`` is (B, L, C)."""
-        x = self.residual(regions, self._attend(regions, groups), self.norm1, self.dropout)
+        x = self._add(regions, lambda y: self._attend(y, groups), self.norm1)
         norm = self.norm2
         if feature_map is not None:
-            attended = self._cross_attend(x, groups, feature_map)
-            x, norm = self.residual(x, attended, self.norm2, self.dropout), self.norm3
-        hidden = self.linear2(self.dropout(F.relu(self.linear1(x))))
-        return self.residual(x, hidden, norm, self.dropout)
+            x, norm = self._add(x, lambda y: self._cross_attend(y, groups, feature_map), self.norm2), self.norm3
+        return self._add(x, lambda y: self.linear2(self.dropout(F.relu(self.linear1(y)))), norm)
+
+    def _add(self, x: torch.Tensor, sublayer: Callable[[torch.Tensor], torch.Tensor], norm: nn.Module) -> torch.Tensor:
+        if self.pre_norm:  # what is added is never normalized: gradients reach the first layer, however deep
+            return x + self.dropout(sublayer(norm(x)))
+        return self.residual(x, sublayer(x), norm, self.dropout)
+
+    @property
+    def query_norm(self) -> nn.Module:
+        """The norm whose output the cross-attention takes its queries from."""
+        return self.norm2 if self.pre_norm else self.norm1
 
     def _attend(self, regions: torch.Tensor, groups: RegionGroups) -> torch.Tensor:
         """Self-attention of (M, C) regions, among those of an image or of each region alone."""
@@ -161,11 +177,13 @@ class KnowledgeIntegration(nn.Module):
         ffn_dim: int = 2048,
         dropout: float = 0.1,
         region_attention: bool = True,
+        pre_norm: bool = False,
+        mask_pooling: bool = False,
         compile: bool = False,
     ) -> None:
         """
         Args:
-            token_dim: length of a position-aware token.
+            token_dim: length of a position-aware token, without ``COVERAGE_DIM``.
             clip_width: channels of the feature map.
             text_dim: length of a text embedding.
             with_features: False leaves out the cross-attention ("without CLIP vision" in the paper).
@@ -174,6 +192,9 @@ class KnowledgeIntegration(nn.Module):
             ffn_dim: width of the feed-forward layers.
             dropout: in the decoder.
             region_attention: False decodes each region alone ("one box at a time" in the paper).
+            pre_norm: normalize what sublayers take instead of what they give, for deep modules.
+            mask_pooling: add to each region the mean of the feature map inside its mask; tokens are then followed by
+                the mask's ``mask_coverage``.
             compile: compile the decoder, see ``MODEL.REGIONSPOT.COMPILE``.
         """
         super().__init__()
@@ -182,9 +203,13 @@ class KnowledgeIntegration(nn.Module):
                 f"MODEL.REGIONSPOT.INTEGRATION: expected DEPTH of 1 to {MAX_DEPTH} and NUM_HEADS that divides "
                 f"{clip_width}, CLIP's width; got {depth} and {num_heads}"
             )
-        self.with_features = with_features
+        if mask_pooling and not with_features:
+            raise ValueError("MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING: expected CLIP.FEATURES other than none")
+        self.with_features, self.mask_pooling = with_features, mask_pooling
         self.to_clip = nn.Linear(token_dim, clip_width)
-        layer = RegionDecoderLayer(clip_width, num_heads, ffn_dim, dropout, with_features, region_attention)
+        if mask_pooling:
+            self.pool_norm, self.pool_proj = nn.LayerNorm(clip_width), nn.Linear(clip_width, clip_width)
+        layer = RegionDecoderLayer(clip_width, num_heads, ffn_dim, dropout, with_features, region_attention, pre_norm)
         self.decoder = RegionDecoder(layer, depth)
         self.projector = nn.Linear(clip_width, text_dim)
         for parameter in self.decoder.parameters():  # the layers are copies of one: give each its own start
@@ -208,6 +233,8 @@ class KnowledgeIntegration(nn.Module):
             "ffn_dim": node.INTEGRATION.FFN_DIM,
             "dropout": node.INTEGRATION.DROPOUT,
             "region_attention": node.INTEGRATION.REGION_ATTENTION,
+            "pre_norm": node.INTEGRATION.PRE_NORM,
+            "mask_pooling": node.INTEGRATION.MASK_POOLING,
             "compile": node.COMPILE,
         }
 
@@ -215,7 +242,8 @@ class KnowledgeIntegration(nn.Module):
         """Integrate position-aware tokens and semantic feature maps of B images.
 
         Args:
-            tokens: B tensors, (N_i, token_dim) float; N_i may be 0.
+            tokens: B tensors, (N_i, token_dim) float, with ``mask_pooling`` (N_i, token_dim + COVERAGE_DIM); N_i may
+                be 0.
             feature_map: (B, L, clip_width) float, or None without CLIP's features.
 
         Returns:
@@ -226,5 +254,14 @@ class KnowledgeIntegration(nn.Module):
         if not len(together):  # in training all parameters get a gradient, which other processes wait for
             counts, together = [1, *lengths[1:]], together.new_zeros(1, together.shape[1])
         groups = RegionGroups(counts, together.device)
-        decoded = self.decoder(self.to_clip(together), groups, feature_map if self.with_features else None)
+        regions = self._embed(together, groups, feature_map)
+        decoded = self.decoder(regions, groups, feature_map if self.with_features else None)
         return list(self.projector(decoded)[: sum(lengths)].split(lengths))
+
+    def _embed(self, tokens: torch.Tensor, groups: RegionGroups, feature_map: torch.Tensor | None) -> torch.Tensor:
+        """Return the (M, C) inputs of the decoder."""
+        if not self.mask_pooling:
+            return self.to_clip(tokens)
+        assert feature_map is not None
+        tokens, coverage = tokens.split([self.to_clip.in_features, COVERAGE_DIM], dim=1)
+        return self.to_clip(tokens) + self.pool_proj(self.pool_norm(pool_features(coverage, feature_map, groups)))

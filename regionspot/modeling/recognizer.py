@@ -15,7 +15,9 @@ from regionspot.modeling.classifier import TextClassifier
 from regionspot.modeling.entry_embeddings import embed_vocabulary
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizers import Localizer, LocalizerOutput, build_localizer
+from regionspot.modeling.localizers.localizer import MASK_STAGE
 from regionspot.modeling.losses import region_focal_loss
+from regionspot.modeling.mask_pooling import locate_with_coverage
 from regionspot.modeling.masks import RegionMasks, check_mask_format
 from regionspot.modeling.postprocessing import DetectionRule, Recognition
 from regionspot.modeling.vision_language import VisionLanguageModel, build_vision_language_model
@@ -157,7 +159,7 @@ class RegionRecognizer(nn.Module):
         )
 
     def position_tokens(self, images: list[torch.Tensor], boxes: Sequence[Boxes]) -> list[torch.Tensor]:
-        """Return the position-aware tokens of boxes, (N_i, token_dim) an image; CLIP is not run."""
+        """Return the position-aware tokens of boxes, as ``classify`` takes them; CLIP is not run."""
         features = self.encode_images(images, with_feature_map=False)
         return [output.tokens for output in self.locate(features, _box_prompts(boxes))]
 
@@ -171,7 +173,7 @@ class RegionRecognizer(nn.Module):
     ) -> list[LocalizerOutput]:
         """Decode each image's prompts (boxes and points in that image's own pixels; boxes are clipped to it).
 
-        The other arguments are ``Localizer.forward``'s.
+        The other arguments are ``Localizer.forward``'s; ``stages`` are by default those that ``classify`` takes.
         """
         assert features.embeddings is not None
         device, scaled = features.embeddings.device, []
@@ -180,6 +182,10 @@ class RegionRecognizer(nn.Module):
             clipped = image_prompts.to(device).clip((height, width))
             # the sides of SAM's input are whole pixels: x and y have factors of their own
             scaled.append(clipped.scale(input_width / width, input_height / height))
+        if self.knowledge_integration.mask_pooling:
+            stages = stages or (self.localizer.token_stage, MASK_STAGE)
+        if MASK_STAGE in stages:
+            return locate_with_coverage(self.localizer, features, scaled, with_masks, stages, with_iou)
         return self.localizer(features.embeddings, scaled, with_masks, stages, with_iou)
 
     def classify(
@@ -192,7 +198,7 @@ class RegionRecognizer(nn.Module):
         """Return the logits of regions (paper, sections 3.3 and 3.4).
 
         Args:
-            tokens: B tensors, (N_i, token_dim) float position-aware tokens.
+            tokens: B tensors, (N_i, D) float, the stages of ``get_token_stages`` side by side.
             feature_map: (B, L, width) float semantic feature map, or None without CLIP's features.
             vocabularies: for each image the key of its vocabulary or its embeddings; "" is the one in use, as is an
                 empty sequence for all images.

@@ -76,6 +76,8 @@ def parse_ablations(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     parser.add_argument("--train", type=int, default=3200, help="number of training scenes")
     parser.add_argument("--test", type=int, default=200, help="number of test scenes")
     parser.add_argument("--jobs", type=int, default=CPUS, help="runs at the same time")
+    parser.add_argument("--rows", nargs="+", metavar="CONFIG", help="only these, such as plus/mask-pooling")
+    parser.add_argument("--split", choices=["test", "val"], default="test", help="val, to choose among options")
     add_overrides(parser)
     return parser.parse_args(arguments)
 

@@ -22,6 +22,7 @@ from miniworld.generator import SIZE, Scene, draw_scene
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data import register_json_dataset
+from regionspot.data.tokens import get_token_stages
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.modeling import RegionRecognizer, RegionSpot
@@ -59,8 +60,7 @@ def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
 
 def store_path(cfg: CfgNode, directory: Path, split: str) -> Path:
     """Return the directory of a split's features; one store for each choice of frozen features."""
-    node = cfg.MODEL.REGIONSPOT
-    return directory / f"{split}-{node.TOKEN_STAGE}-{node.CLIP.FEATURES}"
+    return directory / "-".join([split, *get_token_stages(cfg), cfg.MODEL.REGIONSPOT.CLIP.FEATURES])
 
 
 def train(cfg: CfgNode, features: Path) -> RegionSpot:
@@ -69,7 +69,7 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     path = store_path(cfg, features, "train")
     model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model).load("")
-    extraction = Extraction((cfg.MODEL.REGIONSPOT.TOKEN_STAGE,), feature_maps=True, batch_size=16)
+    extraction = Extraction(get_token_stages(cfg), feature_maps=True, batch_size=16)
     while not extract_tokens(model.recognizer, "miniworld_train", path, extraction):
         time.sleep(2)  # another run is writing the last shards
     cfg = cfg.clone()

@@ -1,4 +1,4 @@
-"""Trains the miniature SAM 2, another localizer: a hierarchical encoder, and masks from its high-resolution features."""
+"""Trains the miniature SAM 2, another localizer: a hierarchical encoder, high-resolution features for the masks."""
 
 import json
 from collections.abc import Sequence
@@ -39,7 +39,9 @@ class Sam2Pretraining(SamPretraining):
             real = soft_iou(masks > 0, target[:, None] > 0.5)
         return mask_loss(masks, target[:, None]).min(dim=1).values.mean() + F.mse_loss(ious, real)
 
-    def _decode_masks(self, embedding: list[torch.Tensor], prompts: Prompts, multimask: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_masks(
+        self, embedding: list[torch.Tensor], prompts: Prompts, multimask: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         model = self.model
         labels = None if prompts.point_labels is None else prompts.point_labels.long()
         parts = (prompts.points, labels, prompts.boxes)

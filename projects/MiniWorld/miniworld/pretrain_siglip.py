@@ -1,4 +1,4 @@
-"""Trains the miniature SigLIP, another vision-language model: a sigmoid for each pair, and a text tower that is not causal.
+"""Trains the miniature SigLIP, another vision-language model: a sigmoid for each pair, a text tower that is not causal.
 
 It starts from the weights of the miniature CLIP, where it has them, and sees the same images and captions.
 """

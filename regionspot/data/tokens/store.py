@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -15,6 +16,12 @@ from regionspot.utils.files import sha256_of_file, write_json
 
 REMEDY = TOKENS.remedy
 VERIFIED = ".verified.json"  # size and time of the shards whose SHA-256 was compared
+
+
+def get_token_stages(cfg: CfgNode) -> tuple[str, ...]:
+    """Return the stages of the localizer that represent a region, side by side."""
+    node = cfg.MODEL.REGIONSPOT
+    return (node.TOKEN_STAGE, "mask") if node.INTEGRATION.MASK_POOLING else (node.TOKEN_STAGE,)
 
 
 class TokenStore:
@@ -34,20 +41,21 @@ class TokenStore:
     side, padded to a square.
     """
 
-    def __init__(self, directory: str | Path, stage: str = "transformer") -> None:
-        """Open a store with the tokens of ``stage``, "prompt_encoder", "transformer" or "mlp".
+    def __init__(self, directory: str | Path, *stages: str) -> None:
+        """Open a store with the tokens of some stages, side by side; by default of "transformer" alone.
 
         Raises:
             FileNotFoundError: no such store, or a shard is missing.
-            ValueError: unfinished, damaged, or without tokens of this stage.
+            ValueError: unfinished, damaged, or without tokens of such a stage.
         """
-        self.directory, self.stage = Path(directory), stage
+        self.directory, self.stages = Path(directory), stages or ("transformer",)
         self.manifest = read_manifest(self.directory)
-        if stage not in self.manifest["stages"]:
-            raise ValueError(
-                f"token store {directory} has no tokens of stage {stage!r}: expected one of "
-                f"{', '.join(self.manifest['stages'])}; set MODEL.REGIONSPOT.TOKEN_STAGE, or extract this stage"
-            )
+        for stage in self.stages:
+            if stage not in self.manifest["stages"]:
+                raise ValueError(
+                    f"token store {directory} has no tokens of stage {stage!r}: expected one of "
+                    f"{', '.join(self.manifest['stages'])}; set MODEL.REGIONSPOT.TOKEN_STAGE, or extract this stage"
+                )
         self._shards = [_open_shard(self.directory, entry) for entry in self.manifest["shards"]]
         # (image id -> shard, row) as sorted arrays: a dict of millions of images would be copied by forked workers.
         ids = [shard["image_ids"].numpy() for shard in self._shards] or [np.zeros(0, np.int64)]
@@ -58,7 +66,7 @@ class TokenStore:
         self._locations = np.concatenate(locations)[order].astype(np.int32)  # (I, 2): shard, and row in it
 
     def __reduce__(self) -> tuple:
-        return TokenStore, (str(self.directory), self.stage)  # a spawned worker maps the files itself
+        return TokenStore, (str(self.directory), *self.stages)  # a spawned worker maps the files itself
 
     def __len__(self) -> int:
         """Number of images."""
@@ -93,7 +101,8 @@ class TokenStore:
             )
         # float16 on the disk, float32 for the model
         prefix = "flipped_" if flipped else ""
-        features = {"tokens": shard[f"{prefix}tokens.{self.stage}"][start:stop].float()}
+        tokens = [shard[f"{prefix}tokens.{stage}"][start:stop].float() for stage in self.stages]
+        features = {"tokens": tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)}
         if self.has_feature_maps:
             features["feature_map"] = shard[f"{prefix}feature_maps"][row].float()
         return features

@@ -14,6 +14,7 @@ from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
 TOKEN_STAGES = ("prompt_encoder", "transformer", "mlp")
+MASK_STAGE = "mask"  # what the mask covers, see ``mask_pooling``; it stands beside the tokens of another stage
 
 LOCALIZER_REGISTRY = Registry("LOCALIZER")
 LOCALIZER_REGISTRY.__doc__ = "Localizers, ``MODEL.REGIONSPOT.LOCALIZER.NAME``; called with a config."
@@ -35,9 +36,9 @@ class LocalizerOutput:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """(N, D) float32 tokens of the only stage that was requested, by default the localizer's own."""
-        [tokens] = self.stage_tokens.values()
-        return tokens
+        """(N, D) float32 tokens of the stages that were requested, side by side; by default the localizer's own."""
+        tokens = list(self.stage_tokens.values())
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
 
     def split(self, counts: Sequence[int]) -> list["LocalizerOutput"]:
         """Return the outputs of images, ``counts`` prompts each."""
@@ -51,11 +52,11 @@ class LocalizerOutput:
         ]
 
 
-def check_stages(stages: Sequence[str], what: str) -> None:
+def check_stages(stages: Sequence[str], what: str, known: Sequence[str] = TOKEN_STAGES) -> None:
     """Refuse unknown stages; ``what`` names the option in the message."""
     for stage in stages:
-        if stage not in TOKEN_STAGES:
-            raise ValueError(f"{what}: expected one of {', '.join(TOKEN_STAGES)}; got {stage!r}")
+        if stage not in known:
+            raise ValueError(f"{what}: expected one of {', '.join(known)}; got {stage!r}")
 
 
 class Localizer(FrozenModule, ABC):
@@ -64,10 +65,17 @@ class Localizer(FrozenModule, ABC):
     Attributes:
         sam: the model itself, of any family; the name is that of the released checkpoints' keys.
         dtype: of its weights.
+        token_stage: where tokens are taken from by default, one of ``TOKEN_STAGES``.
     """
 
     sam: Any
     dtype: torch.dtype
+    token_stage: str
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Side of the square input, pixels."""
 
     @property
     @abstractmethod
