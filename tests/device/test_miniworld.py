@@ -49,7 +49,7 @@ def test_demo(miniworld, tmp_path):
 
 def test_ablations(tmp_path, monkeypatch):
     jobs = os.cpu_count()  # so that a run uses one thread, as all tests do
-    args = Namespace(output=tmp_path, train=4, test=2, jobs=jobs, seeds=1, opts=MINI)
+    args = Namespace(output=tmp_path, train=4, test=2, jobs=jobs, seeds=1, rows=None, split="test", opts=MINI)
     functions, evaluate = [], experiment.average_precision
 
     def record(cfg, model, split):

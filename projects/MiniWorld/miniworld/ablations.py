@@ -87,7 +87,7 @@ def table(args: Namespace) -> str:
 
 def main(args: Namespace) -> None:
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, args.jobs)
-    rows = [name for name, _, _ in ROWS if name not in WEIGHTS_OF and name in (args.rows or name)]
+    rows = [name for name, _, _ in ROWS if name not in WEIGHTS_OF and (not args.rows or name in args.rows)]
     tasks = [(name, seed) for name in rows for seed in range(args.seeds)]
     tasks = [
         (name, seed)
