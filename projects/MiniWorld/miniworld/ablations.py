@@ -34,6 +34,7 @@ ROWS = [
     ("ablations/scores-sigmoid", "sigmoid scores", ""),
     # beyond the paper
     ("plus/mask-pooling", "mask pooling", ""),
+    ("plus/mask-pooling-depth-1", "mask pooling, depth 1", ""),
     ("plus/pre-norm-depth-6", "depth 6, pre-norm", ""),
 ]
 # Rows that differ from another one at inference alone are evaluated with its weights, so nothing else moves them.
