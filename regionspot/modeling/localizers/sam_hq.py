@@ -28,7 +28,8 @@ class SamHqLocalizer(TransformersLocalizer):
     """Frozen SAM-HQ, by ``SamHQModel``.
 
     The token is the mask token that belongs to the mask, as in SAM: SAM-HQ's own token is one for all masks. The masks
-    are the sum of SAM's and the HQ token's, the library's default.
+    are the sum of SAM's and the HQ token's, the library's default, and equal those of the authors' package: made of
+    the image behind the two-way transformer, where ``SamHQModel`` itself (5.24) takes the one before it, transposed.
 
     Image embeddings are (B, C + 16 * C / 8, h, w): behind the C channels of SAM's come the HQ features, (B, C / 8, 4h,
     4w), made of the embedding and of an early layer's features, by ``pixel_unshuffle``.
