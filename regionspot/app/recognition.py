@@ -13,7 +13,7 @@ from PIL import Image
 from regionspot.app.prompts import DrawnRegion, group_prompts
 from regionspot.drawing import DrawingStyle, draw_attention, draw_regions, enlarge
 from regionspot.modeling.attention_maps import cross_attention
-from regionspot.modeling.localizers.sam import SamLocalizer
+from regionspot.modeling.localizers.prompted import PromptedLocalizer
 from regionspot.modeling.masks import RegionMasks
 from regionspot.modeling.proposal_sources import SamAutomaticProposals
 from regionspot.modeling.region_predictions import RegionPredictions, name_regions
@@ -63,7 +63,7 @@ class PageModel:
         self._top_k = min(top_k, MAX_FOUND) if top_k >= 0 else MAX_FOUND
         self._source: Any = self.predictor.model.proposal_source
         localizer = self.predictor.recognizer.localizer
-        if self._source is None and isinstance(localizer, SamLocalizer):
+        if self._source is None and isinstance(localizer, PromptedLocalizer):
             settings = {key.lower(): value for key, value in cfg.MODEL.REGIONSPOT.PROPOSALS.SAM_AUTOMATIC.items()}
             self._source = SamAutomaticProposals(localizer, **settings)
 

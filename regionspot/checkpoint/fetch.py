@@ -1,4 +1,4 @@
-"""Finds files of weights: paths, URLs, and the official weights of SAM and CLIP by name; fetches absent ones.
+"""Finds files of weights: paths, URLs, and the official weights of SAMs and CLIPs by name; fetches absent ones.
 
 ``torch.hub.download_url_to_file`` and iopath restart an interrupted transfer of gigabytes from the beginning, and
 neither notices that a connection was closed early; so this module has a transfer of its own.
@@ -6,11 +6,14 @@ neither notices that a connection was closed early; so this module has a transfe
 
 import hashlib
 import http.client
+import re
 import shutil
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -18,12 +21,18 @@ from tqdm import tqdm
 from regionspot.utils.files import cache_dir, expand_user, sha256_of_file
 
 _SAM_ROOT = "https://dl.fbaipublicfiles.com/segment_anything"
+_SAM2_ROOT = "https://dl.fbaipublicfiles.com/segment_anything_2"
 _CLIP_ROOT = "https://openaipublic.azureedge.net/clip/models"
+_HUB_ROOT = "https://huggingface.co"
 
 
 @dataclass(frozen=True)
 class KnownWeights:
-    """An official file of frozen weights."""
+    """An official file of frozen weights.
+
+    ``sha256`` is "" where its publisher gives none that is known here; it is then compared with the server's, if that
+    sends one.
+    """
 
     url: str
     sha256: str
@@ -31,11 +40,23 @@ class KnownWeights:
 
     @property
     def path(self) -> Path:
-        return cache_dir() / "weights" / self.url.rsplit("/", 1)[1]
+        repository, separator, _ = self.url.removeprefix(f"{_HUB_ROOT}/").partition("/resolve/")
+        name = self.url.rsplit("/", 1)[1]
+        if separator:  # on the hub files of all models have the same name
+            name = f"{repository.replace('/', '--')}--{name}"
+        return cache_dir() / "weights" / name
 
 
 def _sam(file_name: str, megabytes: int, sha256: str) -> KnownWeights:
     return KnownWeights(f"{_SAM_ROOT}/{file_name}", sha256, megabytes)
+
+
+def _sam2(release: str, name: str, megabytes: int) -> KnownWeights:
+    return KnownWeights(f"{_SAM2_ROOT}/{release}/{name}.pt", "", megabytes)
+
+
+def _hub(repository: str, megabytes: int) -> KnownWeights:
+    return KnownWeights(f"{_HUB_ROOT}/{repository}/resolve/main/model.safetensors", "", megabytes)
 
 
 def _clip(file_name: str, megabytes: int, sha256: str) -> KnownWeights:
@@ -46,6 +67,19 @@ KNOWN_WEIGHTS = {
     "vit_b": _sam("sam_vit_b_01ec64.pth", 375, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
     "vit_l": _sam("sam_vit_l_0b3195.pth", 1250, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
     "vit_h": _sam("sam_vit_h_4b8939.pth", 2565, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+    "sam2_hiera_tiny": _sam2("072824", "sam2_hiera_tiny", 156),
+    "sam2_hiera_small": _sam2("072824", "sam2_hiera_small", 184),
+    "sam2_hiera_base_plus": _sam2("072824", "sam2_hiera_base_plus", 324),
+    "sam2_hiera_large": _sam2("072824", "sam2_hiera_large", 898),
+    "sam2.1_hiera_tiny": _sam2("092824", "sam2.1_hiera_tiny", 156),
+    "sam2.1_hiera_small": _sam2("092824", "sam2.1_hiera_small", 184),
+    "sam2.1_hiera_base_plus": _sam2("092824", "sam2.1_hiera_base_plus", 324),
+    "sam2.1_hiera_large": _sam2("092824", "sam2.1_hiera_large", 898),
+    "sam_hq_vit_b": _hub("syscv-community/sam-hq-vit-base", 379),
+    "sam_hq_vit_l": _hub("syscv-community/sam-hq-vit-large", 1255),
+    "sam_hq_vit_h": _hub("syscv-community/sam-hq-vit-huge", 2570),
+    "edgetam": _hub("yonigozlan/EdgeTAM-hf", 56),
+    "sam3_tracker": _hub("facebook/sam3", 3440),  # gated: fetch it by hand after accepting the license there
     "ViT-B/32": _clip("ViT-B-32.pt", 354, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B/16": _clip("ViT-B-16.pt", 351, "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L/14": _clip("ViT-L-14.pt", 933, "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
@@ -75,7 +109,8 @@ def resolve_weights(source: str) -> Path:
 def fetch(url: str, path: Path, sha256: str = "") -> Path:
     """Fetch ``url`` to ``path`` unless it exists, resuming an interrupted transfer; return ``path``.
 
-    The file appears complete or not at all. ``sha256`` is its expected digest, or "" if none is known.
+    The file appears complete or not at all. ``sha256`` is its expected digest, or "" if none is known: then that of
+    the server, if it sends one, as the Hugging Face hub does.
 
     Raises:
         FileNotFoundError: no such file, or the address does not answer; the message says which file to put where.
@@ -93,13 +128,13 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
         if not sha256:
             partial.unlink(missing_ok=True)
         try:
-            _transfer(url, partial)
+            expected = _transfer(url, partial)
         except (http.client.HTTPException, OSError) as error:
             raise FileNotFoundError(
                 f"could not fetch {url} ({error}). Run again to resume where it stopped, "
                 f"or fetch it elsewhere and put it at {path}"
             ) from error
-        digest = sha256_of_file(partial)
+        sha256, digest = sha256 or expected, sha256_of_file(partial)
         if sha256 and digest != sha256:
             partial.unlink()
             raise ValueError(
@@ -110,14 +145,35 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
     return path
 
 
-def _transfer(url: str, partial: Path) -> None:
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Keeps the digest that the hub sends with the redirection to where the file is."""
+
+    def __init__(self) -> None:
+        self.digest = ""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
+    ) -> urllib.request.Request | None:
+        self.digest = self.digest or _read_digest(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _read_digest(headers: Message) -> str:
+    """Return the SHA-256 of the file, if the headers of a response have one."""
+    # not ETag: that of some servers is as long, but of something else
+    value = str(headers.get("X-Linked-Etag") or "").strip('"').lower()
+    return value if re.fullmatch("[0-9a-f]{64}", value) else ""
+
+
+def _transfer(url: str, partial: Path) -> str:
+    """Fetch what ``partial`` lacks; return the file's SHA-256 as the server says, "" if it does not."""
     start = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.urlopen(request, timeout=60)
+        response = urllib.request.build_opener(redirects := _Redirects()).open(request, timeout=60)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the partial file is complete
-            return
+            return ""
         raise
     with response:
         if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
@@ -132,3 +188,4 @@ def _transfer(url: str, partial: Path) -> None:
     # http.client raises no error when the connection is closed early.
     if total and partial.stat().st_size < total:
         raise OSError(f"connection closed after {partial.stat().st_size} of {total} bytes")
+    return redirects.digest or _read_digest(response.headers)

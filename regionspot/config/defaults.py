@@ -18,7 +18,8 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.VOCABULARY = ""
 
     # The frozen models, by their names in LOCALIZER_REGISTRY and VISION_LANGUAGE_REGISTRY; the keys of SamLocalizer are
-    # under SAM, those of ClipVisionLanguageModel under CLIP.
+    # under SAM, those of ClipVisionLanguageModel under CLIP. By transformers there are Sam2Localizer, SamHqLocalizer,
+    # EdgeTamLocalizer and Sam3TrackerLocalizer, with the same keys but CUSTOM; configs/models has one file for each.
     node.LOCALIZER = CfgNode()
     node.LOCALIZER.NAME = "SamLocalizer"
     node.VISION_LANGUAGE = CfgNode()
@@ -201,9 +202,10 @@ def _add_training_config(cfg: CfgNode) -> None:
 
 def _add_sam_config(node: CfgNode) -> None:
     node.SAM = CfgNode()
-    # "vit_b", "vit_l", "vit_h", or "custom" with the sizes below.
+    # "vit_b", "vit_l", "vit_h", or "custom" with the sizes below. For transformers' models: a name such as
+    # "sam2.1_hiera_tiny", or the path of a JSON file, as config.json of a model on the Hugging Face hub.
     node.SAM.NAME = "vit_b"
-    # A known name ("vit_b", "vit_l", "vit_h": downloaded once), a path, a URL, or "" for random weights.
+    # A known name (such as "vit_b": downloaded once), a path, a URL, or "" for random weights.
     node.SAM.WEIGHTS = "vit_b"
     # Prompts decoded at once, fewer on a CPU; limits the memory (12 MB a prompt at full size, 35 MB with masks).
     node.SAM.PROMPT_CHUNK = 64

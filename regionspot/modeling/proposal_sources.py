@@ -17,7 +17,7 @@ from regionspot.checkpoint.checkpointer import SafeDetectionCheckpointer
 from regionspot.config import find_host_config
 from regionspot.modeling.frozen import FrozenModule
 from regionspot.modeling.localizers.localizer import Localizer
-from regionspot.modeling.localizers.sam import SamLocalizer
+from regionspot.modeling.localizers.prompted import PromptedLocalizer
 from regionspot.structures import Prompts, to_rgb
 from regionspot.utils.yaml_config import merge_yaml
 
@@ -33,7 +33,7 @@ class SamAutomaticProposals:
 
     def __init__(
         self,
-        localizer: SamLocalizer,
+        localizer: PromptedLocalizer,
         points_per_side: int = 32,
         pred_iou_thresh: float = 0.88,
         stability_score_thresh: float = 0.95,
@@ -144,7 +144,7 @@ def build_proposal_source(cfg: CfgNode, localizer: Localizer) -> SamAutomaticPro
             f"MODEL.REGIONSPOT.PROPOSALS.SOURCE: expected one of {', '.join(SOURCES)}; got {node.SOURCE!r}"
         )
     if node.SOURCE == "sam_automatic":
-        if not isinstance(localizer, SamLocalizer):
+        if not isinstance(localizer, PromptedLocalizer):
             raise ValueError(
                 "MODEL.REGIONSPOT.PROPOSALS.SOURCE sam_automatic: expected SAM as localizer, got "
                 f"{type(localizer).__name__}"

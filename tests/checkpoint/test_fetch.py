@@ -19,8 +19,16 @@ class Server(http.server.SimpleHTTPRequestHandler):
     cuts: list[int] = []
     requests: list[str] = []
     resumes = True
+    etags: list[str] = []  # of the redirection from /hub, and of the file
 
     def do_GET(self):
+        if self.path.startswith("/hub"):
+            self.send_response(302)
+            self.send_header("Location", "/weights.pth")
+            self.send_header("X-Linked-Etag", f'"{self.etags[0]}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         requested = self.headers.get("Range") if self.resumes else None
         start = int((requested or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         type(self).requests.append(self.headers.get("Range") or "")
@@ -28,6 +36,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.send_header("Content-Length", str(len(CONTENT) - start))
+        if self.etags:
+            self.send_header("ETag", f'"{self.etags[1]}"')
         self.end_headers()
         self.wfile.write(CONTENT[start : start + self.cuts.pop(0) if self.cuts else None])
 
@@ -37,7 +47,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    Server.cuts, Server.requests = [], []
+    Server.cuts, Server.requests, Server.etags = [], [], []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as instance:
         threading.Thread(target=instance.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{instance.server_address[1]}/weights.pth"
@@ -69,6 +79,27 @@ def test_server_without_ranges_restarts(server, tmp_path, monkeypatch):
     assert fetch(server, path, sha256).read_bytes() == CONTENT
 
 
+def test_hub_digest_is_compared(server, tmp_path):
+    """The hub sends the file's digest with its redirection; what follows may have an ETag of another kind."""
+    hub, sha256 = server.replace("weights.pth", "hub"), hashlib.sha256(CONTENT).hexdigest()
+    for name, digest in (("same", sha256), ("none", "abc")):
+        Server.etags = [digest, "00" * 32]
+        assert fetch(hub, tmp_path / f"{name}.pth").read_bytes() == CONTENT
+    Server.etags = ["00" * 32, sha256]
+    with pytest.raises(ValueError, match="expected sha256 00"):
+        fetch(hub, tmp_path / "other.pth")
+    assert not (tmp_path / "other.pth").exists()
+    Server.etags = ["00" * 32] * 2
+    assert fetch(hub, tmp_path / "known.pth", sha256).read_bytes() == CONTENT  # a known digest is the one that counts
+
+
+def test_known_weights_have_files_of_their_own():
+    paths = [known.path for known in KNOWN_WEIGHTS.values()]
+    assert len(set(paths)) == len(paths)
+    assert KNOWN_WEIGHTS["edgetam"].path.name == "yonigozlan--EdgeTAM-hf--model.safetensors"
+    assert all(len(known.sha256) in (0, 64) for known in KNOWN_WEIGHTS.values())
+
+
 def test_url_is_fetched_into_the_cache(server, cache_directory):
     assert resolve_weights(server).read_bytes() == CONTENT
     assert resolve_weights(server).is_relative_to(cache_directory)
@@ -78,7 +109,7 @@ def test_no_network_error_names_url_and_path(monkeypatch):
     def no_network(*_, **__):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", no_network)
     known = KNOWN_WEIGHTS["vit_b"]
     with pytest.raises(FileNotFoundError, match=f"(?s){known.url}.*unreachable.*{known.path}"):
         resolve_weights("vit_b")

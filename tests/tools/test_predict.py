@@ -75,7 +75,7 @@ def test_baseline_without_weights_of_regionspot(image, capsys, tmp_path):
 
 def test_absent_weights_are_not_fetched(image, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("REGIONSPOT_CACHE", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *_, **__: pytest.fail("fetched"))
     known = ("MODEL.REGIONSPOT.CLIP.WEIGHTS", "ViT-B/16")
     code, _ = run(image, "--boxes", BOXES, "--vocabulary", "a", "--cached-weights-only", *known)
     printed = capsys.readouterr().out

@@ -27,7 +27,7 @@ class LocalizerOutput:
     Attributes:
         stage_tokens: for each requested stage, (N, D) float32 position-aware tokens.
         iou: (N,) float32, the localizer's own estimate of each mask's IoU, or None when not requested.
-        masks: (N, h, w) float32 mask logits over the padded square input, or None when not requested.
+        masks: (N, h, w) float32 mask logits over the whole square input, or None when not requested.
     """
 
     stage_tokens: dict[str, torch.Tensor]
@@ -98,7 +98,7 @@ class Localizer(FrozenModule, ABC):
             images: (3, H, W) RGB, uint8 or float in [0, 255], of any sizes.
 
         Returns:
-            (B, C, h, w) float32 image embeddings.
+            (B, C, h, w) float32 image embeddings; some families pack finer features into further channels.
         """
 
     @abstractmethod
@@ -136,7 +136,7 @@ class Localizer(FrozenModule, ABC):
             image_size: (height, width) of the image.
 
         Returns:
-            (N, 1, h, w) float logits over the padded square input.
+            (N, 1, h, w) float logits over the whole square input.
         """
 
     def upsample_masks(

@@ -1,32 +1,20 @@
 """SAM as localizer, at every size (paper, section 3.1)."""
 
-import sys
-from collections.abc import Iterator, Sequence
-
 import torch
 from detectron2.config import CfgNode, configurable
-from PIL import Image
 from segment_anything.modeling import Sam
-from segment_anything.utils.transforms import ResizeLongestSide
-from torch.nn import functional as F
-from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
-from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.localizers import sam_encoder
 from regionspot.modeling.localizers.build_sam import build_sam, get_sam_size
-from regionspot.modeling.localizers.localizer import LOCALIZER_REGISTRY, Localizer, LocalizerOutput, check_stages
-from regionspot.modeling.localizers.pil_resize import resize_bytes
+from regionspot.modeling.localizers.localizer import LOCALIZER_REGISTRY
+from regionspot.modeling.localizers.prompted import PromptedLocalizer, fit_longest_side
 from regionspot.modeling.localizers.sam_decoder import PromptDecoder
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
 
-# Of the images of the prompts that a CPU decodes at once, and makes masks of: more leave its cache.
-CPU_BYTES = 1 << 24
-CPU_MASK_BYTES = 1 << 21
-
 
 @LOCALIZER_REGISTRY.register()
-class SamLocalizer(Localizer):
+class SamLocalizer(PromptedLocalizer):
     """Frozen SAM: image embedding, then prompts in chunks."""
 
     @configurable
@@ -44,27 +32,17 @@ class SamLocalizer(Localizer):
         """
         Args:
             sam: the model, any size.
-            token_stage: where the token is taken from: "prompt_encoder" (mean of the prompt's sparse embeddings, so
-                that boxes and points give the same length), "transformer" (the mask token behind the two-way
-                transformer) or "mlp" (that token behind its hypernetwork MLP).
-            prompt_chunk: number of prompts decoded at once.
-            multimask: choose among SAM's several masks by predicted IoU instead of taking the single-mask output.
-            encoder_batch_size: number of images encoded at once.
-            precision: of the image encoder and the mask decoder; prompts are encoded in float32, as their coordinates
-                need it.
+            token_stage, prompt_chunk, multimask, encoder_batch_size, precision: see ``PromptedLocalizer``.
             compile: compile the image encoder, see ``MODEL.REGIONSPOT.COMPILE``.
         """
-        super().__init__()
-        check_stages([token_stage], "MODEL.REGIONSPOT.TOKEN_STAGE")
-        for key, value in (("PROMPT_CHUNK", prompt_chunk), ("ENCODER_BATCH_SIZE", encoder_batch_size)):
-            if value < 1:
-                raise ValueError(f"MODEL.REGIONSPOT.SAM.{key}: expected at least 1, got {value}")
-        self.sam = sam
-        self.token_stage = token_stage
-        self.prompt_chunk = prompt_chunk
-        self.multimask = multimask
-        self.encoder_batch_size = encoder_batch_size
-        self.dtype = get_dtype(precision)
+        super().__init__(
+            sam=sam,
+            token_stage=token_stage,
+            prompt_chunk=prompt_chunk,
+            multimask=multimask,
+            encoder_batch_size=encoder_batch_size,
+            precision=precision,
+        )
         sam.image_encoder.to(self.dtype)
         sam.mask_decoder.to(self.dtype)
         self._run_block = torch.compile(sam_encoder.run_block) if compile else sam_encoder.run_block
@@ -72,144 +50,26 @@ class SamLocalizer(Localizer):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.REGIONSPOT
-        return {
-            "sam": build_sam(get_sam_size(cfg)),
-            "token_stage": node.TOKEN_STAGE,
-            "prompt_chunk": node.SAM.PROMPT_CHUNK,
-            "multimask": node.SAM.MULTIMASK,
-            "encoder_batch_size": node.SAM.ENCODER_BATCH_SIZE,
-            "precision": node.PRECISION,
-            "compile": node.COMPILE,
-        }
+        return {"sam": build_sam(get_sam_size(cfg)), **cls.read_config(cfg)}
 
     @property
-    def token_dim(self) -> int:
-        return self.stage_dim(self.token_stage)
-
-    def stage_dim(self, stage: str) -> int:
-        dim = self.sam.mask_decoder.transformer_dim
-        return dim // 8 if stage == "mlp" else dim
+    def prompt_dim(self) -> int:
+        return self.sam.mask_decoder.transformer_dim
 
     @property
     def image_size(self) -> int:
-        """Side of SAM's square input, pixels."""
         return self.sam.image_encoder.img_size
 
-    def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = ResizeLongestSide.get_preprocess_shape(*image_size, self.image_size)
-        return max(height, 1), max(width, 1)
+    @property
+    def mask_prompt_size(self) -> tuple[int, int]:
+        return self.sam.prompt_encoder.mask_input_size
 
-    @torch.no_grad()
-    def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor:
-        size = self.encoder_batch_size
-        return torch.cat([self._encode(images[i : i + size]) for i in range(0, len(images), size)])
+    def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        return fit_longest_side(image_size, self.image_size)
 
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
         inputs = [self.sam.preprocess(self._resize(image).float()) for image in images]
         return sam_encoder.encode(self.sam.image_encoder, torch.stack(inputs).to(self.dtype), self._run_block).float()
-
-    def _resize(self, image: torch.Tensor) -> torch.Tensor:
-        device = self.sam.pixel_mean.device
-        size = self.input_size((image.shape[-2], image.shape[-1]))
-        if device.type != "cpu" or tuple(image.shape[-2:]) == size:
-            image = image.to(device, non_blocking=True)
-        if tuple(image.shape[-2:]) == size:
-            return image
-        if image.dtype != torch.uint8:
-            return resize(image, list(size), antialias=True).to(device)
-        if image.device.type != "cpu":
-            return resize_bytes(image, size)
-        resized = to_pil_image(image).resize(size[::-1], Image.Resampling.BILINEAR)  # bit-exact with SAM's predictor
-        return pil_to_tensor(resized)
-
-    @torch.no_grad()
-    def forward(
-        self,
-        embeddings: torch.Tensor,
-        prompts: Sequence[Prompts],
-        with_masks: bool = False,
-        stages: Sequence[str] = (),
-        with_iou: bool = False,
-    ) -> list[LocalizerOutput]:
-        outputs: list[LocalizerOutput] = []
-        for rows in self._images_together(embeddings, prompts):
-            group = list(prompts[rows.start : rows.stop])
-            outputs += self._forward(embeddings[rows.start : rows.stop], group, with_masks, stages, with_iou)
-        return outputs
-
-    def _images_together(self, embeddings: torch.Tensor, prompts: Sequence[Prompts]) -> list[range]:
-        """Return ranges of images whose prompts are decoded together.
-
-        On a GPU a few prompts of one image cannot fill it: images whose prompts are boxes alone are one range. A CPU
-        gains nothing from more prompts at once.
-        """
-        only_boxes = [x.boxes is not None and x.points is None and x.masks is None for x in prompts]
-        if embeddings.device.type != "cpu" and all(only_boxes) and len(prompts):
-            return [range(len(prompts))]
-        return [range(i, i + 1) for i in range(len(prompts))]
-
-    def _forward(
-        self,
-        embeddings: torch.Tensor,
-        prompts: list[Prompts],
-        with_masks: bool,
-        stages: Sequence[str],
-        with_iou: bool,
-    ) -> list[LocalizerOutput]:
-        """Decode the prompts of B images, which are all of one kind."""
-        stages = stages or (self.token_stage,)
-        counts, together = [len(x) for x in prompts], Prompts.cat(prompts)
-        if not len(together):
-            side = 4 * embeddings.shape[-1]
-            empty = embeddings.new_zeros
-            tokens = {stage: empty(0, self.stage_dim(stage)) for stage in stages}
-            masks = empty(0, side, side) if with_masks else None
-            return [LocalizerOutput(tokens, empty(0) if with_iou else None, masks) for _ in prompts]
-        decoder = self._prompt_decoder(embeddings, together)
-        images = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # of each prompt
-        chunks, start = [], 0
-        for part in self._split(together, embeddings[:1]):
-            part_counts = images[start : start + len(part)].bincount(minlength=len(counts)).tolist()
-            chunks.append(self._decode(decoder, part, part_counts, with_masks, stages, with_iou))
-            start += len(part)
-        tokens = {stage: torch.cat([chunk.stage_tokens[stage] for chunk in chunks]) for stage in stages}
-        iou = torch.cat([chunk.iou for chunk in chunks if chunk.iou is not None]) if with_iou else None
-        masks = torch.cat([chunk.masks for chunk in chunks if chunk.masks is not None]) if with_masks else None
-        return LocalizerOutput(tokens, iou, masks).split(counts)
-
-    @torch.no_grad()
-    def all_masks(
-        self, embedding: torch.Tensor, prompts: Prompts, min_iou: float
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Decode SAM's several masks of each prompt; yield those of a chunk of prompts that may be good.
-
-        Args:
-            embedding, prompts: as in ``forward``; no mask prompts.
-            min_iou: masks whose estimated IoU is not above it are not made.
-
-        Yields:
-            (n,) float32 estimated IoUs, and (n, h, w) float32 mask logits over the padded square input.
-        """
-        decoder, prompt_decoder = self.sam.mask_decoder, self._prompt_decoder(embedding, prompts)
-        for part in self._split(prompts, embedding):
-            sparse, _ = self._encode_prompts(part)
-            updated = prompt_decoder.update(sparse, None)
-            iou_tokens = prompt_decoder.read(updated, slice(0, 1))[:, 0]
-            ious = decoder.iou_prediction_head(iou_tokens)[:, 1:].float()  # (N, M), without the single-mask output
-            rows, outputs = torch.where(ious > min_iou)
-            used, positions = rows.unique(return_inverse=True)
-            if len(used):
-                updated = updated if len(used) == len(part) else updated[used]
-                mlps = decoder.output_hypernetworks_mlps
-                mask_tokens = prompt_decoder.read(updated, slice(2, 1 + len(mlps))).unbind(dim=1)
-                kernels = torch.stack([mlp(x) for mlp, x in zip(mlps[1:], mask_tokens, strict=True)], dim=1)
-                masks = _predict_masks(prompt_decoder, updated.image, kernels)  # by (n, M, C / 8) kernels
-                yield ious[rows, outputs], masks[positions, outputs]
-
-    def _split(self, prompts: Prompts, embedding: torch.Tensor) -> list[Prompts]:
-        size = min(self.prompt_chunk, _number_at_once(embedding, CPU_BYTES))
-        return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def _prompt_decoder(self, embeddings: torch.Tensor, prompts: Prompts) -> PromptDecoder:
         encoder = self.sam.prompt_encoder
@@ -218,99 +78,10 @@ class SamLocalizer(Localizer):
         position = encoder.get_dense_pe()
         return PromptDecoder(self.sam.mask_decoder, embeddings.to(self.dtype), position.to(self.dtype))
 
-    def _decode(
-        self,
-        prompt_decoder: PromptDecoder,
-        prompts: Prompts,
-        counts: Sequence[int],
-        with_masks: bool,
-        stages: Sequence[str],
-        with_iou: bool,
-    ) -> LocalizerOutput:
-        """Decode prompts, ``counts`` of them for each image of the decoder."""
-        decoder = self.sam.mask_decoder
-        sparse, mask_embeddings = self._encode_prompts(prompts)
-        # SAM's output tokens: the IoU token, then M mask tokens, of which the first is the single-mask output's
-        first, last = 0 if with_iou or self.multimask else 1, decoder.num_mask_tokens if self.multimask else 1
-        hidden, image = prompt_decoder.decode(sparse, mask_embeddings, slice(first, last + 1), counts)
-
-        rows = torch.arange(len(prompts), device=hidden.device)
-        best = torch.zeros_like(rows)
-        ious = decoder.iou_prediction_head(hidden[:, 0]) if first == 0 else None  # (N, M)
-        if self.multimask:
-            assert ious is not None
-            best = 1 + ious[:, 1:].argmax(dim=1)
-        mask_tokens = hidden[rows, 1 - first + best]  # (N, C)
-        kernels = self._kernels(mask_tokens, best) if with_masks or "mlp" in stages else None  # (N, C / 8)
-        masks = None
-        if with_masks:
-            assert kernels is not None
-            masks = _predict_masks(prompt_decoder, image, kernels[:, None])[:, 0]
-        return LocalizerOutput(
-            stage_tokens={
-                stage: self._stage_tokens(stage, prompts, sparse, mask_tokens, kernels).float() for stage in stages
-            },
-            iou=ious[rows, best].float() if with_iou and ious is not None else None,
-            masks=masks,
-        )
-
     def _encode_prompts(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (N, T, C) embeddings of boxes and points, and (N, C, h, w) of masks, None without."""
         points = None if prompts.points is None else (prompts.points, prompts.point_labels)
         sparse, dense = self.sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
         return sparse.to(self.dtype), None if prompts.masks is None else dense.to(self.dtype)
 
-    def _kernels(self, mask_tokens: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """Put each mask token through the hypernetwork MLP of its own output."""
-        mlps = self.sam.mask_decoder.output_hypernetworks_mlps
-        if not self.multimask:
-            return mlps[0](mask_tokens)
-        kernels = torch.stack([mlp(mask_tokens) for mlp in mlps], dim=1)  # (N, M, C / 8)
-        return kernels[torch.arange(len(best), device=best.device), best]
-
-    @staticmethod
-    def _stage_tokens(
-        stage: str, prompts: Prompts, sparse: torch.Tensor, mask_tokens: torch.Tensor, kernels: torch.Tensor | None
-    ) -> torch.Tensor:
-        if stage == "transformer":
-            return mask_tokens
-        if stage == "mlp":
-            assert kernels is not None
-            return kernels
-        if sparse.shape[1] == 0:
-            raise ValueError("TOKEN_STAGE prompt_encoder: a mask alone has no sparse embedding; give its box, too")
-        weights = torch.ones(sparse.shape[:2], device=sparse.device)
-        if prompts.point_labels is not None:  # padding does not count
-            num_points = prompts.point_labels.shape[1]
-            weights[:, :num_points] = (prompts.point_labels >= 0).float()
-            if prompts.boxes is None:  # SAM itself then pads by one point
-                weights[:, num_points:] = 0
-        return (sparse * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
-
     def mask_upsampler(self, image_size: tuple[int, int]) -> MaskUpsampler:
         return MaskUpsampler(self.image_size, self.input_size(image_size), self.sam.mask_threshold)
-
-    def mask_prompts(self, masks: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        height, width = self.input_size(image_size)
-        side = self.sam.prompt_encoder.mask_input_size
-        prompts = [torch.zeros(0, 1, *side, device=self.sam.pixel_mean.device)]
-        chunk_size = self.mask_upsampler(image_size).chunk_size
-        size = min(chunk_size(image_size), chunk_size((self.image_size, self.image_size)))  # both are made below
-        for part in masks.split(size) if len(masks) else ():
-            inputs = part[:, None].to(prompts[0].device, torch.float32)
-            inputs = F.interpolate(inputs, (height, width), mode="bilinear", antialias=True)
-            inputs = F.pad(inputs, (0, self.image_size - width, 0, self.image_size - height))
-            prompts.append(20 * F.interpolate(inputs, side, mode="bilinear", antialias=True) - 10)
-        return torch.cat(prompts)
-
-
-def _number_at_once(image: torch.Tensor, cpu_bytes: int) -> int:
-    """Return how many images a CPU takes at once, each as large as the first of ``image``; other devices take all."""
-    return max(cpu_bytes // image[0].nbytes, 1) if image.device.type == "cpu" else sys.maxsize
-
-
-def _predict_masks(decoder: PromptDecoder, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """Return the (N, M, 4h, 4w) float32 mask logits of (N, P, C) images and (N, M, C / 8) kernels."""
-    size = min(_number_at_once(image, CPU_MASK_BYTES), len(image))
-    masks = [decoder.predict_masks(*part).float() for part in zip(image.split(size), kernels.split(size))]
-    return masks[0] if len(masks) == 1 else torch.cat(masks)

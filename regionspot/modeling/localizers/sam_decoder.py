@@ -28,14 +28,20 @@ class UpdatedPrompts:
         tokens: (N, T, C) the output tokens and the prompts', as they began.
         queries: (N, T, C) what became of them.
         image: (N, P, C) that masks are made of.
+        owners: (N,) int64, the image of each prompt, for decoders whose masks need more of it; else None.
     """
 
     tokens: torch.Tensor
     queries: torch.Tensor
     image: torch.Tensor
+    owners: torch.Tensor | None = None
 
-    def __getitem__(self, rows: torch.Tensor) -> "UpdatedPrompts":
-        return UpdatedPrompts(self.tokens[rows], self.queries[rows], self.image[rows])
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> "UpdatedPrompts":
+        owners = None if self.owners is None else self.owners[rows]
+        return UpdatedPrompts(self.tokens[rows], self.queries[rows], self.image[rows], owners)
 
 
 class PromptDecoder:
@@ -56,16 +62,10 @@ class PromptDecoder:
         if self.image.device.type == "cpu":
             _keep_freed_memory()
 
-    def decode(
-        self, sparse: torch.Tensor, dense: torch.Tensor | None, outputs: slice, counts: Sequence[int] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the two-way transformer: ``update``, then ``read`` of all prompts.
-
-        Returns:
-            (N, O, C) output tokens, and the (N, P, C) image that masks are made of.
-        """
-        prompts = self.update(sparse, dense, counts)
-        return self.read(prompts, outputs), prompts.image
+    @property
+    def output_tokens(self) -> torch.Tensor:
+        """(O, C) tokens in front of the prompts': the IoU token, then the mask tokens, and others that a family has."""
+        return torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
 
     @torch.no_grad()
     def update(self, sparse: torch.Tensor, dense: torch.Tensor | None, counts: Sequence[int] = ()) -> UpdatedPrompts:
@@ -78,8 +78,7 @@ class PromptDecoder:
                 needed.
         """
         counts = counts or [len(sparse)]
-        output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
-        queries = tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)  # (N, T, C)
+        queries = tokens = torch.cat([self.output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)  # (N, T, C)
         image, shared_by = self.image, counts if dense is None else None  # (B, P, C)
         if dense is not None:
             image = _repeat(image, counts) + dense.flatten(2).transpose(1, 2)  # (N, P, C)
@@ -106,21 +105,21 @@ class PromptDecoder:
         attended = self._attend_image(transformer.final_attn_token_to_image, queries + tokens, image, None)
         return transformer.norm_final_attn(queries + attended)
 
-    def predict_masks(self, image: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    def predict_masks(self, prompts: UpdatedPrompts, kernels: torch.Tensor) -> torch.Tensor:
         """Upscale the image and apply M kernels for each prompt.
 
         A transposed convolution whose stride is its kernel size is a linear layer with 2 x 2 outputs a position. They
         stay beside the channels until one channel is left, so that nothing large is moved around.
 
         Args:
-            image: (N, P, C), as ``decode`` returns it.
+            prompts: as ``update`` returns them.
             kernels: (N, M, C / 8), from the hypernetwork MLPs.
 
         Returns:
             (N, M, 4h, 4w) mask logits, float32 at least.
         """
         first, norm, activation, second, last_activation = self.decoder.output_upscaling
-        x = _upscale(first, image)  # (N, P, 2, 2, C / 4)
+        x = _upscale(first, prompts.image)  # (N, P, 2, 2, C / 4)
         x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
         x = last_activation(_upscale(second, x))  # (N, P, 2, 2, 2, 2, C / 8)
         logits = kernels @ x.flatten(1, -2).transpose(1, 2)  # (N, M, P * 16)

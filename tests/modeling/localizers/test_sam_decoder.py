@@ -29,13 +29,19 @@ def test_equals_sam_in_float64(chunks, with_masks, depth):
 
         prompt_decoder = PromptDecoder(decoder, embedding + (0 if with_masks else dense[:1]), position)
         for rows in torch.arange(5).split(chunks):
-            tokens, decoded = prompt_decoder.decode(sparse[rows], dense[rows] if with_masks else None, slice(1, 4))
+            updated = prompt_decoder.update(sparse[rows], dense[rows] if with_masks else None)
+            tokens = prompt_decoder.read(updated, slice(1, 4))
             torch.testing.assert_close(tokens, hidden[rows, 1:4], atol=1e-10, rtol=0)
-            torch.testing.assert_close(decoded, image[rows], atol=1e-10, rtol=0)
+            torch.testing.assert_close(updated.image, image[rows], atol=1e-10, rtol=0)
             mlps = decoder.output_hypernetworks_mlps[:3]
             kernels = torch.stack([mlp(token) for mlp, token in zip(mlps, tokens.unbind(1))], dim=1)
-            masks = prompt_decoder.predict_masks(decoded, kernels)
+            masks = prompt_decoder.predict_masks(updated, kernels)
             torch.testing.assert_close(masks, expected_masks[rows, :3], atol=1e-9, rtol=0)
+
+
+def decode(prompt_decoder, sparse, dense, counts=()):
+    updated = prompt_decoder.update(sparse, dense, counts)
+    return prompt_decoder.read(updated, slice(0, 5)), updated.image
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
@@ -51,12 +57,12 @@ def test_images_together_equal_each_alone(chunk, with_masks):
         rows = owners == i
         if rows.any():
             one = PromptDecoder(decoder, embeddings[i : i + 1], position)
-            alone.append(one.decode(sparse[rows], dense[rows] if with_masks else None, slice(0, 5)))
+            alone.append(decode(one, sparse[rows], dense[rows] if with_masks else None))
     with torch.no_grad():
         parts = []
         for rows in torch.arange(7).split(chunk):
             counts = owners[rows].bincount(minlength=4).tolist()
-            parts.append(together.decode(sparse[rows], dense[rows] if with_masks else None, slice(0, 5), counts))
+            parts.append(decode(together, sparse[rows], dense[rows] if with_masks else None, counts))
     for results, expected in zip(zip(*parts), zip(*alone)):
         torch.testing.assert_close(torch.cat(results), torch.cat(expected), atol=1e-10, rtol=0)
 
@@ -71,6 +77,6 @@ def test_full_size_takes_a_fifth_of_the_work():
     with torch.no_grad(), FlopCounterMode(display=False) as counter, PeakMemory() as memory:
         prompt_decoder = PromptDecoder(decoder, embedding, position)
         for chunk in sparse.split(8):
-            prompt_decoder.decode(chunk, None, slice(1, 2))
+            prompt_decoder.read(prompt_decoder.update(chunk, None), slice(1, 2))
     assert counter.get_total_flops() <= plain.get_total_flops() / 5
     assert memory.peak < 0.15e9
