@@ -51,6 +51,16 @@ def directory(tmp_path_factory):
     overrides = [*frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
     for name in ("BB", "BL"):
         write_config(directory / "configs" / f"RegionSpot-{name}.yaml", TINY, overrides)
+    sam2 = [
+        "LOCALIZER.NAME",
+        "Sam2Localizer",
+        "SAM.NAME",
+        f"{ROOT}/tests/modeling/localizers/tiny/sam2.json",
+        "SAM.WEIGHTS",
+        "",
+    ]
+    sam2[::2] = [f"MODEL.REGIONSPOT.{key}" for key in sam2[::2]]
+    write_config(directory / "configs" / "models" / "SAM2.1-T.yaml", TINY, sam2)
     data = f"('{directory}/my_val.json:{directory}/my_images',)"
     overrides = [*frozen_overrides(directory), "DATASETS.TEST", data, "INPUT.MIN_SIZE_TEST", "96"]
     host = directory / "projects" / "RegionSpotRCNN" / "configs" / "mask_rcnn_R_50_FPN.yaml"
