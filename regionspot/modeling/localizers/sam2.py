@@ -61,7 +61,7 @@ class Sam2Localizer(TransformersLocalizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         arguments = super().from_config(cfg)
-        # masks do not need the positions of the features, which cost a tenth of the smallest encoder's time
+        # neither tokens nor masks need the positions of the features, sines and cosines at three or four sizes
         arguments["sam"].vision_encoder.neck.position_encoding = _NoPositions()
         return arguments
 
