@@ -11,7 +11,6 @@ import shutil
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +151,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self.digest = ""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         self.digest = self.digest or _read_digest(headers)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _read_digest(headers: Message) -> str:
+def _read_digest(headers: http.client.HTTPMessage) -> str:
     """Return the SHA-256 of the file, if the headers of a response have one."""
     # not ETag: that of some servers is as long, but of something else
     value = str(headers.get("X-Linked-Etag") or "").strip('"').lower()

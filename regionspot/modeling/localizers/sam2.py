@@ -1,7 +1,7 @@
 """SAM 2 and what follows it as localizers: SAM 2 and 2.1, SAM 3's tracker, EdgeTAM."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode
@@ -61,7 +61,7 @@ class Sam2Localizer(TransformersLocalizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         arguments = super().from_config(cfg)
-        # masks do not need the positions of the features, which cost a tenth of the smallest encoder's time
+        # neither tokens nor masks need the positions of the features, sines and cosines at three or four sizes
         arguments["sam"].vision_encoder.neck.position_encoding = _NoPositions()
         return arguments
 
@@ -123,7 +123,7 @@ class Sam3TrackerLocalizer(Sam2Localizer):
     """
 
     model_class, config_class = "Sam3TrackerModel", "Sam3TrackerConfig"
-    sizes: dict[str, dict[str, Any]] = {"sam3_tracker": {}}
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {"sam3_tracker": {}}
     mean = std = (0.5, 0.5, 0.5)
 
     @classmethod

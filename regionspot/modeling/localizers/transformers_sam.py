@@ -47,6 +47,8 @@ class TransformersLocalizer(PromptedLocalizer):
     decoder_class: ClassVar[type[TransformersPromptDecoder]]
     mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     std: ClassVar[tuple[float, ...]] = IMAGENET_STD
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
 
     @configurable
     def __init__(
