@@ -16,11 +16,12 @@ OPTIONAL = {
     "app": ["gradio>=6.31"],
     "export": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
     "serve": ["litserve>=0.2.5"],
+    # other SAMs and CLIPs than the paper's
     "models": [
         "transformers>=5.0,<6",
         "timm>=1.0.20",
         "open-clip-torch>=3.0,<4",
-    ],  # other SAMs and CLIPs than the paper's
+    ],
 }
 
 setup(

@@ -1,17 +1,17 @@
 """Trains the miniature SAM: from boxes and points to masks, without any class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from segment_anything.modeling import Sam
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from miniworld.generator import SIZE, draw_scene, drawing_pool
+from regionspot.modeling.localizers import Localizer
 from regionspot.modeling.localizers.build_sam import SamSize, build_sam
 from regionspot.modeling.localizers.sam import SamLocalizer
 from regionspot.structures import Prompts
@@ -158,18 +158,21 @@ def soft_iou(masks: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def report_sam(sam: Sam, num_scenes: int = 60, seed: int = 1) -> dict[str, float]:
+def report_sam(
+    sam: Any, kind: Callable[..., Localizer] = SamLocalizer, num_scenes: int = 60, seed: int = 1
+) -> dict[str, float]:
     """Return mean IoUs at full size, on scenes of another seed: of boxes, and of the best mask of one point.
 
     Args:
         sam: the model.
+        kind: the class of its localizer.
         num_scenes: of the evaluation.
         seed: of the world; training uses another.
     """
     training, gradients = sam.training, [p.requires_grad for p in sam.parameters()]
     ious: dict[str, list] = {"box_iou": [], "point_iou": []}
     for multimask, key in ((False, "box_iou"), (True, "point_iou")):
-        localizer = SamLocalizer(sam=sam, multimask=multimask)
+        localizer = kind(sam=sam, multimask=multimask)
         for index in range(num_scenes):
             scene = draw_scene("masks", index, seed)
             target = torch.from_numpy(scene.masks).to(sam.device)

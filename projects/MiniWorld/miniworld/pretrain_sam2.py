@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import Sam2Config, Sam2Model
 
-from miniworld.pretrain_sam import SamPretraining, mask_loss, soft_iou
+from miniworld.pretrain_sam import SamPretraining, mask_loss, report_sam, soft_iou
+from regionspot.modeling.localizers import Sam2Localizer
 from regionspot.structures import Prompts
 
 CONFIG = Path(__file__).parent / "weights" / "sam2.config.json"
@@ -52,4 +53,4 @@ class Sam2Pretraining(SamPretraining):
         return masks[0].float(), ious[0].float()
 
     def report(self) -> dict[str, float]:
-        return {}
+        return report_sam(self.model, Sam2Localizer)

@@ -184,6 +184,7 @@ class TransformersLocalizer(PromptedLocalizer):
         points, labels, boxes = (
             None if x is None else x[None] for x in (prompts.points, prompts.point_labels, prompts.boxes)
         )
+        labels = None if labels is None else labels.long()  # the library looks them up
         sparse, dense = self.sam.prompt_encoder(points, labels, boxes, prompts.masks)
         if sparse is None:  # masks alone
             sparse = dense.new_zeros(1, len(prompts), 0, self.prompt_dim)

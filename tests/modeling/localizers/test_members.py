@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from regionspot.checkpoint.loading import load_weights
 from regionspot.modeling.identity import describe_sam
-from regionspot.modeling.localizers import LOCALIZER_REGISTRY, build_localizer
+from regionspot.modeling.localizers import LOCALIZER_REGISTRY, LocalizerOutput, build_localizer
 from regionspot.modeling.localizers.localizer import TOKEN_STAGES
+from regionspot.modeling.mask_pooling import GRID
 from regionspot.modeling.proposal_sources import SamAutomaticProposals
 from regionspot.structures import Prompts
 
@@ -38,7 +40,7 @@ BOXES = torch.tensor([[3.0, 4, 30, 28], [10, 6, 50, 40], [0, 0, 48, 48], [20, 20
 POINTS = torch.tensor([[[10.0, 12], [40, 40]], [[33, 20], [8, 8]]])
 PROMPTS = {
     "boxes": Prompts(boxes=BOXES),
-    "points": Prompts(points=POINTS, point_labels=torch.tensor([[1, 0], [1, -1]])),
+    "points": Prompts(points=POINTS, point_labels=torch.tensor([[1.0, 0], [1, -1]])),
     "boxes and points": Prompts(boxes=BOXES[:2], points=POINTS, point_labels=torch.tensor([[1, 0], [1, 1]])),
 }
 
@@ -245,3 +247,18 @@ def test_training_changes_the_trained_module_alone(member):
     optimizer.step()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed and all(key.startswith("recognizer.knowledge_integration.") for key in changed)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (80, 48)])
+def test_mask_coverage_is_of_the_image_without_padding(member, monkeypatch, size):
+    recognizer = build_model(member).recognizer
+    localizer, (height, width) = recognizer.localizer, size
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    masks[0, : height // 2], masks[1, height // 4 :, width // 2 :] = True, True
+    logits = localizer.mask_prompts(masks, size)[:, 0]  # in the frame of the localizer's own masks
+    output = LocalizerOutput({"transformer": torch.zeros(2, 4)}, None, logits)
+    monkeypatch.setattr(type(localizer), "forward", lambda *arguments: [output])
+    recognizer.locate(recognizer.encode_images(images(size)), [Prompts(boxes=BOXES[:2])], stages=("mask",))
+    expected = F.adaptive_avg_pool2d(masks[:, None].float(), GRID).flatten(1)
+    assert (output.stage_tokens["mask"] - expected).abs().mean() < 0.05  # these masks have few pixels
+    assert output.masks is None
