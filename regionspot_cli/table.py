@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
-from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
+from regionspot.checkpoint.fetch import find_known_weights
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.model_zoo import CONFIGS
@@ -24,7 +24,7 @@ def missing_inputs(cfg: CfgNode) -> list[str]:
     """Return the inputs of a config that are absent; known weights of SAM and CLIP are fetched when needed."""
     node = cfg.MODEL.REGIONSPOT
     files = [*cfg.DATASETS.PROPOSAL_FILES_TEST, cfg.MODEL.WEIGHTS]
-    files += [source for source in (node.SAM.WEIGHTS, node.CLIP.WEIGHTS) if source not in KNOWN_WEIGHTS]
+    files += [source for source in (node.SAM.WEIGHTS, node.CLIP.WEIGHTS) if not find_known_weights(source)]
     missing = [path for path in files if path and "://" not in path and not Path(path).is_file()]
     for name in cfg.DATASETS.TEST:
         try:

@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode
 
-from regionspot.checkpoint.fetch import KNOWN_WEIGHTS
+from regionspot.checkpoint.fetch import find_known_weights
 
 BASELINE = (
     "MODEL.WEIGHTS is not set: CLIP ON MASK CROPS names the regions, a baseline of the paper, NOT RegionSpot. "
@@ -19,9 +19,9 @@ def leave_absent_weights(cfg: CfgNode) -> str:
     absent = []
     for part in ("SAM", "CLIP"):
         name = cfg.MODEL.REGIONSPOT[part].WEIGHTS
-        known = KNOWN_WEIGHTS.get(name)
-        if known is not None and not known.path.is_file():
-            absent.append(f"{part} {name} ({known.megabytes} MB)")
+        known = find_known_weights(name)
+        if known and not any(file.path.is_file() for file in known):
+            absent.append(f"{part} {name}" + (f" ({known[0].megabytes} MB)" if known[0].megabytes else ""))
             cfg.MODEL.REGIONSPOT[part].WEIGHTS = ""
     return " and ".join(absent)
 

@@ -1,4 +1,4 @@
-"""Finds files of weights: paths, URLs, and the official weights of SAMs and CLIPs by name; fetches absent ones.
+"""Finds files of weights: paths, URLs, and official weights by name, also open_clip's; fetches absent ones.
 
 ``torch.hub.download_url_to_file`` and iopath restart an interrupted transfer of gigabytes from the beginning, and
 neither notices that a connection was closed early; so this module has a transfer of its own.
@@ -6,6 +6,7 @@ neither notices that a connection was closed early; so this module has a transfe
 
 import hashlib
 import http.client
+import importlib.util
 import re
 import shutil
 import urllib.error
@@ -34,16 +35,15 @@ class KnownWeights:
     """
 
     url: str
-    sha256: str
-    megabytes: int  # about, to be said before it is fetched
+    sha256: str = ""  # or its first digits; "" if it is not known
+    megabytes: int = 0  # about, to be said before it is fetched; 0 if it is not known
 
     @property
     def path(self) -> Path:
-        repository, separator, _ = self.url.removeprefix(f"{_HUB_ROOT}/").partition("/resolve/")
-        name = self.url.rsplit("/", 1)[1]
-        if separator:  # on the hub files of all models have the same name
-            name = f"{repository.replace('/', '--')}--{name}"
-        return cache_dir() / "weights" / name
+        if self.url.startswith(_HUB_ROOT):  # files of all repositories have the same names
+            repository, name = self.url.removeprefix(f"{_HUB_ROOT}/").split("/resolve/main/")
+            return cache_dir() / "hub" / repository / name
+        return cache_dir() / "weights" / self.url.rsplit("/", 1)[1]
 
 
 def _sam(file_name: str, megabytes: int, sha256: str) -> KnownWeights:
@@ -89,10 +89,9 @@ KNOWN_WEIGHTS = {
 
 
 def resolve_weights(source: str) -> Path:
-    """Return the local file of a key of ``KNOWN_WEIGHTS``, a path, or an http(s) URL; raises as ``fetch``."""
-    if source in KNOWN_WEIGHTS:
-        known = KNOWN_WEIGHTS[source]
-        return fetch(known.url, known.path, known.sha256)
+    """Return the local file of known weights, a path, or an http(s) URL; raises as ``fetch``."""
+    if known := find_known_weights(source):
+        return _fetch_first(known)
     if source.startswith(("http://", "https://")):
         # files of the same name at different addresses must not replace each other
         name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{source.split('?')[0].rsplit('/', 1)[1]}"
@@ -100,16 +99,73 @@ def resolve_weights(source: str) -> Path:
     path = expand_user(source)
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights {source!r}: no such file. Expected a path, a URL, or one of {', '.join(KNOWN_WEIGHTS)}"
+            f"weights {source!r}: no such file. Expected a path, a URL, one of {', '.join(KNOWN_WEIGHTS)}, or for "
+            "open_clip's models <model>/<tag> of open_clip.list_pretrained()"
         )
     return path
+
+
+def find_known_weights(source: str) -> list[KnownWeights]:
+    """Return the files that a known name may mean, the preferred first; none for other sources.
+
+    Names are the keys of ``KNOWN_WEIGHTS``, and ``<model>/<tag>`` of ``open_clip.list_pretrained()`` unless there is
+    such a file.
+    """
+    if source in KNOWN_WEIGHTS:
+        return [KNOWN_WEIGHTS[source]]
+    model, _, tag = source.partition("/")
+    is_other = not model or not tag or "/" in tag or expand_user(source).is_file()
+    if is_other or importlib.util.find_spec("open_clip") is None:
+        return []
+    import open_clip  # here: it is optional, and takes seconds
+
+    settings = open_clip.get_pretrained_cfg(model, tag)
+    return _open_clip_files(settings["url"], settings["hf_hub"]) if settings else []
+
+
+def _open_clip_files(url: str, hub: str) -> list[KnownWeights]:
+    """Return the files of an entry of open_clip's table: an address, and "owner/repository/" or with a file name."""
+    # what the names of files say about their digests, as open_clip reads them
+    if url.startswith(_CLIP_ROOT):
+        return [KnownWeights(url, url.split("/")[-2])]
+    if "/mlfoundations/" in url:
+        return [KnownWeights(url, url.rsplit("-", 1)[1].removesuffix(".pt"))]
+    if not hub:
+        return [KnownWeights(url)]
+    repository, name = hub.rsplit("/", 1)
+    names = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    return [hub_file(repository, name) for name in names]
+
+
+def hub_file(repository: str, name: str) -> KnownWeights:
+    """Return a file of a repository ("owner/name") of the Hugging Face hub."""
+    return KnownWeights(f"{_HUB_ROOT}/{repository}/resolve/main/{name}")
+
+
+def fetch_hub_file(repository: str, name: str) -> Path:
+    """Return the local file of one of the Hugging Face hub; raises as ``fetch``."""
+    return _fetch_first([hub_file(repository, name)])
+
+
+def _fetch_first(known: list[KnownWeights]) -> Path:
+    """Return the first file that is there already, or else the first whose address has one; raises as ``fetch``."""
+    for weights in known:
+        if weights.path.is_file():
+            return weights.path
+    for weights in known[:-1]:
+        try:
+            return fetch(weights.url, weights.path, weights.sha256)
+        except FileNotFoundError as error:
+            if getattr(error.__cause__, "code", None) != http.HTTPStatus.NOT_FOUND:
+                raise
+    return fetch(known[-1].url, known[-1].path, known[-1].sha256)
 
 
 def fetch(url: str, path: Path, sha256: str = "") -> Path:
     """Fetch ``url`` to ``path`` unless it exists, resuming an interrupted transfer; return ``path``.
 
-    The file appears complete or not at all. ``sha256`` is its expected digest, or "" if none is known: then that of
-    the server, if it sends one, as the Hugging Face hub does.
+    The file appears complete or not at all. ``sha256`` is its expected digest or the beginning of it, or "" if none is
+    known: then that of the server, if it sends one, as the Hugging Face hub does.
 
     Raises:
         FileNotFoundError: no such file, or the address does not answer; the message says which file to put where.
@@ -134,7 +190,7 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
                 f"or fetch it elsewhere and put it at {path}"
             ) from error
         sha256, digest = sha256 or expected, sha256_of_file(partial)
-        if sha256 and digest != sha256:
+        if not digest.startswith(sha256):
             partial.unlink()
             raise ValueError(
                 f"{url}: expected sha256 {sha256}, got {digest}; the file was removed. "

@@ -139,12 +139,16 @@ def _check_archive(path: Path) -> None:
             raise ValueError(f"{describe(damaged)} in it is damaged: it differs from its checksum")
 
 
-def fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """Return a SHA-256 over names, shapes and float32 values: the same for the same weights in any file format."""
+def fingerprint(state: dict[str, torch.Tensor], setup: str = "") -> str:
+    """Return a SHA-256 over names, shapes and float32 values: the same for the same weights in any file format.
+
+    ``setup`` is what else the outputs of a model with these weights depend on.
+    """
     # In float32: OpenAI's CLIP is float16 in its archive and float32 in a model.
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(setup.encode())
     return digest.hexdigest()

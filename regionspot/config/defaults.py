@@ -18,8 +18,8 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.VOCABULARY = ""
 
     # The frozen models, by their names in LOCALIZER_REGISTRY and VISION_LANGUAGE_REGISTRY; the keys of SamLocalizer are
-    # under SAM, those of ClipVisionLanguageModel under CLIP. By transformers there are Sam2Localizer, SamHqLocalizer,
-    # EdgeTamLocalizer and Sam3TrackerLocalizer, with the same keys but CUSTOM; configs/models has one file for each.
+    # under SAM, those of ClipVisionLanguageModel under CLIP. Others have the same keys but CUSTOM: docs/models.md lists
+    # them, and configs/models has a file for each.
     node.LOCALIZER = CfgNode()
     node.LOCALIZER.NAME = "SamLocalizer"
     node.VISION_LANGUAGE = CfgNode()
@@ -40,6 +40,17 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     _add_sam_config(node)
     _add_clip_config(node)
 
+    _add_integration_config(node)
+
+    # Sigmoid focal loss.
+    node.LOSS = CfgNode()
+    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_GAMMA = 2.0
+
+    _add_training_config(cfg)
+
+
+def _add_integration_config(node: CfgNode) -> None:
     # The trained module (paper, section 3.3).
     node.INTEGRATION = CfgNode()
     node.INTEGRATION.DEPTH = 3
@@ -54,13 +65,6 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     # True: each region also gets the mean of CLIP's feature map inside SAM's mask of it. Token stores then need the
     # stage "mask", too, which `regionspot extract` adds.
     node.INTEGRATION.MASK_POOLING = False
-
-    # Sigmoid focal loss.
-    node.LOSS = CfgNode()
-    node.LOSS.FOCAL_ALPHA = 0.25
-    node.LOSS.FOCAL_GAMMA = 2.0
-
-    _add_training_config(cfg)
 
 
 def _add_inference_config(node: CfgNode) -> None:
@@ -231,9 +235,11 @@ def _add_sam_config(node: CfgNode) -> None:
 
 def _add_clip_config(node: CfgNode) -> None:
     node.CLIP = CfgNode()
-    # "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", or "custom" with the sizes below.
+    # "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", or "custom" with the sizes below. For OpenClipVisionLanguageModel one of
+    # open_clip.list_models(), such as "ViT-B-16-SigLIP", or the path of a JSON file in open_clip's format of configs.
     node.CLIP.NAME = "ViT-B/16"
-    # A known name (as above: downloaded once), a path, a URL, or "" for random weights.
+    # A known name (as above: downloaded once), a path, a URL, or "" for random weights. Known names of open_clip's
+    # weights are "<model>/<tag>" of open_clip.list_pretrained(), such as "ViT-B-16-SigLIP/webli".
     node.CLIP.WEIGHTS = "ViT-B/16"
     # What the regions attend to: "none", "feature_map" or "feature_map+class_token".
     node.CLIP.FEATURES = "feature_map+class_token"

@@ -29,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 # Embeddings do not depend on the names in use, of which the predictor needs one.
 _ANY_NAME = ["object"]
-_WEIGHTS = (("MODEL", "WEIGHTS"), ("MODEL", "REGIONSPOT", "SAM", "WEIGHTS"), ("MODEL", "REGIONSPOT", "CLIP", "WEIGHTS"))
+_FILES = (
+    ("MODEL", "WEIGHTS"),
+    ("MODEL", "REGIONSPOT", "SAM", "WEIGHTS"),
+    ("MODEL", "REGIONSPOT", "CLIP", "WEIGHTS"),
+    ("MODEL", "REGIONSPOT", "CLIP", "NAME"),  # of a JSON file
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class _Embedded:
 def describe_index(predictor: RegionSpotPredictor, cfg: CfgNode, images: ImageSet, shard_images: int) -> dict[str, Any]:
     """Return the entries of an index's manifest that identify its content."""
     recognizer = predictor.recognizer
-    rule, scale = recognizer.rule, recognizer.vision_language.logit_scale
+    rule, scale, bias = recognizer.rule, recognizer.vision_language.logit_scale, recognizer.vision_language.logit_bias
     proposals: Any = "those of the annotations" if images.has_boxes else _plain(cfg.MODEL.REGIONSPOT.PROPOSALS)
     return {
         "inputs": {"source": str(images.root), "fingerprint": images.fingerprint, "number": len(images.images)},
@@ -53,6 +58,7 @@ def describe_index(predictor: RegionSpotPredictor, cfg: CfgNode, images: ImageSe
         "image_size": recognizer.localizer.image_size,
         "dim": recognizer.vision_language.text_dim,
         "logit_scale": float(scale),
+        **({} if bias is None else {"logit_bias": float(bias)}),
         "scoring": {
             "score_function": rule.score_function,
             "score_rule": rule.score_rule,
@@ -108,7 +114,7 @@ def build_index(
     shards = [range(i, min(i + shard_images, len(records))) for i in range(0, len(records), shard_images)]
     writer = StoreWriter(directory, describe_index(predictor, cfg, images, shard_images), len(shards), INDEX)
     with atomic_path(writer.directory / CONFIG) as path:
-        path.write_text(_with_absolute_weights(cfg).dump(), encoding="utf-8")
+        path.write_text(_with_absolute_paths(cfg).dump(), encoding="utf-8")
     writer.discard([shard for shard, rows in enumerate(shards) if _is_outdated(writer, shard, records, rows)])
     if writer.is_complete():
         return RegionIndex(directory)
@@ -122,11 +128,11 @@ def build_index(
     return RegionIndex(directory) if writer.finish() else None
 
 
-def _with_absolute_weights(cfg: CfgNode) -> CfgNode:
+def _with_absolute_paths(cfg: CfgNode) -> CfgNode:
     """Return a config that works from any directory."""
     cfg = cfg.clone()
     cfg.defrost()
-    for *parents, key in _WEIGHTS:
+    for *parents, key in _FILES:
         node = cfg
         for parent in parents:
             node = node[parent]

@@ -65,6 +65,7 @@ class IndexClassifier:
         weights = embeddings if background is None else torch.cat([embeddings, background.to(embeddings)])
         # the scale is applied to the names once, not to every logit
         self._weights = (weights.float() * float(np.exp(np.float32(index.manifest["logit_scale"])))).to(device).t()
+        self._bias = index.manifest.get("logit_bias", 0.0)
 
     def logits(self, chunk: int = CLASSIFY_CHUNK) -> Iterator[tuple[int, dict[str, torch.Tensor], torch.Tensor]]:
         """Yield (row of the first region, columns, (n, K + M) float32 logits), a chunk at a time."""
@@ -72,7 +73,8 @@ class IndexClassifier:
             embeddings = columns["embeddings"].to(self.device).float()
             # rounding to float16 changes lengths, too; the classifier's own are normalized
             embeddings = embeddings / (embeddings.norm(dim=1, keepdim=True) + 1e-7)
-            yield first, columns, embeddings @ self._weights
+            logits = embeddings @ self._weights
+            yield first, columns, logits.add_(self._bias) if self._bias else logits
 
     def probabilities(self, chunk: int = CLASSIFY_CHUNK) -> Iterator[tuple[int, dict[str, torch.Tensor], torch.Tensor]]:
         """Yield (row of the first region, columns, (n, K + M) float32 probabilities), a chunk at a time."""

@@ -21,7 +21,7 @@ def describe_clip(recognizer: Any) -> dict[str, Any]:
     vision = recognizer.vision_language
     return {
         "source": _describe_source(recognizer.weight_sources["clip_model"], vision.dtype),
-        "fingerprint": fingerprint(vision.image_weights()),
+        "fingerprint": fingerprint(vision.image_weights(), vision.image_setup),
         "part": vision.features,
     }
 
@@ -36,10 +36,10 @@ def describe_trained(recognizer: Any) -> dict[str, Any]:
 
 def describe_text(recognizer: Any) -> dict[str, Any]:
     """Return what text embeddings depend on: CLIP's text encoder, templates, and how names are cleaned."""
-    text = recognizer.classifier.text_encoder
+    text, vision = recognizer.classifier.text_encoder, recognizer.vision_language
     return {
         "source": recognizer.weight_sources["clip_model"],
-        "fingerprint": fingerprint(recognizer.vision_language.text_weights()),
+        "fingerprint": fingerprint(vision.text_weights(), vision.text_setup),
         "templates": len(text.templates),
         "name_style": text.name_style,
     }

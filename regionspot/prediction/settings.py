@@ -7,7 +7,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from regionspot.checkpoint.fetch import KNOWN_WEIGHTS, resolve_weights
+from regionspot.checkpoint.fetch import find_known_weights, resolve_weights
 from regionspot.prediction.sources import ImageList
 from regionspot.utils.files import sha256_of_file, short_hash
 from regionspot.vocabulary_entries import EmbeddedVocabulary, EntryVocabulary
@@ -58,7 +58,7 @@ def _describe_entries(vocabulary: Sequence[str]) -> str:
 
 
 def _describe_weights(source: str) -> str:
-    if not source or source in KNOWN_WEIGHTS:
+    if not source or find_known_weights(source):
         return source
     if "://" in source:  # a file at an address does not change
         return source

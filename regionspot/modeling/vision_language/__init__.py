@@ -1,6 +1,7 @@
 """Frozen vision-language models; importing this registers them."""
 
 from regionspot.modeling.vision_language.clip import ClipVisionLanguageModel
+from regionspot.modeling.vision_language.open_clip import OpenClipVisionLanguageModel
 from regionspot.modeling.vision_language.vision_language_model import (
     VISION_LANGUAGE_REGISTRY,
     VisionLanguageModel,
@@ -10,6 +11,7 @@ from regionspot.modeling.vision_language.vision_language_model import (
 __all__ = [
     "VISION_LANGUAGE_REGISTRY",
     "ClipVisionLanguageModel",
+    "OpenClipVisionLanguageModel",
     "VisionLanguageModel",
     "build_vision_language_model",
 ]

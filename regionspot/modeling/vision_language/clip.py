@@ -11,11 +11,7 @@ from torch.nn import functional as F
 
 from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.vision_language.clip_tokenizer import ClipTokenizer
-from regionspot.modeling.vision_language.vision_language_model import (
-    FEATURES,
-    VISION_LANGUAGE_REGISTRY,
-    VisionLanguageModel,
-)
+from regionspot.modeling.vision_language.vision_language_model import VISION_LANGUAGE_REGISTRY, VisionLanguageModel
 
 # CLIP's own, RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -154,8 +150,6 @@ def encode_tokens(clip_model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
 class ClipVisionLanguageModel(VisionLanguageModel):
     """Frozen CLIP: image -> semantic feature map. ``TextEncoder`` uses its text side."""
 
-    pixel_std: torch.Tensor
-
     @configurable
     def __init__(
         self,
@@ -173,13 +167,9 @@ class ClipVisionLanguageModel(VisionLanguageModel):
             compile: compile the image encoder; see ``MODEL.REGIONSPOT.COMPILE``.
         """
         super().__init__()
-        if features not in FEATURES:
-            raise ValueError(f"MODEL.REGIONSPOT.CLIP.FEATURES: expected one of {', '.join(FEATURES)}; got {features!r}")
+        self.set_inputs(features, PIXEL_MEAN, PIXEL_STD)
         self.clip_model = clip_model
-        self.features = features
         self.context_length = clip_model.context_length
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         _set_dtype(clip_model, get_dtype(precision))
         self._run_block = torch.compile(run_block) if compile else run_block
         self.freeze()
@@ -228,25 +218,12 @@ class ClipVisionLanguageModel(VisionLanguageModel):
 
     @property
     def image_size(self) -> int:
-        """Side of CLIP's square input, pixels."""
         return self.clip_model.visual.input_resolution
-
-    def preprocess(self, image: torch.Tensor) -> torch.Tensor:
-        return self._normalize(self._resize(image))
-
-    def _resize(self, image: torch.Tensor) -> torch.Tensor:
-        # bilinear without antialias, aspect ratio not kept: the released models were trained that way
-        image = image.to(self.pixel_mean.device, non_blocking=True).float()  # it moves as bytes
-        size = (self.image_size, self.image_size)
-        return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
-
-    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        return (pixels / 255 - self.pixel_mean) / self.pixel_std
 
     @torch.no_grad()
     def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor | None:
         if self.features == "none":
             return None
-        inputs = self._normalize(torch.stack([self._resize(image) for image in images]))
+        inputs = self.preprocess_batch(images)
         patches = encode_patches(self.clip_model.visual, inputs, self._run_block).float()
         return patches if self.features == "feature_map+class_token" else patches[:, 1:]

@@ -104,7 +104,7 @@ class TextEncoder:
             # hashing all bytes takes a second; sums of every 256th weight tell at once whether they have changed
             sums = [value.flatten()[::256].sum(dtype=torch.float64) for value in weights.values()]
             if (checksum := torch.stack(sums).tolist()) != self._checksum:
-                self._checksum, self._fingerprint = checksum, fingerprint(weights)
+                self._checksum, self._fingerprint = checksum, fingerprint(weights, self.vision_language.text_setup)
             content = [self._fingerprint, self.templates, str(self.vision_language.dtype)]
         return cache_dir() / "text" / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 

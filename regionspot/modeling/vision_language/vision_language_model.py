@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
+from torch.nn import functional as F
 
 from regionspot.modeling.frozen import FrozenModule, get_registered
 
@@ -26,13 +27,27 @@ class VisionLanguageModel(FrozenModule, ABC):
             embeddings depend on is ``text_weights``, and on its images ``image_weights``.
         features: content of the feature map, one of ``FEATURES``.
         pixel_mean: (3, 1, 1) float, RGB in [0, 1]; it is on the model's device.
+        pixel_std: (3, 1, 1) float, likewise.
         context_length: tokens of a prompt.
     """
 
     clip_model: Any
     features: str
     pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
     context_length: int
+
+    def set_inputs(self, features: str, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set ``features``, ``pixel_mean`` and ``pixel_std``; called in the constructor.
+
+        Raises:
+            ValueError: unknown features.
+        """
+        if features not in FEATURES:
+            raise ValueError(f"MODEL.REGIONSPOT.CLIP.FEATURES: expected one of {', '.join(FEATURES)}; got {features!r}")
+        self.features = features
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     @property
     @abstractmethod
@@ -59,9 +74,27 @@ class VisionLanguageModel(FrozenModule, ABC):
         """Scalar that is added to logits; None for models without."""
         return None
 
+    @property
     @abstractmethod
+    def image_size(self) -> int:
+        """Side of the model's square input, pixels."""
+
     def preprocess(self, image: torch.Tensor) -> torch.Tensor:
         """Resize a whole (3, H, W) RGB image in [0, 255] to the model's input, and normalize it."""
+        return self._normalize(self._resize(image))
+
+    def preprocess_batch(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the (B, 3, S, S) inputs of B images of any sizes, each as from ``preprocess``."""
+        return self._normalize(torch.stack([self._resize(image) for image in images]))
+
+    def _resize(self, image: torch.Tensor) -> torch.Tensor:
+        # bilinear without antialias, aspect ratio not kept: the released models were trained that way
+        image = image.to(self.pixel_mean.device, non_blocking=True).float()  # it moves as bytes
+        size = (self.image_size, self.image_size)
+        return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels / 255 - self.pixel_mean) / self.pixel_std
 
     @abstractmethod
     def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor | None:
@@ -97,6 +130,19 @@ class VisionLanguageModel(FrozenModule, ABC):
     @abstractmethod
     def image_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights that feature maps depend on."""
+
+    @property
+    def text_setup(self) -> str:
+        """What text embeddings depend on beside ``text_weights``, such as activation and tokenizer; "" for CLIP's own.
+
+        It may fetch the tokenizer's files, which text needs anyway.
+        """
+        return ""
+
+    @property
+    def image_setup(self) -> str:
+        """What feature maps depend on beside ``image_weights``, such as activation and normalization; "" for CLIP's."""
+        return ""
 
 
 def build_vision_language_model(cfg: CfgNode) -> VisionLanguageModel:
