@@ -26,7 +26,7 @@ def add_regionspot_config(cfg: CfgNode) -> None:
     node.VOCABULARY = ""
 
     # The frozen models, by their names in LOCALIZER_REGISTRY and VISION_LANGUAGE_REGISTRY; the keys of SamLocalizer are
-    # under SAM, those of ClipVisionLanguageModel under CLIP.
+    # under SAM, those of ClipVisionLanguageModel and OpenClipVisionLanguageModel under CLIP.
     node.LOCALIZER = CfgNode()
     node.LOCALIZER.NAME = "SamLocalizer"
     node.VISION_LANGUAGE = CfgNode()
@@ -231,9 +231,11 @@ def _add_sam_config(node: CfgNode) -> None:
 
 def _add_clip_config(node: CfgNode) -> None:
     node.CLIP = CfgNode()
-    # "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", or "custom" with the sizes below.
+    # "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", or "custom" with the sizes below. For OpenClipVisionLanguageModel one of
+    # open_clip.list_models(), such as "ViT-B-16-SigLIP", or the path of a JSON file in open_clip's format of configs.
     node.CLIP.NAME = "ViT-B/16"
-    # A known name (as above: downloaded once), a path, a URL, or "" for random weights.
+    # A known name (as above: downloaded once), a path, a URL, or "" for random weights. Known names of open_clip's
+    # weights are "<model>/<tag>" of open_clip.list_pretrained(), such as "ViT-B-16-SigLIP/webli".
     node.CLIP.WEIGHTS = "ViT-B/16"
     # What the regions attend to: "none", "feature_map" or "feature_map+class_token".
     node.CLIP.FEATURES = "feature_map+class_token"

@@ -7,7 +7,15 @@ import threading
 import pytest
 import torch
 
-from regionspot.checkpoint.fetch import KNOWN_WEIGHTS, fetch, resolve_weights
+from regionspot.checkpoint import fetch as fetching
+from regionspot.checkpoint.fetch import (
+    KNOWN_WEIGHTS,
+    KnownWeights,
+    fetch,
+    find_known_weights,
+    hub_file,
+    resolve_weights,
+)
 from regionspot.checkpoint.formats import load_checkpoint_file
 
 CONTENT = bytes(range(256)) * 20000
@@ -21,6 +29,9 @@ class Server(http.server.SimpleHTTPRequestHandler):
     resumes = True
 
     def do_GET(self):
+        if "absent" in self.path:
+            self.send_error(404)
+            return
         requested = self.headers.get("Range") if self.resumes else None
         start = int((requested or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         type(self).requests.append(self.headers.get("Range") or "")
@@ -89,3 +100,72 @@ def test_known_weights_placed_by_hand_are_used():
     known.path.parent.mkdir(parents=True)
     torch.save({"a": torch.ones(1)}, known.path)
     assert load_checkpoint_file(resolve_weights("ViT-B/16")) == {"a": torch.ones(1)}
+
+
+HUB = "https://huggingface.co"
+
+
+@pytest.mark.parametrize(
+    ("name", "urls", "sha256"),
+    [
+        (
+            "ViT-B-16/laion2b_s34b_b88k",
+            [
+                f"{HUB}/laion/CLIP-ViT-B-16-laion2B-s34B-b88K/resolve/main/open_clip_{name}"
+                for name in ("model.safetensors", "pytorch_model.bin")
+            ],
+            "",
+        ),
+        ("ViTamin-S/datacomp1b", [f"{HUB}/jienengchen/ViTamin-S/resolve/main/pytorch_model.bin"], ""),
+        ("ViT-B-16-quickgelu/openai", [KNOWN_WEIGHTS["ViT-B/16"].url], KNOWN_WEIGHTS["ViT-B/16"].sha256),
+        (
+            "ViT-B-16/laion400m_e32",
+            [
+                "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/vit_b_16-laion400m_e32-55e67d44.pt"
+            ],
+            "55e67d44",
+        ),
+        ("ViT-B-16/nothing", [], ""),
+        ("weights/clip.pth", [], ""),
+    ],
+)
+def test_names_of_open_clips_weights(name, urls, sha256):
+    known = find_known_weights(name)
+    assert [weights.url for weights in known] == urls and {x.sha256 for x in known} <= {sha256}
+
+
+def test_hub_files_have_directories_of_their_own(cache_directory):
+    """They are all called the same."""
+    one, other = (hub_file(f"timm/{name}", "open_clip_model.safetensors").path for name in ("a", "b"))
+    assert one == cache_directory / "hub" / "timm" / "a" / "open_clip_model.safetensors" != other
+
+
+def test_beginning_of_a_digest_suffices(server, tmp_path):
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    assert fetch(server, tmp_path / "one", sha256[:8]).read_bytes() == CONTENT
+    with pytest.raises(ValueError, match="expected sha256 00000000, got"):
+        fetch(server, tmp_path / "other", "00000000")
+
+
+def test_second_file_of_a_repository_where_the_first_is_absent(server, monkeypatch):
+    def serve(*names):
+        files = [KnownWeights(server.replace("weights.pth", name)) for name in names]
+        monkeypatch.setattr(fetching, "find_known_weights", lambda source: files)
+        return files
+
+    _, second = serve("absent.safetensors", "there.bin")
+    assert resolve_weights("any") == second.path and second.path.read_bytes() == CONTENT
+    first, second = serve("first.safetensors", "second.bin")
+    second.path.write_bytes(b"put there by hand")
+    assert resolve_weights("any") == second.path
+    serve("absent.safetensors", "absent.bin")
+    with pytest.raises(FileNotFoundError, match="absent.bin .*404"):
+        resolve_weights("any")
+
+
+def test_file_with_the_name_of_known_weights_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("network"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ViT-B-16").mkdir()
+    (tmp_path / "ViT-B-16" / "openai").write_bytes(CONTENT)
+    assert resolve_weights("ViT-B-16/openai").read_bytes() == CONTENT

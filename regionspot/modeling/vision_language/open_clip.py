@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from torch import nn
 
 from regionspot.modeling.frozen import get_dtype
 from regionspot.modeling.vision_language.clip_tokenizer import ClipTokenizer
@@ -22,7 +22,7 @@ _TEXT = ("text_projection", "positional_embedding", "token_embedding.", "transfo
 _SCALARS = ("logit_scale", "logit_bias")
 
 
-def encode_patches(visual: nn.Module, images: torch.Tensor, with_class_token: bool) -> torch.Tensor:
+def encode_patches(visual: Any, images: torch.Tensor, with_class_token: bool) -> torch.Tensor:
     """Return the output of the last transformer block, before the final norm and without any projection.
 
     Args:
@@ -48,12 +48,12 @@ def encode_patches(visual: nn.Module, images: torch.Tensor, with_class_token: bo
     return torch.cat([prefix[:, :1], patches], dim=1) if with_class_token else patches
 
 
-def has_class_token(visual: nn.Module) -> bool:
+def has_class_token(visual: Any) -> bool:
     """Return whether the tokens of an image encoder begin with a class token."""
     return not hasattr(visual, "trunk") or visual.trunk.cls_token is not None
 
 
-def _set_dtype(clip_model: nn.Module, dtype: torch.dtype) -> None:
+def _set_dtype(clip_model: Any, dtype: torch.dtype) -> None:
     """Convert the weights, but for those that compute in float32: open_clip's layer norms, logit scale and bias."""
     if dtype == torch.float32:
         return
@@ -79,7 +79,7 @@ class OpenClipVisionLanguageModel(VisionLanguageModel):
     def __init__(
         self,
         *,
-        clip_model: nn.Module,
+        clip_model: Any,
         config: OpenClipConfig,
         features: str = "feature_map+class_token",
         precision: str = "float32",

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from regionspot.utils.files import expand_user, read_json
 
@@ -80,12 +79,9 @@ def read_open_clip_config(name: str, weights: str = "") -> OpenClipConfig:
         if "quick_gelu" in pixels:
             model["quick_gelu"] = pixels["quick_gelu"]
     else:
-        near = (
-            ", ".join(difflib.get_close_matches(name.replace("/", "-"), open_clip.list_models(), 5, 0.4)) or "ViT-B-16"
-        )
-        raise ValueError(
-            f"{NAME}: expected a model of open_clip.list_models(), such as {near}, or a JSON file; got {name!r}"
-        )
+        near = difflib.get_close_matches(name.replace("/", "-"), open_clip.list_models(), 5, 0.4) or ["ViT-B-16"]
+        known = f"a model of open_clip.list_models(), such as {', '.join(near)}, or a JSON file"
+        raise ValueError(f"{NAME}: expected {known}; got {name!r}")
     if reason := _find_unsupported(model):
         raise ValueError(f"{NAME}: {name} {reason}")
     mean = pixels.get("mean") or open_clip.OPENAI_DATASET_MEAN
@@ -135,7 +131,7 @@ def _find_unsupported(model: dict[str, Any]) -> str:
     return ""
 
 
-def build_open_clip(config: OpenClipConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build_open_clip(config: OpenClipConfig, dtype: torch.dtype = torch.float32) -> Any:
     """Build a model of open_clip with random weights, in float32; its layer norms fit ``dtype``.
 
     Raises:

@@ -86,22 +86,22 @@ class FileTokenizer:
         return directory / name if directory.is_dir() else fetch_hub_file(self.source, name)
 
 
-def text_tower(clip_model: nn.Module) -> Any:
+def text_tower(clip_model: Any) -> Any:
     """Return what holds the text encoder: the model itself, as in CLIP, or its ``text``."""
     return getattr(clip_model, "text", clip_model)
 
 
-def pool_type(clip_model: nn.Module) -> str:
+def pool_type(clip_model: Any) -> str:
     """Return which token becomes a text's embedding: "argmax", "eos", "first" or "last"."""
-    return text_tower(clip_model).pool_type if hasattr(clip_model, "text") else clip_model.text_pool_type  # type: ignore[return-value]
+    return text_tower(clip_model).pool_type if hasattr(clip_model, "text") else clip_model.text_pool_type
 
 
-def can_trim(clip_model: nn.Module) -> bool:
+def can_trim(clip_model: Any) -> bool:
     """Return whether the padding behind a text changes nothing: attention is causal, and its own end is taken."""
     return text_tower(clip_model).attn_mask is not None and pool_type(clip_model) in ("argmax", "eos")
 
 
-def encode_trimmed(clip_model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def encode_trimmed(clip_model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Encode texts of a model that ``can_trim``; open_clip's own forward pass takes the whole context only.
 
     Args:

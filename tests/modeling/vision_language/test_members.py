@@ -20,7 +20,7 @@ PRECISION = "MODEL.REGIONSPOT.PRECISION"
 IMAGES = [as_inputs(i, size)["image"] for i, size in enumerate([(48, 64), (60, 40), (50, 50)])]
 
 
-@pytest.fixture(params=MEMBERS, scope="module")
+@pytest.fixture(params=[name for name in MEMBERS if name != "quickgelu"], scope="module")
 def chosen(request, overrides):
     return overrides[request.param]
 

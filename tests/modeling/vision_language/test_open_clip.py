@@ -10,13 +10,17 @@ import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from safetensors.torch import save_file
 
+from regionspot import RegionSpotPredictor
 from regionspot.checkpoint.loading import load_weights
 from regionspot.export.modules import parts_of
+from regionspot.index import IndexClassifier, build_index
 from regionspot.modeling.identity import describe_clip, describe_text
+from regionspot.modeling.vision_language.open_clip import encode_patches
 from regionspot.modeling.vision_language.open_clip_models import build_open_clip, read_open_clip_config
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 
-from ...helpers import NAMES, as_inputs, tiny_model
+from ...helpers import NAMES, as_inputs, tiny_config, tiny_model
+from ...index.conftest import write_images
 from .members import CLIP, OPEN_CLIP, SENTENCES, VISION_LANGUAGE, model_config, write_config, write_tokenizer
 
 TEMPLATES = ["a photo of a {}.", "{}."]
@@ -107,12 +111,10 @@ def test_same_weights_as_openais_clip(overrides):
     """In quick GELU's model: OpenAI's weights, maps, embeddings and logits, exactly those of the other class."""
     openai, model = tiny_model(), tiny_model(*overrides["quickgelu"])
     official = openai.recognizer.vision_language.clip_model.state_dict()
-    extras = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77), "vocab_size": torch.tensor(9)}
     renamed = model.recognizer.vision_language.rename_official_keys(official)
     assert renamed.keys() == official.keys() == model.recognizer.vision_language.clip_model.state_dict().keys()
     state = {f"vision_language.clip_model.{key}": x for key, x in renamed.items()}
     model.recognizer.load_state_dict({**openai.recognizer.state_dict(), **state})
-    assert extras.keys().isdisjoint(state)
     images = [as_inputs(i)["image"] for i in range(2)]
     one, other = (x.recognizer.vision_language for x in (model, openai))
     torch.testing.assert_close(one.encode_images(images), other.encode_images(images), atol=1e-5, rtol=0)
@@ -193,6 +195,31 @@ def test_crops_are_scored_as_the_library_does(overrides):
         logits, _ = vision.clip_model.get_logits(image, text)
     best = logits.softmax(dim=1).max()
     torch.testing.assert_close(output["instances"].scores.max(), best, atol=1e-5, rtol=0)
+
+
+def test_index_scores_with_scale_and_bias(overrides, tmp_path):
+    (tmp_path / "images").mkdir()
+    cfg = tiny_config(*overrides["siglip"], "MODEL.REGIONSPOT.SCORE_FUNCTION", "sigmoid")
+    predictor = RegionSpotPredictor(cfg)
+    predictor.set_vocabulary(NAMES)
+    images = write_images(tmp_path / "images", 1)
+    classifier = IndexClassifier(
+        build_index(predictor, cfg, images, tmp_path / "index", show_progress=False),
+        predictor.recognizer.classifier.embeddings,
+    )
+    [(_, columns, logits)] = classifier.logits()
+    expected = predictor.recognizer.score(columns["embeddings"].float())
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+    assert (expected < 9).all()  # as high as the scale alone could make it: the bias is in it
+
+
+def test_image_encoder_is_compiled(overrides, monkeypatch):
+    """The whole of it; tracing it would take ten seconds here."""
+    run = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *args: run.append(f) or f(*args))
+    model = tiny_model(*overrides["openclip"], "MODEL.REGIONSPOT.COMPILE", True, names=None)
+    model.recognizer.vision_language.encode_images([as_inputs(0)["image"]])
+    assert run == [encode_patches]
 
 
 def test_export_is_refused(overrides):
