@@ -203,9 +203,9 @@ def _add_training_config(cfg: CfgNode) -> None:
 
 def _add_sam_config(node: CfgNode) -> None:
     node.SAM = CfgNode()
-    # "vit_b", "vit_l", "vit_h", or "custom" with the sizes below.
+    # "vit_b", "vit_l", "vit_h" ("mobile_sam" of MobileSamLocalizer), or "custom" with the sizes below.
     node.SAM.NAME = "vit_b"
-    # A known name ("vit_b", "vit_l", "vit_h": downloaded once), a path, a URL, or "" for random weights.
+    # A known name (as above: downloaded once), a path, a URL, or "" for random weights.
     node.SAM.WEIGHTS = "vit_b"
     # Prompts decoded at once, fewer on a CPU; limits the memory (12 MB a prompt at full size, 35 MB with masks).
     node.SAM.PROMPT_CHUNK = 64

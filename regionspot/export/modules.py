@@ -12,6 +12,7 @@ import torch
 from segment_anything.modeling.image_encoder import (
     Attention,
     Block,
+    ImageEncoderViT,
     get_rel_pos,
     window_partition,
     window_unpartition,
@@ -186,6 +187,8 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
     if not isinstance(localizer, SamLocalizer) or not isinstance(vision_language, ClipVisionLanguageModel):
         kinds = f"{type(localizer).__name__} and {type(vision_language).__name__}"
         raise ValueError(f"export: expected SAM and CLIP as the frozen parts, got {kinds}")
+    if not isinstance(localizer.sam.image_encoder, ImageEncoderViT):
+        raise ValueError(f"export: expected SAM's own image encoder, got that of {type(localizer).__name__}")
     return localizer, vision_language
 
 

@@ -27,7 +27,12 @@ CPU_MASK_BYTES = 1 << 21
 
 @LOCALIZER_REGISTRY.register()
 class SamLocalizer(Localizer):
-    """Frozen SAM: image embedding, then prompts in chunks."""
+    """Frozen SAM: image embedding, then prompts in chunks.
+
+    A SAM with another image encoder overrides ``build_sam`` and ``embed``.
+    """
+
+    compiled_step = staticmethod(sam_encoder.run_block)  # of the image encoder: what COMPILE compiles
 
     @configurable
     def __init__(
@@ -67,14 +72,14 @@ class SamLocalizer(Localizer):
         self.dtype = get_dtype(precision)
         sam.image_encoder.to(self.dtype)
         sam.mask_decoder.to(self.dtype)
-        self._run_block = torch.compile(sam_encoder.run_block) if compile else sam_encoder.run_block
+        self._run_step = torch.compile(self.compiled_step) if compile else self.compiled_step
         self.freeze()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.REGIONSPOT
         return {
-            "sam": build_sam(get_sam_size(cfg)),
+            "sam": cls.build_sam(cfg),
             "token_stage": node.TOKEN_STAGE,
             "prompt_chunk": node.SAM.PROMPT_CHUNK,
             "multimask": node.SAM.MULTIMASK,
@@ -82,6 +87,11 @@ class SamLocalizer(Localizer):
             "precision": node.PRECISION,
             "compile": node.COMPILE,
         }
+
+    @classmethod
+    def build_sam(cls, cfg: CfgNode) -> Sam:
+        """Build the model that ``cfg.MODEL.REGIONSPOT.SAM`` names, with random weights."""
+        return build_sam(get_sam_size(cfg))
 
     @property
     def token_dim(self) -> int:
@@ -107,7 +117,11 @@ class SamLocalizer(Localizer):
 
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
         inputs = [self.sam.preprocess(self._resize(image).float()) for image in images]
-        return sam_encoder.encode(self.sam.image_encoder, torch.stack(inputs).to(self.dtype), self._run_block).float()
+        return self.embed(torch.stack(inputs).to(self.dtype)).float()
+
+    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the (B, C, h, w) embeddings of (B, 3, S, S) preprocessed images, both of the model's dtype."""
+        return sam_encoder.encode(self.sam.image_encoder, inputs, self._run_step)
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:
         device = self.sam.pixel_mean.device
