@@ -154,7 +154,8 @@ def _add_head_config(node: CfgNode) -> None:
 
 
 def _add_training_config(cfg: CfgNode) -> None:
-    # Token stores (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM in training.
+    # Token stores (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM in training. Of stores of
+    # several localizers in one directory, the configured one's is taken.
     cfg.DATASETS.TOKEN_STORES_TRAIN = ()
     # Shares of the training sets, such as (1.0, 1.0, 1.0) for equally many images of each; () for their sizes.
     cfg.DATASETS.TRAIN_RATIO = ()

@@ -125,6 +125,7 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     parser.add_argument("--config-file", default="", metavar="FILE", help="of the model whose SAM to run")
     parser.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="registered names, or my.json:images")
     parser.add_argument("--output", type=Path, metavar="DIR", help="each data set's store is a directory in it")
+    parser.add_argument("--side-by-side", action="store_true", help="in a directory of the localizer's own in that one")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of SAM; default: the config's TOKEN_STAGE")
     parser.add_argument("--flip", action="store_true", help="also of the horizontally flipped images")
     parser.add_argument("--feature-maps", action="store_true", help="also CLIP's feature maps")

@@ -64,8 +64,10 @@ class Localizer(FrozenModule, ABC):
     Attributes:
         sam: the model itself, of any family; the name is that of the released checkpoints' keys.
         dtype: of its weights.
+        variant: which of the family it is, ``MODEL.REGIONSPOT.SAM.NAME``; "" if it was built without a config.
     """
 
+    variant = ""
     sam: Any
     dtype: torch.dtype
 
@@ -150,4 +152,6 @@ class Localizer(FrozenModule, ABC):
 def build_localizer(cfg: CfgNode) -> Localizer:
     """Build the localizer of ``MODEL.REGIONSPOT.LOCALIZER.NAME`` with random weights."""
     key = "MODEL.REGIONSPOT.LOCALIZER.NAME"
-    return get_registered(LOCALIZER_REGISTRY, cfg.MODEL.REGIONSPOT.LOCALIZER.NAME, key)(cfg)
+    localizer = get_registered(LOCALIZER_REGISTRY, cfg.MODEL.REGIONSPOT.LOCALIZER.NAME, key)(cfg)
+    localizer.variant = cfg.MODEL.REGIONSPOT.SAM.NAME
+    return localizer
