@@ -41,6 +41,17 @@ Examples:
     tools/extract_tokens.py --config-file configs/RegionSpot-BB.yaml --datasets my.json:my_images --output tokens --flip
     tools/extract_tokens.py --verify tokens/objects365_v1_train
 """
+TRANSFER = """give a trained checkpoint another localizer, without training again
+
+A linear map from the new localizer's tokens to the old one's is fitted, on the annotated boxes of a data set or on two
+token stores of the same boxes, and folded into the checkpoint's first layer. The overrides are for both configs.
+
+Examples:
+    regionspot transfer --config-file configs/RegionSpot-BB.yaml --weights output/mine/model_final.pth \\
+        --to configs/models/MobileSAM.yaml --dataset my.json:my_images --output output/mobile_sam/start.pth
+    regionspot transfer --config-file configs/RegionSpot-BB.yaml --weights output/mine/model_final.pth \\
+        --to configs/models/MobileSAM.yaml --stores tokens/old tokens/new --output output/mobile_sam/start.pth
+"""
 CONVERT = """convert files of other projects: `proposals` between formats, `tokens` into a token store
 
 Examples:
@@ -143,6 +154,25 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     return args
 
 
+def parse_transfer(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the trained model")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
+    parser.add_argument("--to", required=True, metavar="FILE", help="config of the model with another localizer")
+    parser.add_argument("--output", required=True, type=Path, metavar="PTH", help="the checkpoint to write")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", default="", metavar="NAME", help="a registered name, or my.json:images")
+    source.add_argument("--stores", nargs=2, metavar=("OLD", "NEW"), help="token stores of the two localizers")
+    parser.add_argument("--max-images", type=int, default=2000, metavar="N", help="images used, evenly spaced")
+    parser.add_argument("--ridge", type=float, default=1e-4, help="of the fit, relative to the tokens' variance")
+    add_overrides(parser)
+    args = parser.parse_args(arguments)
+    if args.output.suffix != ".pth":
+        parser.error(f"--output: expected a name that ends with .pth, got {args.output}")
+    if args.max_images < 1 or not args.ridge > 0:
+        parser.error("expected a positive --max-images and --ridge")
+    return args
+
+
 def parse_convert(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     kinds = parser.add_subparsers(dest="kind", required=True)
     proposals = kinds.add_parser("proposals", help="a proposal file into another format", description=PROPOSALS)
@@ -222,6 +252,7 @@ COMMANDS = {
     "evaluate": Command(parse_evaluate, "regionspot_cli.train", EVALUATE, PREDICTIONS_KEPT, "start"),
     **predict_command.COMMANDS,
     "extract": Command(parse_extract, "regionspot_cli.extract", EXTRACT, "finished shards are kept"),
+    "transfer": Command(parse_transfer, "regionspot_cli.transfer", TRANSFER),
     "convert": Command(parse_convert, "regionspot_cli.convert", CONVERT),
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),

@@ -64,12 +64,14 @@ class Localizer(FrozenModule, ABC):
     Attributes:
         sam: the model itself, of any family; the name is that of the released checkpoints' keys.
         dtype: of its weights.
+        token_stage: where its tokens are taken from, one of ``TOKEN_STAGES``.
         variant: which of the family it is, ``MODEL.REGIONSPOT.SAM.NAME``; "" if it was built without a config.
     """
 
     variant = ""
     sam: Any
     dtype: torch.dtype
+    token_stage: str
 
     @property
     @abstractmethod

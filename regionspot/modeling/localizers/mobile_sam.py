@@ -1,6 +1,7 @@
 """MobileSAM as localizer (arXiv 2306.14289): SAM's prompt encoder and mask decoder behind a TinyViT of ``timm``."""
 
 import re
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -50,7 +51,7 @@ class TinyVitEncoder(nn.Module):
         head_dim, depth, window = size.embed_dim // size.num_heads, size.depth // 6, size.window_size
         heads = tuple(size.num_heads * tenths // 10 for tenths in (2, 4, 5, 10))  # of the four stages
         self.img_size = size.image_size
-        self.trunk = TinyVit(
+        trunk: Any = TinyVit(
             num_classes=0,
             embed_dims=tuple(head_dim * x for x in heads),
             depths=(depth, depth, 3 * depth, depth),
@@ -58,8 +59,9 @@ class TinyVitEncoder(nn.Module):
             window_sizes=(window, window, 2 * window, window),
             drop_path_rate=0.0,
         )
-        self.trunk.head = nn.Identity()
-        self.trunk.stages[3].downsample.conv2.conv.stride = (1, 1)  # MobileSAM stays at stride 16
+        trunk.head = nn.Identity()
+        trunk.stages[3].downsample.conv2.conv.stride = (1, 1)  # MobileSAM stays at stride 16
+        self.trunk = trunk
         self.neck = nn.Sequential(
             nn.Conv2d(size.embed_dim, size.prompt_dim, kernel_size=1, bias=False),
             LayerNorm2d(size.prompt_dim),

@@ -1,7 +1,7 @@
 """SAM as localizer, at every size (paper, section 3.1)."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -32,7 +32,8 @@ class SamLocalizer(Localizer):
     A SAM with another image encoder overrides ``build_sam`` and ``embed``.
     """
 
-    compiled_step = staticmethod(sam_encoder.run_block)  # of the image encoder: what COMPILE compiles
+    # Of the image encoder: what COMPILE compiles.
+    compiled_step: Callable[..., torch.Tensor] = staticmethod(sam_encoder.run_block)
 
     @configurable
     def __init__(
