@@ -8,6 +8,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer, load_model
+from regionspot.checkpoint.formats import fingerprint
 from regionspot.config import load_config
 from regionspot.data import register_json_dataset
 from regionspot.data.tokens import TokenStore
@@ -150,6 +151,18 @@ def test_command_with_stores_and_images(directory, stores, tmp_path, capsys):
     other.manifest["annotations"] = {"source": "other.json", "fingerprint": "0"}
     with pytest.raises(ValueError, match="of another annotations"):
         next(pairs_of_stores(one, other, 9))
+
+
+def test_checkpoint_belongs_to_the_new_localizer(directory, models, tmp_path):
+    trained, other = models
+    torch.nn.init.normal_(other.recognizer.localizer.sam.mask_decoder.iou_token.weight)
+    transfer(trained.recognizer, other.recognizer, [torch.randn(2, 9, 32).unbind() for _ in range(20)])
+    RegionSpotCheckpointer(other, str(tmp_path)).save("start", is_last=False)
+    frozen = torch.load(tmp_path / "start.pth", weights_only=True)["frozen"]
+    assert frozen["sam"]["fingerprint"] == fingerprint(other.recognizer.localizer.sam.state_dict())
+    RegionSpotCheckpointer(other).load(str(tmp_path / "start.pth"))
+    with pytest.raises(ValueError, match="was trained with another sam"):
+        RegionSpotCheckpointer(trained).load(str(tmp_path / "start.pth"))
 
 
 def test_interrupted_write_leaves_nothing(directory, stores, tmp_path, monkeypatch):
