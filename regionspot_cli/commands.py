@@ -41,6 +41,17 @@ Examples:
     tools/extract_tokens.py --config-file configs/RegionSpot-BB.yaml --datasets my.json:my_images --output tokens --flip
     tools/extract_tokens.py --verify tokens/objects365_v1_train
 """
+TRANSFER = """give a trained checkpoint another localizer, without training again
+
+A linear map from the new localizer's tokens to the old one's is fitted, on the annotated boxes of a data set or on two
+token stores of the same boxes, and folded into the checkpoint's first layer. The overrides are for both configs.
+
+Examples:
+    regionspot transfer --config-file configs/RegionSpot-BB.yaml --weights output/mine/model_final.pth \\
+        --to configs/models/MobileSAM.yaml --dataset my.json:my_images --output output/mobile_sam/start.pth
+    regionspot transfer --config-file configs/RegionSpot-BB.yaml --weights output/mine/model_final.pth \\
+        --to configs/models/MobileSAM.yaml --stores tokens/old tokens/new --output output/mobile_sam/start.pth
+"""
 CONVERT = """convert files of other projects: `proposals` between formats, `tokens` into a token store
 
 Examples:
@@ -125,6 +136,7 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     parser.add_argument("--config-file", default="", metavar="FILE", help="of the model whose SAM to run")
     parser.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="registered names, or my.json:images")
     parser.add_argument("--output", type=Path, metavar="DIR", help="each data set's store is a directory in it")
+    parser.add_argument("--side-by-side", action="store_true", help="in a directory of the localizer's own in that one")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of SAM, and mask; default: the config's")
     parser.add_argument("--flip", action="store_true", help="also of the horizontally flipped images")
     parser.add_argument("--feature-maps", action="store_true", help="also CLIP's feature maps")
@@ -139,6 +151,25 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     args = parser.parse_args(arguments)
     if not args.verify and not (args.config_file and args.datasets and args.output):
         parser.error("expected --config-file, --datasets and --output, or --verify")
+    return args
+
+
+def parse_transfer(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the trained model")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
+    parser.add_argument("--to", required=True, metavar="FILE", help="config of the model with another localizer")
+    parser.add_argument("--output", required=True, type=Path, metavar="PTH", help="the checkpoint to write")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", default="", metavar="NAME", help="a registered name, or my.json:images")
+    source.add_argument("--stores", nargs=2, metavar=("OLD", "NEW"), help="token stores of the two localizers")
+    parser.add_argument("--max-images", type=int, default=2000, metavar="N", help="images used, evenly spaced")
+    parser.add_argument("--ridge", type=float, default=1e-4, help="of the fit, relative to the tokens' variance")
+    add_overrides(parser)
+    args = parser.parse_args(arguments)
+    if args.output.suffix != ".pth":
+        parser.error(f"--output: expected a name that ends with .pth, got {args.output}")
+    if args.max_images < 1 or not args.ridge > 0:
+        parser.error("expected a positive --max-images and --ridge")
     return args
 
 
@@ -221,6 +252,7 @@ COMMANDS = {
     "evaluate": Command(parse_evaluate, "regionspot_cli.train", EVALUATE, PREDICTIONS_KEPT, "start"),
     **predict_command.COMMANDS,
     "extract": Command(parse_extract, "regionspot_cli.extract", EXTRACT, "finished shards are kept"),
+    "transfer": Command(parse_transfer, "regionspot_cli.transfer", TRANSFER),
     "convert": Command(parse_convert, "regionspot_cli.convert", CONVERT),
     "check": Command(parse_check, "regionspot_cli.check", CHECK),
     "evaluate-predictions": Command(parse_evaluate_predictions, "regionspot_cli.evaluate_predictions", RESULTS),

@@ -14,9 +14,11 @@ from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.tokens import find_damage, get_token_stages
 from regionspot.data.tokens.manifest import MANIFEST, read_manifest
+from regionspot.data.tokens.side_by_side import list_stores, place_store
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.launch import check_gpus
+from regionspot.modeling.identity import describe_sam
 from regionspot.utils.command_line import run_process
 from regionspot.utils.files import short_directory_name
 
@@ -30,7 +32,7 @@ def store_directory(output: Path, dataset_name: str) -> Path:
 def verify(directories: list[Path]) -> int:
     """Print the problems of stores; return their number."""
     num_problems = 0
-    for directory in directories:
+    for directory in (store for path in directories for store in list_stores(path) or [path]):
         try:
             problems, manifest = list(find_damage(directory)), read_manifest(directory)
         except (FileNotFoundError, ValueError) as error:
@@ -64,24 +66,29 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
         machine=(args.machine_rank, args.num_machines),
     )
     for name in args.datasets:
-        directory = store_directory(args.output, name)
+        directory = place_store(store_directory(args.output, name), describe_sam(model.recognizer), args.side_by_side)
         extract_tokens(model.recognizer, name, directory, extraction, show_progress=index == 0)
+
+
+def describe_store(directory: Path) -> str:
+    """Return a line about a store."""
+    if not (directory / MANIFEST).is_file():
+        return f"{directory}: not finished; other processes or machines have the rest, or copy their shards here"
+    manifest = read_manifest(directory)
+    left_out = sum(len(entry.get("left_out", ())) for entry in manifest["shards"])
+    return f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, {left_out} unreadable left out"
 
 
 def report(args: Namespace) -> None:
     """Print the stores' numbers of boxes and images, and the lines of a config that train with them."""
     stores: list[str] = []
     for name in args.datasets:
-        directory = store_directory(args.output, name)
-        if (directory / MANIFEST).is_file():
-            manifest = read_manifest(directory)
-            left_out = sum(len(entry.get("left_out", ())) for entry in manifest["shards"])
-            print(
-                f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, {left_out} unreadable left out"
-            )
-            stores.append(str(directory))
-        else:
-            print(f"{directory}: not finished; other processes or machines have the rest, or copy their shards here")
+        parent = store_directory(args.output, name)
+        directories = list_stores(parent) or [parent]
+        for directory in directories:
+            print(describe_store(directory))
+        if all((directory / MANIFEST).is_file() for directory in directories):
+            stores.append(str(parent))
     if len(stores) == len(args.datasets):
         print(f"DATASETS:\n  TRAIN: {tuple(args.datasets)}\n  TOKEN_STORES_TRAIN: {tuple(stores)}")
 

@@ -79,6 +79,8 @@ KNOWN_WEIGHTS = {
     "sam_hq_vit_h": _hub("syscv-community/sam-hq-vit-huge", 2570),
     "edgetam": _hub("yonigozlan/EdgeTAM-hf", 56),
     "sam3_tracker": _hub("facebook/sam3", 3440),  # gated: fetch it by hand after accepting the license there
+    # its authors publish no digest
+    "mobile_sam": KnownWeights("https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt", "", 40),
     "ViT-B/32": _clip("ViT-B-32.pt", 354, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
     "ViT-B/16": _clip("ViT-B-16.pt", 351, "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "ViT-L/14": _clip("ViT-L-14.pt", 933, "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),

@@ -157,7 +157,8 @@ def _add_head_config(node: CfgNode) -> None:
 
 
 def _add_training_config(cfg: CfgNode) -> None:
-    # Token stores (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM in training.
+    # Token stores (tools/extract_tokens.py), one for each of DATASETS.TRAIN, or () to run SAM in training. Of stores of
+    # several localizers in one directory, the configured one's is taken.
     cfg.DATASETS.TOKEN_STORES_TRAIN = ()
     # Shares of the training sets, such as (1.0, 1.0, 1.0) for equally many images of each; () for their sizes.
     cfg.DATASETS.TRAIN_RATIO = ()
@@ -206,8 +207,8 @@ def _add_training_config(cfg: CfgNode) -> None:
 
 def _add_sam_config(node: CfgNode) -> None:
     node.SAM = CfgNode()
-    # "vit_b", "vit_l", "vit_h", or "custom" with the sizes below. For transformers' models: a name such as
-    # "sam2.1_hiera_tiny", or the path of a JSON file, as config.json of a model on the Hugging Face hub.
+    # "vit_b", "vit_l", "vit_h", or "custom" with the sizes below. For other localizers a name of theirs such as
+    # "sam2.1_hiera_tiny" or "mobile_sam", or the path of a JSON file, as config.json of a model on the hub.
     node.SAM.NAME = "vit_b"
     # A known name (such as "vit_b": downloaded once), a path, a URL, or "" for random weights.
     node.SAM.WEIGHTS = "vit_b"

@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch import nn
 
-from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer, load_model
 from regionspot.checkpoint.loading import find_recognizer
 from regionspot.data.build import (
     build_test_loader,
@@ -24,6 +24,7 @@ from regionspot.data.build import (
 )
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.image_check import check_images
+from regionspot.data.tokens.side_by_side import choose_store, list_stores
 from regionspot.engine.evaluate import choose_metric, evaluate_dataset
 from regionspot.engine.optimizer import build_lr_scheduler, build_optimizer
 from regionspot.engine.region_logs import RegionAccuracy, validate_regions
@@ -43,6 +44,7 @@ class RegionSpotTrainer(Trainer):
         check_architecture(cfg)
         check_registered(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")  # mistakes in these are reported before the test sets'
         check_test_sets(cfg)
+        self.cfg = cfg = choose_token_stores(cfg)
         plan = TrainingPlan.from_config(cfg)
         data_loader = build_train_loader(cfg, plan.seed)
         # encoded in ``train``, when CLIP's weights are loaded
@@ -123,6 +125,25 @@ class RegionSpotTrainer(Trainer):
             average = {task: float(np.nanmean([result[task]["AP"] for result in odinw])) for task in tasks}
             results["odinw_average"] = {task: {"AP": value} for task, value in average.items()}
         return results
+
+
+def choose_token_stores(cfg: CfgNode) -> CfgNode:
+    """Return ``cfg`` with the configured localizer's store in place of each directory that has those of several.
+
+    Raises:
+        ValueError: a directory has none of this localizer.
+    """
+    paths = cfg.DATASETS.TOKEN_STORES_TRAIN
+    if not any(list_stores(path) for path in paths):
+        return cfg
+    sam = describe_sam(load_model(cfg).recognizer)  # its weights decide, which the trainer loads after the data
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TOKEN_STORES_TRAIN = tuple(
+        str(choose_store(path, sam)) if list_stores(path) else path for path in paths
+    )
+    cfg.freeze()
+    return cfg
 
 
 def check_architecture(cfg: CfgNode) -> None:

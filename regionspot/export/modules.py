@@ -12,6 +12,7 @@ import torch
 from segment_anything.modeling.image_encoder import (
     Attention,
     Block,
+    ImageEncoderViT,
     get_rel_pos,
     window_partition,
     window_unpartition,
@@ -188,6 +189,8 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
         raise ValueError(f"export: expected SAM and CLIP as the frozen parts, got {kinds}")
     if recognizer.knowledge_integration.mask_pooling:
         raise ValueError("export: MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING has no export form")
+    if not isinstance(localizer.sam.image_encoder, ImageEncoderViT):
+        raise ValueError(f"export: expected SAM's own image encoder, got that of {type(localizer).__name__}")
     return localizer, vision_language
 
 

@@ -8,11 +8,13 @@ from regionspot.checkpoint.formats import fingerprint
 
 
 def describe_sam(recognizer: Any) -> dict[str, Any]:
-    """Return what tokens depend on: SAM's weights, their source, and which of its masks is taken."""
+    """Return what tokens depend on: the localizer, its weights and their source, and which of its masks is taken."""
     return {
         "source": _describe_source(recognizer.weight_sources["sam"], recognizer.localizer.dtype),
         "fingerprint": fingerprint(recognizer.localizer.sam.state_dict()),
         "multimask": recognizer.localizer.multimask,
+        "localizer": type(recognizer.localizer).__name__,
+        "variant": recognizer.localizer.variant,
     }
 
 

@@ -115,19 +115,26 @@ def _has_types(content: dict[str, Any], types: dict[str, type]) -> bool:
 def check_origin(directory: Path, origin: dict[str, Any], expected: dict[str, Any], kind: StoreKind = TOKENS) -> None:
     """Refuse a store with a manifest, or its beginning, of another origin than ``expected``; the error names both."""
     for key, value in expected.items():
-        if _without_source(origin.get(key)) != _without_source(value):
+        if not is_same(origin.get(key), value):
             raise ValueError(
-                f"{kind.name} {directory} is of another {key}: expected {_describe(value)}, got "
-                f"{_describe(origin.get(key))}; delete it and run {kind.command} again, or write into another directory"
+                f"{kind.name} {directory} is of another {key}: expected {describe(value)}, got "
+                f"{describe(origin.get(key))}; delete it and run {kind.command} again, or write into another directory"
             )
 
 
-def _without_source(value: Any) -> Any:
-    # Fingerprints decide: the source is the name of a file, which may have been moved.
-    return {key: item for key, item in value.items() if key != "source"} if isinstance(value, dict) else value
+def is_same(value: Any, expected: Any) -> bool:
+    """Return whether an entry of a manifest is the expected one."""
+    if not isinstance(value, dict) or not isinstance(expected, dict):
+        return value == expected
+    # Fingerprints decide: the source is the name of a file, which may have been moved, and the variant that of a size.
+    # Older manifests do not name the localizer.
+    ignored = {"source", "variant"} | ({"localizer"} - (value.keys() & expected.keys()))
+    one, other = ({key: x for key, x in entry.items() if key not in ignored} for entry in (value, expected))
+    return one == other
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Return an entry of a manifest in words, for messages."""
     if not isinstance(value, dict):
         return str(value)
     others = "".join(f", {key} {item}" for key, item in value.items() if key not in ("source", "fingerprint"))

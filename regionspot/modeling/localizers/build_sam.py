@@ -1,5 +1,6 @@
 """SAM's sizes, and SAM with random weights; its ``state_dict`` has the names of the official files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,7 +34,7 @@ SAM_SIZES = {
 }
 
 
-def get_sam_size(cfg: CfgNode) -> SamSize:
+def get_sam_size(cfg: CfgNode, sizes_by_name: Mapping[str, SamSize] = SAM_SIZES) -> SamSize:
     """Return the size that ``cfg.MODEL.REGIONSPOT.SAM`` names."""
     node = cfg.MODEL.REGIONSPOT.SAM
     if node.NAME == "custom":
@@ -45,11 +46,11 @@ def get_sam_size(cfg: CfgNode) -> SamSize:
                 f"{', '.join(wrong) or 'IMAGE_SIZE'} {node.CUSTOM[wrong[0] if wrong else 'IMAGE_SIZE']}"
             )
         return SamSize(**{**sizes, "global_attn_indexes": tuple(sizes["global_attn_indexes"])})
-    if node.NAME not in SAM_SIZES:
+    if node.NAME not in sizes_by_name:
         raise ValueError(
-            f"MODEL.REGIONSPOT.SAM.NAME: expected one of {', '.join(SAM_SIZES)}, custom; got {node.NAME!r}"
+            f"MODEL.REGIONSPOT.SAM.NAME: expected one of {', '.join(sizes_by_name)}, custom; got {node.NAME!r}"
         )
-    return SAM_SIZES[node.NAME]
+    return sizes_by_name[node.NAME]
 
 
 def build_image_encoder(size: SamSize) -> ImageEncoderViT:
@@ -70,8 +71,11 @@ def build_image_encoder(size: SamSize) -> ImageEncoderViT:
     )
 
 
-def build_sam(size: SamSize) -> Sam:
-    """Build a SAM with random weights; its ``state_dict`` has the names of the official files."""
+def build_sam(size: SamSize, image_encoder: nn.Module | None = None) -> Sam:
+    """Build a SAM with random weights; its ``state_dict`` has the names of the official files.
+
+    ``image_encoder`` replaces SAM's own; it has ``img_size``, and returns (B, prompt_dim, grid, grid).
+    """
     grid = size.image_size // size.patch_size
     prompt_encoder = PromptEncoder(
         embed_dim=size.prompt_dim,
@@ -92,4 +96,4 @@ def build_sam(size: SamSize) -> Sam:
         iou_head_depth=3,
         iou_head_hidden_dim=256,
     )
-    return Sam(build_image_encoder(size), prompt_encoder, mask_decoder)
+    return Sam(image_encoder or build_image_encoder(size), prompt_encoder, mask_decoder)

@@ -65,9 +65,11 @@ class Localizer(FrozenModule, ABC):
     Attributes:
         sam: the model itself, of any family; the name is that of the released checkpoints' keys.
         dtype: of its weights.
-        token_stage: where tokens are taken from by default, one of ``TOKEN_STAGES``.
+        token_stage: where its tokens are taken from, one of ``TOKEN_STAGES``.
+        variant: which of the family it is, ``MODEL.REGIONSPOT.SAM.NAME``; "" if it was built without a config.
     """
 
+    variant = ""
     sam: Any
     dtype: torch.dtype
     token_stage: str
@@ -158,4 +160,6 @@ class Localizer(FrozenModule, ABC):
 def build_localizer(cfg: CfgNode) -> Localizer:
     """Build the localizer of ``MODEL.REGIONSPOT.LOCALIZER.NAME`` with random weights."""
     key = "MODEL.REGIONSPOT.LOCALIZER.NAME"
-    return get_registered(LOCALIZER_REGISTRY, cfg.MODEL.REGIONSPOT.LOCALIZER.NAME, key)(cfg)
+    localizer = get_registered(LOCALIZER_REGISTRY, cfg.MODEL.REGIONSPOT.LOCALIZER.NAME, key)(cfg)
+    localizer.variant = cfg.MODEL.REGIONSPOT.SAM.NAME
+    return localizer

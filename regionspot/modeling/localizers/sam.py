@@ -1,5 +1,7 @@
 """SAM as localizer, at every size (paper, section 3.1)."""
 
+from collections.abc import Callable
+
 import torch
 from detectron2.config import CfgNode, configurable
 from segment_anything.modeling import Sam
@@ -15,7 +17,13 @@ from regionspot.structures import Prompts
 
 @LOCALIZER_REGISTRY.register()
 class SamLocalizer(PromptedLocalizer):
-    """Frozen SAM: image embedding, then prompts in chunks."""
+    """Frozen SAM: image embedding, then prompts in chunks.
+
+    A SAM with another image encoder overrides ``build_sam`` and ``embed``.
+    """
+
+    # Of the image encoder: what COMPILE compiles.
+    compiled_step: Callable[..., torch.Tensor] = staticmethod(sam_encoder.run_block)
 
     @configurable
     def __init__(
@@ -45,12 +53,17 @@ class SamLocalizer(PromptedLocalizer):
         )
         sam.image_encoder.to(self.dtype)
         sam.mask_decoder.to(self.dtype)
-        self._run_block = torch.compile(sam_encoder.run_block) if compile else sam_encoder.run_block
+        self._run_step = torch.compile(self.compiled_step) if compile else self.compiled_step
         self.freeze()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        return {"sam": build_sam(get_sam_size(cfg)), **cls.read_config(cfg)}
+        return {"sam": cls.build_sam(cfg), **cls.read_config(cfg)}
+
+    @classmethod
+    def build_sam(cls, cfg: CfgNode) -> Sam:
+        """Build the model that ``cfg.MODEL.REGIONSPOT.SAM`` names, with random weights."""
+        return build_sam(get_sam_size(cfg))
 
     @property
     def prompt_dim(self) -> int:
@@ -69,7 +82,11 @@ class SamLocalizer(PromptedLocalizer):
 
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
         inputs = [self.sam.preprocess(self._resize(image).float()) for image in images]
-        return sam_encoder.encode(self.sam.image_encoder, torch.stack(inputs).to(self.dtype), self._run_block).float()
+        return self.embed(torch.stack(inputs).to(self.dtype)).float()
+
+    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the (B, C, h, w) embeddings of (B, 3, S, S) preprocessed images, both of the model's dtype."""
+        return sam_encoder.encode(self.sam.image_encoder, inputs, self._run_step)
 
     def _prompt_decoder(self, embeddings: torch.Tensor, prompts: Prompts) -> PromptDecoder:
         encoder = self.sam.prompt_encoder

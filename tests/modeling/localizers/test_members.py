@@ -27,12 +27,17 @@ def overrides_of(localizer, config):
     return ("MODEL.REGIONSPOT.LOCALIZER.NAME", localizer, "MODEL.REGIONSPOT.SAM.NAME", str(TINY / config))
 
 
+SIZES = {"PATCH_SIZE": 16, "EMBED_DIM": 40, "DEPTH": 6, "NUM_HEADS": 10, "WINDOW_SIZE": 2}
+CUSTOM = (part for key, value in SIZES.items() for part in (f"MODEL.REGIONSPOT.SAM.CUSTOM.{key}", value))
+MOBILE_SAM = ("MODEL.REGIONSPOT.LOCALIZER.NAME", "MobileSamLocalizer", *CUSTOM)
+
 # Names of tests, and config overrides; all localizers that are registered are here.
 MEMBERS = [
     ("sam", ()),
     ("sam2", overrides_of("Sam2Localizer", "sam2.json")),
     ("sam_hq", overrides_of("SamHqLocalizer", "sam_hq.json")),
     ("edgetam", overrides_of("EdgeTamLocalizer", "edgetam.json")),
+    ("mobile_sam", MOBILE_SAM),
     ("sam3_tracker", overrides_of("Sam3TrackerLocalizer", "sam3_tracker.json")),
 ]
 
