@@ -61,10 +61,10 @@ def stores(directory):
     return directory / NAME
 
 
-@pytest.fixture(params=[False, True], ids=["", "mask pooling"])
+@pytest.fixture
 def models(request):
     """The trained model, and one with the other localizer and another start."""
-    options = ("MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING", request.param)
+    options = ("MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING", getattr(request, "param", False))
     trained, other = tiny_model(*options), tiny_model(*MIXED, *options)
     other.recognizer.localizer.load_state_dict(trained.recognizer.localizer.state_dict())
     other.recognizer.vision_language.load_state_dict(trained.recognizer.vision_language.state_dict())
@@ -111,6 +111,7 @@ def test_map_is_the_least_squares_one():
     np.testing.assert_allclose(mean.numpy(), outputs.mean(dim=0).numpy(), atol=1e-8)
 
 
+@pytest.mark.parametrize("models", [False, True], ids=["", "mask pooling"], indirect=True)
 def test_linear_transform_is_undone(models):
     trained, other = models
     before = {key: x.clone() for key, x in trained.recognizer.state_dict().items()}

@@ -34,10 +34,10 @@ MOBILE_SAM = ("MODEL.REGIONSPOT.LOCALIZER.NAME", "MobileSamLocalizer", *CUSTOM)
 # Names of tests, and config overrides; all localizers that are registered are here.
 MEMBERS = [
     ("sam", ()),
+    ("mobile_sam", MOBILE_SAM),
     ("sam2", overrides_of("Sam2Localizer", "sam2.json")),
     ("sam_hq", overrides_of("SamHqLocalizer", "sam_hq.json")),
     ("edgetam", overrides_of("EdgeTamLocalizer", "edgetam.json")),
-    ("mobile_sam", MOBILE_SAM),
     ("sam3_tracker", overrides_of("Sam3TrackerLocalizer", "sam3_tracker.json")),
 ]
 
@@ -45,7 +45,7 @@ BOXES = torch.tensor([[3.0, 4, 30, 28], [10, 6, 50, 40], [0, 0, 48, 48], [20, 20
 POINTS = torch.tensor([[[10.0, 12], [40, 40]], [[33, 20], [8, 8]]])
 PROMPTS = {
     "boxes": Prompts(boxes=BOXES),
-    "points": Prompts(points=POINTS, point_labels=torch.tensor([[1.0, 0], [1, -1]])),
+    "points": Prompts(points=POINTS, point_labels=torch.tensor([[1, 0], [1, -1]])),
     "boxes and points": Prompts(boxes=BOXES[:2], points=POINTS, point_labels=torch.tensor([[1, 0], [1, 1]])),
 }
 
@@ -254,6 +254,13 @@ def test_training_changes_the_trained_module_alone(member):
     assert changed and all(key.startswith("recognizer.knowledge_integration.") for key in changed)
 
 
+def test_point_labels_may_be_floats(member):
+    localizer, labels = build(member), torch.tensor([[1, 0], [1, -1]])
+    embeddings = localizer.encode_images(images())
+    [one], [other] = (localizer(embeddings, [Prompts(points=POINTS, point_labels=x)]) for x in (labels, labels.float()))
+    torch.testing.assert_close(one.tokens, other.tokens)
+
+
 @pytest.mark.parametrize("size", [(48, 64), (80, 48)])
 def test_mask_coverage_is_of_the_image_without_padding(member, monkeypatch, size):
     recognizer = build_model(member).recognizer
@@ -265,5 +272,5 @@ def test_mask_coverage_is_of_the_image_without_padding(member, monkeypatch, size
     monkeypatch.setattr(type(localizer), "forward", lambda *arguments: [output])
     recognizer.locate(recognizer.encode_images(images(size)), [Prompts(boxes=BOXES[:2])], stages=("mask",))
     expected = F.adaptive_avg_pool2d(masks[:, None].float(), GRID).flatten(1)
-    assert (output.stage_tokens["mask"] - expected).abs().mean() < 0.05  # these masks have few pixels
+    assert (output.stage_tokens["mask"] - expected).abs().mean() < 0.08  # these masks have few pixels
     assert output.masks is None

@@ -24,7 +24,7 @@ from regionspot.structures import ImageFeatures, Prompts
 from ...helpers import as_inputs, deterministic_array, tiny_config, tiny_model
 from .test_members import BOXES, MEMBERS, PROMPTS, SPOT, TINY, build, set_weights
 
-FAMILIES = {name: overrides for name, overrides in MEMBERS if name != "sam"}
+FAMILIES = {name: overrides for name, overrides in MEMBERS if name not in ("sam", "mobile_sam")}
 LIBRARY = {
     "sam2": ("Sam2Model", "Sam2Config", "Sam2ImageProcessor"),
     "sam_hq": ("SamHQModel", "SamHQConfig", "SamImageProcessor"),
