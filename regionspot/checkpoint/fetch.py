@@ -131,7 +131,8 @@ def _open_clip_files(url: str, hub: str) -> list[KnownWeights]:
     if url.startswith(_CLIP_ROOT):
         return [KnownWeights(url, url.split("/")[-2])]
     if "/mlfoundations/" in url:
-        return [KnownWeights(url, url.rsplit("-", 1)[1].removesuffix(".pt"))]
+        digits = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+        return [KnownWeights(url, digits[1] if digits else "")]
     if not hub:
         return [KnownWeights(url)]
     repository, name = hub.rsplit("/", 1)

@@ -9,7 +9,7 @@ import torch
 TRAINED = "knowledge_integration."
 FROZEN = {"sam": "localizer.sam.", "clip_model": "vision_language.clip_model."}
 PARTS = {"trained": TRAINED, **FROZEN}  # the parts of a recognizer, and the prefixes of their keys
-_TRAINED_MODULES = ("to_clip.", "decoder.", "projector.")
+_TRAINED_MODULES = ("to_clip.", "decoder.", "projector.", "pool_norm.", "pool_proj.")  # the last two are ours
 # OpenAI's archives hold these numbers among the weights; CLIP's own loader drops them, too.
 _CLIP_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 

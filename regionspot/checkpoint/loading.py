@@ -72,6 +72,7 @@ def load_weights(recognizer: Any, path: str, sources: dict[str, str], prefer_ave
     if "ema" in rest and prefer_average:
         state.update({TRAINED + key: value for key, value in rest["ema"].items()})
     recorded = _check_frozen(rest.pop("frozen", {}), path)
+    _check_settings(recognizer, rest.pop("integration", {}), path)
     sources = {"trained": path, **sources}
     for part, prefix in FROZEN.items():
         if select(state, prefix):
@@ -130,7 +131,13 @@ def _read_frozen_part(recognizer: Any, part: str, source: str) -> dict[str, torc
     # SAM's and CLIP's own files have no prefixes; a RegionSpot checkpoint may be the source, too.
     if not any(is_released_key(key) for key in state):
         module = recognizer.get_submodule(FROZEN[part].split(".")[0])
-        state = {f"{part}.{key}": value for key, value in module.rename_official_keys(state).items()}
+        renamed = module.rename_official_keys(state)
+        if not renamed:
+            raise ValueError(
+                f"{source} holds no weights of a {type(module).__name__}, got keys such as {list(state)[:3]}; is it of "
+                f"another model than MODEL.REGIONSPOT.{'SAM' if part == 'sam' else 'CLIP'}.NAME?"
+            )
+        state = {f"{part}.{key}": value for key, value in renamed.items()}
     return {key: value for key, value in rename_released_keys(state).items() if key.startswith(FROZEN[part])}
 
 
@@ -144,6 +151,13 @@ def _check_frozen(frozen: Any, path: str) -> dict[str, Any]:
             f"{path}: 'frozen' is damaged; expected fingerprints of {', '.join(FROZEN)}, got {str(frozen)[:80]}"
         )
     return frozen
+
+
+def _check_settings(recognizer: Any, settings: Any, path: str) -> None:
+    """Refuse a module that was trained with other settings, where they change no shape of its weights."""
+    own = recognizer.knowledge_integration.settings
+    if isinstance(settings, dict) and any(settings.get(key, value) != value for key, value in own.items()):
+        raise ValueError(f"{path} was trained with MODEL.REGIONSPOT.INTEGRATION {settings}, the config has {own}")
 
 
 def _check_fingerprints(

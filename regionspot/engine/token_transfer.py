@@ -127,7 +127,8 @@ def check_models(trained: RegionRecognizer, recognizer: RegionRecognizer) -> Non
         {key: value.shape for key, value in x.knowledge_integration.state_dict().items() if key != "to_clip.weight"}
         for x in (trained, recognizer)
     ]
-    if shapes[0] != shapes[1]:
+    settings = [x.knowledge_integration.settings for x in (trained, recognizer)]
+    if shapes[0] != shapes[1] or settings[0] != settings[1]:
         raise ValueError("transfer: expected the same MODEL.REGIONSPOT.INTEGRATION in both configs")
 
 

@@ -32,6 +32,7 @@ _ANY_NAME = ["object"]
 _FILES = (
     ("MODEL", "WEIGHTS"),
     ("MODEL", "REGIONSPOT", "SAM", "WEIGHTS"),
+    ("MODEL", "REGIONSPOT", "SAM", "NAME"),  # of a JSON file
     ("MODEL", "REGIONSPOT", "CLIP", "WEIGHTS"),
     ("MODEL", "REGIONSPOT", "CLIP", "NAME"),  # of a JSON file
 )

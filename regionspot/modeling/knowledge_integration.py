@@ -5,6 +5,7 @@ Shapes: M regions of B images, one image's after the other's; C channels in H he
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -237,6 +238,12 @@ class KnowledgeIntegration(nn.Module):
             "mask_pooling": node.INTEGRATION.MASK_POOLING,
             "compile": node.COMPILE,
         }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What outputs depend on beside the weights and their shapes; a checkpoint records it."""
+        layer = self.decoder.layers[0]
+        return {"NUM_HEADS": layer.self_attn.num_heads, "PRE_NORM": layer.pre_norm}
 
     def forward(self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None) -> list[torch.Tensor]:
         """Integrate position-aware tokens and semantic feature maps of B images.

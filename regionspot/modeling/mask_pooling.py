@@ -50,7 +50,8 @@ def locate_with_coverage(
         assert output.masks is not None
         height, width = (side / localizer.image_size for side in localizer.input_size(size))
         threshold = localizer.mask_upsampler(size).threshold
-        output.stage_tokens[MASK_STAGE] = mask_coverage(output.masks, (height, width), threshold)
+        tokens = {**output.stage_tokens, MASK_STAGE: mask_coverage(output.masks, (height, width), threshold)}
+        output.stage_tokens = {stage: tokens[stage] for stage in stages}
         if not with_masks:
             output.masks = None
     return outputs

@@ -148,6 +148,13 @@ HUB = "https://huggingface.co"
             "",
         ),
         ("ViTamin-S/datacomp1b", [f"{HUB}/jienengchen/ViTamin-S/resolve/main/pytorch_model.bin"], ""),
+        (
+            "ViT-B-32/laion2b_e16",
+            [
+                "https://github.com/mlfoundations/open_clip/releases/download/v0.2-weights/vit_b_32-laion2b_e16-af8dbd0c.pth"
+            ],
+            "af8dbd0c",
+        ),
         ("ViT-B-16-quickgelu/openai", [KNOWN_WEIGHTS["ViT-B/16"].url], KNOWN_WEIGHTS["ViT-B/16"].sha256),
         (
             "ViT-B-16/laion400m_e32",

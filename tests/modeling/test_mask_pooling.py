@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes
 from PIL import Image
 
+from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.data.tokens import TokenStore, get_token_stages
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.export.modules import parts_of
@@ -16,9 +17,11 @@ from regionspot.modeling.attention_maps import cross_attention
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.mask_pooling import COVERAGE_DIM, GRID, mask_coverage, pool_features
 from regionspot.modeling.region_groups import RegionGroups
+from regionspot.structures import Prompts
 
 from ..helpers import as_inputs, tiny_config, tiny_model, write_dataset
 
+PRE_NORM = "MODEL.REGIONSPOT.INTEGRATION.PRE_NORM"
 POOLING = ("MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING", True)
 
 
@@ -101,6 +104,33 @@ def test_stored_tokens_equal_the_image(tmp_path, register):
 
 def read(record):
     return torch.from_numpy(np.array(Image.open(record["file_name"]).convert("RGB"))).permute(2, 0, 1)
+
+
+def test_stages_are_those_that_were_asked_for_in_their_order():
+    recognizer, inputs = tiny_model(*POOLING).recognizer, as_inputs(0)
+    features = recognizer.encode_images([inputs["image"]])
+    prompts = [Prompts(boxes=inputs["instances"].gt_boxes.tensor)]
+    for stages in (("mask",), ("mask", "transformer"), ("mlp", "mask")):
+        assert tuple(recognizer.locate(features, prompts, stages=stages)[0].stage_tokens) == stages
+
+
+def test_checkpoint_is_loaded_again(tmp_path):
+    saved, loaded = tiny_model(*POOLING), tiny_model(*POOLING)
+    RegionSpotCheckpointer(saved, str(tmp_path)).save("mine", is_last=False)
+    for parameter in loaded.recognizer.knowledge_integration.parameters():
+        torch.nn.init.normal_(parameter)
+    RegionSpotCheckpointer(loaded).load(str(tmp_path / "mine.pth"))
+    for key, value in saved.recognizer.state_dict().items():
+        assert torch.equal(loaded.recognizer.state_dict()[key], value), key
+    with pytest.raises(ValueError, match=r"pool_norm.weight is not known"):
+        RegionSpotCheckpointer(tiny_model()).load(str(tmp_path / "mine.pth"))
+
+
+def test_checkpoint_of_other_settings_is_refused(tmp_path):
+    RegionSpotCheckpointer(tiny_model(PRE_NORM, True), str(tmp_path)).save("mine", is_last=False)
+    with pytest.raises(ValueError, match="trained with .*'PRE_NORM': True.*the config has .*'PRE_NORM': False"):
+        RegionSpotCheckpointer(tiny_model()).load(str(tmp_path / "mine.pth"))
+    RegionSpotCheckpointer(tiny_model(PRE_NORM, True)).load(str(tmp_path / "mine.pth"))
 
 
 def test_refused_where_it_cannot_be():

@@ -76,7 +76,9 @@ class TinyVitEncoder(nn.Module):
 
 
 def _forget_biases(encoder: TinyVitEncoder, _: object) -> None:
-    encoder.train(encoder.training)  # timm keeps attention biases of the weights before until the mode is set
+    for module in encoder.modules():
+        if hasattr(module, "attention_bias_cache"):  # timm keeps what it made of the weights before
+            module.attention_bias_cache.clear()
 
 
 def run_encoder(encoder: TinyVitEncoder, images: torch.Tensor) -> torch.Tensor:

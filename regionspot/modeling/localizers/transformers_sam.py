@@ -23,6 +23,7 @@ from regionspot.utils.files import expand_user
 
 # What in a config names code, or weights, that transformers or timm would then fetch or read.
 _SOURCES = {"auto_map", "backbone", "use_pretrained_backbone", "checkpoint_path", "pretrained_cfg_overlay"}
+_SOURCES |= {"attn_implementation", "_attn_implementation"}  # kernels on the hub
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -210,8 +211,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _nested_items(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        yield key, value
-        if isinstance(value, dict):
+def _nested_items(content: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(content, list):
+        for value in content:
+            yield from _nested_items(value)
+    elif isinstance(content, dict):
+        yield from content.items()
+        for value in content.values():
             yield from _nested_items(value)

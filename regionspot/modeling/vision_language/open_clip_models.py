@@ -13,6 +13,13 @@ import torch
 from regionspot.utils.files import expand_user, read_json
 
 NAME, WEIGHTS = "MODEL.REGIONSPOT.CLIP.NAME", "MODEL.REGIONSPOT.CLIP.WEIGHTS"
+# OpenAI's files by the names that `ClipVisionLanguageModel` has for them.
+OPENAI_TAGS = {
+    "ViT-B/32": "ViT-B-32/openai",
+    "ViT-B/16": "ViT-B-16/openai",
+    "ViT-L/14": "ViT-L-14/openai",
+    "ViT-L/14@336px": "ViT-L-14-336/openai",
+}
 QUICK = "-quickgelu"  # names of open_clip's configs that differ in the activation alone
 logger = logging.getLogger(__name__)
 
@@ -99,7 +106,7 @@ def _read_json_config(path: str) -> dict[str, Any]:
 
 def _read_tag(open_clip: ModuleType, name: str, weights: str) -> dict[str, Any]:
     """Return open_clip's settings for known weights, or those that all known weights of a model have in common."""
-    model, _, tag = weights.partition("/")
+    model, _, tag = OPENAI_TAGS.get(weights, weights).partition("/")
     if open_clip.is_pretrained_cfg(model, tag):
         if model.removesuffix(QUICK) != name.removesuffix(QUICK):
             raise ValueError(f"{WEIGHTS}: expected weights of {name}, the model of {NAME}; got {weights!r}")
@@ -111,6 +118,13 @@ def _read_tag(open_clip: ModuleType, name: str, weights: str) -> dict[str, Any]:
             "%s: weights of %s have different means and standard deviations, and %s does not tell which; using those "
             "of %s. Give <model>/<tag>, or a JSON file with preprocess_cfg",
             NAME, name, WEIGHTS, tags[0],
+        )  # fmt: skip
+    activations = {open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) for tag in tags}
+    if weights and len(activations) > 1:
+        logger.warning(
+            "%s: some weights of %s need QuickGELU, and %s does not tell whether these do; using the activation of %s. "
+            "Give <model>/<tag>, or the name with %s",
+            NAME, name, WEIGHTS, NAME, QUICK,
         )  # fmt: skip
     return common[0] if common else {}
 

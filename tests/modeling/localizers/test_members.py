@@ -254,6 +254,13 @@ def test_training_changes_the_trained_module_alone(member):
     assert changed and all(key.startswith("recognizer.knowledge_integration.") for key in changed)
 
 
+def test_weights_of_another_model_are_refused(member, tmp_path):
+    weights = {f"visual.layer{i}.weight": torch.zeros(2) for i in range(3)}
+    torch.save(weights, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=r"holds no weights of a .*Localizer|does not fit the configured model"):
+        load_weights(build_model(member).recognizer, "", {"sam": str(tmp_path / "clip.pt"), "clip_model": ""})
+
+
 def test_point_labels_may_be_floats(member):
     localizer, labels = build(member), torch.tensor([[1, 0], [1, -1]])
     embeddings = localizer.encode_images(images())

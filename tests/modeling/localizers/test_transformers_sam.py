@@ -319,6 +319,8 @@ def test_known_sizes_build_and_have_weights():
         ('{"vision_config": {"model_type": "no_such_model"}}', "is no config of a EdgeTamModel"),
         ('{"vision_config": {"backbone_config": {"architecture": "hf-hub:a/b"}}}', "'architecture' is refused"),
         ('{"vision_config": {"auto_map": {"AutoModel": "code.py"}}}', "'auto_map' is refused"),
+        ('{"attn_implementation": "kernels-community/flash-attn2"}', "'attn_implementation' is refused"),
+        ('{"vision_config": [{"auto_map": {"AutoModel": "code.py"}}]}', "'auto_map' is refused"),
         ('{"vision_config": {"backbone": "a/b"}}', "'backbone' is refused"),
     ],
 )

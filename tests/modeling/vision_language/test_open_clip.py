@@ -237,6 +237,10 @@ def test_pixels_and_activation_follow_the_weights(caplog):
     assert laion.mean == (0.5, 0.5, 0.5) and openai.mean == open_clip.OPENAI_DATASET_MEAN and not caplog.text
     assert not laion.model["quick_gelu"] and openai.model["quick_gelu"]
     assert read_open_clip_config("ViT-B-16", "ViT-B-16-quickgelu/dfn2b").model["quick_gelu"]
+    assert read_open_clip_config("ViT-B-16", "ViT-B/16").model["quick_gelu"]  # OpenAI's, by the name it has here
+    assert "need QuickGELU" not in caplog.text
+    read_open_clip_config("ViT-B-16", "my.pt")
+    assert "need QuickGELU" in caplog.text
     read_open_clip_config("ViT-L-14", "my.pt")
     assert "weights of ViT-L-14 have different means" in caplog.text
 
