@@ -243,6 +243,7 @@ class KnowledgeIntegration(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What outputs depend on beside the weights and their shapes; a checkpoint records it."""
         layer = self.decoder.layers[0]
+        assert isinstance(layer, RegionDecoderLayer)
         return {"NUM_HEADS": layer.self_attn.num_heads, "PRE_NORM": layer.pre_norm}
 
     def forward(self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None) -> list[torch.Tensor]:

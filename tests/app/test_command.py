@@ -27,6 +27,12 @@ def free_port():
         return free.getsockname()[1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported():
+    """Import Gradio once, and not again in each program, which is forked from here."""
+    import gradio  # noqa: F401
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A page's program and address, which is killed if a test fails."""

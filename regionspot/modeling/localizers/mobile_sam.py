@@ -76,9 +76,8 @@ class TinyVitEncoder(nn.Module):
 
 
 def _forget_biases(encoder: TinyVitEncoder, _: object) -> None:
-    for module in encoder.modules():
-        if hasattr(module, "attention_bias_cache"):  # timm keeps what it made of the weights before
-            module.attention_bias_cache.clear()
+    for module in encoder.modules():  # timm keeps what it made of the weights before
+        getattr(module, "attention_bias_cache", {}).clear()
 
 
 def run_encoder(encoder: TinyVitEncoder, images: torch.Tensor) -> torch.Tensor:
