@@ -194,7 +194,7 @@ def test_best_checkpoint_is_kept(scenes, tmp_path):
     best = saved(tmp_path, "model_best.pth")
     state = saved(tmp_path, "model_0000009.pth")["trainer"]["hooks"]["BestCheckpointer"]
     assert state["best_iter"] == 9 and best["iteration"] in (9, 20)
-    assert set(best) == {"model", "frozen", "iteration"}  # only what recognition needs
+    assert set(best) == {"model", "frozen", "integration", "iteration"}  # only what recognition needs
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert {"bbox/AP", "images_per_second", "data_share", "lr", "total_loss"} <= set().union(*lines)

@@ -87,13 +87,24 @@ def test_deep_image_is_scaled_by_its_range(tmp_path, caplog, dtype, suffix):
         assert (to_rgb_array(opened, (2000, 4000)) == image).all()
 
 
-def test_deep_image_scaling_is_logged_once(tmp_path, caplog, monkeypatch):
+@pytest.fixture
+def records(monkeypatch):
+    """What the module logs, also where a command has set up the project's loggers in this process."""
     monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())
+    logger, handler, records = logging.getLogger("regionspot.utils.images"), logging.Handler(), []
+    handler.emit = records.append
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+def test_deep_image_scaling_is_logged_once(tmp_path, records):
     Image.fromarray(GRADIENT.astype(np.uint16)).save(tmp_path / "a.png")
-    with caplog.at_level(logging.INFO):
-        for _ in range(3):
-            to_rgb_array(tmp_path / "a.png")
-    [record] = caplog.records
+    for _ in range(3):
+        to_rgb_array(tmp_path / "a.png")
+    [record] = records
     assert "more than 8 bits" in record.getMessage() and "1000 to 3000" in record.getMessage()
 
 
