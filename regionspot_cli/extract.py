@@ -65,8 +65,9 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
         workers=cfg.DATALOADER.NUM_WORKERS,
         machine=(args.machine_rank, args.num_machines),
     )
+    sam = describe_sam(model.recognizer)  # hashes its weights
     for name in args.datasets:
-        directory = place_store(store_directory(args.output, name), describe_sam(model.recognizer), args.side_by_side)
+        directory = place_store(store_directory(args.output, name), sam, args.side_by_side)
         extract_tokens(model.recognizer, name, directory, extraction, show_progress=index == 0)
 
 

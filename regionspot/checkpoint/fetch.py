@@ -54,8 +54,9 @@ def _sam2(release: str, name: str, megabytes: int) -> KnownWeights:
     return KnownWeights(f"{_SAM2_ROOT}/{release}/{name}.pt", "", megabytes)
 
 
-def _hub(repository: str, megabytes: int) -> KnownWeights:
-    return KnownWeights(f"{_HUB_ROOT}/{repository}/resolve/main/model.safetensors", "", megabytes)
+def hub_file(repository: str, name: str = "model.safetensors", megabytes: int = 0) -> KnownWeights:
+    """Return a file of a repository ("owner/name") of the Hugging Face hub."""
+    return KnownWeights(f"{_HUB_ROOT}/{repository}/resolve/main/{name}", "", megabytes)
 
 
 def _clip(file_name: str, megabytes: int, sha256: str) -> KnownWeights:
@@ -74,11 +75,13 @@ KNOWN_WEIGHTS = {
     "sam2.1_hiera_small": _sam2("092824", "sam2.1_hiera_small", 184),
     "sam2.1_hiera_base_plus": _sam2("092824", "sam2.1_hiera_base_plus", 324),
     "sam2.1_hiera_large": _sam2("092824", "sam2.1_hiera_large", 898),
-    "sam_hq_vit_b": _hub("syscv-community/sam-hq-vit-base", 379),
-    "sam_hq_vit_l": _hub("syscv-community/sam-hq-vit-large", 1255),
-    "sam_hq_vit_h": _hub("syscv-community/sam-hq-vit-huge", 2570),
-    "edgetam": _hub("yonigozlan/EdgeTAM-hf", 56),
-    "sam3_tracker": _hub("facebook/sam3", 3440),  # gated: fetch it by hand after accepting the license there
+    "sam_hq_vit_b": hub_file("syscv-community/sam-hq-vit-base", megabytes=379),
+    "sam_hq_vit_l": hub_file("syscv-community/sam-hq-vit-large", megabytes=1255),
+    "sam_hq_vit_h": hub_file("syscv-community/sam-hq-vit-huge", megabytes=2570),
+    "edgetam": hub_file("yonigozlan/EdgeTAM-hf", megabytes=56),
+    "sam3_tracker": hub_file(
+        "facebook/sam3", megabytes=3440
+    ),  # gated: fetch it by hand after accepting the license there
     # its authors publish no digest
     "mobile_sam": KnownWeights("https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt", "", 40),
     "ViT-B/32": _clip("ViT-B-32.pt", 354, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
@@ -138,11 +141,6 @@ def _open_clip_files(url: str, hub: str) -> list[KnownWeights]:
     repository, name = hub.rsplit("/", 1)
     names = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     return [hub_file(repository, name) for name in names]
-
-
-def hub_file(repository: str, name: str) -> KnownWeights:
-    """Return a file of a repository ("owner/name") of the Hugging Face hub."""
-    return KnownWeights(f"{_HUB_ROOT}/{repository}/resolve/main/{name}")
 
 
 def fetch_hub_file(repository: str, name: str) -> Path:

@@ -11,6 +11,7 @@ from torch import nn
 
 from regionspot.modeling.localizers.build_sam import SamSize, build_sam, get_sam_size
 from regionspot.modeling.localizers.localizer import LOCALIZER_REGISTRY
+from regionspot.modeling.localizers.prompted import run_encoder
 from regionspot.modeling.localizers.sam import SamLocalizer
 
 STRIDE = 16
@@ -80,11 +81,6 @@ def _forget_biases(encoder: TinyVitEncoder, _: object) -> None:
         getattr(module, "attention_bias_cache", {}).clear()
 
 
-def run_encoder(encoder: TinyVitEncoder, images: torch.Tensor) -> torch.Tensor:
-    """Return the encoder's output; a function, so that it can be compiled without changing the model."""
-    return encoder(images)
-
-
 @LOCALIZER_REGISTRY.register()
 class MobileSamLocalizer(SamLocalizer):
     """Frozen MobileSAM; all but the image encoder is SAM's."""
@@ -97,7 +93,7 @@ class MobileSamLocalizer(SamLocalizer):
         return build_sam(size, TinyVitEncoder(size))
 
     def embed(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self._run_step(self.sam.image_encoder, inputs)
+        return self._run_step(self.image_encoder, inputs)
 
     def rename_official_keys(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {_rename(key): value for key, value in state.items() if not _UNUSED.search(key)}

@@ -2,13 +2,14 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
+from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
@@ -23,6 +24,11 @@ CPU_BYTES = 1 << 24
 CPU_MASK_BYTES = 1 << 21
 
 
+def run_encoder(encoder: nn.Module, inputs: torch.Tensor) -> Any:
+    """Return the encoder's output; a function, so that it can be compiled without changing the model."""
+    return encoder(inputs)
+
+
 class PromptedLocalizer(Localizer):
     """A frozen SAM of any family.
 
@@ -30,6 +36,10 @@ class PromptedLocalizer(Localizer):
     ``output_hypernetworks_mlps``, one for each mask token.
     """
 
+    # Of the image encoder: what COMPILE compiles.
+    compiled_step: Callable[..., Any] = staticmethod(run_encoder)
+
+    @configurable
     def __init__(
         self,
         *,
@@ -39,6 +49,7 @@ class PromptedLocalizer(Localizer):
         multimask: bool = False,
         encoder_batch_size: int = 1,
         precision: str = "float32",
+        compile: bool = False,
     ) -> None:
         """
         Args:
@@ -51,6 +62,7 @@ class PromptedLocalizer(Localizer):
             encoder_batch_size: number of images encoded at once.
             precision: of the image encoder and the mask decoder; prompts are encoded in float32, as their coordinates
                 need it.
+            compile: compile the image encoder, see ``MODEL.REGIONSPOT.COMPILE``.
         """
         super().__init__()
         check_stages([token_stage], "MODEL.REGIONSPOT.TOKEN_STAGE")
@@ -63,12 +75,16 @@ class PromptedLocalizer(Localizer):
         self.multimask = multimask
         self.encoder_batch_size = encoder_batch_size
         self.dtype = get_dtype(precision)
+        self.image_encoder.to(self.dtype)
+        sam.mask_decoder.to(self.dtype)
+        self._run_step = torch.compile(self.compiled_step) if compile else self.compiled_step
+        self.freeze()
 
-    @staticmethod
-    def read_config(cfg: CfgNode) -> dict[str, Any]:
-        """Return the constructor's arguments that all families have, without ``sam``."""
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.REGIONSPOT
         return {
+            "sam": cls.build_sam(cfg),
             "token_stage": node.TOKEN_STAGE,
             "prompt_chunk": node.SAM.PROMPT_CHUNK,
             "multimask": node.SAM.MULTIMASK,
@@ -77,15 +93,20 @@ class PromptedLocalizer(Localizer):
             "compile": node.COMPILE,
         }
 
+    @classmethod
+    @abstractmethod
+    def build_sam(cls, cfg: CfgNode) -> Any:
+        """Build the model that ``cfg.MODEL.REGIONSPOT.SAM`` names, with random weights."""
+
+    @property
+    @abstractmethod
+    def image_encoder(self) -> nn.Module:
+        """The part of ``sam`` that sees images."""
+
     @property
     @abstractmethod
     def prompt_dim(self) -> int:
         """Length C of SAM's tokens."""
-
-    @property
-    @abstractmethod
-    def image_size(self) -> int:
-        """Side of SAM's square input, pixels."""
 
     @property
     @abstractmethod

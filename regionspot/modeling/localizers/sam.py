@@ -1,10 +1,12 @@
 """SAM as localizer, at every size (paper, section 3.1)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from segment_anything.modeling import Sam
+from torch import nn
 
 from regionspot.modeling.localizers import sam_encoder
 from regionspot.modeling.localizers.build_sam import build_sam, get_sam_size
@@ -22,48 +24,15 @@ class SamLocalizer(PromptedLocalizer):
     A SAM with another image encoder overrides ``build_sam`` and ``embed``.
     """
 
-    # Of the image encoder: what COMPILE compiles.
-    compiled_step: Callable[..., torch.Tensor] = staticmethod(sam_encoder.run_block)
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        sam: Sam,
-        token_stage: str = "transformer",
-        prompt_chunk: int = 64,
-        multimask: bool = False,
-        encoder_batch_size: int = 1,
-        precision: str = "float32",
-        compile: bool = False,
-    ) -> None:
-        """
-        Args:
-            sam: the model, any size.
-            token_stage, prompt_chunk, multimask, encoder_batch_size, precision: see ``PromptedLocalizer``.
-            compile: compile the image encoder, see ``MODEL.REGIONSPOT.COMPILE``.
-        """
-        super().__init__(
-            sam=sam,
-            token_stage=token_stage,
-            prompt_chunk=prompt_chunk,
-            multimask=multimask,
-            encoder_batch_size=encoder_batch_size,
-            precision=precision,
-        )
-        sam.image_encoder.to(self.dtype)
-        sam.mask_decoder.to(self.dtype)
-        self._run_step = torch.compile(self.compiled_step) if compile else self.compiled_step
-        self.freeze()
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        return {"sam": cls.build_sam(cfg), **cls.read_config(cfg)}
+    compiled_step: Callable[..., Any] = staticmethod(sam_encoder.run_block)
 
     @classmethod
     def build_sam(cls, cfg: CfgNode) -> Sam:
-        """Build the model that ``cfg.MODEL.REGIONSPOT.SAM`` names, with random weights."""
         return build_sam(get_sam_size(cfg))
+
+    @property
+    def image_encoder(self) -> nn.Module:
+        return self.sam.image_encoder
 
     @property
     def prompt_dim(self) -> int:
@@ -86,7 +55,7 @@ class SamLocalizer(PromptedLocalizer):
 
     def embed(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the (B, C, h, w) embeddings of (B, 3, S, S) preprocessed images, both of the model's dtype."""
-        return sam_encoder.encode(self.sam.image_encoder, inputs, self._run_step)
+        return sam_encoder.encode(self.image_encoder, inputs, self._run_step)
 
     def _prompt_decoder(self, embeddings: torch.Tensor, prompts: Prompts) -> PromptDecoder:
         encoder = self.sam.prompt_encoder

@@ -59,11 +59,11 @@ class Sam2Localizer(TransformersLocalizer):
     decoder_class = Sam2PromptDecoder
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        arguments = super().from_config(cfg)
+    def build_sam(cls, cfg: CfgNode) -> Any:
+        sam: Any = super().build_sam(cfg)
         # neither tokens nor masks need the positions of the features, sines and cosines at three or four sizes
-        arguments["sam"].vision_encoder.neck.position_encoding = _NoPositions()
-        return arguments
+        sam.vision_encoder.neck.position_encoding = _NoPositions()
+        return sam
 
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return self.image_size, self.image_size

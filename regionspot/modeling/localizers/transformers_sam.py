@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import nn
 
 from regionspot.modeling.localizers.prompted import PromptedLocalizer
@@ -51,42 +51,15 @@ class TransformersLocalizer(PromptedLocalizer):
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        sam: nn.Module,
-        token_stage: str = "transformer",
-        prompt_chunk: int = 64,
-        multimask: bool = False,
-        encoder_batch_size: int = 1,
-        precision: str = "float32",
-        compile: bool = False,
-    ) -> None:
-        """
-        Args:
-            sam: the library's model, any size.
-            token_stage, prompt_chunk, multimask, encoder_batch_size, precision: see ``PromptedLocalizer``.
-            compile: compile the image encoder, see ``MODEL.REGIONSPOT.COMPILE``.
-        """
-        super().__init__(
-            sam=sam,
-            token_stage=token_stage,
-            prompt_chunk=prompt_chunk,
-            multimask=multimask,
-            encoder_batch_size=encoder_batch_size,
-            precision=precision,
-        )
-        self.sam.vision_encoder.to(self.dtype)
-        self.sam.mask_decoder.to(self.dtype)
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        """Arguments are ``PromptedLocalizer``'s; ``sam`` is the library's model, any size."""
+        super().__init__(*args, **arguments)
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        self._run_encoder = torch.compile(_run_encoder) if compile else _run_encoder
-        self.freeze()
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        return {"sam": cls.build(cfg.MODEL.REGIONSPOT.SAM.NAME), **cls.read_config(cfg)}
+    def build_sam(cls, cfg: CfgNode) -> nn.Module:
+        return cls.build(cfg.MODEL.REGIONSPOT.SAM.NAME)
 
     @classmethod
     def build(cls, name: str) -> nn.Module:
@@ -140,6 +113,10 @@ class TransformersLocalizer(PromptedLocalizer):
         return content
 
     @property
+    def image_encoder(self) -> nn.Module:
+        return self.sam.vision_encoder
+
+    @property
     def prompt_dim(self) -> int:
         return self.sam.mask_decoder.hidden_size
 
@@ -163,7 +140,7 @@ class TransformersLocalizer(PromptedLocalizer):
 
     def _encode(self, images: list[torch.Tensor]) -> torch.Tensor:
         inputs = torch.stack([self._preprocess(image) for image in images])
-        embeddings, features = self._read_features(self._run_encoder(self.sam.vision_encoder, inputs.to(self.dtype)))
+        embeddings, features = self._read_features(self._run_step(self.image_encoder, inputs.to(self.dtype)))
         return pack_features(embeddings.float(), [x.float() for x in features])
 
     def _preprocess(self, image: torch.Tensor) -> torch.Tensor:
@@ -190,10 +167,6 @@ class TransformersLocalizer(PromptedLocalizer):
         if sparse is None:  # masks alone
             sparse = dense.new_zeros(1, len(prompts), 0, self.prompt_dim)
         return sparse[0].to(self.dtype), None if prompts.masks is None else dense.to(self.dtype)
-
-
-def _run_encoder(encoder: nn.Module, inputs: torch.Tensor) -> Any:
-    return encoder(inputs)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
