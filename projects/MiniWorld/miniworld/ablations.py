@@ -68,7 +68,8 @@ def sharing_weights(name: str) -> list[str]:
 
 
 def result_path(name: str, seed: int, args: Namespace) -> Path:
-    return args.output / "results" / f"{name.replace('/', '-')}-{seed}.json"
+    directory = "results" if args.split == "test" else f"results-{args.split}"
+    return args.output / directory / f"{name.replace('/', '-')}-{seed}.json"
 
 
 def table(args: Namespace) -> str:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import pkgutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +14,15 @@ from torch import nn
 from tqdm import tqdm
 
 from miniworld.packing import pack_weights
-from miniworld.pretrain_clip import ClipPretraining
-from miniworld.pretrain_sam import SamPretraining
-from miniworld.pretrain_sam2 import Sam2Pretraining
-from miniworld.pretrain_siglip import SiglipPretraining
 from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.utils.files import atomic_path, sha256_of_file
 
-TASKS: dict[str, type[ClipPretraining] | type[SamPretraining]] = {
-    "clip": ClipPretraining,
-    "sam": SamPretraining,
-    "sam2": Sam2Pretraining,
-    "siglip": SiglipPretraining,
+# Imported when they are chosen: sam2 and siglip need the extra "models".
+TASKS = {
+    "clip": "miniworld.pretrain_clip:ClipPretraining",
+    "sam": "miniworld.pretrain_sam:SamPretraining",
+    "sam2": "miniworld.pretrain_sam2:Sam2Pretraining",
+    "siglip": "miniworld.pretrain_siglip:SiglipPretraining",
 }
 
 
@@ -33,7 +32,7 @@ def learning_rate(iteration: int, steps: int, peak: float) -> float:
     return peak * warm * (0.505 + 0.495 * math.cos(math.pi * iteration / steps))
 
 
-def train(task: ClipPretraining | SamPretraining, args: Namespace, checkpoint: Path) -> None:
+def train(task: Any, args: Namespace, checkpoint: Path) -> None:
     """Train ``task`` to the end, from the checkpoint if there is one."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task.to(device).train()
@@ -71,7 +70,7 @@ def train(task: ClipPretraining | SamPretraining, args: Namespace, checkpoint: P
 
 def main(args: Namespace) -> None:
     torch.manual_seed(args.seed)
-    task = TASKS[args.model](args.output, args.seed, args.images, args.workers)
+    task = pkgutil.resolve_name(TASKS[args.model])(args.output, args.seed, args.images, args.workers)
     train(task, args, args.output / f"{args.model}.pth")
     with atomic_path(args.output / f"{args.model}.safetensors") as temporary:
         save_file(pack_weights(task.state()), temporary)

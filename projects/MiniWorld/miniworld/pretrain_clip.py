@@ -7,18 +7,19 @@ discarded after the training: without it, so small a model takes far longer to a
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from clip.model import CLIP
 from torch import nn
 from torch.nn import functional as F
 
 from miniworld.captions import CONTEXT, WORDS, CaptionedImages, halve, to_input
 from miniworld.categories import CATEGORIES, NAMES
 from miniworld.generator import draw_captioned
+from regionspot.modeling.vision_language import VisionLanguageModel
 from regionspot.modeling.vision_language.clip import ClipSize, ClipVisionLanguageModel, build_clip, encode_tokens
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 
@@ -95,11 +96,17 @@ def sincos_2d(grid: int, width: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def report_clip(clip_model: CLIP, num_images: int = 400, seed: int = 1) -> dict[str, float]:
+def report_clip(
+    clip_model: Any,
+    kind: Callable[..., VisionLanguageModel] = ClipVisionLanguageModel,
+    num_images: int = 400,
+    seed: int = 1,
+) -> dict[str, float]:
     """Return zero-shot accuracies over all names on images of one object, anywhere in the image.
 
     Args:
-        clip_model: CLIP.
+        clip_model: the model.
+        kind: the class of its vision-language model.
         num_images: of one object.
         seed: of the world; training uses another.
     """
@@ -112,10 +119,10 @@ def report_clip(clip_model: CLIP, num_images: int = 400, seed: int = 1) -> dict[
         if len(scene.classes) == 1:
             images.append(halve(scene))
             labels.append(int(scene.classes[0]))
-    device = clip_model.text_projection.device
-    seen = torch.cat([clip_model.encode_image(part.to(device)) for part in to_input(np.stack(images)).split(100)])
-    encoder = TextEncoder(ClipVisionLanguageModel(clip_model=copy.deepcopy(clip_model)))  # it would freeze the model
-    predictions = (seen.float() @ encoder.encode(NAMES).t()).argmax(dim=1).tolist()
+    device = next(clip_model.parameters()).device
+    vision_language = kind(clip_model=copy.deepcopy(clip_model)).to(device)  # it would freeze the model
+    seen = torch.cat([vision_language.embed_images(part.to(device)) for part in to_input(np.stack(images)).split(100)])
+    predictions = (seen.float() @ TextEncoder(vision_language).encode(NAMES).t()).argmax(dim=1).tolist()
     result = {"top1": float(np.mean([predicted == label for predicted, label in zip(predictions, labels)]))}
     for k, attribute in enumerate(("pattern", "color", "shape")):
         result[attribute] = float(np.mean([CATEGORIES[g][k] == CATEGORIES[t][k] for g, t in zip(predictions, labels)]))

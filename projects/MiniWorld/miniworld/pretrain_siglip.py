@@ -3,16 +3,18 @@
 It starts from the weights of the miniature CLIP, where it has them, and sees the same images and captions.
 """
 
-import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from open_clip import CustomTextCLIP
 from torch.nn import functional as F
 
 from miniworld.captions import CONTEXT
-from miniworld.pretrain_clip import ClipPretraining
+from miniworld.pretrain_clip import ClipPretraining, report_clip
 from regionspot.checkpoint.formats import load_checkpoint_file
+from regionspot.modeling.vision_language.open_clip import OpenClipVisionLanguageModel
+from regionspot.modeling.vision_language.open_clip_models import build_open_clip, read_open_clip_config
 
 WEIGHTS = Path(__file__).parent / "weights"
 CONFIG = WEIGHTS / "siglip.config.json"
@@ -22,10 +24,8 @@ class SiglipPretraining(ClipPretraining):
     """SigLIP, the head that predicts words, and their loss."""
 
     @staticmethod
-    def build() -> CustomTextCLIP:
-        config = json.loads(CONFIG.read_text())
-        config.pop("custom_text")  # open_clip's own key for this class
-        model = CustomTextCLIP(**config)
+    def build() -> Any:
+        model = build_open_clip(read_open_clip_config(str(CONFIG)))
         clip = load_checkpoint_file(WEIGHTS / "clip.safetensors")
         own = model.state_dict()
         start = {key if key in own else f"text.{key}": value for key, value in clip.items() if "logit" not in key}
@@ -51,4 +51,5 @@ class SiglipPretraining(ClipPretraining):
         return self.model.state_dict()
 
     def report(self) -> dict[str, float]:
-        return {}
+        kind = partial(OpenClipVisionLanguageModel, config=read_open_clip_config(str(CONFIG)))
+        return report_clip(self.model, kind)
