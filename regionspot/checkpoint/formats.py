@@ -68,17 +68,18 @@ def _reason(error: Exception) -> str:
 
 
 def _expand_token_rows(content: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Complete the token embedding of a CLIP whose file has only the rows in use; the other rows become 0.
+    """Complete the token embedding of a text encoder whose file has only the rows in use; the other rows become 0.
 
     Such a file has ``token_embedding.rows`` (R, width) and ``token_embedding.tokens`` (R,), the rows' token ids, the
-    last of which is the vocabulary's last (end of text).
+    last of which is the vocabulary's last (end of text); open_clip's names begin with ``text.``.
     """
-    if "token_embedding.rows" in content:
-        rows, tokens = content.pop("token_embedding.rows"), content.pop("token_embedding.tokens")
+    for key in [key for key in content if key.endswith("token_embedding.rows")]:
+        name = key.removesuffix(".rows")
+        rows, tokens = content.pop(key), content.pop(f"{name}.tokens")
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << 20:
-            raise ValueError("token_embedding.tokens: expected the ids of CLIP's tokens")
-        content["token_embedding.weight"] = rows.new_zeros(int(tokens.max()) + 1, rows.shape[1])
-        content["token_embedding.weight"][tokens] = rows
+            raise ValueError(f"{name}.tokens: expected the ids of CLIP's tokens")
+        content[f"{name}.weight"] = rows.new_zeros(int(tokens.max()) + 1, rows.shape[1])
+        content[f"{name}.weight"][tokens] = rows
     return content
 
 

@@ -10,11 +10,15 @@ from lvis import LVIS
 from PIL import Image
 from safetensors.torch import save_file
 
+from miniworld.__main__ import COMMANDS
 from miniworld.annotate import write_split
 from miniworld.categories import BASE, CATEGORIES, FREQUENCIES, NAMES, NOVEL
 from miniworld.generator import draw_captioned, draw_scene
-from miniworld.packing import pack_weights
+from miniworld.packing import pack_weights, used_tokens
+from miniworld.tables import format_runs
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
+from regionspot.checkpoint.formats import load_checkpoint_file
+from regionspot.modeling.vision_language.clip import VOCAB_SIZE
 
 from ..helpers import tiny_model
 
@@ -105,3 +109,28 @@ def test_packed_token_rows_are_unpacked(tmp_path):
     for names in (["striped red star"], ["plain blue ring"]):
         expected = model.recognizer.classifier.text_encoder.encode(names)
         torch.testing.assert_close(other.recognizer.classifier.text_encoder.encode(names), expected, atol=5e-3, rtol=0)
+
+
+def test_packed_token_rows_below_a_prefix_are_unpacked(tmp_path):
+    embedding = torch.randn(VOCAB_SIZE, 2).half()
+    save_file(pack_weights({"text.token_embedding.weight": embedding}), tmp_path / "siglip.safetensors")
+    loaded = load_checkpoint_file(tmp_path / "siglip.safetensors")
+    assert list(loaded) == ["text.token_embedding.weight"]
+    used, unused = used_tokens(), torch.ones(VOCAB_SIZE, dtype=torch.bool)
+    unused[used] = False
+    assert torch.equal(loaded["text.token_embedding.weight"][used], embedding[used])
+    assert not loaded["text.token_embedding.weight"][unused].any()
+
+
+def test_table_of_runs_leaves_missing_numbers_empty():
+    runs = {"full": [{"base_top1": 0.5, "AP": 70.0}, {"base_top1": 0.6, "AP": 72.0}], "older": [{"base_top1": 0.25}]}
+    lines = format_runs(runs, {"base_top1": "base", "AP": "AP"}, published={"full": "23.7", "older": ""}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
+    assert cells[0] == ["", "base", "AP", "the paper's AP"]
+    assert cells[1:] == [["full", "55.0 ± 5.0", "71.0 ± 1.0", "23.7"], ["older", "25.0 ± 0.0", "", ""]]
+
+
+def test_ablations_refuse_unknown_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"--rows: expected some of RegionSpot-mini, .*; got plus/nothing"):
+        COMMANDS["ablations"].call("--output", tmp_path, "--rows", "RegionSpot-mini", "plus/nothing")
+    assert not any(tmp_path.iterdir())

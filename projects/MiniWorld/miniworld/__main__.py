@@ -14,8 +14,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = {
     "clip": (6000, 64, 1e-3, 40000),
     "sam": (5000, 8, 1e-3, 6000),
-    "sam2": (2500, 8, 1e-3, 4000),
-    "siglip": (800, 64, 5e-4, 12000),
+    "sam2": (3000, 8, 1e-3, 6000),
+    "siglip": (4000, 64, 1e-3, 30000),
 }
 
 DEMO = """train RegionSpot in a drawn world, evaluate it on classes without annotations (make demo)
@@ -43,13 +43,20 @@ AUDIT = """plant wrong labels in the validation split and look for them: precisi
 Example:
     miniworld audit --output output/ablations
 """
-PRETRAIN = """train the frozen parts of this world, SAM and CLIP, from scratch
+TRANSFER = """move trained models from SAM to SAM 2: a linear map, with a short fine-tune, and training from scratch
+
+Models are trained where they are not in DIR/training yet. An interrupted run continues.
+
+Example:
+    miniworld transfer --output output/ablations
+"""
+PRETRAIN = """train the frozen parts of this world, SAM and CLIP or SAM 2 and SigLIP
 
 Run again after an interruption, it resumes from its last checkpoint.
 
 Examples:
     miniworld pretrain clip --output output/pretrain
-    miniworld pretrain sam --output output/pretrain
+    miniworld pretrain sam2 --output output/pretrain --no-amp
 """
 DRAW = """draw the annotated splits into $DETECTRON2_DATASETS/miniworld, in LVIS format
 
@@ -107,6 +114,17 @@ def parse_audit(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def parse_transfer(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    _add_training(parser)
+    parser.add_argument("--seeds", type=int, default=3, help="models that are moved")
+    parser.add_argument("--images", type=int, default=3200, help="training scenes whose regions the map is fitted on")
+    parser.add_argument("--steps", type=int, default=200, help="iterations of the fine-tune")
+    parser.add_argument("--test", type=int, default=200, help="number of scenes to evaluate on")
+    parser.add_argument("--split", choices=["test", "val"], default="test", help="of these scenes")
+    add_overrides(parser)
+    return parser.parse_args(arguments)
+
+
 def parse_pretrain(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("model", choices=sorted(RECIPES), help="which model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoint, images and result")
@@ -144,6 +162,7 @@ COMMANDS = {
     "ablations": Command(parse_ablations, "miniworld.ablations", ABLATIONS, "finished runs are kept"),
     "examples": Command(parse_examples, "miniworld.examples", EXAMPLES, "trained models and finished seeds are kept"),
     "audit": Command(parse_audit, "miniworld.audit", AUDIT, "trained models are kept"),
+    "transfer": Command(parse_transfer, "miniworld.transfer", TRANSFER, "trained models and finished seeds are kept"),
     "draw": Command(parse_draw, "miniworld.draw", DRAW, "finished splits are kept"),
     "pretrain": Command(parse_pretrain, "miniworld.pretrain", PRETRAIN, "the last checkpoint is kept"),
 }

@@ -8,12 +8,12 @@ from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from miniworld import experiment
+from miniworld.tables import format_runs
+from miniworld.trained import training_directory
 from regionspot.modeling.postprocessing import DetectionRule
 from regionspot.utils.files import atomic_path
 
@@ -36,10 +36,12 @@ ROWS = [
     ("plus/mask-pooling", "mask pooling", ""),
     ("plus/mask-pooling-depth-1", "mask pooling, depth 1", ""),
     ("plus/pre-norm-depth-6", "depth 6, pre-norm", ""),
+    ("models/SAM2-mini", "SAM 2 and CLIP", ""),
+    ("models/SigLIP-mini", "SAM and SigLIP", ""),
+    ("models/SAM2-SigLIP-mini", "SAM 2 and SigLIP", ""),
 ]
 # Rows that differ from another one at inference alone are evaluated with its weights, so nothing else moves them.
 WEIGHTS_OF = {"ablations/scores-sigmoid": "RegionSpot-mini"}
-COLUMNS = ("base_top1", "novel_top1", "novel_top1_novel_vocabulary", "AP", "APr")
 
 
 def run_once(name: str, seed: int, args: Namespace) -> None:
@@ -48,16 +50,13 @@ def run_once(name: str, seed: int, args: Namespace) -> None:
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
     # the scenes exist: this registers them
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, 1)
-    output = args.output / "training" / f"{name.replace('/', '-')}-{seed}"
     configs = {row: experiment.CONFIGS / f"{row}.yaml" for row in sharing_weights(name)}
+    output = training_directory(args.output, configs[name], seed)
     cfgs = {row: experiment.miniworld_config(path, output, seed, args.opts) for row, path in configs.items()}
     model = experiment.train(cfgs[name], args.output / "features")
     for row, cfg in cfgs.items():
         model.recognizer.rule = DetectionRule.from_config(cfg)
-        numbers = experiment.recognize_scenes(
-            model.recognizer, experiment.test_scenes(args.split, args.test)
-        ).accuracies()
-        numbers.update(experiment.average_precision(cfg, model, args.split))
+        numbers = experiment.measure(cfg, model, args.split, args.test)
         with atomic_path(result_path(row, seed, args)) as temporary:
             temporary.write_text(json.dumps(numbers))
 
@@ -74,20 +73,17 @@ def result_path(name: str, seed: int, args: Namespace) -> Path:
 
 def table(args: Namespace) -> str:
     """Return mean and standard deviation of the finished runs."""
-    lines = []
+    runs, published = {}, {}
     for name, what, paper in ROWS:
         paths = [path for seed in range(args.seeds) if (path := result_path(name, seed, args)).is_file()]
-        if not paths:
-            continue
-        numbers = [json.loads(path.read_text()) for path in paths]
-        scale = {column: 1 if column.startswith("AP") else 100 for column in COLUMNS}
-        values = [[scale[column] * n[column] for n in numbers] for column in COLUMNS]
-        lines.append([what, *(f"{np.mean(v):.1f} ± {np.std(v):.1f}" for v in values), paper])
-    headers = ["", "base top-1", "novel top-1", "novel of novel names", "AP", "APr", "the paper's AP"]
-    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+        if paths:
+            runs[what], published[what] = [json.loads(path.read_text()) for path in paths], paper
+    return format_runs(runs, published=published)
 
 
 def main(args: Namespace) -> None:
+    if unknown := set(args.rows or ()) - {name for name, _, _ in ROWS}:
+        raise ValueError(f"--rows: expected some of {', '.join(name for name, _, _ in ROWS)}; got {', '.join(unknown)}")
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, args.jobs)
     rows = [name for name, _, _ in ROWS if name not in WEIGHTS_OF and (not args.rows or name in args.rows)]
     tasks = [(name, seed) for name in rows for seed in range(args.seeds)]

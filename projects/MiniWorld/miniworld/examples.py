@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from tabulate import tabulate
 from tqdm import tqdm
 
 from miniworld import experiment
 from miniworld.categories import NAMES, NOVEL
+from miniworld.tables import format_runs
 from miniworld.trained import index_split, load_trained
 from regionspot import RegionSpotPredictor
 from regionspot.data.coco_io import AnnotationFile
@@ -24,8 +24,7 @@ from regionspot.utils.files import write_json
 from regionspot.vocabulary import load_vocabulary
 
 NUMBERS = (1, 5, 20)  # examples of a class
-COLUMNS = ("novel_top1", "base_top1", "novel_of_novel")
-HEADERS = ("novel top-1", "base top-1", "novel of novel names")
+COLUMNS = {"novel_top1": "novel top-1", "base_top1": "base top-1", "novel_of_novel": "novel of novel names"}
 
 
 def example_pool(dataset_name: str) -> dict[int, list[dict[str, Any]]]:
@@ -119,11 +118,8 @@ def run_seed(args: Namespace, seed: int, pool: dict[int, list[dict[str, Any]]]) 
 
 def table(results: list[dict[str, dict[str, float]]]) -> str:
     """Return mean and standard deviation over the seeds, in percent."""
-    lines = []
-    for name in results[0]:
-        values = np.array([[100 * result[name][column] for column in COLUMNS] for result in results])
-        lines.append([name, *(f"{mean:.1f} ± {std:.1f}" for mean, std in zip(values.mean(axis=0), values.std(axis=0)))])
-    return tabulate(lines, headers=("novel classes by", *HEADERS), tablefmt="github", disable_numparse=True)
+    runs = {name: [result[name] for result in results] for name in results[0]}
+    return format_runs(runs, COLUMNS, heading="novel classes by")
 
 
 def main(args: Namespace) -> None:

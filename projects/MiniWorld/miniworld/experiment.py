@@ -37,12 +37,11 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 def miniworld_config(config_file: Path, output: Path, seed: int = 0, overrides: list[str] | None = None) -> CfgNode:
     """Return a config of this project, or of another in this world, that works from any directory."""
-    frozen = [
-        part
-        for name in ("SAM", "CLIP")
-        for part in (f"MODEL.REGIONSPOT.{name}.WEIGHTS", str(WEIGHTS / f"{name.lower()}.safetensors"))
-    ]
-    cfg = load_config(config_file, [*frozen, "OUTPUT_DIR", str(output), "SEED", str(seed), *(overrides or [])])
+    cfg = load_config(config_file, ["OUTPUT_DIR", str(output), "SEED", str(seed), *(overrides or [])])
+    for part in (cfg.MODEL.REGIONSPOT.SAM, cfg.MODEL.REGIONSPOT.CLIP):
+        for key in ("NAME", "WEIGHTS"):
+            if part[key].startswith("projects/MiniWorld/miniworld/weights/"):
+                part[key] = str(WEIGHTS / Path(part[key]).name)
     cfg.freeze()
     return cfg
 
@@ -59,19 +58,27 @@ def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
 
 
 def store_path(cfg: CfgNode, directory: Path, split: str) -> Path:
-    """Return the directory of a split's features; one store for each choice of frozen features."""
-    return directory / "-".join([split, *get_token_stages(cfg), cfg.MODEL.REGIONSPOT.CLIP.FEATURES])
+    """Return the directory of a split's features; one store for each choice of frozen models and features."""
+    node = cfg.MODEL.REGIONSPOT
+    models = [Path(part.WEIGHTS).stem for part in (node.SAM, node.CLIP)]
+    return directory / "-".join([split, *models, *get_token_stages(cfg), node.CLIP.FEATURES])
 
 
-def train(cfg: CfgNode, features: Path) -> RegionSpot:
-    """Extract the frozen features of ``miniworld_train`` unless they exist, train on them, return the model."""
-    torch.manual_seed(cfg.SEED)
-    path = store_path(cfg, features, "train")
+def extract(cfg: CfgNode, features: Path, split: str = "train") -> Path:
+    """Extract the frozen features of a split unless they exist; return their store."""
+    path = store_path(cfg, features, split)
     model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model).load("")
     extraction = Extraction(get_token_stages(cfg), feature_maps=True, batch_size=16)
-    while not extract_tokens(model.recognizer, "miniworld_train", path, extraction):
+    while not extract_tokens(model.recognizer, f"miniworld_{split}", path, extraction):
         time.sleep(2)  # another run is writing the last shards
+    return path
+
+
+def train(cfg: CfgNode, features: Path) -> RegionSpot:
+    """Train on the frozen features of ``miniworld_train``, which are extracted unless they exist; return the model."""
+    torch.manual_seed(cfg.SEED)
+    path = extract(cfg, features)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TOKEN_STORES_TRAIN = (str(path),)
@@ -82,6 +89,14 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     trainer.resume_or_load(resume=False)
     trainer.train()
     return trainer.model.eval()
+
+
+def measure(cfg: CfgNode, model: RegionSpot, split: str, num_scenes: int) -> dict[str, float]:
+    """Return accuracies of annotated boxes and of jittered ones (``jittered_...``), and average precision."""
+    scenes = test_scenes(split, num_scenes)
+    numbers = recognize_scenes(model.recognizer, scenes).accuracies()
+    numbers.update(recognize_scenes(model.recognizer, scenes, jittered=True).accuracies("jittered_"))
+    return {**numbers, **average_precision(cfg, model, split)}
 
 
 @dataclass

@@ -14,10 +14,10 @@ def used_tokens() -> torch.Tensor:
 
 
 def pack_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the contents of a weights file for a state dict of CLIP or SAM; ``regionspot.checkpoint`` reads it."""
+    """Return the contents of a weights file for a frozen model's state dict; ``regionspot.checkpoint`` reads it."""
     packed = {key: value.detach().cpu().half().contiguous() for key, value in state.items()}
-    if "token_embedding.weight" in packed:
-        tokens = used_tokens()
-        packed["token_embedding.rows"] = packed.pop("token_embedding.weight")[tokens].contiguous()
-        packed["token_embedding.tokens"] = tokens
+    for key in [key for key in packed if key.endswith("token_embedding.weight")]:
+        tokens, name = used_tokens(), key.removesuffix(".weight")
+        packed[f"{name}.rows"] = packed.pop(key)[tokens].contiguous()
+        packed[f"{name}.tokens"] = tokens
     return packed

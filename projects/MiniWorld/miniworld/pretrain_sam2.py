@@ -1,4 +1,8 @@
-"""Trains the miniature SAM 2, another localizer: a hierarchical encoder, high-resolution features for the masks."""
+"""Trains the miniature SAM 2, another localizer: a hierarchical encoder, high-resolution features for the masks.
+
+It starts from the prompt encoder and the mask decoder of the miniature SAM, which it has the most of, and sees the same
+scenes.
+"""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +12,15 @@ import torch
 from torch.nn import functional as F
 from transformers import Sam2Config, Sam2Model
 
+from miniworld.pretrain_clip import sincos_2d
 from miniworld.pretrain_sam import SamPretraining, mask_loss, report_sam, soft_iou
+from regionspot.checkpoint.formats import load_checkpoint_file
 from regionspot.modeling.localizers import Sam2Localizer
+from regionspot.modeling.localizers.official_keys import rename_sam2
 from regionspot.structures import Prompts
 
-CONFIG = Path(__file__).parent / "weights" / "sam2.config.json"
+WEIGHTS = Path(__file__).parent / "weights"
+CONFIG = WEIGHTS / "sam2.config.json"
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SAM 2's own, RGB in [0, 1]
 
 
@@ -21,7 +29,20 @@ class Sam2Pretraining(SamPretraining):
 
     @staticmethod
     def build() -> Sam2Model:
-        return Sam2Model(Sam2Config(**json.loads(CONFIG.read_text())))
+        model = Sam2Model(Sam2Config(**json.loads(CONFIG.read_text())))
+        shared = {
+            f"sam_{key}".replace(".lin1.", ".layers.0.").replace(".lin2.", ".layers.1."): value.float()
+            for key, value in load_checkpoint_file(WEIGHTS / "sam.safetensors").items()
+            if not key.startswith("image_encoder.")
+        }
+        model.load_state_dict(rename_sam2(shared), strict=False)
+        with torch.no_grad():
+            # positions are 0 at the start, and without them it learns no place for a long time
+            position = model.vision_encoder.backbone.pos_embed  # (1, width, 8, 8)
+            position.add_(0.5 * sincos_2d(position.shape[2], position.shape[1])[1:].t().reshape(position.shape))
+            for projection in (model.mask_decoder.conv_s0, model.mask_decoder.conv_s1):  # SAM has no finer levels
+                projection.weight.zero_()
+        return model
 
     def _encode(self, images: list[torch.Tensor]) -> Sequence[list[torch.Tensor]]:
         mean, std = (torch.tensor(x).view(3, 1, 1).to(self.model.device) for x in (PIXEL_MEAN, PIXEL_STD))

@@ -10,12 +10,17 @@ from regionspot import RegionSpotPredictor
 from regionspot.index import ImageSet, RegionIndex, build_index, dataset_images
 
 
-def load_trained(args: Namespace, seed: int) -> tuple[RegionSpotPredictor, CfgNode]:
-    """Return the full model of a seed, with its config; it is trained unless its weights are in ``args.output``.
+def training_directory(output: Path, config_file: Path, seed: int) -> Path:
+    """Return where a config is trained with a seed; all experiments under ``output`` share it."""
+    config_file = config_file.resolve()
+    inside = config_file.is_relative_to(experiment.CONFIGS)
+    name = config_file.relative_to(experiment.CONFIGS).with_suffix("").as_posix() if inside else config_file.stem
+    return output / "training" / f"{name.replace('/', '-')}-{seed}"
 
-    The directories are those of ``miniworld ablations``.
-    """
-    output = args.output / "training" / f"{args.config_file.stem}-{seed}"
+
+def load_trained(args: Namespace, seed: int) -> tuple[RegionSpotPredictor, CfgNode]:
+    """Return the model of a config and a seed, with its config; trained unless its weights are in ``args.output``."""
+    output = training_directory(args.output, args.config_file, seed)
     weights = output / "model_final.pth"
     cfg = experiment.miniworld_config(args.config_file, output, seed, args.opts)
     if not weights.is_file():
