@@ -14,8 +14,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = {
     "clip": (6000, 64, 1e-3, 40000),
     "sam": (5000, 8, 1e-3, 6000),
-    "sam2": (3000, 8, 1e-3, 6000),
-    "siglip": (4000, 64, 1e-3, 30000),
+    "sam2": (2400, 8, 1e-3, 6000),
+    "siglip": (2000, 64, 1e-3, 30000),
 }
 
 DEMO = """train RegionSpot in a drawn world, evaluate it on classes without annotations (make demo)
