@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -14,6 +15,8 @@ from miniworld.experiment import CONFIG, CONFIGS, WEIGHTS, draw_data, miniworld_
 from miniworld.pretrain_clip import report_clip
 from miniworld.pretrain_sam import report_sam
 from regionspot.modeling import RegionRecognizer
+from regionspot.modeling.localizers import Sam2Localizer
+from regionspot.modeling.vision_language.open_clip import OpenClipVisionLanguageModel
 from regionspot.utils.files import sha256_of_file
 
 from ..helpers import ROOT
@@ -30,14 +33,14 @@ def recognizer(tmp_path_factory):
     return RegionRecognizer.from_pretrained(cfg).eval()
 
 
-@pytest.mark.parametrize("part", ["sam", "clip"])
+@pytest.mark.parametrize("part", ["sam", "clip", "sam2", "siglip"])
 def test_committed_weights_match_report(part):
     report = json.loads((WEIGHTS / f"{part}.json").read_text())
     assert sha256_of_file(WEIGHTS / f"{part}.safetensors") == report["sha256"]
 
 
 def test_committed_weights_are_small():
-    assert sum(path.stat().st_size for path in WEIGHTS.glob("*.safetensors")) <= 8e6
+    assert max(path.stat().st_size for path in WEIGHTS.glob("*.safetensors")) <= 4e6
 
 
 def test_clip_accuracy_matches_report(recognizer):
@@ -52,6 +55,20 @@ def test_sam_iou_matches_report(recognizer):
     measured = report_sam(recognizer.localizer.sam, num_scenes=15)
     for key in ("box_iou", "point_iou"):
         assert measured[key] == pytest.approx(report[key], abs=0.06)
+
+
+def test_sam2_and_siglip_match_their_reports(tmp_path):
+    cfg = miniworld_config(CONFIGS / "models" / "SAM2-SigLIP-mini.yaml", tmp_path)
+    recognizer = RegionRecognizer.from_pretrained(cfg).eval()
+    localizer, vision_language = recognizer.localizer, recognizer.vision_language
+    siglip = partial(OpenClipVisionLanguageModel, config=vision_language.config)
+    for part, measured in (
+        ("sam2", report_sam(localizer.sam, Sam2Localizer, num_scenes=15)),
+        ("siglip", report_clip(vision_language.clip_model, siglip, num_images=150)),
+    ):
+        report = json.loads((WEIGHTS / f"{part}.json").read_text())
+        for key, value in measured.items():
+            assert value == pytest.approx(report[key], abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +161,17 @@ def test_examples_of_the_classes_that_have_them(demo, trained, monkeypatch, caps
     assert list(results)[:3] == ["name", "1 example", "2 examples"] and len(results) == 6
     assert all(0 <= value <= 1 for row in results.values() for value in row.values())
     assert "| name and 2 examples" in capsys.readouterr().out
+
+
+def test_transfer_to_sam2_keeps_more_than_chance(demo, trained, monkeypatch, capsys):
+    directory, options = trained
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(demo[0] / "cache"))
+    sizes = ["--train", 60, "--test", 12, "--steps", 2, "--seeds", 1]
+    overrides = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0]
+    COMMANDS["transfer"].call(*options[:4], "--workers", 1, *sizes, *SMALL, *overrides)
+    results = json.loads((directory / "transfer" / "test-0.json").read_text())
+    trained_on_sam, mapped, tuned, scratch, whole = (row["base_top1"] for row in results.values())
+    assert mapped > 0.5 * trained_on_sam > 2 / 120 > 0  # chance is 1 / 120
+    assert max(scratch, whole) < min(mapped, tuned)
+    assert 0 < list(results.values())[1]["explained_variance"] < 1
+    assert "| SAM 2, the map alone" in capsys.readouterr().out
