@@ -58,6 +58,8 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
     extraction = Extraction(
         stages=tuple(args.stages or get_token_stages(cfg)),
         flip=args.flip,
+        jitter=args.jitter,
+        jitter_copies=args.jitter_copies,
         feature_maps=args.feature_maps,
         shard_images=args.shard_images,
         batch_size=cfg.TEST.BATCH_SIZE if args.batch_size is None else args.batch_size,
@@ -92,6 +94,8 @@ def report(args: Namespace) -> None:
             stores.append(str(parent))
     if len(stores) == len(args.datasets):
         print(f"DATASETS:\n  TRAIN: {tuple(args.datasets)}\n  TOKEN_STORES_TRAIN: {tuple(stores)}")
+        if args.jitter:
+            print(f"INPUT:\n  BOX_JITTER: {args.jitter}")
 
 
 def main(args: Namespace) -> int:

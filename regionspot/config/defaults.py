@@ -174,6 +174,11 @@ def _add_training_config(cfg: CfgNode) -> None:
     # value, such as (0, 65535), becomes 0 and 255; () uses those of each image.
     cfg.INPUT.DEEP_RANGE = ()
 
+    # Beyond the paper: each side of the boxes to learn from is moved by a normal error whose standard deviation is this
+    # share of the box's width or height, so that inaccurate boxes cost less. Token stores must then hold copies of the
+    # same strength (`regionspot extract --jitter`). 0 for none.
+    cfg.INPUT.BOX_JITTER = 0.0
+
     # "AdamW" (the paper's) or "SGD" (Detectron2's).
     cfg.SOLVER.OPTIMIZER = "AdamW"
     # The IMS_PER_BATCH images of a step are processed in this many batches, to save memory.

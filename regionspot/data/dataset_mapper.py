@@ -11,6 +11,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
+from regionspot.data.box_jitter import check_strength, jitter_boxes
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.tokens import TokenStore
 from regionspot.structures import MIN_SIDE
@@ -39,6 +40,7 @@ class RegionSpotDatasetMapper:
         match_iou: float = 0.0,
         deep_range: Sequence[float] = (),
         blank_unreadable: bool = False,
+        box_jitter: float = 0.0,
     ) -> None:
         """
         Args:
@@ -53,14 +55,18 @@ class RegionSpotDatasetMapper:
             deep_range: see ``decode_image``.
             blank_unreadable: replace an unreadable image by a black one without boxes, with the reason as
                 ``unreadable``.
+            box_jitter: in training, the strength of the errors by which boxes are moved, see ``jitter_boxes``; with
+                stored tokens, those of one of the stored copies are taken instead.
 
         Raises:
-            ValueError: augmentations, or proposals, that the stored tokens do not cover.
+            ValueError: augmentations, proposals or a jitter that the stored tokens do not cover.
         """
+        check_strength(box_jitter, "INPUT.BOX_JITTER")
         if token_store is not None and proposal_file is not None:
             raise ValueError("stored tokens are of annotated boxes: leave out either them or PROPOSAL_FILES_TRAIN")
         if token_store is not None:
             _check_coverage(augmentations, token_store)
+            _check_jitter(box_jitter, token_store)
         elif reduced_size:
             raise ValueError("INPUT.REDUCED_JPEG needs stored tokens (DATASETS.TOKEN_STORES_TRAIN): SAM sees the image")
         self.augmentations = T.AugmentationList(augmentations)
@@ -72,6 +78,7 @@ class RegionSpotDatasetMapper:
         self.match_iou = match_iou
         self.deep_range = check_deep_range(deep_range)
         self.blank_unreadable = blank_unreadable
+        self.box_jitter = box_jitter
 
     @classmethod
     def from_config(
@@ -96,6 +103,7 @@ class RegionSpotDatasetMapper:
             "match_iou": cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN if is_train else 0.0,
             "deep_range": cfg.INPUT.DEEP_RANGE,
             "blank_unreadable": cfg.DATALOADER.SKIP_UNREADABLE and not is_train,  # training takes another image
+            "box_jitter": cfg.INPUT.BOX_JITTER if is_train else 0.0,
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -136,13 +144,12 @@ class RegionSpotDatasetMapper:
         if needs_image:
             record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
 
-        # 3. Stored features. The store compares the boxes with its own, which are clipped and not augmented.
+        # 3. What depends on the boxes in the original image, clipped and not augmented, as extraction has them.
         tokens = {}
+        if self.token_store is not None or self.box_jitter:
+            is_flipped = sum(isinstance(transform, T.HFlipTransform) for transform in transforms.transforms) % 2 == 1
+            boxes, classes = self._learned_regions(record, boxes, classes, is_flipped)
         if self.token_store is not None:
-            regions = _to_instances(boxes, classes, (record["height"], record["width"]))
-            boxes, classes = regions.gt_boxes.tensor.numpy().astype(float), regions.gt_classes.numpy()
-            flips = sum(isinstance(transform, T.HFlipTransform) for transform in transforms.transforms)
-            record.update(self.token_store.get(record["image_id"], regions.gt_boxes.tensor, flips % 2 == 1))
             tokens = {"tokens": record["tokens"]}
             if needs_image:  # a JPEG may have been decoded at a smaller size
                 boxes *= np.tile([size[1] / record["width"], size[0] / record["height"]], 2)
@@ -167,6 +174,27 @@ class RegionSpotDatasetMapper:
         if self.vocabulary:
             record["vocabulary"] = self.vocabulary
         return record
+
+    def _learned_regions(
+        self, record: dict[str, Any], boxes: np.ndarray, classes: np.ndarray, is_flipped: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes (n, 4) and classes (n,) to learn from; stored features of them are added to the record."""
+        size = (record["height"], record["width"])
+        regions = _to_instances(boxes, classes, size)
+        learned = regions.gt_boxes.tensor  # (n, 4) float32 XYXY in the original image
+        if self.token_store is None:
+            # NumPy's global generator, which the augmentations draw from, too
+            rng = np.random.default_rng(np.random.randint(2**32, dtype=np.uint32))
+            learned = torch.from_numpy(jitter_boxes(learned.numpy(), size, self.box_jitter, rng))
+        elif self.box_jitter:
+            # 0 is the annotated box; the same copy for all stages of a region
+            copies = torch.from_numpy(np.random.randint(self.token_store.num_copies + 1, size=len(learned)))
+            features = self.token_store.get(record["image_id"], learned, is_flipped, copies)
+            learned = features.pop("boxes")
+            record.update(features)
+        else:
+            record.update(self.token_store.get(record["image_id"], learned, is_flipped))
+        return learned.numpy().astype(float), regions.gt_classes.numpy()
 
     def _read_proposals(self, record: dict[str, Any], transforms: T.TransformList, size: tuple[int, int]) -> Instances:
         original = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))  # type: ignore[union-attr]
@@ -211,6 +239,17 @@ def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> N
             f"token store {store.directory} covers {covered}, but the config asks for {names}: "
             "set INPUT.MIN_SIZE_TRAIN (0,), INPUT.RANDOM_FLIP none (or horizontal, with a store made with --flip) and "
             "INPUT.CROP.ENABLED False, or train without stored tokens"
+        )
+
+
+def _check_jitter(strength: float, store: TokenStore) -> None:
+    stored = store.jitter
+    if strength and strength != stored:
+        has = f"jittered copies of strength {stored}" if stored else "no jittered copies"
+        remedy = f"set INPUT.BOX_JITTER to {stored} or 0, or " if stored else "set INPUT.BOX_JITTER to 0, or "
+        raise ValueError(
+            f"token store {store.directory}: expected jittered copies of INPUT.BOX_JITTER {strength}, got {has}; "
+            f"{remedy}extract into another directory with `regionspot extract --jitter {strength} --jitter-copies 3`"
         )
 
 
