@@ -36,6 +36,7 @@ ROWS = [
     ("plus/mask-pooling", "mask pooling", ""),
     ("plus/mask-pooling-depth-1", "mask pooling, depth 1", ""),
     ("plus/pre-norm-depth-6", "depth 6, pre-norm", ""),
+    ("plus/box-jitter", "jittered boxes", ""),
 ]
 # Rows that differ from another one at inference alone are evaluated with its weights, so nothing else moves them.
 WEIGHTS_OF = {"ablations/scores-sigmoid": "RegionSpot-mini"}

@@ -22,6 +22,7 @@ from miniworld.generator import SIZE, Scene, draw_scene
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data import register_json_dataset
+from regionspot.data.box_jitter import jitter_boxes
 from regionspot.data.tokens import get_token_stages
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
@@ -32,6 +33,7 @@ from regionspot.utils.files import atomic_path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG = CONFIGS / "RegionSpot-mini.yaml"
+JITTER_COPIES = 3  # of each box that training draws from, with INPUT.BOX_JITTER
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
@@ -60,7 +62,10 @@ def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
 
 def store_path(cfg: CfgNode, directory: Path, split: str) -> Path:
     """Return the directory of a split's features; one store for each choice of frozen features."""
-    return directory / "-".join([split, *get_token_stages(cfg), cfg.MODEL.REGIONSPOT.CLIP.FEATURES])
+    parts = [split, *get_token_stages(cfg), cfg.MODEL.REGIONSPOT.CLIP.FEATURES]
+    if cfg.INPUT.BOX_JITTER:
+        parts.append(f"jitter-{cfg.INPUT.BOX_JITTER}")
+    return directory / "-".join(parts)
 
 
 def train(cfg: CfgNode, features: Path) -> RegionSpot:
@@ -69,7 +74,14 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     path = store_path(cfg, features, "train")
     model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model).load("")
-    extraction = Extraction(get_token_stages(cfg), feature_maps=True, batch_size=16)
+    jitter = cfg.INPUT.BOX_JITTER
+    extraction = Extraction(
+        get_token_stages(cfg),
+        jitter=jitter,
+        jitter_copies=JITTER_COPIES if jitter else 0,
+        feature_maps=True,
+        batch_size=16,
+    )
     while not extract_tokens(model.recognizer, "miniworld_train", path, extraction):
         time.sleep(2)  # another run is writing the last shards
     cfg = cfg.clone()
@@ -114,10 +126,7 @@ def test_scenes(split: str, num_scenes: int, seed: int = 0) -> list[Scene]:
 
 def jitter(boxes: np.ndarray, rng: np.random.Generator, strength: float = 0.08) -> np.ndarray:
     """Move the sides of (N, 4) boxes by a share of their lengths, like the errors of a detector."""
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    moved = np.clip(boxes + rng.normal(0, strength, boxes.shape) * sides, 0, SIZE)
-    keep = (moved[:, 2] - moved[:, 0] > 4) & (moved[:, 3] - moved[:, 1] > 4)
-    return np.where(keep[:, None], moved, boxes).astype(np.float32)
+    return jitter_boxes(boxes, (SIZE, SIZE), strength, rng, min_side=4).astype(np.float32)
 
 
 @torch.no_grad()
