@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.image_check import check_images, path_of_image
+from regionspot.data.store_coverage import describe_proposals
 from regionspot.data.tokens import StoreWriter, pack_images
-from regionspot.data.training_set import describe_annotations, image_ids
+from regionspot.data.training_set import describe_annotations, image_ids, image_sizes
 from regionspot.engine.extraction import Extraction, extract_features
 from regionspot.modeling.identity import describe_clip, describe_sam
 from regionspot.modeling.recognizer import RegionRecognizer
@@ -35,9 +36,10 @@ def describe_store(recognizer: RegionRecognizer, dataset_name: str, extraction: 
         "clip": describe_clip(recognizer) if with_maps else None,
         "stages": sorted(extraction.stages),
         "flip": extraction.flip,
-        # None, which older manifests are read as, for no copies
+        # None where older manifests have no entry
         "jitter": extraction.jitter or None,
         "jitter_copies": extraction.jitter_copies or None,
+        "proposals": describe_proposals(extraction.proposals, extraction.match_iou),
         "image_size": recognizer.localizer.image_size,
         "shard_images": extraction.shard_images,
     }
@@ -50,7 +52,7 @@ def extract_tokens(
     extraction: Extraction,
     show_progress: bool = True,
 ) -> bool:
-    """Extract features of all annotated regions of a data set; images without any are left out.
+    """Extract features of all regions of a data set, annotated or matched by proposals; images without are left out.
 
     Several processes may extract into one directory at once: each takes shards that no other is working on. Finished
     shards are kept. The content of a shard depends neither on who wrote it nor on what was there before. The manifest
@@ -60,10 +62,13 @@ def extract_tokens(
         Whether the store is complete; if not, other processes still work on it.
 
     Raises:
-        ValueError: image ids that are not unique integers; or unreadable images, after all other shards are done.
+        ValueError: image ids that are not unique integers; proposals of other images; or unreadable images, after all
+            other shards are done.
     """
-    records = _OriginalImages(DatasetCatalog.get(dataset_name), extraction.skip_damaged)
+    records = _OriginalImages(DatasetCatalog.get(dataset_name), extraction)
     check_image_ids(records.ids, dataset_name)
+    if extraction.proposals is not None:  # refuses the file of another data set
+        logger.info(extraction.proposals.summarize(records.ids, image_sizes(records.records)))
     shards = [
         range(start, min(start + extraction.shard_images, len(records)))
         for start in range(0, len(records), extraction.shard_images)
@@ -231,9 +236,10 @@ def check_image_ids(ids: np.ndarray, dataset_name: str) -> None:
 class _OriginalImages(Dataset):
     """A data set's images and regions, without augmentation, in original pixels."""
 
-    def __init__(self, records: Any, skip_damaged: bool) -> None:
-        self.records, self.skip_damaged, self.ids = records, skip_damaged, image_ids(records)
-        self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB")
+    def __init__(self, records: Any, extraction: Extraction) -> None:
+        self.records, self.skip_damaged, self.ids = records, extraction.skip_damaged, image_ids(records)
+        proposals = {"proposal_file": extraction.proposals, "match_iou": extraction.match_iou}
+        self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB", **proposals)
 
     def __len__(self) -> int:
         return len(self.records)

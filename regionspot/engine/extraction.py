@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from regionspot.data.box_jitter import check_strength, jittered_copies
+from regionspot.data.proposals import ProposalFile
 from regionspot.modeling.localizers.localizer import MASK_STAGE, TOKEN_STAGES, check_stages
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import Prompts
@@ -20,6 +21,8 @@ class Extraction:
     flip: bool = False  # also extract from the horizontally flipped image
     jitter: float = 0.0  # strength of jittered copies of the boxes, whose tokens are stored, too
     jitter_copies: int = 0  # their number for each box
+    proposals: ProposalFile | None = None  # its boxes that match an annotated one are regions, too
+    match_iou: float = 0.5  # they do from this IoU on
     feature_maps: bool = False  # also store CLIP's feature maps (300 kB per image at BB's size)
     shard_images: int = 512  # images of the data set per shard
     batch_size: int = 1  # images per step; the localizer encodes ``encoder_batch_size`` of them at once
@@ -38,6 +41,8 @@ class Extraction:
                 "expected --jitter and a positive --jitter-copies, or neither; got "
                 f"{self.jitter} and {self.jitter_copies}"
             )
+        if self.proposals is not None and not 0 < self.match_iou <= 1:
+            raise ValueError(f"PROPOSALS.IOU_THRESH_TRAIN: expected an IoU above 0, at most 1, got {self.match_iou}")
         if not self.stages or not 0 <= self.machine[0] < self.machine[1]:
             raise ValueError(f"expected a stage, and a machine rank below the number of machines; got {self}")
 
