@@ -99,7 +99,8 @@ def _add_proposal_config(node: CfgNode) -> None:
     # "sam_automatic" (SAM's masks for a grid of points), "detector", or "auto": a file if there is one, else gt.
     node.PROPOSALS.SOURCE = "auto"
     # DATASETS.PROPOSAL_FILES_TRAIN, one file per training set, adds boxes to the annotated ones in training: those with
-    # at least this IoU with an annotated box are regions of its class.
+    # at least this IoU with an annotated box are regions of its class. Token stores must be extracted with the same
+    # files (`regionspot extract --proposals`).
     node.PROPOSALS.IOU_THRESH_TRAIN = 0.5
     # Best boxes kept per image, from any source but gt; -1 for all.
     node.PROPOSALS.TOP_K = -1
