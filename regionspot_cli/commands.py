@@ -139,6 +139,13 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     parser.add_argument("--side-by-side", action="store_true", help="in a directory of the localizer's own in that one")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of SAM, and mask; default: the config's")
     parser.add_argument("--flip", action="store_true", help="also of the horizontally flipped images")
+    parser.add_argument(
+        "--jitter", type=float, default=0.0, metavar="SHARE", help="also of jittered boxes, for INPUT.BOX_JITTER"
+    )
+    parser.add_argument("--jitter-copies", type=int, default=0, metavar="K", help="jittered copies of each box")
+    parser.add_argument(
+        "--proposals", nargs="+", default=[], metavar="FILE", help="one for each data set: also of boxes that match"
+    )
     parser.add_argument("--feature-maps", action="store_true", help="also CLIP's feature maps")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes, each on a GPU of its own if there are any")
     parser.add_argument("--num-machines", type=int, default=1, help="machines that share no directory")
@@ -151,6 +158,8 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     args = parser.parse_args(arguments)
     if not args.verify and not (args.config_file and args.datasets and args.output):
         parser.error("expected --config-file, --datasets and --output, or --verify")
+    if args.proposals and len(args.proposals) != len(args.datasets):
+        parser.error(f"--proposals: expected one file for each of {len(args.datasets)} data sets, or none")
     return args
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
+from regionspot.data.proposals import ProposalFile
 from regionspot.data.tokens import find_damage, get_token_stages
 from regionspot.data.tokens.manifest import MANIFEST, read_manifest
 from regionspot.data.tokens.side_by_side import list_stores, place_store
@@ -58,6 +60,9 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
     extraction = Extraction(
         stages=tuple(args.stages or get_token_stages(cfg)),
         flip=args.flip,
+        jitter=args.jitter,
+        jitter_copies=args.jitter_copies,
+        match_iou=cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN,
         feature_maps=args.feature_maps,
         shard_images=args.shard_images,
         batch_size=cfg.TEST.BATCH_SIZE if args.batch_size is None else args.batch_size,
@@ -66,8 +71,9 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
         machine=(args.machine_rank, args.num_machines),
     )
     sam = describe_sam(model.recognizer)  # hashes its weights
-    for name in args.datasets:
+    for name, proposals in zip(args.datasets, args.proposals or [None] * len(args.datasets)):
         directory = place_store(store_directory(args.output, name), sam, args.side_by_side)
+        extraction = replace(extraction, proposals=ProposalFile(proposals) if proposals else None)
         extract_tokens(model.recognizer, name, directory, extraction, show_progress=index == 0)
 
 
@@ -92,6 +98,10 @@ def report(args: Namespace) -> None:
             stores.append(str(parent))
     if len(stores) == len(args.datasets):
         print(f"DATASETS:\n  TRAIN: {tuple(args.datasets)}\n  TOKEN_STORES_TRAIN: {tuple(stores)}")
+        if args.proposals:
+            print(f"  PROPOSAL_FILES_TRAIN: {tuple(args.proposals)}")
+        if args.jitter:
+            print(f"INPUT:\n  BOX_JITTER: {args.jitter}")
 
 
 def main(args: Namespace) -> int:

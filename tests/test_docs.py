@@ -105,7 +105,7 @@ def test_commands_work(path, directory, monkeypatch):
 
 
 def check_training(directory, outputs):
-    _, extracted, _, resumed, evaluated = outputs
+    _, extracted, _, resumed, evaluated, inaccurate, _ = outputs
     assert "8 images" in extracted
     [printed] = re.findall(r"DATASETS:\n.*\n.*\n", extracted)
     (directory / "printed.yaml").write_text(f"_BASE_: {TINY}\n{printed}")
@@ -115,6 +115,8 @@ def check_training(directory, outputs):
     assert "Starting training from iteration 12" in resumed  # of a run that was done
     assert "protocol: coco on my_val.json:my_images" in evaluated and "images: 8 of 8" in evaluated
     assert json.loads((directory / "output" / "mine" / "metrics.json").read_text().splitlines()[-1])["bbox/AP"] >= 0
+    assert "PROPOSAL_FILES_TRAIN: ('boxes.json',)\nINPUT:\n  BOX_JITTER: 0.1" in inaccurate
+    assert torch.load(directory / "output" / "inaccurate" / "model_final.pth", weights_only=True)["iteration"] == 11
 
 
 def check_export(directory, outputs):

@@ -99,7 +99,8 @@ def _add_proposal_config(node: CfgNode) -> None:
     # "sam_automatic" (SAM's masks for a grid of points), "detector", or "auto": a file if there is one, else gt.
     node.PROPOSALS.SOURCE = "auto"
     # DATASETS.PROPOSAL_FILES_TRAIN, one file per training set, adds boxes to the annotated ones in training: those with
-    # at least this IoU with an annotated box are regions of its class.
+    # at least this IoU with an annotated box are regions of its class. Token stores must be extracted with the same
+    # files (`regionspot extract --proposals`).
     node.PROPOSALS.IOU_THRESH_TRAIN = 0.5
     # Best boxes kept per image, from any source but gt; -1 for all.
     node.PROPOSALS.TOP_K = -1
@@ -173,6 +174,11 @@ def _add_training_config(cfg: CfgNode) -> None:
     # Images with more than 8 bits per channel (depth, thermal, 12-bit cameras) are scaled to 8: the (lowest, highest)
     # value, such as (0, 65535), becomes 0 and 255; () uses those of each image.
     cfg.INPUT.DEEP_RANGE = ()
+
+    # Beyond the paper: each side of the boxes to learn from is moved by a normal error whose standard deviation is this
+    # share of the box's width or height, so that inaccurate boxes cost less. Token stores must then hold copies of the
+    # same strength (`regionspot extract --jitter`). 0 for none.
+    cfg.INPUT.BOX_JITTER = 0.0
 
     # "AdamW" (the paper's) or "SGD" (Detectron2's).
     cfg.SOLVER.OPTIMIZER = "AdamW"

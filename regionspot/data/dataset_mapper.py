@@ -11,7 +11,9 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
+from regionspot.data.box_jitter import check_strength, jitter_boxes
 from regionspot.data.proposals import ProposalFile
+from regionspot.data.store_coverage import check_coverage
 from regionspot.data.tokens import TokenStore
 from regionspot.structures import MIN_SIDE
 from regionspot.utils.images import check_deep_range, decode_image
@@ -39,13 +41,14 @@ class RegionSpotDatasetMapper:
         match_iou: float = 0.0,
         deep_range: Sequence[float] = (),
         blank_unreadable: bool = False,
+        box_jitter: float = 0.0,
     ) -> None:
         """
         Args:
             augmentations: applied to image and boxes alike.
             image_format: "RGB" or "BGR".
-            token_store: stored features of the annotated boxes; the only augmentation is then the horizontal flip, if
-                the store has it.
+            token_store: stored features of the boxes to learn from; the only augmentation is then the horizontal flip,
+                if the store has it.
             proposal_file: boxes to recognize instead of the annotated ones; in training, additional boxes.
             vocabulary: key of the vocabulary that the regions are scored against, "" for the current one.
             reduced_size: see ``decode_image``. For stored tokens only: SAM needs the whole image.
@@ -53,14 +56,15 @@ class RegionSpotDatasetMapper:
             deep_range: see ``decode_image``.
             blank_unreadable: replace an unreadable image by a black one without boxes, with the reason as
                 ``unreadable``.
+            box_jitter: in training, the strength of the errors by which boxes are moved, see ``jitter_boxes``; with
+                stored tokens, those of one of the stored copies are taken instead.
 
         Raises:
-            ValueError: augmentations, or proposals, that the stored tokens do not cover.
+            ValueError: augmentations, proposals or a jitter that the stored tokens do not cover.
         """
-        if token_store is not None and proposal_file is not None:
-            raise ValueError("stored tokens are of annotated boxes: leave out either them or PROPOSAL_FILES_TRAIN")
+        check_strength(box_jitter, "INPUT.BOX_JITTER")
         if token_store is not None:
-            _check_coverage(augmentations, token_store)
+            check_coverage(token_store, augmentations, box_jitter, proposal_file, match_iou)
         elif reduced_size:
             raise ValueError("INPUT.REDUCED_JPEG needs stored tokens (DATASETS.TOKEN_STORES_TRAIN): SAM sees the image")
         self.augmentations = T.AugmentationList(augmentations)
@@ -70,8 +74,10 @@ class RegionSpotDatasetMapper:
         self.vocabulary = vocabulary
         self.reduced_size = reduced_size
         self.match_iou = match_iou
+        self.adds_proposals = proposal_file is not None and match_iou > 0
         self.deep_range = check_deep_range(deep_range)
         self.blank_unreadable = blank_unreadable
+        self.box_jitter = box_jitter
 
     @classmethod
     def from_config(
@@ -96,6 +102,7 @@ class RegionSpotDatasetMapper:
             "match_iou": cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN if is_train else 0.0,
             "deep_range": cfg.INPUT.DEEP_RANGE,
             "blank_unreadable": cfg.DATALOADER.SKIP_UNREADABLE and not is_train,  # training takes another image
+            "box_jitter": cfg.INPUT.BOX_JITTER if is_train else 0.0,
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -136,13 +143,12 @@ class RegionSpotDatasetMapper:
         if needs_image:
             record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
 
-        # 3. Stored features. The store compares the boxes with its own, which are clipped and not augmented.
+        # 3. What depends on the boxes in the original image, clipped and not augmented, as extraction has them.
         tokens = {}
+        if self.token_store is not None or self.box_jitter or self.adds_proposals:
+            is_flipped = sum(isinstance(transform, T.HFlipTransform) for transform in transforms.transforms) % 2 == 1
+            boxes, classes = self._learned_regions(record, boxes, classes, is_flipped)
         if self.token_store is not None:
-            regions = _to_instances(boxes, classes, (record["height"], record["width"]))
-            boxes, classes = regions.gt_boxes.tensor.numpy().astype(float), regions.gt_classes.numpy()
-            flips = sum(isinstance(transform, T.HFlipTransform) for transform in transforms.transforms)
-            record.update(self.token_store.get(record["image_id"], regions.gt_boxes.tensor, flips % 2 == 1))
             tokens = {"tokens": record["tokens"]}
             if needs_image:  # a JPEG may have been decoded at a smaller size
                 boxes *= np.tile([size[1] / record["width"], size[0] / record["height"]], 2)
@@ -155,18 +161,38 @@ class RegionSpotDatasetMapper:
             instances.remove("tokens")
         record["instances"] = instances
 
-        # 5. Proposals: boxes to recognize at test time, more boxes to learn from in training.
-        if self.proposal_file is not None:
-            proposals = self._read_proposals(record, transforms, size)
-            if self.match_iou:
-                record["instances"] = _add_matched(instances, proposals.proposal_boxes, self.match_iou)
-            else:
-                record["proposals"] = proposals
+        # 5. Boxes to recognize at test time.
+        if self.proposal_file is not None and not self.adds_proposals:
+            record["proposals"] = self._read_proposals(record, transforms, size)
 
         # 6. The names that the classes belong to, where data sets with different ones are mixed.
         if self.vocabulary:
             record["vocabulary"] = self.vocabulary
         return record
+
+    def _learned_regions(
+        self, record: dict[str, Any], boxes: np.ndarray, classes: np.ndarray, is_flipped: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes (n, 4) and classes (n,) to learn from; stored features of them are added to the record."""
+        size = (record["height"], record["width"])
+        regions = _to_instances(boxes, classes, size)
+        if self.adds_proposals:
+            assert self.proposal_file is not None
+            proposals = self.proposal_file.get(record["image_id"], size)
+            regions = _add_matched(regions, proposals.proposal_boxes, self.match_iou)
+        learned = regions.gt_boxes.tensor  # (n, 4) float32 XYXY in the original image
+        if self.token_store is not None:
+            copies = None
+            if self.box_jitter:  # 0 is the box itself; the same copy for all stages of a region
+                copies = torch.from_numpy(np.random.randint(self.token_store.num_copies + 1, size=len(learned)))
+            features = self.token_store.get(record["image_id"], learned, is_flipped, copies)
+            learned = features.pop("boxes", learned)
+            record.update(features)
+        elif self.box_jitter:
+            # NumPy's global generator, which the augmentations draw from, too
+            rng = np.random.default_rng(np.random.randint(2**32, dtype=np.uint32))
+            learned = torch.from_numpy(jitter_boxes(learned.numpy(), size, self.box_jitter, rng))
+        return learned.numpy().astype(float), regions.gt_classes.numpy()
 
     def _read_proposals(self, record: dict[str, Any], transforms: T.TransformList, size: tuple[int, int]) -> Instances:
         original = self.proposal_file.get(record["image_id"], (record["height"], record["width"]))  # type: ignore[union-attr]
@@ -200,20 +226,6 @@ def _is_identity(augmentation: T.Augmentation) -> bool:
     return isinstance(augmentation, T.ResizeShortestEdge) and tuple(augmentation.short_edge_length) in ((0,), (0, 0))
 
 
-def _check_coverage(augmentations: list[T.Augmentation], store: TokenStore) -> None:
-    covered = "no augmentation"
-    if store.manifest["flip"]:
-        covered = "the horizontal flip only"
-        augmentations = [a for a in augmentations if not (isinstance(a, T.RandomFlip) and a.horizontal)]
-    if augmentations:
-        names = ", ".join(type(augmentation).__name__ for augmentation in augmentations)
-        raise ValueError(
-            f"token store {store.directory} covers {covered}, but the config asks for {names}: "
-            "set INPUT.MIN_SIZE_TRAIN (0,), INPUT.RANDOM_FLIP none (or horizontal, with a store made with --flip) and "
-            "INPUT.CROP.ENABLED False, or train without stored tokens"
-        )
-
-
 def annotated_regions(record: dict[str, Any]) -> Instances:
     """Return the regions of a record to learn from: ``gt_boxes`` (original pixels) and ``gt_classes``."""
     return _to_instances(*read_annotations(record), (record["height"], record["width"]))
@@ -240,6 +252,7 @@ def _to_instances(boxes: np.ndarray, classes: np.ndarray, size: tuple[int, int],
 
 def _add_matched(instances: Instances, proposals: Boxes, match_iou: float) -> Instances:
     """Return annotated regions followed by the proposals that match one, with its class."""
+    proposals = proposals[proposals.nonempty(threshold=MIN_SIDE)]  # as of annotated boxes
     if not len(instances) or not len(proposals):
         return instances
     best, index = pairwise_iou(instances.gt_boxes, proposals).max(dim=0)

@@ -4,12 +4,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.data import DatasetCatalog
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
@@ -17,37 +15,15 @@ from tqdm import tqdm
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.image_check import check_images, path_of_image
+from regionspot.data.store_coverage import describe_proposals
 from regionspot.data.tokens import StoreWriter, pack_images
-from regionspot.data.training_set import describe_annotations, image_ids
+from regionspot.data.training_set import describe_annotations, image_ids, image_sizes
+from regionspot.engine.extraction import Extraction, extract_features
 from regionspot.modeling.identity import describe_clip, describe_sam
-from regionspot.modeling.localizers.localizer import MASK_STAGE, TOKEN_STAGES, check_stages
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.structures import Prompts
 from regionspot.utils.files import describe_file, is_same_file
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Extraction:
-    """What to extract, and how."""
-
-    stages: Sequence[str] = ("transformer",)  # SAM's stages whose tokens to store, and "mask"
-    flip: bool = False  # also extract from the horizontally flipped image
-    feature_maps: bool = False  # also store CLIP's feature maps (300 kB per image at BB's size)
-    shard_images: int = 512  # images of the data set per shard
-    batch_size: int = 1  # images per step; the localizer encodes ``encoder_batch_size`` of them at once
-    workers: int = 0  # processes that read images
-    skip_damaged: bool = False  # leave out unreadable images with a warning, instead of an error at the end
-    machine: tuple[int, int] = (0, 1)  # rank and number of machines that share no disk; (0, 1) does all shards
-
-    def __post_init__(self) -> None:
-        check_stages(self.stages, "--stages", (*TOKEN_STAGES, MASK_STAGE))
-        for name in ("shard_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', ' ')}: expected at least 1, got {getattr(self, name)}")
-        if not self.stages or not 0 <= self.machine[0] < self.machine[1]:
-            raise ValueError(f"expected a stage, and a machine rank below the number of machines; got {self}")
 
 
 def describe_store(recognizer: RegionRecognizer, dataset_name: str, extraction: Extraction) -> dict[str, Any]:
@@ -60,6 +36,10 @@ def describe_store(recognizer: RegionRecognizer, dataset_name: str, extraction: 
         "clip": describe_clip(recognizer) if with_maps else None,
         "stages": sorted(extraction.stages),
         "flip": extraction.flip,
+        # None where older manifests have no entry
+        "jitter": extraction.jitter or None,
+        "jitter_copies": extraction.jitter_copies or None,
+        "proposals": describe_proposals(extraction.proposals, extraction.match_iou),
         "image_size": recognizer.localizer.image_size,
         "shard_images": extraction.shard_images,
     }
@@ -72,7 +52,7 @@ def extract_tokens(
     extraction: Extraction,
     show_progress: bool = True,
 ) -> bool:
-    """Extract features of all annotated regions of a data set; images without any are left out.
+    """Extract features of all regions of a data set, annotated or matched by proposals; images without are left out.
 
     Several processes may extract into one directory at once: each takes shards that no other is working on. Finished
     shards are kept. The content of a shard depends neither on who wrote it nor on what was there before. The manifest
@@ -82,10 +62,13 @@ def extract_tokens(
         Whether the store is complete; if not, other processes still work on it.
 
     Raises:
-        ValueError: image ids that are not unique integers; or unreadable images, after all other shards are done.
+        ValueError: image ids that are not unique integers; proposals of other images; or unreadable images, after all
+            other shards are done.
     """
-    records = _OriginalImages(DatasetCatalog.get(dataset_name), extraction.skip_damaged)
+    records = _OriginalImages(DatasetCatalog.get(dataset_name), extraction)
     check_image_ids(records.ids, dataset_name)
+    if extraction.proposals is not None:  # refuses the file of another data set
+        logger.info(extraction.proposals.summarize(records.ids, image_sizes(records.records)))
     shards = [
         range(start, min(start + extraction.shard_images, len(records)))
         for start in range(0, len(records), extraction.shard_images)
@@ -162,7 +145,7 @@ def _write_claimed(
             for reason in unreadable.values() if extraction.skip_damaged else ():
                 logger.warning("left out: %s", reason)
             if shard not in batches.failures:
-                images += _extract(recognizer, batch, extraction)
+                images += extract_features(recognizer, batch, extraction)
                 left_out += unreadable
             bar.update(len(batch))
             if is_last:
@@ -253,9 +236,10 @@ def check_image_ids(ids: np.ndarray, dataset_name: str) -> None:
 class _OriginalImages(Dataset):
     """A data set's images and regions, without augmentation, in original pixels."""
 
-    def __init__(self, records: Any, skip_damaged: bool) -> None:
-        self.records, self.skip_damaged, self.ids = records, skip_damaged, image_ids(records)
-        self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB")
+    def __init__(self, records: Any, extraction: Extraction) -> None:
+        self.records, self.skip_damaged, self.ids = records, extraction.skip_damaged, image_ids(records)
+        proposals = {"proposal_file": extraction.proposals, "match_iou": extraction.match_iou}
+        self.mapper = RegionSpotDatasetMapper(augmentations=[], image_format="RGB", **proposals)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -271,46 +255,3 @@ class _OriginalImages(Dataset):
             return {**record, "image_file": describe_file(record["file_name"])}
         except UnreadableImageError as error:
             return {"image_id": self.records[index]["image_id"], "unreadable": str(error)}
-
-
-def _extract(recognizer: RegionRecognizer, batch: list[dict[str, Any]], extraction: Extraction) -> list[dict[str, Any]]:
-    """Return the entries of a batch's images that have regions, for ``pack_images``."""
-    usable = [inputs for inputs in batch if "unreadable" not in inputs and len(inputs["instances"])]
-    entries = [
-        {
-            "image_id": inputs["image_id"],
-            "image_file": inputs["image_file"],
-            "boxes": inputs["instances"].gt_boxes.tensor,
-            "labels": inputs["instances"].gt_classes,
-        }
-        for inputs in usable
-    ]
-    for flipped in (False, True) if extraction.flip else (False,):
-        pixels = [inputs["image"].flip(2) if flipped else inputs["image"] for inputs in usable]
-        boxes = [entry["boxes"] for entry in entries]
-        if flipped:
-            boxes = [_flip(image_boxes, image.shape[2]) for image_boxes, image in zip(boxes, pixels)]
-        for entry, features in zip(entries, _features(recognizer, pixels, boxes, extraction)):
-            entry.update({f"flipped_{key}" if flipped else key: value for key, value in features.items()})
-    return entries
-
-
-@torch.no_grad()
-def _features(
-    recognizer: RegionRecognizer, images: list[torch.Tensor], boxes: list[torch.Tensor], extraction: Extraction
-) -> list[dict[str, torch.Tensor]]:
-    """Return for each image its tokens by stage and, if asked for, its feature map, under the shard's keys."""
-    if not images:
-        return []
-    encoded = recognizer.encode_images(images, with_feature_map=extraction.feature_maps)
-    prompts = [Prompts(boxes=image_boxes) for image_boxes in boxes]
-    located = recognizer.locate(encoded, prompts, stages=extraction.stages)
-    features = [{f"tokens.{stage}": tokens for stage, tokens in output.stage_tokens.items()} for output in located]
-    if encoded.feature_map is not None:
-        features = [{**tokens, "feature_maps": image_map} for tokens, image_map in zip(features, encoded.feature_map)]
-    return features
-
-
-def _flip(boxes: torch.Tensor, width: int) -> torch.Tensor:
-    """Flip (n, 4) XYXY boxes horizontally in an image of ``width`` pixels."""
-    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from miniworld import ablations, demo, experiment
 from miniworld.drawing import draw_predictions
+from regionspot.data.tokens import TokenStore
 
 from ..helpers import ROOT, load_program
 
@@ -87,3 +88,13 @@ def test_training_waits_for_features_of_another_run(tmp_path, monkeypatch):
     cfg = experiment.miniworld_config(experiment.CONFIG, tmp_path / "out", 0, MINI)
     experiment.train(cfg, tmp_path / "features")
     assert answers == [] and len(waits) == 2
+
+
+def test_box_jitter_trains_on_copies(tmp_path):
+    experiment.draw_data(tmp_path / "data", {"train": 4}, 1)
+    stores = []
+    for name in ("RegionSpot-mini", "plus/box-jitter"):
+        cfg = experiment.miniworld_config(experiment.CONFIGS / f"{name}.yaml", tmp_path / name, 0, MINI)
+        experiment.train(cfg, tmp_path / "features")
+        stores.append(TokenStore(experiment.store_path(cfg, tmp_path / "features", "train")))
+    assert [(store.jitter, store.num_copies) for store in stores] == [(0, 0), (0.08, 3)]

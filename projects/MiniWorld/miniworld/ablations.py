@@ -36,6 +36,8 @@ ROWS = [
     ("plus/mask-pooling", "mask pooling", ""),
     ("plus/mask-pooling-depth-1", "mask pooling, depth 1", ""),
     ("plus/pre-norm-depth-6", "depth 6, pre-norm", ""),
+    ("plus/box-jitter", "jittered boxes", ""),
+    ("plus/mask-pooling-depth-1-jitter", "mask pooling, depth 1, jittered boxes", ""),
     ("models/SAM2-mini", "SAM 2 and CLIP", ""),
     ("models/SigLIP-mini", "SAM and SigLIP", ""),
     ("models/SAM2-SigLIP-mini", "SAM 2 and SigLIP", ""),

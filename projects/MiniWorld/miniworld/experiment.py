@@ -22,6 +22,7 @@ from miniworld.generator import SIZE, Scene, draw_scene
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.config import load_config
 from regionspot.data import register_json_dataset
+from regionspot.data.box_jitter import jitter_boxes
 from regionspot.data.tokens import get_token_stages
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
@@ -32,6 +33,7 @@ from regionspot.utils.files import atomic_path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG = CONFIGS / "RegionSpot-mini.yaml"
+JITTER_COPIES = 3  # of each box that training draws from, with INPUT.BOX_JITTER
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
@@ -60,8 +62,11 @@ def draw_data(root: Path, sizes: dict[str, int], workers: int) -> None:
 def store_path(cfg: CfgNode, directory: Path, split: str) -> Path:
     """Return the directory of a split's features; one store for each choice of frozen models and features."""
     node = cfg.MODEL.REGIONSPOT
-    models = [Path(part.WEIGHTS).stem for part in (node.SAM, node.CLIP)]
-    return directory / "-".join([split, *models, *get_token_stages(cfg), node.CLIP.FEATURES])
+    parts = [split, *(Path(part.WEIGHTS).stem for part in (node.SAM, node.CLIP)), *get_token_stages(cfg)]
+    parts.append(node.CLIP.FEATURES)
+    if cfg.INPUT.BOX_JITTER:
+        parts.append(f"jitter-{cfg.INPUT.BOX_JITTER}")
+    return directory / "-".join(parts)
 
 
 def extract(cfg: CfgNode, features: Path, split: str = "train") -> Path:
@@ -69,7 +74,13 @@ def extract(cfg: CfgNode, features: Path, split: str = "train") -> Path:
     path = store_path(cfg, features, split)
     model = build_model(cfg).eval()
     RegionSpotCheckpointer.from_config(cfg, model).load("")
-    extraction = Extraction(get_token_stages(cfg), feature_maps=True, batch_size=16)
+    extraction = Extraction(
+        get_token_stages(cfg),
+        jitter=cfg.INPUT.BOX_JITTER,
+        jitter_copies=JITTER_COPIES if cfg.INPUT.BOX_JITTER else 0,
+        feature_maps=True,
+        batch_size=16,
+    )
     while not extract_tokens(model.recognizer, f"miniworld_{split}", path, extraction):
         time.sleep(2)  # another run is writing the last shards
     return path
@@ -129,10 +140,7 @@ def test_scenes(split: str, num_scenes: int, seed: int = 0) -> list[Scene]:
 
 def jitter(boxes: np.ndarray, rng: np.random.Generator, strength: float = 0.08) -> np.ndarray:
     """Move the sides of (N, 4) boxes by a share of their lengths, like the errors of a detector."""
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    moved = np.clip(boxes + rng.normal(0, strength, boxes.shape) * sides, 0, SIZE)
-    keep = (moved[:, 2] - moved[:, 0] > 4) & (moved[:, 3] - moved[:, 1] > 4)
-    return np.where(keep[:, None], moved, boxes).astype(np.float32)
+    return jitter_boxes(boxes, (SIZE, SIZE), strength, rng, min_side=4).astype(np.float32)
 
 
 @torch.no_grad()

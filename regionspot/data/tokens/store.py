@@ -35,7 +35,10 @@ class TokenStore:
       contiguous classes;
     * optionally ``image_files`` (I, 3) int64, see ``describe_file``;
     * ``tokens.<stage>`` (N, D) float16 for each stage, and optionally ``feature_maps`` (I, L, width) float16;
-    * optionally ``flipped_tokens.<stage>`` and ``flipped_feature_maps``, the same of the horizontally flipped image.
+    * optionally ``jittered_boxes`` (N, K, 4) float32, K jittered copies of each box, and their
+      ``jittered_tokens.<stage>`` (N, K, D) float16;
+    * optionally ``flipped_tokens.<stage>``, ``flipped_jittered_tokens.<stage>`` and ``flipped_feature_maps``, the same
+      of the horizontally flipped image.
 
     SAM saw images upright by their EXIF tag, in RGB, resized (PIL, bilinear) to ``image_size`` pixels on the longest
     side, padded to a square.
@@ -76,16 +79,30 @@ class TokenStore:
     def has_feature_maps(self) -> bool:
         return self.manifest["clip"] is not None
 
-    def get(self, image_id: int, boxes: torch.Tensor, flipped: bool = False) -> dict[str, torch.Tensor]:
+    @property
+    def jitter(self) -> float:
+        """Strength of the jittered copies of the boxes, 0 if there are none."""
+        return self.manifest.get("jitter") or 0.0  # older manifests lack it
+
+    @property
+    def num_copies(self) -> int:
+        """Number of jittered copies of each box."""
+        return self.manifest.get("jitter_copies") or 0
+
+    def get(
+        self, image_id: int, boxes: torch.Tensor, flipped: bool = False, copies: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Return the features of an image.
 
         Args:
             image_id: the image.
             boxes: (n, 4) float XYXY in the unflipped image; they must be those of the extraction.
             flipped: return the features of the flipped image.
+            copies: (n,) int64, which box of each region to take: 0 for ``boxes``, k for the k-th jittered copy.
 
         Returns:
-            ``tokens`` (n, D) float32 and, if they are stored, ``feature_map`` (L, width) float32.
+            ``tokens`` (n, D) float32 and, if they are stored, ``feature_map`` (L, width) float32; with ``copies`` also
+            ``boxes`` (n, 4) float32, those of the tokens in the unflipped image.
 
         Raises:
             KeyError: the image is not in the store.
@@ -101,8 +118,11 @@ class TokenStore:
             )
         # float16 on the disk, float32 for the model
         prefix = "flipped_" if flipped else ""
-        tokens = [shard[f"{prefix}tokens.{stage}"][start:stop].float() for stage in self.stages]
+        rows = slice(start, stop)
+        tokens = [_choose(shard, prefix, f"tokens.{stage}", rows, copies).float() for stage in self.stages]
         features = {"tokens": tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)}
+        if copies is not None:
+            features["boxes"] = _choose(shard, "", "boxes", rows, copies)
         if self.has_feature_maps:
             features["feature_map"] = shard[f"{prefix}feature_maps"][row].float()
         return features
@@ -165,6 +185,18 @@ class TokenStore:
     def check_origin(self, expected: dict[str, Any]) -> None:
         """Refuse the store if entries of its manifest are not the ``expected`` ones, see ``manifest.check_origin``."""
         check_origin(self.directory, self.manifest, expected)
+
+
+def _choose(
+    shard: dict[str, torch.Tensor], prefix: str, key: str, rows: slice, copies: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the (n, ...) rows of a tensor, or of the jittered copies that ``copies`` (n,) names, 0 for none."""
+    original = shard[f"{prefix}{key}"][rows]
+    if copies is None:
+        return original
+    # indexed rather than joined: of the memory map only the rows in question are read
+    jittered = shard[f"{prefix}jittered_{key}"][rows][torch.arange(len(copies)), (copies - 1).clamp(min=0)]
+    return torch.where((copies > 0)[:, None], jittered, original)
 
 
 def check_size(directory: Path, entry: dict[str, Any], kind: StoreKind = TOKENS) -> None:

@@ -155,8 +155,8 @@ def pack_images(images: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     Args:
         images: for each image ``image_id``, ``boxes`` (n, 4), ``labels`` (n,), optionally ``image_file`` (3,) (see
-            ``describe_file``), and features under the shard's keys: tokens (n, D) and, optionally, feature maps
-            (L, width).
+            ``describe_file``), ``jittered_boxes`` (n, K, 4), and features under the shard's keys: tokens (n, D) or
+            (n, K, D) and, optionally, feature maps (L, width).
     """
     # Concatenations begin with an empty tensor: a shard may have no image.
     lengths = torch.tensor([0] + [len(image["boxes"]) for image in images])
@@ -170,5 +170,6 @@ def pack_images(images: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         content["image_files"] = torch.tensor([image["image_file"] for image in images], dtype=torch.int64)
     for key in images[0].keys() - {"image_id", "image_file", "boxes", "labels"} if images else ():
         join = torch.stack if "feature_maps" in key else torch.cat
-        content[key] = join([image[key].half().cpu() for image in images])
+        dtype = torch.float32 if key == "jittered_boxes" else torch.float16
+        content[key] = join([image[key].to(dtype).cpu() for image in images])
     return content
