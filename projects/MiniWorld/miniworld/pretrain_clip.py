@@ -101,6 +101,7 @@ def report_clip(
     kind: Callable[..., VisionLanguageModel] = ClipVisionLanguageModel,
     num_images: int = 400,
     seed: int = 1,
+    templates: str = "all",
 ) -> dict[str, float]:
     """Return zero-shot accuracies over all names on images of one object, anywhere in the image.
 
@@ -109,6 +110,7 @@ def report_clip(
         kind: the class of its vision-language model.
         num_images: of one object.
         seed: of the world; training uses another.
+        templates: around the names, see ``CLIP.TEMPLATES``.
     """
     images: list[np.ndarray] = []
     labels: list[int] = []
@@ -122,7 +124,7 @@ def report_clip(
     device = next(clip_model.parameters()).device
     vision_language = kind(clip_model=copy.deepcopy(clip_model)).to(device)  # it would freeze the model
     seen = torch.cat([vision_language.embed_images(part.to(device)) for part in to_input(np.stack(images)).split(100)])
-    predictions = (seen.float() @ TextEncoder(vision_language).encode(NAMES).t()).argmax(dim=1).tolist()
+    predictions = (seen.float() @ TextEncoder(vision_language, templates).encode(NAMES).t()).argmax(dim=1).tolist()
     result = {"top1": float(np.mean([predicted == label for predicted, label in zip(predictions, labels)]))}
     for k, attribute in enumerate(("pattern", "color", "shape")):
         result[attribute] = float(np.mean([CATEGORIES[g][k] == CATEGORIES[t][k] for g, t in zip(predictions, labels)]))
