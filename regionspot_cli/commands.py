@@ -139,10 +139,8 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     parser.add_argument("--side-by-side", action="store_true", help="in a directory of the localizer's own in that one")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of SAM, and mask; default: the config's")
     parser.add_argument("--flip", action="store_true", help="also of the horizontally flipped images")
-    parser.add_argument(
-        "--jitter", type=float, default=0.0, metavar="SHARE", help="also of jittered boxes, for INPUT.BOX_JITTER"
-    )
-    parser.add_argument("--jitter-copies", type=int, default=0, metavar="K", help="jittered copies of each box")
+    parser.add_argument("--jitter", type=float, metavar="SHARE", help="also of jittered boxes; default: the config's")
+    parser.add_argument("--jitter-copies", type=int, default=3, metavar="K", help="jittered copies of each box")
     parser.add_argument(
         "--proposals", nargs="+", default=[], metavar="FILE", help="one for each data set: also of boxes that match"
     )
@@ -159,7 +157,10 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     if not args.verify and not (args.config_file and args.datasets and args.output):
         parser.error("expected --config-file, --datasets and --output, or --verify")
     if args.proposals and len(args.proposals) != len(args.datasets):
-        parser.error(f"--proposals: expected one file for each of {len(args.datasets)} data sets, or none")
+        parser.error(
+            f"--proposals: expected one file for each of {len(args.datasets)} data sets, got "
+            f"{' '.join(args.proposals)}; give overrides of the config behind another option"
+        )
     return args
 
 

@@ -1,4 +1,4 @@
-"""Extracts SAM's tokens of all annotated boxes into token stores, or verifies stores."""
+"""Extracts SAM's tokens of the boxes to learn from into token stores, or verifies stores."""
 
 import logging
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
@@ -17,6 +18,7 @@ from regionspot.data.proposals import ProposalFile
 from regionspot.data.tokens import find_damage, get_token_stages
 from regionspot.data.tokens.manifest import MANIFEST, read_manifest
 from regionspot.data.tokens.side_by_side import list_stores, place_store
+from regionspot.data.training_set import check_proposals
 from regionspot.engine import fork_workers
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.engine.launch import check_gpus
@@ -56,12 +58,23 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
     elif args.num_gpus > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // args.num_gpus, 1))
     check_registered(args.datasets, "--datasets")
+    extraction = read_extraction(args, cfg)
     model = load_model(cfg)
-    extraction = Extraction(
+    sam = describe_sam(model.recognizer)  # hashes its weights
+    for name, proposals in zip(args.datasets, args.proposals or [None] * len(args.datasets)):
+        directory = place_store(store_directory(args.output, name), sam, args.side_by_side)
+        extraction = replace(extraction, proposals=ProposalFile(proposals) if proposals else None)
+        extract_tokens(model.recognizer, name, directory, extraction, show_progress=index == 0)
+
+
+def read_extraction(args: Namespace, cfg: CfgNode) -> Extraction:
+    """Return what to extract of each data set, without its proposals; what the command line lacks is the config's."""
+    jitter = cfg.INPUT.BOX_JITTER if args.jitter is None else args.jitter
+    return Extraction(
         stages=tuple(args.stages or get_token_stages(cfg)),
         flip=args.flip,
-        jitter=args.jitter,
-        jitter_copies=args.jitter_copies,
+        jitter=jitter,
+        jitter_copies=args.jitter_copies if jitter else 0,
         match_iou=cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN,
         feature_maps=args.feature_maps,
         shard_images=args.shard_images,
@@ -70,11 +83,17 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
         workers=cfg.DATALOADER.NUM_WORKERS,
         machine=(args.machine_rank, args.num_machines),
     )
-    sam = describe_sam(model.recognizer)  # hashes its weights
-    for name, proposals in zip(args.datasets, args.proposals or [None] * len(args.datasets)):
-        directory = place_store(store_directory(args.output, name), sam, args.side_by_side)
-        extraction = replace(extraction, proposals=ProposalFile(proposals) if proposals else None)
-        extract_tokens(model.recognizer, name, directory, extraction, show_progress=index == 0)
+
+
+def check_inputs(args: Namespace, cfg: CfgNode) -> None:
+    """Refuse options and proposal files that do not fit, before a model is loaded and the first data set extracted."""
+    check_registered(args.datasets, "--datasets")
+    check_gpus(args.num_gpus, cfg.MODEL.DEVICE)
+    extraction = read_extraction(args, cfg)
+    for name, path in zip(args.datasets, args.proposals):
+        file = ProposalFile(path)
+        replace(extraction, proposals=file)
+        check_proposals(file, DatasetCatalog.get(name))
 
 
 def describe_store(directory: Path) -> str:
@@ -86,7 +105,7 @@ def describe_store(directory: Path) -> str:
     return f"{directory}: {manifest['boxes']} boxes of {manifest['images']} images, {left_out} unreadable left out"
 
 
-def report(args: Namespace) -> None:
+def report(args: Namespace, cfg: CfgNode) -> None:
     """Print the stores' numbers of boxes and images, and the lines of a config that train with them."""
     stores: list[str] = []
     for name in args.datasets:
@@ -100,8 +119,10 @@ def report(args: Namespace) -> None:
         print(f"DATASETS:\n  TRAIN: {tuple(args.datasets)}\n  TOKEN_STORES_TRAIN: {tuple(stores)}")
         if args.proposals:
             print(f"  PROPOSAL_FILES_TRAIN: {tuple(args.proposals)}")
-        if args.jitter:
-            print(f"INPUT:\n  BOX_JITTER: {args.jitter}")
+        if args.proposals and (iou := cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN) != 0.5:
+            print(f"MODEL:\n  REGIONSPOT:\n    PROPOSALS:\n      IOU_THRESH_TRAIN: {iou}")
+        if jitter := read_extraction(args, cfg).jitter:
+            print(f"INPUT:\n  BOX_JITTER: {jitter}")
 
 
 def main(args: Namespace) -> int:
@@ -109,11 +130,10 @@ def main(args: Namespace) -> int:
     if args.verify:
         return min(verify(args.verify), 1)
     cfg = load_config(args.config_file, args.opts)
-    check_registered(args.datasets, "--datasets")
-    check_gpus(args.num_gpus, cfg.MODEL.DEVICE)
+    check_inputs(args, cfg)
     if args.num_gpus > 1:
         torch.multiprocessing.spawn(partial(run_process, work), (args, cfg), nprocs=args.num_gpus)
     else:
         work(0, args, cfg)
-    report(args)
+    report(args, cfg)
     return 0

@@ -176,8 +176,8 @@ def _add_training_config(cfg: CfgNode) -> None:
     cfg.INPUT.DEEP_RANGE = ()
 
     # Beyond the paper: each side of the boxes to learn from is moved by a normal error whose standard deviation is this
-    # share of the box's width or height, so that inaccurate boxes cost less. Token stores must then hold copies of the
-    # same strength (`regionspot extract --jitter`). 0 for none.
+    # share of the box's width or height, so that inaccurate boxes cost less accuracy. 0.0 for none. Token stores must
+    # then hold copies of the same strength, which `regionspot extract` adds.
     cfg.INPUT.BOX_JITTER = 0.0
 
     # "AdamW" (the paper's) or "SGD" (Detectron2's).

@@ -59,7 +59,7 @@ def jittered_copies(
     Returns:
         (N, K, 4) of the dtype of ``boxes``.
     """
-    seed = image_id % 2**64  # seeds are not negative, ids may be
+    seed = int(image_id) % 2**64  # seeds are not negative, ids may be, and NumPy's have fewer bits
     copies = [
         jitter_boxes(boxes, image_size, strength, np.random.default_rng([seed, copy])) for copy in range(num_copies)
     ]

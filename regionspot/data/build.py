@@ -19,7 +19,7 @@ from regionspot.data.datasets import category_ids, register_from_spec
 from regionspot.data.image_check import check_images
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import AspectRatioBatches, TrainingStream, build_training_stream
-from regionspot.data.training_set import TrainingSet, image_ids, image_sizes, open_training_images
+from regionspot.data.training_set import TrainingSet, check_proposals, image_ids, image_sizes, open_training_images
 from regionspot.utils.command_line import STOPPING
 from regionspot.vocabulary import dataset_names, load_vocabulary
 
@@ -167,9 +167,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, skip: Collection[int] = (
     records = DatasetCatalog.get(dataset_name)
     proposals = None
     if source == "file":
-        proposals, ids = ProposalFile(path), image_ids(records)
-        summary = proposals.summarize(ids, image_sizes(records))
-        logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
+        proposals = ProposalFile(path)
+        check_proposals(proposals, records)
     mapper = RegionSpotDatasetMapper(cfg, False, proposal_file=proposals)
     # Skipped images are those whose predictions an interrupted evaluation has written already.
     rows = np.array([row for row, image_id in enumerate(image_ids(records).tolist()) if image_id not in skip], int)

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
 from regionspot.data.box_jitter import check_strength, jitter_boxes
 from regionspot.data.proposals import ProposalFile
-from regionspot.data.store_coverage import check_coverage
+from regionspot.data.store_coverage import check_coverage, check_match_iou
 from regionspot.data.tokens import TokenStore
 from regionspot.structures import MIN_SIDE
 from regionspot.utils.images import check_deep_range, decode_image
@@ -88,6 +88,8 @@ class RegionSpotDatasetMapper:
         proposal_file: ProposalFile | None = None,
         vocabulary: str = "",
     ) -> dict:
+        if is_train and proposal_file is not None:
+            check_match_iou(cfg.MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN)
         augmentations = utils.build_augmentation(cfg, is_train)
         if is_train and cfg.INPUT.CROP.ENABLED:
             augmentations.insert(0, T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE))

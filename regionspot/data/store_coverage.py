@@ -18,8 +18,18 @@ def check_coverage(
 ) -> None:
     """Refuse, by a ``ValueError``, what a store has no tokens for; the arguments are ``RegionSpotDatasetMapper``'s."""
     _check_augmentations(augmentations, store)
-    _check_jitter(box_jitter, store)
-    _check_proposals(proposals, match_iou, store)
+    command = _extract_command(store, box_jitter, proposals, match_iou)
+    _check_jitter(box_jitter, store, command)
+    _check_proposals(proposals, match_iou, store, command)
+
+
+def check_match_iou(match_iou: float) -> float:
+    """Return the IoU from which on proposals match an annotated box; a ``ValueError`` refuses what is no IoU."""
+    if not 0 < match_iou <= 1:
+        raise ValueError(
+            f"MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN: expected an IoU above 0, at most 1, got {match_iou}"
+        )
+    return match_iou
 
 
 def describe_proposals(proposals: ProposalFile | None, match_iou: float) -> dict[str, Any] | None:
@@ -43,25 +53,35 @@ def _check_augmentations(augmentations: list[T.Augmentation], store: TokenStore)
         )
 
 
-def _check_jitter(strength: float, store: TokenStore) -> None:
+def _extract_command(store: TokenStore, box_jitter: float, proposals: ProposalFile | None, match_iou: float) -> str:
+    """Return the command whose store has all that is asked for, but for its config, data set and directory."""
+    options = ["--flip"] if store.manifest["flip"] else []
+    if box_jitter:
+        options += ["--jitter", str(box_jitter), "--jitter-copies", str(store.num_copies or 3)]
+    if proposals:
+        options += ["--proposals", str(proposals.path)]
+    iou = ["MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", str(match_iou)] if proposals and match_iou != 0.5 else []
+    return " ".join(["regionspot extract", *options, "--output DIR", *iou])
+
+
+def _check_jitter(strength: float, store: TokenStore, command: str) -> None:
     stored = store.jitter
     if strength and strength != stored:
         has = f"jittered copies of strength {stored}" if stored else "no jittered copies"
-        remedy = f"set INPUT.BOX_JITTER to {stored} or 0, or " if stored else "set INPUT.BOX_JITTER to 0, or "
+        remedy = f"{stored} or 0.0" if stored else "0.0"
         raise ValueError(
             f"token store {store.directory}: expected jittered copies of INPUT.BOX_JITTER {strength}, got {has}; "
-            f"{remedy}extract into another directory with `regionspot extract --jitter {strength} --jitter-copies 3`"
+            f"set INPUT.BOX_JITTER to {remedy}, or extract into another directory with `{command}`"
         )
 
 
-def _check_proposals(proposals: ProposalFile | None, match_iou: float, store: TokenStore) -> None:
+def _check_proposals(proposals: ProposalFile | None, match_iou: float, store: TokenStore, command: str) -> None:
     expected, stored = describe_proposals(proposals, match_iou), store.manifest.get("proposals")
     if is_same(stored, expected):
         return
     needed, has = (f"those of {describe(x)}, too" if x else "annotated ones alone" for x in (expected, stored))
-    command = f"extract --proposals {proposals.path}" if proposals else "extract"
     raise ValueError(
         f"token store {store.directory} has tokens of other boxes than DATASETS.PROPOSAL_FILES_TRAIN and "
-        f"PROPOSALS.IOU_THRESH_TRAIN ask for: expected {needed}, got {has}; change these keys, or extract into another "
-        f"directory with `regionspot {command}`"
+        f"MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN ask for: expected {needed}, got {has}; change these keys, or "
+        f"extract into another directory with `{command}`"
     )

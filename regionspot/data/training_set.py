@@ -97,6 +97,8 @@ def open_training_images(
 
     # 2. The images with regions and, where stored tokens are used, with tokens.
     records = DatasetCatalog.get(name)
+    if file is not None:
+        check_proposals(file, records)
     num_regions = _count_regions(records)
     is_used = num_regions > 0
     if store is not None:
@@ -121,6 +123,17 @@ def open_training_images(
     logger.info("%s: %d images with %d regions; %s", name, is_used.sum(), num_regions[is_used].sum(), left_out)
     images = records if isinstance(records, Dataset) else DatasetFromList(records, copy=True)
     return Subset(images, rows), mapper  # type: ignore[arg-type]
+
+
+def check_proposals(proposals: ProposalFile, records: Any) -> None:
+    """Log what a proposal file has of a data set's images, as a warning if some are missing.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    ids = image_ids(records)
+    summary = proposals.summarize(ids, image_sizes(records))
+    logger.log(logging.WARNING if proposals.count_missing(ids) else logging.INFO, summary)
 
 
 def image_ids(records: Any) -> np.ndarray:

@@ -68,7 +68,7 @@ def extract_tokens(
     records = _OriginalImages(DatasetCatalog.get(dataset_name), extraction)
     check_image_ids(records.ids, dataset_name)
     if extraction.proposals is not None:  # refuses the file of another data set
-        logger.info(extraction.proposals.summarize(records.ids, image_sizes(records.records)))
+        extraction.proposals.summarize(records.ids, image_sizes(records.records))
     shards = [
         range(start, min(start + extraction.shard_images, len(records)))
         for start in range(0, len(records), extraction.shard_images)

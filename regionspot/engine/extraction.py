@@ -8,6 +8,7 @@ import torch
 
 from regionspot.data.box_jitter import check_strength, jittered_copies
 from regionspot.data.proposals import ProposalFile
+from regionspot.data.store_coverage import check_match_iou
 from regionspot.modeling.localizers.localizer import MASK_STAGE, TOKEN_STAGES, check_stages
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.structures import Prompts
@@ -41,8 +42,8 @@ class Extraction:
                 "expected --jitter and a positive --jitter-copies, or neither; got "
                 f"{self.jitter} and {self.jitter_copies}"
             )
-        if self.proposals is not None and not 0 < self.match_iou <= 1:
-            raise ValueError(f"PROPOSALS.IOU_THRESH_TRAIN: expected an IoU above 0, at most 1, got {self.match_iou}")
+        if self.proposals is not None:
+            check_match_iou(self.match_iou)
         if not self.stages or not 0 <= self.machine[0] < self.machine[1]:
             raise ValueError(f"expected a stage, and a machine rank below the number of machines; got {self}")
 

@@ -152,3 +152,10 @@ def test_training_step_with_jitter(dataset, tmp_path):
         trainer.train()
         losses.append(trainer.storage.history("total_loss").latest())
     assert np.isfinite(losses).all() and losses[0] != losses[1]
+
+
+def test_copies_of_numpy_ids_are_those_of_the_number():
+    boxes = np.array([[4.0, 5, 30, 40]], np.float32)
+    expected = jittered_copies(boxes, (48, 64), 0.1, 2, 5)
+    for kind in (np.int32, np.int64):
+        assert np.array_equal(jittered_copies(boxes, (48, 64), 0.1, 2, kind(5)), expected)

@@ -50,7 +50,7 @@ Models are trained where they are not in DIR/training yet. An interrupted run co
 Example:
     miniworld transfer --output output/ablations
 """
-PRETRAIN = """train the frozen parts of this world, SAM and CLIP or SAM 2 and SigLIP
+PRETRAIN = """train one of the frozen models of this world: SAM, CLIP, SAM 2 or SigLIP
 
 Run again after an interruption, it resumes from its last checkpoint.
 
@@ -90,8 +90,12 @@ def parse_ablations(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
 
 
 def _add_training(parser: ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("output/ablations"), metavar="DIR")
     parser.add_argument("--config-file", type=Path, default=CONFIGS / "RegionSpot-mini.yaml", metavar="FILE")
+    _add_output(parser)
+
+
+def _add_output(parser: ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("output/ablations"), metavar="DIR")
     parser.add_argument("--train", type=int, default=3200, help="number of training scenes")
     parser.add_argument("--workers", type=int, default=CPUS, help="drawing processes")
 
@@ -115,7 +119,7 @@ def parse_audit(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 def parse_transfer(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    _add_training(parser)
+    _add_output(parser)
     parser.add_argument("--seeds", type=int, default=3, help="models that are moved")
     parser.add_argument("--images", type=int, default=3200, help="training scenes whose regions the map is fitted on")
     parser.add_argument("--steps", type=int, default=200, help="iterations of the fine-tune")

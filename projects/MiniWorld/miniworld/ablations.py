@@ -5,7 +5,7 @@ import logging
 import multiprocessing
 import os
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ WEIGHTS_OF = {"ablations/scores-sigmoid": "RegionSpot-mini"}
 
 
 def run_once(name: str, seed: int, args: Namespace) -> None:
-    """Train a config with a seed, and evaluate it and the rows that share its weights, in a process of its own."""
+    """Train a config with a seed, and evaluate it and the rows that share its weights."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
     # the scenes exist: this registers them
@@ -61,6 +61,15 @@ def run_once(name: str, seed: int, args: Namespace) -> None:
         numbers = experiment.measure(cfg, model, args.split, args.test)
         with atomic_path(result_path(row, seed, args)) as temporary:
             temporary.write_text(json.dumps(numbers))
+
+
+def run_in_process(name: str, seed: int, args: Namespace) -> None:
+    """Do ``run_once`` in a process of its own; a ``RuntimeError`` says that it failed, after its own message."""
+    process = multiprocessing.get_context("spawn").Process(target=run_once, args=(name, seed, args))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{name} with seed {seed}: its process ended with exit code {process.exitcode}")
 
 
 def sharing_weights(name: str) -> list[str]:
@@ -87,16 +96,16 @@ def main(args: Namespace) -> None:
     if unknown := set(args.rows or ()) - {name for name, _, _ in ROWS}:
         raise ValueError(f"--rows: expected some of {', '.join(name for name, _, _ in ROWS)}; got {', '.join(unknown)}")
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, args.jobs)
-    rows = [name for name, _, _ in ROWS if name not in WEIGHTS_OF and (not args.rows or name in args.rows)]
+    chosen = {WEIGHTS_OF.get(name, name) for name in args.rows or [name for name, _, _ in ROWS]}
+    rows = [name for name, _, _ in ROWS if name in chosen]
     tasks = [(name, seed) for name in rows for seed in range(args.seeds)]
     tasks = [
         (name, seed)
         for name, seed in tasks
         if not all(result_path(row, seed, args).is_file() for row in sharing_weights(name))
     ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        runs = [pool.submit(run_once, *task, args) for task in tasks]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(run_in_process, *task, args) for task in tasks]
         try:
             for done in tqdm(as_completed(runs), total=len(runs), desc="ablations", unit="run"):
                 done.result()

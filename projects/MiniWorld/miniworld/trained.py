@@ -8,14 +8,17 @@ from detectron2.config import CfgNode
 from miniworld import experiment
 from regionspot import RegionSpotPredictor
 from regionspot.index import ImageSet, RegionIndex, build_index, dataset_images
+from regionspot.utils.files import short_hash
 
 
 def training_directory(output: Path, config_file: Path, seed: int) -> Path:
     """Return where a config is trained with a seed; all experiments under ``output`` share it."""
     config_file = config_file.resolve()
-    inside = config_file.is_relative_to(experiment.CONFIGS)
-    name = config_file.relative_to(experiment.CONFIGS).with_suffix("").as_posix() if inside else config_file.stem
-    return output / "training" / f"{name.replace('/', '-')}-{seed}"
+    if config_file.is_relative_to(experiment.CONFIGS):
+        name = config_file.relative_to(experiment.CONFIGS).with_suffix("").as_posix().replace("/", "-")
+    else:  # another config may have the same name
+        name = f"{config_file.stem}-{short_hash(str(config_file))}"
+    return output / "training" / f"{name}-{seed}"
 
 
 def load_trained(args: Namespace, seed: int) -> tuple[RegionSpotPredictor, CfgNode]:

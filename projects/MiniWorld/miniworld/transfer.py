@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from miniworld import experiment
-from miniworld.tables import format_runs
+from miniworld.tables import COLUMNS, format_runs
 from miniworld.trained import load_trained
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer, load_model
 from regionspot.data.tokens import TokenStore
@@ -18,30 +18,31 @@ from regionspot.utils.files import write_json
 
 TARGET = experiment.CONFIGS / "models" / "SAM2-mini.yaml"
 TOKEN_STAGE = "transformer"
+# What the numbers of a seed depend on; a finished one is kept if all are the same.
+SETTINGS = ("train", "test", "split", "images", "steps", "opts")
 
 
 def run_seed(args: Namespace, seed: int) -> dict[str, dict[str, float]]:
     """Return the numbers of all rows by the model of a seed."""
     directory, features = args.output / "transfer" / str(seed), args.output / "features"
-    source, source_cfg = load_trained(args, seed)
+    original, whole = (Namespace(**vars(args), config_file=path) for path in (experiment.CONFIG, TARGET))
+    source, source_cfg = load_trained(original, seed)
     cfg = experiment.miniworld_config(TARGET, directory, seed, args.opts)
     old, new = (TokenStore(experiment.extract(x, features), TOKEN_STAGE) for x in (source_cfg, cfg))
     model = load_model(cfg)
     fitted = transfer(source.recognizer, model.recognizer, pairs_of_stores(old, new, args.images))
-    logging.getLogger(__name__).info("seed %d: explained variance %.3f", seed, fitted.explained_variance)
     RegionSpotCheckpointer(model, str(directory)).save("start", is_last=False)
 
     def tune(weights: str, name: str) -> dict[str, float]:
         short = short_config(cfg, args.steps, directory / name, weights)
         return experiment.measure(short, experiment.train(short, features), args.split, args.test)
 
-    whole = Namespace(**{**vars(args), "config_file": TARGET})
     return {
-        "SAM, as trained": measure_trained(args, seed),
+        "SAM, as trained": measure_trained(original, seed),
         "SAM 2, the map alone": experiment.measure(cfg, model, args.split, args.test)
         | {"explained_variance": fitted.explained_variance},
-        f"SAM 2, the map and {args.steps} iterations": tune(str(directory / "start.pth"), "tuned"),
-        f"SAM 2, {args.steps} iterations from scratch": tune("", "scratch"),
+        "SAM 2, the map and a fine-tune": tune(str(directory / "start.pth"), "tuned"),
+        "SAM 2, as many iterations from scratch": tune("", "scratch"),
         "SAM 2, the whole training from scratch": measure_trained(whole, seed),
     }
 
@@ -67,10 +68,14 @@ def measure_trained(args: Namespace, seed: int) -> dict[str, float]:
 def main(args: Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, args.workers)
-    results = []
+    settings = {key: getattr(args, key) for key in SETTINGS}
+    runs: list[dict[str, dict[str, float]]] = []
     for seed in tqdm(range(args.seeds), desc="transfer", unit="seed"):
         path: Path = args.output / "transfer" / f"{args.split}-{seed}.json"
-        if not path.is_file():
-            write_json(path, run_seed(args, seed))
-        results.append(json.loads(path.read_text()))
-    print(f"\n{format_runs({name: [result[name] for result in results] for name in results[0]})}")
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if content.get("settings") != settings:
+            content = {"settings": settings, "results": run_seed(args, seed)}
+            write_json(path, content)
+        runs.append(content["results"])
+    columns = {**COLUMNS, "explained_variance": "explained variance"}
+    print(f"\n{format_runs({row: [run[row] for run in runs] for row in runs[0]}, columns)}")

@@ -203,14 +203,19 @@ def test_batches_do_not_change_the_copies(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("extraction", "message"),
     [
-        ({"jitter": 0.0, "jitter_copies": 0}, "BOX_JITTER 0.2, got no jittered copies; set INPUT.BOX_JITTER to 0, or"),
-        ({}, "BOX_JITTER 0.2, got jittered copies of strength 0.1; set INPUT.BOX_JITTER to 0.1 or 0, or"),
+        (
+            {"jitter": 0.0, "jitter_copies": 0},
+            "got no jittered copies; set INPUT.BOX_JITTER to 0.0, or",
+        ),
+        ({}, "got jittered copies of strength 0.1; set INPUT.BOX_JITTER to 0.1 or 0.0, or"),
     ],
 )
 def test_store_of_other_jitter_is_refused(dataset, tmp_path, extraction, message):
     extract(tmp_path / "store", **extraction)
     stores = ("DATASETS.TOKEN_STORES_TRAIN", (str(tmp_path / "store"),))
-    with pytest.raises(ValueError, match=message + ".*regionspot extract --jitter 0.2 --jitter-copies 3"):
+    with pytest.raises(
+        ValueError, match=message + ".*regionspot extract --jitter 0.2 --jitter-copies [23] --output DIR"
+    ):
         build_train_loader(tiny_config("DATASETS.TRAIN", (NAME,), *stores, "INPUT.BOX_JITTER", 0.2))
 
 

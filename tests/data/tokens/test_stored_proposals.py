@@ -7,13 +7,15 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 
+from regionspot.config import load_config
 from regionspot.data import RegionSpotDatasetMapper, build_train_loader
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.tokens import TokenStore
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot_cli.commands import COMMANDS
 
-from ...helpers import draw_scene, frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
+from ...helpers import TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
 
 NAME = "test_stored_proposals"
 
@@ -120,11 +122,19 @@ def test_flips_and_jitter_cover_proposals(dataset, tmp_path):
     overrides = ("INPUT.RANDOM_FLIP", "horizontal", "INPUT.BOX_JITTER", 0.05)
     _, mapper = mappers(tmp_path, *overrides)
     np.random.seed(0)
+    store, is_flipped, num_boxes, num_annotated = TokenStore(tmp_path / "store"), set(), 0, 0
     for record in [*DatasetCatalog.get(dataset)] * 3:
         inputs = mapper(record)
+        boxes, (stored, _) = inputs["instances"].gt_boxes.tensor, store.regions(record["image_id"])
         with torch.no_grad():
             [tokens] = recognizer.position_tokens([inputs["image"]], [inputs["instances"].gt_boxes])
         torch.testing.assert_close(inputs["tokens"], tokens, atol=4e-3, rtol=4e-3)
+        flipped = torch.stack([64 - stored[:, 2], stored[:, 1], 64 - stored[:, 0], stored[:, 3]], dim=1)
+        distances = [float((boxes - x).abs().mean()) for x in (stored, flipped)]
+        is_flipped.add(distances[1] < distances[0])
+        assert 1e-3 < min(distances) < 3  # boxes are moved, a little
+        num_boxes, num_annotated = num_boxes + len(boxes), num_annotated + len(record["annotations"])
+    assert is_flipped == {False, True} and num_boxes > num_annotated
 
 
 def test_proposals_match_boxes_as_annotated(dataset, tmp_path):
@@ -142,15 +152,15 @@ def test_proposals_match_boxes_as_annotated(dataset, tmp_path):
 def test_other_proposals_are_refused(dataset, tmp_path):
     extract(tmp_path, "plain", proposals=None)
     extract(tmp_path)
-    no_file = r"expected annotated ones alone, got those of boxes.json \(\w+, iou 0.5\), too; .*`regionspot extract`"
+    no_file = (
+        r"expected annotated ones alone, got those of boxes.json \(\w+, iou 0.5\), too; .*`regionspot extract --output"
+    )
     with pytest.raises(ValueError, match=no_file):
         build_train_loader(config(tmp_path, "no file"))
     other_iou = r"expected those of boxes.json \(\w+, iou 0.7\), too, got those of boxes.json \(\w+, iou 0.5\), too"
     with pytest.raises(ValueError, match=other_iou):
         build_train_loader(config(tmp_path, "MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", 0.7))
-    without = (
-        r"expected those of boxes.json .*, got annotated ones alone; .*`regionspot extract --proposals .*boxes.json`"
-    )
+    without = r"expected those of boxes.json .*, got annotated ones alone; .* extract --proposals .* --output DIR`"
     with pytest.raises(ValueError, match=without):
         build_train_loader(config(tmp_path, store="plain"))
     (tmp_path / "boxes.json").write_text((tmp_path / "boxes.json").read_text() + " ")
@@ -186,3 +196,42 @@ def test_training_step_with_stored_proposals(dataset, tmp_path):
         trainer.train()
         losses.append(trainer.storage.history("total_loss").latest())
     assert losses[0] == pytest.approx(losses[1], abs=2e-3, rel=2e-3)
+
+
+def test_extract_command_takes_jitter_of_config(dataset, tmp_path, capsys):
+    """Training with the config, and the lines that the command prints, accepts the store."""
+    write_frozen_parts(tiny_model(names=None).recognizer, tmp_path)
+    plus, iou = tmp_path / "plus.yaml", ["MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", 0.6]
+    plus.write_text(tiny_config("INPUT.BOX_JITTER", 0.2, *frozen_overrides(tmp_path)).dump())
+    inputs = ["--config-file", plus, "--datasets", NAME, "--proposals", tmp_path / "boxes.json"]
+    COMMANDS["extract"].call(*inputs, "--output", tmp_path / "tokens", *iou)
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(f"_BASE_: plus.yaml\n{printed[printed.index('DATASETS:') :]}")
+    cfg = load_config(tmp_path / "printed.yaml", ["SOLVER.IMS_PER_BATCH", "2"])
+    [path] = cfg.DATASETS.TOKEN_STORES_TRAIN
+    assert TokenStore(path).manifest["jitter"] == 0.2 and TokenStore(path).num_copies == 3
+    assert cfg.INPUT.BOX_JITTER == 0.2 and next(iter(build_train_loader(cfg)))
+
+
+def test_extract_command_checks_all_inputs_first(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("regionspot_cli.extract.load_model", lambda _: pytest.fail("loaded a model"))
+    (tmp_path / "other.json").write_text(json.dumps({"77": {"boxes": [[1, 2, 3, 4]]}}))
+    command = ["--config-file", TINY, "--datasets", NAME, NAME, "--proposals", tmp_path / "boxes.json"]
+    with pytest.raises(ValueError, match=r"other.json: none of the 4 images of the data set has an entry"):
+        COMMANDS["extract"].call(*command, tmp_path / "other.json", "--output", tmp_path / "tokens")
+    with pytest.raises(ValueError, match=r"--jitter: expected a share .* got 0.7"):
+        COMMANDS["extract"].call(*command, tmp_path / "boxes.json", "--output", tmp_path / "tokens", "--jitter", 0.7)
+
+
+def test_remedy_has_all_that_training_asks_for(dataset, tmp_path):
+    extract(tmp_path, "plain", proposals=None, flip=True)
+    iou = ("MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", 0.7)
+    remedy = "extract --flip --jitter 0.2 --jitter-copies 3 --proposals .*boxes.json --output DIR MODEL.* 0.7`"
+    with pytest.raises(ValueError, match=remedy):
+        build_train_loader(config(tmp_path, *iou, "INPUT.BOX_JITTER", 0.2, store="plain"))
+
+
+def test_impossible_iou_is_refused_without_a_store(dataset, tmp_path):
+    for iou in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"IOU_THRESH_TRAIN: expected an IoU above 0, at most 1, got {iou}"):
+            build_train_loader(config(tmp_path, "MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", iou, store=""))
