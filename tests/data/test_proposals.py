@@ -212,7 +212,7 @@ def test_loader_summarizes_proposals(tmp_path, dataset, caplog):
     caplog.set_level(logging.INFO, "regionspot")
     loader(write_json(tmp_path / "p.json", {str(i): {"boxes": []} for i in range(1, 7)}), dataset)
     loader(write_json(tmp_path / "q.json", {"3": {"boxes": [[1, 1, 2, 2]]}, "99": {"boxes": []}}), dataset)
-    records = [record for record in caplog.records if record.name == "regionspot.data.build"]
+    records = [record for record in caplog.records if record.message.startswith("proposals ")]
     assert [record.levelname for record in records] == ["INFO", "WARNING"]
     assert "1 of 6 images have an entry, 5 have none; 1 unknown image ids" in records[1].message
     with pytest.raises(ValueError, match="is it the right file"):

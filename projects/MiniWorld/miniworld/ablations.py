@@ -94,7 +94,9 @@ def table(args: Namespace) -> str:
 
 def main(args: Namespace) -> None:
     if unknown := set(args.rows or ()) - {name for name, _, _ in ROWS}:
-        raise ValueError(f"--rows: expected some of {', '.join(name for name, _, _ in ROWS)}; got {', '.join(unknown)}")
+        raise ValueError(
+            f"--rows: expected some of {', '.join(name for name, _, _ in ROWS)}; got {', '.join(sorted(unknown))}"
+        )
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, args.jobs)
     chosen = {WEIGHTS_OF.get(name, name) for name in args.rows or [name for name, _, _ in ROWS]}
     rows = [name for name, _, _ in ROWS if name in chosen]
