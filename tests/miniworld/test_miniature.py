@@ -169,7 +169,7 @@ def test_transfer_to_sam2_keeps_more_than_chance(demo, trained, monkeypatch, cap
     directory, _ = demo  # its scenes and features are used again
     shutil.copytree(trained[0] / "training", directory / "training", dirs_exist_ok=True)
     monkeypatch.setenv("REGIONSPOT_CACHE", str(directory / "cache"))
-    sizes = ["--train", 96, "--split", "val", "--test", 10, "--steps", 2, "--seeds", 1, "--workers", 1]
+    sizes = ["--train", 96, "--split", "val", "--test", 6, "--steps", 2, "--seeds", 1, "--workers", 1]
     overrides = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0]
     COMMANDS["transfer"].call("--output", directory, *sizes, *SMALL, *overrides)
     results = json.loads((directory / "transfer" / "val-0.json").read_text())["results"]
