@@ -15,6 +15,7 @@ from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
 from regionspot.data.proposals import ProposalFile
+from regionspot.data.store_coverage import check_match_iou
 from regionspot.data.tokens import find_damage, get_token_stages
 from regionspot.data.tokens.manifest import MANIFEST, read_manifest
 from regionspot.data.tokens.side_by_side import list_stores, place_store
@@ -89,11 +90,11 @@ def check_inputs(args: Namespace, cfg: CfgNode) -> None:
     """Refuse options and proposal files that do not fit, before a model is loaded and the first data set extracted."""
     check_registered(args.datasets, "--datasets")
     check_gpus(args.num_gpus, cfg.MODEL.DEVICE)
-    extraction = read_extraction(args, cfg)
+    extraction = read_extraction(args, cfg)  # refuses other options
+    if args.proposals:
+        check_match_iou(extraction.match_iou)
     for name, path in zip(args.datasets, args.proposals):
-        file = ProposalFile(path)
-        replace(extraction, proposals=file)
-        check_proposals(file, DatasetCatalog.get(name))
+        check_proposals(ProposalFile(path), DatasetCatalog.get(name))
 
 
 def describe_store(directory: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -72,3 +73,13 @@ def run_program(directory: Path, script: Path, *arguments: object, imports_again
     status = program.wait()
     assert status == 0, program.output()[-5000:]
     return program.output()
+
+
+def call_in_two_processes(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in two forked processes at once, and wait for both; how they end is the test's to check."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=function, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()

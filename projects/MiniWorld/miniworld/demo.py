@@ -52,9 +52,7 @@ def evaluate(cfg: Any, model: Any, scenes: list, output: Path, stage: Stages) ->
     recognizer = model.recognizer
     summary: dict[str, Any] = {}
     with stage("regions", "top-1 and top-5 of the test regions, by true and by jittered boxes"):
-        results = experiment.recognize_scenes(recognizer, scenes)
-        summary.update(results.accuracies(), sam_iou=float(np.mean(results.ious)))
-        summary.update(experiment.recognize_scenes(recognizer, scenes, jittered=True).accuracies("jittered_"))
+        summary.update(experiment.region_accuracies(recognizer, scenes))
     with stage("crops", "the same regions by CLIP on box crops and on mask crops"):
         for kind in ("box", "mask"):
             baseline = CropRecognizer.sharing(recognizer, masked=kind == "mask")

@@ -102,12 +102,17 @@ def train(cfg: CfgNode, features: Path) -> RegionSpot:
     return trainer.model.eval()
 
 
+def region_accuracies(recognizer: RegionRecognizer, scenes: list[Scene]) -> dict[str, float]:
+    """Return accuracies of annotated boxes, of jittered ones (``jittered_...``), and the IoU of masks (``sam_iou``)."""
+    results = recognize_scenes(recognizer, scenes)
+    jittered = recognize_scenes(recognizer, scenes, jittered=True)
+    return {**results.accuracies(), "sam_iou": float(np.mean(results.ious)), **jittered.accuracies("jittered_")}
+
+
 def measure(cfg: CfgNode, model: RegionSpot, split: str, num_scenes: int) -> dict[str, float]:
-    """Return accuracies of annotated boxes and of jittered ones (``jittered_...``), and average precision."""
-    scenes = test_scenes(split, num_scenes)
-    numbers = recognize_scenes(model.recognizer, scenes).accuracies()
-    numbers.update(recognize_scenes(model.recognizer, scenes, jittered=True).accuracies("jittered_"))
-    return {**numbers, **average_precision(cfg, model, split)}
+    """Return ``region_accuracies`` and ``average_precision`` of a split."""
+    accuracies = region_accuracies(model.recognizer, test_scenes(split, num_scenes))
+    return {**accuracies, **average_precision(cfg, model, split)}
 
 
 @dataclass

@@ -25,8 +25,9 @@ SETTINGS = ("train", "test", "split", "images", "steps", "opts")
 def run_seed(args: Namespace, seed: int) -> dict[str, dict[str, float]]:
     """Return the numbers of all rows by the model of a seed."""
     directory, features = args.output / "transfer" / str(seed), args.output / "features"
-    original, whole = (Namespace(**vars(args), config_file=path) for path in (experiment.CONFIG, TARGET))
-    source, source_cfg = load_trained(original, seed)
+    (source, source_cfg), (whole, whole_cfg) = (
+        load_trained(Namespace(**vars(args), config_file=path), seed) for path in (experiment.CONFIG, TARGET)
+    )
     cfg = experiment.miniworld_config(TARGET, directory, seed, args.opts)
     old, new = (TokenStore(experiment.extract(x, features), TOKEN_STAGE) for x in (source_cfg, cfg))
     model = load_model(cfg)
@@ -38,12 +39,12 @@ def run_seed(args: Namespace, seed: int) -> dict[str, dict[str, float]]:
         return experiment.measure(short, experiment.train(short, features), args.split, args.test)
 
     return {
-        "SAM, as trained": measure_trained(original, seed),
+        "SAM, as trained": experiment.measure(source_cfg, source.model, args.split, args.test),
         "SAM 2, the map alone": experiment.measure(cfg, model, args.split, args.test)
         | {"explained_variance": fitted.explained_variance},
         "SAM 2, the map and a fine-tune": tune(str(directory / "start.pth"), "tuned"),
         "SAM 2, as many iterations from scratch": tune("", "scratch"),
-        "SAM 2, the whole training from scratch": measure_trained(whole, seed),
+        "SAM 2, the whole training from scratch": experiment.measure(whole_cfg, whole.model, args.split, args.test),
     }
 
 
@@ -57,12 +58,6 @@ def short_config(cfg: CfgNode, steps: int, output: Path, weights: str) -> CfgNod
         cfg.SOLVER.BASE_LR /= 3
     cfg.freeze()
     return cfg
-
-
-def measure_trained(args: Namespace, seed: int) -> dict[str, float]:
-    """Return the numbers of the full model of a config and a seed, which is trained unless it is there."""
-    predictor, cfg = load_trained(args, seed)
-    return experiment.measure(cfg, predictor.model, args.split, args.test)
 
 
 def main(args: Namespace) -> None:

@@ -1,7 +1,6 @@
 """Token stores with jittered copies of the boxes."""
 
 import json
-import multiprocessing
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot.structures import Prompts
 
 from ...helpers import frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
+from ...processes import call_in_two_processes
 
 NAME = "test_jittered_stores"
 STAGES = ("prompt_encoder", "transformer")
@@ -29,8 +29,7 @@ def dataset(tmp_path, register):
 
 
 def extract(directory, **extraction):
-    model = tiny_model()
-    model.recognizer.weight_sources.update(sam="sam.pth", clip_model="clip.pth")
+    model = _named_model()
     options = {"shard_images": 2, "batch_size": 2, **JITTER, **extraction}
     assert extract_tokens(model.recognizer, NAME, directory, Extraction(**options), show_progress=False)
     return model
@@ -176,12 +175,7 @@ def _named_model():
 
 def test_resumed_and_shared_extraction_writes_same_bytes(dataset, tmp_path):
     extract(tmp_path / "one", shard_images=1, batch_size=1)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_extract_shared, args=(tmp_path / "two",)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    call_in_two_processes(_extract_shared, tmp_path / "two")
     _extract_shared(tmp_path / "two")
     assert content(tmp_path / "two") == content(tmp_path / "one")
     for shard in (0, 2):

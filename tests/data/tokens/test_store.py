@@ -23,6 +23,7 @@ from regionspot.modeling.identity import describe_sam
 from regionspot.structures import Prompts
 
 from ...helpers import tiny_config, tiny_model, write_dataset
+from ...processes import call_in_two_processes
 
 NAME = "test_stores"
 
@@ -318,12 +319,7 @@ def test_killed_extraction_resumes_exactly(dataset, tmp_path):
 
 def test_processes_share_the_shards(dataset, tmp_path):
     extract(tmp_path / "one", shard_images=1)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_extract_shared, args=(tmp_path / "two",)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    call_in_two_processes(_extract_shared, tmp_path / "two")
     extract(tmp_path / "two", shard_images=1)
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
