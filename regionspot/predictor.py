@@ -11,7 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes
 from numpy.typing import ArrayLike
 from PIL import Image
-from torch.nn.functional import normalize
 
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.modeling.localizers.localizer import LocalizerOutput
@@ -224,12 +223,12 @@ class RegionSpotPredictor:
         located = recognizer.locate(features, prompts, with_logits or recognizer.needs_masks, with_iou=True)
         masks = [self._masks(output, size) for output, size in zip(located, features.sizes)]
         boxes = [_boxes(*parts) for parts in zip(prompts, masks, features.sizes)]
-        semantic = recognizer.region_embeddings(features.images or [], boxes, features, located)
+        regions = recognizer.region_embeddings(features.images or [], boxes, features, located)
         # (N, K + number of background names)
-        logits = recognizer.score_images(semantic, [embeddings] * len(prompts), with_background=True)
+        logits = recognizer.score_images(regions, [embeddings] * len(prompts), with_background=True, names=names)
         results = []
         for i, size in enumerate(features.sizes):
-            result = self._predictions(boxes[i], located[i], semantic[i], logits[i], scores[i], names, top_k, size)
+            result = self._predictions(boxes[i], located[i], regions[i], logits[i], scores[i], names, top_k, size)
             results.append(replace(result, region_masks=masks[i] if with_masks else None))
         return results
 
@@ -281,7 +280,7 @@ class RegionSpotPredictor:
         self,
         boxes: Boxes,
         output: LocalizerOutput,
-        semantic_tokens: torch.Tensor,
+        embeddings: torch.Tensor,
         logits: torch.Tensor,
         proposal_scores: torch.Tensor | None,
         names: list[str],
@@ -294,7 +293,7 @@ class RegionSpotPredictor:
             boxes=boxes.tensor.cpu().numpy(),
             predicted_ious=output.iou.cpu().numpy(),
             vocabulary=list(names),
-            embeddings=normalize(semantic_tokens.float(), dim=1).cpu().numpy(),
+            embeddings=recognizer.normalize(embeddings).cpu().numpy(),
             proposal_scores=None if proposal_scores is None else proposal_scores.cpu().numpy(),
             image_size=size,
             region_masks=None,

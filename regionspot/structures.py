@@ -90,12 +90,15 @@ class ImageFeatures:
         feature_map: (B, L, width) float, CLIP's semantic feature map, or None without CLIP's features.
         sizes: (height, width) of each image as it was given.
         images: the images themselves where crops of them are recognized (``CropBaseline``), else None.
+        dense_features: (B, grid^2, text_dim) float, CLIP's patches in the space of text embeddings, for a
+            ``GeometricEnsemble``, else None.
     """
 
     embeddings: torch.Tensor | None
     feature_map: torch.Tensor | None
     sizes: list[tuple[int, int]]
     images: list[torch.Tensor] | None = None
+    dense_features: torch.Tensor | None = None
 
 
 def check_image_format(image_format: str, option: str = "INPUT.FORMAT") -> str:

@@ -81,6 +81,8 @@ def describe_protocol(cfg: CfgNode, model: nn.Module, name: str) -> Protocol:
     if architecture == "CropBaseline":
         architecture += " on mask crops" if node.CROP.MASKED else " on box crops"
     rule = f"{node.SCORE_RULE}, {node.SCORE_FUNCTION}, above {node.SCORE_THRESH_TEST}, NMS {node.NMS_THRESH_TEST}"
+    if recognizer.ensemble is not None:
+        rule += f", {recognizer.ensemble.describe()}"
     if node.UNKNOWN.THRESHOLD or node.UNKNOWN.BACKGROUND:
         background = short_hash(json.dumps(list(node.UNKNOWN.BACKGROUND)))
         rule += f", unknown below {node.UNKNOWN.THRESHOLD} or {len(node.UNKNOWN.BACKGROUND)} names ({background})"

@@ -179,7 +179,7 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
     """Return the frozen parts of a recognizer.
 
     Raises:
-        ValueError: a baseline, parts other than SAM and CLIP, or mask pooling, which have no export form here.
+        ValueError: what has no export form: a baseline, parts other than SAM and CLIP, mask pooling, an ensemble.
     """
     localizer, vision_language = recognizer.localizer, recognizer.vision_language
     if type(recognizer) is not RegionRecognizer:
@@ -189,6 +189,8 @@ def parts_of(recognizer: RegionRecognizer) -> tuple[SamLocalizer, ClipVisionLang
         raise ValueError(f"export: expected SAM and CLIP as the frozen parts, got {kinds}")
     if recognizer.knowledge_integration.mask_pooling:
         raise ValueError("export: MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING has no export form")
+    if recognizer.ensemble is not None:
+        raise ValueError("export: MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE has no export form; export with ALPHA and BETA 0")
     if not isinstance(localizer.sam.image_encoder, ImageEncoderViT):
         raise ValueError(f"export: expected SAM's own image encoder, got that of {type(localizer).__name__}")
     return localizer, vision_language

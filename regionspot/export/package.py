@@ -19,7 +19,8 @@ from regionspot.export import onnx_predictor
 from regionspot.export.modules import parts_of
 from regionspot.export.onnx_export import OPSET, check_opset, save_onnx
 from regionspot.export.torch_export import MODELS, PRECISIONS, Traced, save_program, trace
-from regionspot.modeling.recognizer import BACKGROUND, RegionRecognizer
+from regionspot.modeling.open_vocabulary import BACKGROUND
+from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.utils.files import write_json
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}

@@ -33,7 +33,12 @@ class CropRecognizer(RegionRecognizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.REGIONSPOT.CROP
-        return {**RegionRecognizer.from_config(cfg), "masked": node.MASKED, "batch_size": node.BATCH_SIZE}
+        arguments = RegionRecognizer.from_config(cfg)
+        if arguments["ensemble"] is not None:
+            raise ValueError(
+                "CropBaseline: MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE is for RegionSpot; set ALPHA and BETA to 0"
+            )
+        return {**arguments, "masked": node.MASKED, "batch_size": node.BATCH_SIZE}
 
     @classmethod
     def sharing(cls, recognizer: RegionRecognizer, masked: bool = False) -> "CropRecognizer":

@@ -42,7 +42,7 @@ def locate_with_coverage(
     stages: Sequence[str],
     with_iou: bool,
 ) -> list[LocalizerOutput]:
-    """Decode prompts as ``Localizer.forward`` does, for ``stages`` with ``MASK_STAGE`` among them."""
+    """Decode prompts as ``Localizer.forward`` does, with ``coverage``; ``MASK_STAGE`` may be among the stages, too."""
     assert features.embeddings is not None
     others = [stage for stage in stages if stage != MASK_STAGE]
     outputs = localizer(features.embeddings, prompts, True, others, with_iou)
@@ -50,8 +50,9 @@ def locate_with_coverage(
         assert output.masks is not None
         height, width = (side / localizer.image_size for side in localizer.input_size(size))
         threshold = localizer.mask_upsampler(size).threshold
-        tokens = {**output.stage_tokens, MASK_STAGE: mask_coverage(output.masks, (height, width), threshold)}
-        output.stage_tokens = {stage: tokens[stage] for stage in stages}
+        output.coverage = mask_coverage(output.masks, (height, width), threshold)
+        tokens = {**output.stage_tokens, MASK_STAGE: output.coverage}
+        output.stage_tokens = {stage: tokens[stage] for stage in stages or output.stage_tokens}
         if not with_masks:
             output.masks = None
     return outputs

@@ -1,34 +1,30 @@
 """The recognizer, which all ways in share: localizer, vision-language model and knowledge integration in one module."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
-from torch import nn
-from torch.nn import functional as F
 
 from regionspot.checkpoint.loading import PARTS, frozen_sources, load_weights
 from regionspot.modeling.classifier import TextClassifier
-from regionspot.modeling.entry_embeddings import embed_vocabulary
+from regionspot.modeling.geometric_ensemble import GeometricEnsemble, pool_dense_features
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizers import Localizer, LocalizerOutput, build_localizer
 from regionspot.modeling.localizers.localizer import MASK_STAGE
 from regionspot.modeling.losses import region_focal_loss
 from regionspot.modeling.mask_pooling import locate_with_coverage
 from regionspot.modeling.masks import RegionMasks, check_mask_format
+from regionspot.modeling.open_vocabulary import BACKGROUND, OpenVocabulary
 from regionspot.modeling.postprocessing import DetectionRule, Recognition
 from regionspot.modeling.vision_language import VisionLanguageModel, build_vision_language_model
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.structures import ImageFeatures, Prompts, check_regions
-from regionspot.vocabulary import VocabularySource, load_vocabulary
-
-BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the classifier
+from regionspot.vocabulary import load_vocabulary
 
 
-class RegionRecognizer(nn.Module):
+class RegionRecognizer(OpenVocabulary):
     """Images and regions in, class logits of the regions out."""
 
     needs_masks = False  # a baseline may recognize masks
@@ -47,6 +43,7 @@ class RegionRecognizer(nn.Module):
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         with_embeddings: bool = False,
+        ensemble: GeometricEnsemble | None = None,
     ) -> None:
         """
         Args:
@@ -59,8 +56,12 @@ class RegionRecognizer(nn.Module):
             background: names of what is no object ("sky"): a region whose best name is one of them is unknown.
             focal_alpha, focal_gamma: of the training loss.
             with_embeddings: add ``region_embeddings`` to all ``Instances``.
+            ensemble: how CLIP's own scores of dense features join the module's at inference; None for the module alone.
         """
         super().__init__()
+        if ensemble is not None:
+            ensemble.check(vision_language, rule)
+        self.ensemble = ensemble
         self.localizer = localizer
         self.vision_language = vision_language
         self.knowledge_integration = knowledge_integration
@@ -98,6 +99,7 @@ class RegionRecognizer(nn.Module):
             "focal_alpha": node.LOSS.FOCAL_ALPHA,
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
             "with_embeddings": node.REGION_EMBEDDINGS,
+            "ensemble": GeometricEnsemble.from_config(cfg),
         }
 
     @classmethod
@@ -110,41 +112,6 @@ class RegionRecognizer(nn.Module):
         load_weights(recognizer, weights, frozen_sources(cfg))
         return recognizer.to(cfg.MODEL.DEVICE)
 
-    def set_vocabulary(self, names: VocabularySource, key: str = "default") -> None:
-        """Recognize ``names`` from now on.
-
-        Args:
-            names: class names in the order of the class indices, or anything else ``load_vocabulary`` takes.
-            key: name of the vocabulary; setting the same names under the same key again costs nothing.
-
-        Raises:
-            ValueError: no names, an empty name, or a name too long for CLIP; the old vocabulary then stays.
-        """
-        self.classifier.add(key, embed_vocabulary(self, load_vocabulary(names, with_examples=True)), encode=True)
-        self.classifier.active = key
-
-    def encode_vocabulary(self, names: VocabularySource) -> tuple[list[str], torch.Tensor]:
-        """Return names and their (K, text_dim) embeddings for ``classify``; the vocabulary in use stays."""
-        loaded = embed_vocabulary(self, load_vocabulary(names, with_examples=True))
-        return list(loaded), self.classifier.text_encoder(loaded)
-
-    @contextmanager
-    def using_vocabulary(self, names: VocabularySource) -> Iterator[None]:
-        """Recognize ``names`` inside the block and the vocabulary before it again after it."""
-        before = self.classifier.active
-        key = f"within {before}"  # nested blocks have different keys
-        self.set_vocabulary(names, key)
-        try:
-            yield
-        finally:
-            self.classifier.active = before
-            self.classifier.remove(key)
-
-    @property
-    def vocabulary(self) -> list[str]:
-        """Class names in use. Raises a ValueError when none are set."""
-        return self.classifier.names
-
     def _clip_has_changed(self, *_: object) -> None:
         self.classifier.forget_embeddings()
 
@@ -152,11 +119,14 @@ class RegionRecognizer(nn.Module):
         self, images: list[torch.Tensor], with_embeddings: bool = True, with_feature_map: bool = True
     ) -> ImageFeatures:
         """Run the image encoders of SAM and CLIP on (3, H, W) RGB images in [0, 255], of any sizes."""
-        return ImageFeatures(
-            self.localizer.encode_images(images) if with_embeddings else None,
-            self.vision_language.encode_images(images) if with_feature_map else None,
-            [(image.shape[-2], image.shape[-1]) for image in images],
-        )
+        feature_map = dense_features = None
+        if with_feature_map and self.ensemble is not None:
+            feature_map, dense_features = self.vision_language.encode_images_densely(images)
+        elif with_feature_map:
+            feature_map = self.vision_language.encode_images(images)
+        embeddings = self.localizer.encode_images(images) if with_embeddings else None
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return ImageFeatures(embeddings, feature_map, sizes, dense_features=dense_features)
 
     def position_tokens(self, images: list[torch.Tensor], boxes: Sequence[Boxes]) -> list[torch.Tensor]:
         """Return the position-aware tokens of boxes, as ``classify`` takes them; CLIP is not run."""
@@ -184,7 +154,7 @@ class RegionRecognizer(nn.Module):
             scaled.append(clipped.scale(input_width / width, input_height / height))
         if self.knowledge_integration.mask_pooling:
             stages = stages or (self.localizer.token_stage, MASK_STAGE)
-        if MASK_STAGE in stages:
+        if MASK_STAGE in stages or features.dense_features is not None:
             return locate_with_coverage(self.localizer, features, scaled, with_masks, stages, with_iou)
         return self.localizer(features.embeddings, scaled, with_masks, stages, with_iou)
 
@@ -208,29 +178,6 @@ class RegionRecognizer(nn.Module):
             B tensors, (N_i, K_i) float32.
         """
         return self.score_images(self.knowledge_integration(tokens, feature_map), vocabularies, with_background)
-
-    def score_images(
-        self,
-        semantic_tokens: list[torch.Tensor],
-        vocabularies: Sequence[str | torch.Tensor] = (),
-        with_background: bool = False,
-    ) -> list[torch.Tensor]:
-        """Return the logits of B images' (N_i, text_dim) semantic tokens; the other arguments are ``classify``'s."""
-        vocabularies = vocabularies or [""] * len(semantic_tokens)
-        keys = {id(x) if isinstance(x, torch.Tensor) else x for x in vocabularies}
-        if len(semantic_tokens) == len(vocabularies) and len(keys) == 1:  # all images together
-            logits = self.score(torch.cat(semantic_tokens), vocabularies[0], with_background)
-            return list(logits.split([len(x) for x in semantic_tokens]))
-        return [self.score(x, v, with_background) for x, v in zip(semantic_tokens, vocabularies, strict=True)]
-
-    def score(
-        self, semantic_tokens: torch.Tensor, vocabulary: str | torch.Tensor = "", with_background: bool = False
-    ) -> torch.Tensor:
-        """Return the (N, K) logits of (N, text_dim) semantic tokens against a vocabulary, see ``TextClassifier``."""
-        vision = self.vision_language
-        keys = [vocabulary, BACKGROUND] if with_background and self.background else [vocabulary]
-        parts = [self.classifier(semantic_tokens, vision.logit_scale, key, vision.logit_bias) for key in keys]
-        return torch.cat(parts, dim=1)
 
     def loss(
         self,
@@ -320,7 +267,7 @@ class RegionRecognizer(nn.Module):
             result = self.rule.detect(scaled, image_logits, scores, output_size, len(self.background), classes)
             rows = result.detections.region_indices
             if self.with_embeddings:
-                result.regions.region_embeddings = F.normalize(embeddings[i].float(), dim=1)
+                result.regions.region_embeddings = self.normalize(embeddings[i])
                 result.detections.region_embeddings = result.regions.region_embeddings[rows]
             if masks:
                 assert output.masks is not None
@@ -342,8 +289,16 @@ class RegionRecognizer(nn.Module):
         features: ImageFeatures,
         located: list[LocalizerOutput],
     ) -> list[torch.Tensor]:
-        """Return the (N_i, text_dim) semantic tokens of each image's regions; a baseline may have others."""
-        return self.knowledge_integration([output.tokens for output in located], features.feature_map)
+        """Return the (N_i, text_dim) semantic tokens of each image's regions; a baseline may have others.
+
+        With an ensemble (N_i, 2 * text_dim): CLIP's dense features inside the regions' masks come second.
+        """
+        tokens = self.knowledge_integration([output.tokens for output in located], features.feature_map)
+        if features.dense_features is None:
+            return tokens
+        coverage = [output.coverage for output in located if output.coverage is not None]  # all have it
+        pooled = pool_dense_features(coverage, features.dense_features)
+        return [torch.cat(pair, dim=1) for pair in zip(tokens, pooled)]
 
 
 def _box_prompts(boxes: Sequence[Boxes]) -> list[Prompts]:

@@ -31,7 +31,8 @@ class RegionPredictions:
         vocabulary: K class names.
         unknown: (N,) bool, regions of no class (``MODEL.REGIONSPOT.UNKNOWN``).
         embeddings: (N, text_dim) float32, normalized semantic tokens: dot products with normalized text embeddings, or
-            with each other, are cosine similarities.
+            with each other, are cosine similarities. With ``MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE`` their mean with
+            CLIP's dense features.
         proposal_scores: (N,) float32 in [0, 1], of regions that SAM or a detector found; None without.
         detection_scores: (N,) float32, what ranks detections (``MODEL.REGIONSPOT.SCORE_RULE``).
         image_size: (height, width) of the image.

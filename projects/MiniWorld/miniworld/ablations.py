@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from miniworld import experiment
 from miniworld.tables import format_runs
-from miniworld.trained import training_directory
-from regionspot.modeling.postprocessing import DetectionRule
+from miniworld.trained import load_trained
 from regionspot.utils.files import atomic_path
 
 # Config, what it changes, and the paper's AP on LVIS with GLIP boxes (BL; arXiv 2311.01373), where it has one. The
@@ -36,6 +35,8 @@ ROWS = [
     ("plus/mask-pooling", "mask pooling", ""),
     ("plus/mask-pooling-depth-1", "mask pooling, depth 1", ""),
     ("plus/pre-norm-depth-6", "depth 6, pre-norm", ""),
+    ("plus/ensemble", "geometric ensemble", ""),
+    ("plus/ensemble-base-novel", "geometric ensemble, exponents of base and novel names", ""),
     ("plus/box-jitter", "jittered boxes", ""),
     ("plus/mask-pooling-depth-1-jitter", "mask pooling, depth 1, jittered boxes", ""),
     ("models/SAM2-mini", "SAM 2 and CLIP", ""),
@@ -43,22 +44,23 @@ ROWS = [
     ("models/SAM2-SigLIP-mini", "SAM 2 and SigLIP", ""),
 ]
 # Rows that differ from another one at inference alone are evaluated with its weights, so nothing else moves them.
-WEIGHTS_OF = {"ablations/scores-sigmoid": "RegionSpot-mini"}
+WEIGHTS_OF = {
+    "ablations/scores-sigmoid": "RegionSpot-mini",
+    "plus/ensemble": "RegionSpot-mini",
+    "plus/ensemble-base-novel": "RegionSpot-mini",
+}
 
 
 def run_once(name: str, seed: int, args: Namespace) -> None:
-    """Train a config with a seed, and evaluate it and the rows that share its weights."""
+    """Train a config with a seed, unless it is trained, and evaluate it and the rows that share its weights."""
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(max((os.cpu_count() or 1) // args.jobs, 1))
     # the scenes exist: this registers them
     experiment.draw_data(args.output / "data", {"train": args.train, args.split: args.test}, 1)
-    configs = {row: experiment.CONFIGS / f"{row}.yaml" for row in sharing_weights(name)}
-    output = training_directory(args.output, configs[name], seed)
-    cfgs = {row: experiment.miniworld_config(path, output, seed, args.opts) for row, path in configs.items()}
-    model = experiment.train(cfgs[name], args.output / "features")
-    for row, cfg in cfgs.items():
-        model.recognizer.rule = DetectionRule.from_config(cfg)
-        numbers = experiment.measure(cfg, model, args.split, args.test)
+    trained = Namespace(**vars(args), config_file=experiment.CONFIGS / f"{name}.yaml")
+    for row in sharing_weights(name):
+        predictor, cfg = load_trained(trained, seed, experiment.CONFIGS / f"{row}.yaml")
+        numbers = experiment.measure(cfg, predictor.model, args.split, args.test)
         with atomic_path(result_path(row, seed, args)) as temporary:
             temporary.write_text(json.dumps(numbers))
 

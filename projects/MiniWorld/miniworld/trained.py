@@ -21,14 +21,19 @@ def training_directory(output: Path, config_file: Path, seed: int) -> Path:
     return output / "training" / f"{name}-{seed}"
 
 
-def load_trained(args: Namespace, seed: int) -> tuple[RegionSpotPredictor, CfgNode]:
-    """Return the model of a config and a seed, with its config; trained unless its weights are in ``args.output``."""
+def load_trained(
+    args: Namespace, seed: int, inference_config: Path | None = None
+) -> tuple[RegionSpotPredictor, CfgNode]:
+    """Return the model of a config and a seed, with its config; trained unless its weights are in ``args.output``.
+
+    ``inference_config`` takes the place of ``args.config_file`` once it is trained.
+    """
     output = training_directory(args.output, args.config_file, seed)
     weights = output / "model_final.pth"
-    cfg = experiment.miniworld_config(args.config_file, output, seed, args.opts)
     if not weights.is_file():
+        cfg = experiment.miniworld_config(args.config_file, output, seed, args.opts)
         experiment.train(cfg, args.output / "features")
-    cfg = cfg.clone()
+    cfg = experiment.miniworld_config(inference_config or args.config_file, output, seed, args.opts)
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(weights)
     cfg.TEST.BATCH_SIZE = 8

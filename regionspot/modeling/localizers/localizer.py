@@ -28,11 +28,13 @@ class LocalizerOutput:
         stage_tokens: for each requested stage, (N, D) float32 position-aware tokens.
         iou: (N,) float32, the localizer's own estimate of each mask's IoU, or None when not requested.
         masks: (N, h, w) float32 mask logits over the whole square input, or None when not requested.
+        coverage: (N, COVERAGE_DIM) float32, what each mask covers, see ``mask_pooling``; or None when not requested.
     """
 
     stage_tokens: dict[str, torch.Tensor]
     iou: torch.Tensor | None
     masks: torch.Tensor | None
+    coverage: torch.Tensor | None = None
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -46,9 +48,10 @@ class LocalizerOutput:
         stage_tokens = {stage: tokens.split(sizes) for stage, tokens in self.stage_tokens.items()}
         ious = [None] * len(sizes) if self.iou is None else self.iou.split(sizes)
         masks = [None] * len(sizes) if self.masks is None else self.masks.split(sizes)
+        coverage = [None] * len(sizes) if self.coverage is None else self.coverage.split(sizes)
         return [
-            LocalizerOutput({stage: tokens[i] for stage, tokens in stage_tokens.items()}, ious[i], masks[i])
-            for i in range(len(sizes))
+            LocalizerOutput({stage: tokens[i] for stage, tokens in stage_tokens.items()}, *parts)
+            for i, parts in enumerate(zip(ious, masks, coverage))
         ]
 
 

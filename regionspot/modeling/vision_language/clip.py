@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from clip.model import CLIP, LayerNorm, ResidualAttentionBlock, VisionTransformer
@@ -97,20 +98,49 @@ def encode_patches(
 ) -> torch.Tensor:
     """Return the vision transformer's output before ``ln_post``, without CLIP's output projection.
 
+    Arguments and shape are those of ``encode_last_block``.
+    """
+    return encode_last_block(visual, images, run)[1]
+
+
+def encode_last_block(
+    visual: VisionTransformer,
+    images: torch.Tensor,
+    run: Callable[[ResidualAttentionBlock, torch.Tensor], torch.Tensor] = run_block,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return input and output of the vision transformer's last block.
+
     Args:
         visual: CLIP's vision transformer.
         images: (B, 3, S, S) float, preprocessed.
         run: ``run_block``, or the same compiled.
 
     Returns:
-        (B, 1 + grid^2, width), the class token first.
+        Both (B, 1 + grid^2, width), the class token first.
     """
     x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (B, grid^2, width)
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
     x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
-    for block in visual.transformer.resblocks:
+    for block in visual.transformer.resblocks[:-1]:
         x = run(block, x)
-    return x
+    return x, run(visual.transformer.resblocks[-1], x)
+
+
+def project_values(visual: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the dense features of ``encode_images_densely``.
+
+    Args:
+        visual: a vision transformer of CLIP or open_clip.
+        x: (B, 1 + grid^2, width), the input of its last block.
+
+    Returns:
+        (B, grid^2, text_dim).
+    """
+    block, width = visual.transformer.resblocks[-1], x.shape[2]
+    weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]  # queries, keys, values
+    attended = block.attn.out_proj(F.linear(block.ln_1(x[:, 1:]), weight, bias))
+    scaled = block.ls_1(attended) if hasattr(block, "ls_1") else attended  # open_clip's
+    return visual.ln_post(scaled) @ visual.proj
 
 
 def _set_dtype(clip_model: CLIP, dtype: torch.dtype) -> None:
@@ -224,6 +254,19 @@ class ClipVisionLanguageModel(VisionLanguageModel):
     def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor | None:
         if self.features == "none":
             return None
-        inputs = self.preprocess_batch(images)
-        patches = encode_patches(self.clip_model.visual, inputs, self._run_block).float()
-        return patches if self.features == "feature_map+class_token" else patches[:, 1:]
+        return self._select(encode_patches(self.clip_model.visual, self.preprocess_batch(images), self._run_block))
+
+    @property
+    def has_dense_features(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def encode_images_densely(self, images: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        visual, inputs = self.clip_model.visual, self.preprocess_batch(images)
+        before, patches = encode_last_block(visual, inputs, self._run_block)
+        feature_map = None if self.features == "none" else self._select(patches)
+        return feature_map, project_values(visual, before).float()
+
+    def _select(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return the configured features of (B, 1 + grid^2, width) patch tokens."""
+        return (patches if self.features == "feature_map+class_token" else patches[:, 1:]).float()

@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 
 from regionspot.modeling.frozen import get_dtype
+from regionspot.modeling.vision_language.clip import project_values
 from regionspot.modeling.vision_language.clip_tokenizer import ClipTokenizer
 from regionspot.modeling.vision_language.open_clip_models import (
     NAME,
@@ -35,9 +36,9 @@ def encode_patches(visual: Any, images: torch.Tensor, with_class_token: bool) ->
     """
     options = {"indices": 1, "output_fmt": "NLC"}  # of the last block
     if not hasattr(visual, "trunk"):
-        output = visual.forward_intermediates(images, intermediates_only=True, output_extra_tokens=True, **options)
-        [patches], [prefix] = output["image_intermediates"], output["image_intermediates_prefix"]
-    elif has_class_token(visual):
+        [x] = _run_last_blocks(visual, images, 1)
+        return x if with_class_token else x[:, 1:]
+    if has_class_token(visual):
         options |= {"intermediates_only": True, "return_prefix_tokens": True}
         [(patches, prefix)] = visual.trunk.forward_intermediates(images, **options)  # register tokens come second
     else:
@@ -46,6 +47,21 @@ def encode_patches(visual: Any, images: torch.Tensor, with_class_token: bool) ->
             return patches
         prefix = visual.trunk.forward_head(normed, pre_logits=True)[:, None]
     return torch.cat([prefix[:, :1], patches], dim=1) if with_class_token else patches
+
+
+def encode_densely(visual: Any, images: torch.Tensor, with_class_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ``encode_patches`` does, and dense features; of open_clip's own vision transformers alone."""
+    before, x = _run_last_blocks(visual, images, 2)
+    return x if with_class_token else x[:, 1:], project_values(visual, before)
+
+
+def _run_last_blocks(visual: Any, images: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """Return the (B, 1 + grid^2, width) outputs of the last blocks."""
+    output = visual.forward_intermediates(
+        images, indices=number, intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
+    )
+    pairs = zip(output["image_intermediates_prefix"], output["image_intermediates"], strict=True)
+    return [torch.cat(pair, dim=1) for pair in pairs]
 
 
 def has_class_token(visual: Any) -> bool:
@@ -108,6 +124,7 @@ class OpenClipVisionLanguageModel(VisionLanguageModel):
         self._trims = can_trim(clip_model)
         _set_dtype(clip_model, get_dtype(precision))
         self._encode = torch.compile(encode_patches) if compile else encode_patches
+        self._encode_densely = torch.compile(encode_densely) if compile else encode_densely
         self.freeze()
 
     @classmethod
@@ -154,6 +171,21 @@ class OpenClipVisionLanguageModel(VisionLanguageModel):
             return None
         inputs = self.preprocess_batch(images).to(self.dtype)
         return self._encode(self.clip_model.visual, inputs, self.features == "feature_map+class_token").float()
+
+    @property
+    def has_dense_features(self) -> bool:
+        """Whether it is open_clip's own vision transformer, and does not pool its patches by attention."""
+        visual = self.clip_model.visual
+        if hasattr(visual, "trunk") or visual.attn_pool is not None or visual.proj is None:
+            return False
+        return len(visual.transformer.resblocks) > 1 and hasattr(visual.transformer.resblocks[-1], "attn")
+
+    @torch.no_grad()
+    def encode_images_densely(self, images: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        inputs = self.preprocess_batch(images).to(self.dtype)
+        with_class_token = self.features == "feature_map+class_token"
+        patches, dense = self._encode_densely(self.clip_model.visual, inputs, with_class_token)
+        return None if self.features == "none" else patches.float(), dense.float()
 
     def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.clip_model.encode_image(inputs.to(self.dtype))

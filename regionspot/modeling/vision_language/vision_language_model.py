@@ -107,6 +107,19 @@ class VisionLanguageModel(FrozenModule, ABC):
             (B, L, width) float32, L = 1 + grid^2 with the class token first, grid^2 without it; None for "none".
         """
 
+    @property
+    def has_dense_features(self) -> bool:
+        """Whether ``encode_images_densely`` works: its patch tokens can be compared with text."""
+        return False
+
+    def encode_images_densely(self, images: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return what ``encode_images`` does, and dense features in the space of text embeddings.
+
+        Those are the values of the last block's attention, each taken for the block's output, as in MaskCLIP (arXiv
+        2112.01071): (B, grid^2, text_dim) float32, not normalized.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no dense features")
+
     @abstractmethod
     def embed_images(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the (B, text_dim) embeddings, not normalized, of (B, 3, S, S) images from ``preprocess``."""
