@@ -83,6 +83,7 @@ WAYS = {  # each choice at least once
     "no features": {"CLIP.FEATURES": "none", "NMS_THRESH_TEST": 0.3, "DETECTIONS_PER_IMAGE": 3},
     "feature map": {"CLIP.FEATURES": "feature_map", "INTEGRATION.REGION_ATTENTION": False},
     "unknown": {"UNKNOWN.THRESHOLD": 0.3, "UNKNOWN.BACKGROUND": ("sky", "wall"), "MASK_ON": True},
+    "ensemble": {"GEOMETRIC_ENSEMBLE.BETA": 0.3, "MASK_ON": True},
     "bf16": {"PRECISION": "bf16"},
     "crops": {"META_ARCHITECTURE": "CropBaseline", "CROP.MASKED": True},
     "sam": {

@@ -127,6 +127,8 @@ def test_protocol_depends_on_config_and_weights(dataset, tmp_path):
     elsewhere = config(tmp_path, "OUTPUT_DIR", "elsewhere")
     elsewhere.MODEL.DEVICE = "cuda:1"
     assert describe_protocol(elsewhere, model, NAME).identity() in lines
+    ensemble = tiny_model("MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE.BETA", 0.2)
+    assert "geometric ensemble with exponent 0.2" in describe_protocol(config(tmp_path), ensemble, NAME).score
     model.set_vocabulary({name: [name, "thing"] for name in NAMES})
     assert describe_protocol(config(tmp_path), model, NAME).identity() not in lines
 

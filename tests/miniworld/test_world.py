@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from miniworld.__main__ import COMMANDS
 from miniworld.annotate import write_split
 from miniworld.categories import BASE, CATEGORIES, FREQUENCIES, NAMES, NOVEL
+from miniworld.experiment import CONFIGS, miniworld_config
 from miniworld.generator import draw_captioned, draw_scene
 from miniworld.packing import pack_weights, used_tokens
 from miniworld.tables import format_runs
 from regionspot.checkpoint.checkpointer import RegionSpotCheckpointer
 from regionspot.checkpoint.formats import load_checkpoint_file
+from regionspot.modeling.geometric_ensemble import GeometricEnsemble
 from regionspot.modeling.vision_language.clip import VOCAB_SIZE
 
 from ..helpers import tiny_model
@@ -128,6 +130,11 @@ def test_table_of_runs_leaves_missing_numbers_empty():
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
     assert cells[0] == ["", "base", "AP", "the paper's AP"]
     assert cells[1:] == [["full", "55.0 ± 5.0", "71.0 ± 1.0", "23.7"], ["older", "25.0 ± 0.0", "", ""]]
+
+
+def test_base_names_of_the_ensemble_are_those_of_training(tmp_path):
+    cfg = miniworld_config(CONFIGS / "plus" / "ensemble-base-novel.yaml", tmp_path)
+    assert GeometricEnsemble.from_config(cfg).base_names == {NAMES[index] for index in BASE}
 
 
 def test_ablations_refuse_unknown_rows(tmp_path):

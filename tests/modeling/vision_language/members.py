@@ -13,7 +13,10 @@ MEMBERS: dict[str, dict | None] = {
     "clip": None,
     "openclip": {},
     "quickgelu": {"quick_gelu": True},
-    "metaclip2": {"text_cfg": {"hf_tokenizer_name": "tokenizer", "pool_type": "eos", "eos_id": 1, "vocab_size": 99}},
+    "metaclip2": {
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "ls_init_value": 0.5},
+        "text_cfg": {"hf_tokenizer_name": "tokenizer", "pool_type": "eos", "eos_id": 1, "vocab_size": 99},
+    },
     "eva": {
         "custom_text": True,
         "vision_cfg": {"image_size": 32, "timm_model_name": "tiny_eva", "timm_pool": "token", "timm_proj": None},

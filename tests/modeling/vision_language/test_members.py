@@ -16,7 +16,7 @@ from ...helpers import NAMES, as_inputs, tiny_config, tiny_model
 from ...simulated_device import simulated_device
 from .members import CLIP, MEMBERS
 
-PRECISION = "MODEL.REGIONSPOT.PRECISION"
+PRECISION, ENSEMBLE = "MODEL.REGIONSPOT.PRECISION", "MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE.BETA"
 IMAGES = [as_inputs(i, size)["image"] for i, size in enumerate([(48, 64), (60, 40), (50, 50)])]
 
 
@@ -50,6 +50,32 @@ def test_feature_maps(chosen, vision, features, length):
     # the class token comes first
     torch.testing.assert_close(feature_map[:, -16:], vision.encode_images(IMAGES)[:, 1:], atol=1e-5, rtol=0)
     assert (feature_map[0] - feature_map[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_dense_features_are_values_that_attend_to_themselves(chosen, vision):
+    if not vision.has_dense_features:
+        with pytest.raises(ValueError, match=f"{type(vision).__name__} with this .*CLIP.NAME has no dense features"):
+            tiny_model(*chosen, ENSEMBLE, 0.2, names=None)
+        return
+    vision = copy.deepcopy(vision)
+    visual, seen = vision.clip_model.visual, []
+    block = visual.transformer.resblocks[-1]
+    for parameter in block.attn.parameters():  # zeros otherwise, as before training
+        parameter.add_(0.01)
+    handle = block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    vision.embed_images(vision.preprocess_batch(IMAGES))
+    handle.remove()
+    normed = block.ln_1(seen[0])
+    length = normed.shape[1 if block.attn.batch_first else 0]
+    attended = block.attn(normed, normed, normed, attn_mask=~torch.eye(length, dtype=torch.bool))[0]
+    attended = attended if block.attn.batch_first else attended.transpose(0, 1)
+    scaled = getattr(block, "ls_1", torch.nn.Identity())(attended)
+    feature_map, dense = vision.encode_images_densely(IMAGES)
+    torch.testing.assert_close(dense, (visual.ln_post(scaled) @ visual.proj)[:, 1:], atol=1e-5, rtol=0)
+    assert dense.dtype == torch.float32 and dense.shape == (3, 16, vision.text_dim)
+    torch.testing.assert_close(feature_map, vision.encode_images(IMAGES), atol=1e-5, rtol=0)
+    assert tiny_model(*chosen, ENSEMBLE, 0.2)([as_inputs(0)])[0]["instances"].scores.isfinite().all()
 
 
 def test_embeddings(vision):
