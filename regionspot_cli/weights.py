@@ -15,7 +15,11 @@ def leave_absent_weights(cfg: CfgNode) -> str:
 
     Returns:
         What would be fetched, with sizes; "" if nothing is absent.
+
+    Raises:
+        FileNotFoundError: the tokenizer's files are absent, without which no name can be encoded.
     """
+    _check_tokenizer(cfg)
     absent = []
     for part in ("SAM", "CLIP"):
         name = cfg.MODEL.REGIONSPOT[part].WEIGHTS
@@ -24,6 +28,22 @@ def leave_absent_weights(cfg: CfgNode) -> str:
             absent.append(f"{part} {name}" + (f" ({known[0].megabytes} MB)" if known[0].megabytes else ""))
             cfg.MODEL.REGIONSPOT[part].WEIGHTS = ""
     return " and ".join(absent)
+
+
+def _check_tokenizer(cfg: CfgNode) -> None:
+    node = cfg.MODEL.REGIONSPOT
+    if node.VISION_LANGUAGE.NAME != "OpenClipVisionLanguageModel":
+        return
+    from regionspot.modeling.vision_language.open_clip_models import read_open_clip_config
+    from regionspot.modeling.vision_language.open_clip_text import FileTokenizer
+
+    source = read_open_clip_config(node.CLIP.NAME, node.CLIP.WEIGHTS).tokenizer
+    absent = FileTokenizer(source, 0).find_absent_files() if source else []
+    if absent:
+        raise FileNotFoundError(
+            f"--cached-weights-only: the tokenizer of {node.CLIP.NAME} ({source} of the Hugging Face hub) is not on "
+            f"this machine. Run once without the option, or put its files here: {', '.join(map(str, absent))}"
+        )
 
 
 def use_baseline_without_weights(cfg: CfgNode) -> bool:

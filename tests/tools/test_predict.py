@@ -10,8 +10,11 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from regionspot.checkpoint.checkpointer import load_model
+from regionspot.checkpoint.fetch import hub_file
+from regionspot.config import load_config
 from regionspot.prediction.regions import parse_points
 from regionspot_cli.commands import COMMANDS
+from regionspot_cli.weights import leave_absent_weights
 
 from ..helpers import NAMES, ROOT, TINY, draw_scene, frozen_overrides, tiny_config, tiny_model, write_frozen_parts
 from ..processes import run_program
@@ -80,6 +83,19 @@ def test_absent_weights_are_not_fetched(image, capsys, monkeypatch, tmp_path):
     code, _ = run(image, "--boxes", BOXES, "--vocabulary", "a", "--cached-weights-only", *known)
     printed = capsys.readouterr().out
     assert code == 0 and "MEAN NOTHING" in printed and "CLIP ViT-B/16 (351 MB) are fetched" in printed
+
+
+def test_absent_tokenizer_is_named_before_the_model_is_built(image, tmp_path, monkeypatch):
+    monkeypatch.setenv("REGIONSPOT_CACHE", str(tmp_path))
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *_, **__: pytest.fail("fetched"))
+    cfg = load_config(ROOT / "configs" / "models" / "SigLIP-B16.yaml")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer of ViT-B-16-SigLIP .*: .*/tokenizer.json, .*config.json"):
+        leave_absent_weights(cfg)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = hub_file("timm/ViT-B-16-SigLIP", name).path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert "CLIP ViT-B-16-SigLIP/webli" in leave_absent_weights(cfg)
 
 
 def test_boxes_from_files_points_and_overrides(image):

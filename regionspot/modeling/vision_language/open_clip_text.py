@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regionspot.checkpoint.fetch import fetch_hub_file
+from regionspot.checkpoint.fetch import fetch_hub_file, hub_file
 from regionspot.utils.files import read_json, sha256_of_file
 
 
@@ -27,6 +27,13 @@ class FileTokenizer:
                 punctuation.
         """
         self.source, self.context_length, self.clean = source, context_length, clean
+
+    def find_absent_files(self) -> list[Path]:
+        """Return the files that would be fetched."""
+        if Path(self.source).is_dir():
+            return []
+        paths = [hub_file(self.source, name).path for name in ("tokenizer.json", "tokenizer_config.json")]
+        return [path for path in paths if not path.is_file()]
 
     @cached_property
     def fingerprint(self) -> str:
