@@ -51,6 +51,21 @@ SLOW = [
     "data/test_proposal_damage.py",
     "evaluation/test_prediction_log.py",
     "engine/test_schedule.py",
+    "app/test_command.py",
+    "utils/test_command_line.py",
+    "report/test_report.py",
+    "prediction/test_outputs.py",
+    "engine/test_token_transfer.py",
+    "checkpoint/test_fetch.py",
+    "tools/test_visualize.py",
+    "tools/test_find.py",
+    "modeling/localizers/test_transformers_sam.py",
+    "modeling/vision_language/test_open_clip.py",
+    "modeling/test_compile.py",
+    "data/tokens/test_jitter.py",
+    "miniworld/test_world.py",
+    "engine/test_region_logs.py",
+    "projects/test_guide.py",
 ]
 
 

@@ -180,9 +180,9 @@ def write_frozen_parts(recognizer: RegionRecognizer, directory: Path) -> None:
     torch.save(recognizer.vision_language.clip_model.state_dict(), directory / "clip.pth")
 
 
-def write_user_files(directory: Path) -> RegionSpot:
+def write_user_files(directory: Path, *overrides: object) -> RegionSpot:
     """Write a user's my.json, my_val.json, my_images and the frozen weights of a model without names; return it."""
-    model = tiny_model(names=None)
+    model = tiny_model(*overrides, names=None)
     write_frozen_parts(model.recognizer, directory)
     path = write_dataset(directory / "data")
     (directory / "data" / "images").rename(directory / "my_images")

@@ -22,6 +22,10 @@ PROGRAMS = {
     "regionspot": ROOT / "regionspot_cli" / "__main__.py",
     "python": ROOT / "tools" / "benchmarks" / "__main__.py",
 }
+# the export of a layer takes seconds
+ONE_LAYER = ["SAM.CUSTOM.DEPTH", "1", "SAM.CUSTOM.GLOBAL_ATTN_INDEXES", "[0]", "SAM.CUSTOM.DECODER_DEPTH", "1"]
+ONE_LAYER += ["CLIP.CUSTOM.LAYERS", "1", "INTEGRATION.DEPTH", "1"]
+ONE_LAYER[::2] = [f"MODEL.REGIONSPOT.{key}" for key in ONE_LAYER[::2]]
 SHORT = {"SOLVER.MAX_ITER": "12"}  # in place of what a guide says
 SERVERS = {"app": "--check"}  # commands that would never end, and the option with which they only start
 
@@ -39,7 +43,7 @@ def commands(path):
 def directory(tmp_path_factory):
     """A user's files, by the names that the guides use; BB and BL are tiny here."""
     directory = tmp_path_factory.mktemp("user")
-    model = write_user_files(directory)
+    model = write_user_files(directory, *ONE_LAYER)
     annotations = json.loads((directory / "my_val.json").read_text())
     results = [{key: a[key] for key in ("image_id", "category_id", "bbox")} for a in annotations["annotations"]]
     (directory / "results.json").write_text(json.dumps([{**entry, "score": 0.5} for entry in results]))
@@ -48,7 +52,7 @@ def directory(tmp_path_factory):
     Image.fromarray(draw_scene(0, (480, 640))[0]).save(directory / "cup.jpg")
     [names] = blocks(ROOT / "docs" / "find.md", "json")
     (directory / "names.json").write_text(names)
-    overrides = [*frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
+    overrides = [*ONE_LAYER, *frozen_overrides(directory), "SOLVER.WARMUP_ITERS", "3", "SOLVER.STEPS", "()"]
     for name in ("BB", "BL"):
         write_config(directory / "configs" / f"RegionSpot-{name}.yaml", TINY, overrides)
     sam2 = [
@@ -62,7 +66,7 @@ def directory(tmp_path_factory):
     sam2[::2] = [f"MODEL.REGIONSPOT.{key}" for key in sam2[::2]]
     write_config(directory / "configs" / "models" / "SAM2.1-T.yaml", TINY, sam2)
     data = f"('{directory}/my_val.json:{directory}/my_images',)"
-    overrides = [*frozen_overrides(directory), "DATASETS.TEST", data, "INPUT.MIN_SIZE_TEST", "96"]
+    overrides = [*ONE_LAYER, *frozen_overrides(directory), "DATASETS.TEST", data, "INPUT.MIN_SIZE_TEST", "96"]
     host = directory / "projects" / "RegionSpotRCNN" / "configs" / "mask_rcnn_R_50_FPN.yaml"
     write_config(host, ROOT / "tests" / "tiny_rcnn.yaml", overrides)
     return directory

@@ -51,17 +51,18 @@ def test_demo(miniworld, tmp_path):
 def test_ablations(tmp_path, monkeypatch):
     jobs = os.cpu_count()  # so that a run uses one thread, as all tests do
     args = Namespace(output=tmp_path, train=4, test=2, jobs=jobs, seeds=1, rows=None, split="test", opts=MINI)
-    functions, evaluate = [], experiment.average_precision
+    evaluated, evaluate = [], experiment.average_precision
 
     def record(cfg, model, split):
-        functions.append(model.recognizer.rule.score_function)
+        ensemble = model.recognizer.ensemble
+        evaluated.append((model.recognizer.rule.score_function, ensemble and (ensemble.alpha, ensemble.beta)))
         return evaluate(cfg, model, split)
 
     monkeypatch.setattr(experiment, "average_precision", record)
     ablations.run_once("RegionSpot-mini", 0, args)
-    assert functions == ["softmax", "sigmoid"]  # with the same weights
+    assert evaluated == [("softmax", None), ("sigmoid", None), ("softmax", (0.0, 0.2)), ("softmax", (0.2, 0.1))]
     rows = {line.split("|")[1].strip(): line.split("|")[2:5] for line in ablations.table(args).splitlines()}
-    assert rows["full model"] == rows["sigmoid scores"] and rows["full model"][0].strip()
+    assert rows["full model"] == rows["sigmoid scores"] and rows["full model"][0].strip()  # the same weights
 
 
 def test_detection_in_miniature(tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def assert_same(one, two):
         assert one == two
 
 
-EXACT = ("SOLVER.MAX_ITER", 24, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9)
+EXACT = ("SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9)
 EXACT += ("INPUT.RANDOM_FLIP", "horizontal", "SOLVER.ACCUMULATE", 2)
 
 
@@ -90,7 +90,7 @@ def test_killed_run_resumes_exactly(scenes, tmp_path, precision):
     train(scenes, tmp_path / "undisturbed", *overrides)
     seconds = time.perf_counter() - start
     context, rng, iterations = multiprocessing.get_context("fork"), random.Random(1), []
-    for _ in range(5):
+    for _ in range(4):
         process = context.Process(target=train, args=(scenes, killed, *overrides), kwargs={"resume": True})
         process.start()
         time.sleep(rng.uniform(0.3, 0.8) * seconds)

@@ -124,17 +124,17 @@ def test_cap_after_interruptions(tmp_path, monkeypatch, cuts, rising):
 def _two(rank, directories, store):
     """Evaluate in one of two processes, the main one of which takes longer than collectives may."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=1))
     log = PredictionLog(directories[rank], "one", ClassCap(3, 10))
     done = log.open()
     for image_id in range(rank, 10, 2):
         if image_id not in done:
             log.append(predict(image_id))
-    time.sleep(2.5 * rank)
+    time.sleep(1.3 * rank)
     log.collect()
     if rank == 0:
         images = [plain(image) for image in log]
-        time.sleep(2.5)
+        time.sleep(1.3)
         assert [image["image_id"] for image in images] == list(range(10))
         scores = np.concatenate([image["scores"] for image in images])
         (directories[0] / "scores.txt").write_text(str(np.sort(scores).tolist()))

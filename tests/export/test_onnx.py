@@ -44,9 +44,14 @@ def quiet():
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
 
 
+# One layer each of CLIP and of the attention module: the next ones are written alike.
+SETTINGS = {"UNKNOWN.BACKGROUND": tuple(BACKGROUND), "INTEGRATION.DEPTH": 1, "CLIP.CUSTOM.LAYERS": 1}
+OVERRIDES = [part for key, value in SETTINGS.items() for part in (f"MODEL.REGIONSPOT.{key}", value)]
+
+
 @pytest.fixture(scope="module")
 def original():
-    cfg = tiny_config("MODEL.REGIONSPOT.UNKNOWN.BACKGROUND", tuple(BACKGROUND))
+    cfg = tiny_config(*OVERRIDES)
     predictor = RegionSpotPredictor(cfg)
     predictor.set_vocabulary(NAMES)
     spread_tokens(predictor.recognizer, as_inputs(0))
@@ -56,7 +61,7 @@ def original():
 @pytest.fixture(scope="module")
 def exported(original, tmp_path_factory):
     directory = tmp_path_factory.mktemp("export") / "model"
-    cfg = tiny_config("MODEL.REGIONSPOT.UNKNOWN.BACKGROUND", tuple(BACKGROUND))
+    cfg = tiny_config(*OVERRIDES)
 
     def check(written):
         return check_export(original.recognizer, written, "onnx", "float32")
@@ -215,8 +220,10 @@ def test_description(original, exported):
         assert str(ROOT).encode() not in path.read_bytes(), path.name
 
 
-def test_check_refuses_another_model(exported):
-    other = tiny_model(names=NAMES)
+def test_check_refuses_another_model(original, exported):
+    other = tiny_model(*OVERRIDES)
+    other.load_state_dict(original.model.state_dict())
+    check_export(other.recognizer, exported, "onnx", "float32", num_boxes=(1,))
     with torch.no_grad():
         other.recognizer.knowledge_integration.projector.bias += 0.1
     with pytest.raises(ValueError, match="differs from PyTorch's"):
