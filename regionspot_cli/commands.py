@@ -142,7 +142,11 @@ def parse_extract(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
     parser.add_argument("--jitter", type=float, metavar="SHARE", help="also of jittered boxes; default: the config's")
     parser.add_argument("--jitter-copies", type=int, default=3, metavar="K", help="jittered copies of each box")
     parser.add_argument(
-        "--proposals", nargs="+", default=[], metavar="FILE", help="one for each data set: also of boxes that match"
+        "--proposals",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="one for each data set: also of boxes that match; default: those of DATASETS.PROPOSAL_FILES_TRAIN",
     )
     parser.add_argument("--feature-maps", action="store_true", help="also CLIP's feature maps")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes, each on a GPU of its own if there are any")

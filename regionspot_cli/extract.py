@@ -86,6 +86,13 @@ def read_extraction(args: Namespace, cfg: CfgNode) -> Extraction:
     )
 
 
+def find_proposals(datasets: list[str], cfg: CfgNode) -> list[str]:
+    """Return the config's proposal file of each data set, "" for none; an empty list if no data set has one."""
+    files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN))
+    found = [files.get(name, "") for name in datasets]
+    return found if any(found) else []
+
+
 def check_inputs(args: Namespace, cfg: CfgNode) -> None:
     """Refuse options and proposal files that do not fit, before a model is loaded and the first data set extracted."""
     check_registered(args.datasets, "--datasets")
@@ -94,7 +101,8 @@ def check_inputs(args: Namespace, cfg: CfgNode) -> None:
     if args.proposals:
         check_match_iou(extraction.match_iou)
     for name, path in zip(args.datasets, args.proposals):
-        check_proposals(ProposalFile(path), DatasetCatalog.get(name))
+        if path:
+            check_proposals(ProposalFile(path), DatasetCatalog.get(name))
 
 
 def describe_store(directory: Path) -> str:
@@ -131,6 +139,7 @@ def main(args: Namespace) -> int:
     if args.verify:
         return min(verify(args.verify), 1)
     cfg = load_config(args.config_file, args.opts)
+    args.proposals = args.proposals or find_proposals(args.datasets, cfg)
     check_inputs(args, cfg)
     if args.num_gpus > 1:
         torch.multiprocessing.spawn(partial(run_process, work), (args, cfg), nprocs=args.num_gpus)

@@ -198,18 +198,25 @@ def test_training_step_with_stored_proposals(dataset, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=2e-3, rel=2e-3)
 
 
-def test_extract_command_takes_jitter_of_config(dataset, tmp_path, capsys):
+@pytest.mark.parametrize("source", ["option", "config"])
+def test_extract_command_takes_jitter_and_proposals_of_config(dataset, tmp_path, capsys, source):
     """Training with the config, and the lines that the command prints, accepts the store."""
     write_frozen_parts(tiny_model(names=None).recognizer, tmp_path)
     plus, iou = tmp_path / "plus.yaml", ["MODEL.REGIONSPOT.PROPOSALS.IOU_THRESH_TRAIN", 0.6]
-    plus.write_text(tiny_config("INPUT.BOX_JITTER", 0.2, *frozen_overrides(tmp_path)).dump())
-    inputs = ["--config-file", plus, "--datasets", NAME, "--proposals", tmp_path / "boxes.json"]
+    overrides, inputs = ["INPUT.BOX_JITTER", 0.2], ["--config-file", plus, "--datasets", NAME]
+    if source == "option":
+        inputs += ["--proposals", tmp_path / "boxes.json"]
+    else:
+        files = ("other.json", str(tmp_path / "boxes.json"))  # that of another data set is not asked for
+        overrides += ["DATASETS.TRAIN", ("other", NAME), "DATASETS.PROPOSAL_FILES_TRAIN", files]
+    plus.write_text(tiny_config(*overrides, *frozen_overrides(tmp_path)).dump())
     COMMANDS["extract"].call(*inputs, "--output", tmp_path / "tokens", *iou)
     printed = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(f"_BASE_: plus.yaml\n{printed[printed.index('DATASETS:') :]}")
     cfg = load_config(tmp_path / "printed.yaml", ["SOLVER.IMS_PER_BATCH", "2"])
     [path] = cfg.DATASETS.TOKEN_STORES_TRAIN
     assert TokenStore(path).manifest["jitter"] == 0.2 and TokenStore(path).num_copies == 3
+    assert TokenStore(path).manifest["proposals"]["source"] == "boxes.json"
     assert cfg.INPUT.BOX_JITTER == 0.2 and next(iter(build_train_loader(cfg)))
 
 
