@@ -15,6 +15,7 @@ from miniworld.categories import NOVEL
 from miniworld.experiment import CONFIG, CONFIGS, WEIGHTS, draw_data, miniworld_config
 from miniworld.pretrain_clip import report_clip
 from miniworld.pretrain_sam import report_sam
+from miniworld.trained import training_directory
 from regionspot.modeling import RegionRecognizer
 from regionspot.modeling.localizers import Sam2Localizer
 from regionspot.modeling.vision_language.open_clip import OpenClipVisionLanguageModel
@@ -122,14 +123,19 @@ def test_evaluation_matches_demo(demo, tmp_path, monkeypatch, processes):
         assert float(metrics[key]) == pytest.approx(summary[key], abs=2e-4)
 
 
+def place_weights(demo, output, overrides):
+    """Copy the demo's weights to where the experiments with these overrides look for them."""
+    directory = training_directory(output, CONFIG, 0, [str(part) for part in overrides])
+    directory.mkdir(parents=True)
+    shutil.copy(demo / "training" / "model_final.pth", directory)
+
+
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
-    """The demo's weights where the experiments look for them; what these register is forgotten afterwards."""
+    """A directory of experiments with the demo's weights; what they register is forgotten afterwards."""
     registered = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
     directory = tmp_path_factory.mktemp("experiments")
-    (directory / "training" / f"{CONFIG.stem}-0").mkdir(parents=True)
-    weights = (demo[0] / "training" / "model_final.pth").read_bytes()
-    (directory / "training" / f"{CONFIG.stem}-0" / "model_final.pth").write_bytes(weights)
+    place_weights(demo[0], directory, SMALL)
     yield directory, ["--output", directory, "--config-file", CONFIG, "--train", 1, "--workers", 1, "--val", 30]
     for catalog, content in registered:
         catalog.data.clear()
@@ -168,11 +174,11 @@ def test_examples_of_the_classes_that_have_them(demo, trained, monkeypatch, caps
 
 def test_transfer_to_sam2_keeps_more_than_chance(demo, trained, monkeypatch, capsys):
     directory, _ = demo  # its scenes and features are used again
-    shutil.copytree(trained[0] / "training", directory / "training", dirs_exist_ok=True)
+    overrides = [*SMALL, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0]
+    place_weights(directory, directory, overrides)
     monkeypatch.setenv("REGIONSPOT_CACHE", str(directory / "cache"))
     sizes = ["--train", 96, "--split", "val", "--test", 6, "--steps", 2, "--seeds", 1, "--workers", 1]
-    overrides = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0]
-    COMMANDS["transfer"].call("--output", directory, *sizes, *SMALL, *overrides)
+    COMMANDS["transfer"].call("--output", directory, *sizes, *overrides)
     results = json.loads((directory / "transfer" / "val-0.json").read_text())["results"]
     trained_on_sam, mapped, tuned, scratch, whole = (row["base_top1"] for row in results.values())
     assert mapped > 0.5 * trained_on_sam > 2 / 120  # chance is 1 / 120

@@ -1,6 +1,8 @@
 """Models that several experiments of this world share: trained where they are not there yet."""
 
+import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -11,14 +13,19 @@ from regionspot.index import ImageSet, RegionIndex, build_index, dataset_images
 from regionspot.utils.files import short_hash
 
 
-def training_directory(output: Path, config_file: Path, seed: int) -> Path:
-    """Return where a config is trained with a seed; all experiments under ``output`` share it."""
+def training_directory(output: Path, config_file: Path, seed: int, overrides: Sequence[str] = ()) -> Path:
+    """Return where a config is trained with overrides and a seed; all experiments under ``output`` share it."""
     config_file = config_file.resolve()
     if config_file.is_relative_to(experiment.CONFIGS):
         name = config_file.relative_to(experiment.CONFIGS).with_suffix("").as_posix().replace("/", "-")
     else:  # another config may have the same name
         name = f"{config_file.stem}-{short_hash(str(config_file))}"
-    return output / "training" / f"{name}-{seed}"
+    return output / "training" / f"{name}-{seed}{overrides_suffix(overrides)}"
+
+
+def overrides_suffix(overrides: Sequence[str]) -> str:
+    """Return what tells a file of a run with overrides from one without."""
+    return f"-{short_hash(json.dumps(list(overrides)))}" if overrides else ""
 
 
 def load_trained(
@@ -28,7 +35,7 @@ def load_trained(
 
     ``inference_config`` takes the place of ``args.config_file`` once it is trained.
     """
-    output = training_directory(args.output, args.config_file, seed)
+    output = training_directory(args.output, args.config_file, seed, args.opts)
     weights = output / "model_final.pth"
     if not weights.is_file():
         cfg = experiment.miniworld_config(args.config_file, output, seed, args.opts)
