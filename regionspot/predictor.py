@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes
 from numpy.typing import ArrayLike
 from PIL import Image
+from torch.nn.functional import normalize
 
 from regionspot.checkpoint.checkpointer import load_model
 from regionspot.modeling.localizers.localizer import LocalizerOutput
@@ -223,13 +224,15 @@ class RegionSpotPredictor:
         located = recognizer.locate(features, prompts, with_logits or recognizer.needs_masks, with_iou=True)
         masks = [self._masks(output, size) for output, size in zip(located, features.sizes)]
         boxes = [_boxes(*parts) for parts in zip(prompts, masks, features.sizes)]
-        regions = recognizer.region_embeddings(features.images or [], boxes, features, located)
+        semantic = recognizer.region_embeddings(features.images or [], boxes, features, located)
         # (N, K + number of background names)
-        logits = recognizer.score_images(regions, [embeddings] * len(prompts), with_background=True, names=names)
+        dense = recognizer.dense_embeddings(features, located)
+        logits = recognizer.score_images(semantic, [embeddings] * len(prompts), True, dense, names)
         results = []
         for i, size in enumerate(features.sizes):
-            result = self._predictions(boxes[i], located[i], regions[i], logits[i], scores[i], names, top_k, size)
-            results.append(replace(result, region_masks=masks[i] if with_masks else None))
+            result = self._predictions(boxes[i], located[i], semantic[i], logits[i], scores[i], names, top_k, size)
+            own = None if dense is None else normalize(dense[i], dim=1).cpu().numpy()
+            results.append(replace(result, region_masks=masks[i] if with_masks else None, dense_embeddings=own))
         return results
 
     def _masks(self, output: LocalizerOutput, size: tuple[int, int]) -> RegionMasks | None:
@@ -280,7 +283,7 @@ class RegionSpotPredictor:
         self,
         boxes: Boxes,
         output: LocalizerOutput,
-        embeddings: torch.Tensor,
+        semantic_tokens: torch.Tensor,
         logits: torch.Tensor,
         proposal_scores: torch.Tensor | None,
         names: list[str],
@@ -293,7 +296,7 @@ class RegionSpotPredictor:
             boxes=boxes.tensor.cpu().numpy(),
             predicted_ious=output.iou.cpu().numpy(),
             vocabulary=list(names),
-            embeddings=recognizer.normalize(embeddings).cpu().numpy(),
+            embeddings=normalize(semantic_tokens.float(), dim=1).cpu().numpy(),
             proposal_scores=None if proposal_scores is None else proposal_scores.cpu().numpy(),
             image_size=size,
             region_masks=None,

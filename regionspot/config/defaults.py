@@ -86,8 +86,8 @@ def _add_inference_config(node: CfgNode) -> None:
     node.UNKNOWN.BACKGROUND = ()
     # Beyond the paper: class probabilities of the module, to the power of 1 - e, times CLIP's own of its dense features
     # inside SAM's mask, to the power of e. ALPHA is e for the names of BASE_VOCABULARY (in any format of VOCABULARY;
-    # those that training had), BETA for all others, or for all names with "". 0 for the module alone; 0.2 is a good
-    # start. Any trained checkpoint can be used; docs/models.md has what this gains.
+    # those that training had), BETA for all others, or for all names with "". With 0 and 0 the module's alone count.
+    # Any trained checkpoint can be used; docs/models.md has what this gains.
     node.GEOMETRIC_ENSEMBLE = CfgNode()
     node.GEOMETRIC_ENSEMBLE.ALPHA = 0.0
     node.GEOMETRIC_ENSEMBLE.BETA = 0.0

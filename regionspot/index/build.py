@@ -109,6 +109,11 @@ def build_index(
         raise ValueError(
             "no boxes: give annotations, or set MODEL.REGIONSPOT.PROPOSALS.SOURCE sam_automatic or detector"
         )
+    if predictor.recognizer.ensemble is not None:
+        raise ValueError(
+            "MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE needs two embeddings of a region, and an index has one; build it with "
+            "ALPHA and BETA 0"
+        )
     if shard_images < 1:
         raise ValueError(f"shard images: expected at least 1, got {shard_images}")
     records = images.images

@@ -5,21 +5,23 @@ features in the manner of MaskCLIP (arXiv 2112.01071), averaged inside SAM's mas
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils.logger import log_first_n
-from torch.nn import functional as F
 
 from regionspot.modeling.mask_pooling import pool_features
 from regionspot.modeling.postprocessing import DetectionRule
 from regionspot.modeling.region_groups import RegionGroups
 from regionspot.modeling.vision_language import VisionLanguageModel
-from regionspot.vocabulary import load_vocabulary
+from regionspot.utils.files import short_hash
+from regionspot.vocabulary import clean_name, load_vocabulary
 
 KEY = "MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class GeometricEnsemble:
     Attributes:
         alpha: the exponent e of base names.
         beta: the exponent e of all other names.
-        base_names: those that the module learned from; empty if that is unknown, and then ``beta`` is for all names.
+        base_names: those that the module learned from, in any spelling that differs in case, spaces and punctuation
+            alone; empty if they are unknown, and then ``beta`` is for all names.
     """
 
     alpha: float
@@ -50,12 +53,16 @@ class GeometricEnsemble:
     def from_config(cls, cfg: CfgNode) -> "GeometricEnsemble | None":
         """Return the configured one, None with exponents of 0."""
         node = cfg.MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE
-        base_names = load_vocabulary(node.BASE_VOCABULARY) if node.BASE_VOCABULARY else []
-        ensemble = cls(float(node.ALPHA), float(node.BETA), frozenset(base_names))
-        return ensemble if ensemble.alpha or ensemble.beta else None
+        if not node.ALPHA and not node.BETA:
+            return None
+        try:
+            base_names = load_vocabulary(node.BASE_VOCABULARY) if node.BASE_VOCABULARY else []
+        except (OSError, ValueError) as error:
+            raise type(error)(f"{KEY}.BASE_VOCABULARY: {error}") from error
+        return cls(float(node.ALPHA), float(node.BETA), frozenset(base_names))
 
     def check(self, vision_language: VisionLanguageModel, rule: DetectionRule | None) -> None:
-        """Refuse a vision-language model without dense features, and scores that are no softmax."""
+        """Refuse a vision-language model without dense features, and other score functions than softmax."""
         if not vision_language.has_dense_features:
             raise ValueError(
                 f"{KEY}: {type(vision_language).__name__} with this MODEL.REGIONSPOT.CLIP.NAME has no dense features; "
@@ -68,38 +75,41 @@ class GeometricEnsemble:
             )
 
     def describe(self) -> str:
-        """Return what scores and embeddings depend on."""
-        base = f" and {self.alpha} for {len(self.base_names)} base names" if self.base_names else ""
+        """Return what scores depend on."""
+        base = f", {self.alpha} for base names ({short_hash(repr(sorted(self.base_names)))})" if self.base_names else ""
         return f"geometric ensemble with exponent {self.beta}{base}"
 
-    def exponents(self, names: Sequence[str]) -> torch.Tensor:
-        """Return the (K,) float32 exponents of CLIP's own probabilities of names."""
-        is_base = torch.tensor([name in self.base_names for name in names], dtype=torch.bool)
-        if self.base_names and not is_base.any():
-            log_first_n(
-                logging.WARNING,
-                f"{KEY}: none of the {len(names)} names in use is in BASE_VOCABULARY; all have the exponent BETA",
-            )
-        return torch.where(is_base, self.alpha, self.beta)
-
-    def combine(self, logits: torch.Tensor, clip_logits: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    def combine(
+        self, logits: torch.Tensor, clip_logits: torch.Tensor, names: Sequence[str], num_background: int = 0
+    ) -> torch.Tensor:
         """Return (N, K) logits whose softmax is the geometric mean of both softmaxes, divided by its sum over names.
 
         Args:
             logits: (N, K) float32, the module's.
             clip_logits: (N, K) float32, CLIP's own.
-            names: K of the columns; of fewer, the last columns are no base names.
+            names: of the columns but the last ``num_background``, which are no base names.
+            num_background: number of background names.
         """
-        exponents = F.pad(self.exponents(names), (0, logits.shape[1] - len(names)), value=self.beta).to(logits)
+        assert logits.shape[1] == len(names) + num_background
+        is_base = [*_find_base_names(tuple(names), self.base_names), *[False] * num_background]
+        exponents = torch.where(torch.tensor(is_base, dtype=torch.bool), self.alpha, self.beta).to(logits)  # (K,)
         return (1 - exponents) * logits.log_softmax(dim=1) + exponents * clip_logits.log_softmax(dim=1)
 
-    def blend(self, semantic_tokens: torch.Tensor, clip_features: torch.Tensor) -> torch.Tensor:
-        """Return one (N, C) embedding of each region, which ranks names as the geometric mean with ``beta`` does.
 
-        Its dot product with a name's embedding is the same mean of both logits, but for the logit scale.
-        """
-        tokens, features = F.normalize(semantic_tokens.float(), dim=1), F.normalize(clip_features.float(), dim=1)
-        return (1 - self.beta) * tokens + self.beta * features
+@lru_cache(maxsize=16)
+def _find_base_names(names: tuple[str, ...], base_names: frozenset[str]) -> list[bool]:
+    """Return which names are base names, and log how many: once, as results are cached."""
+    base = {_normalize(name) for name in base_names}
+    is_base = [_normalize(name) in base for name in names]
+    if base_names:
+        level = logging.INFO if any(is_base) else logging.WARNING
+        logger.log(level, "%s: %d of %d names are in BASE_VOCABULARY", KEY, sum(is_base), len(names))
+    return is_base
+
+
+def _normalize(name: str) -> str:
+    """Return the letters and digits of a name, in lower case, so that "Fire_hydrant" is "fire hydrant"."""
+    return re.sub(r"[\W_]+", "", clean_name(name).lower()) or name
 
 
 def pool_dense_features(coverage: Sequence[torch.Tensor], dense_features: torch.Tensor) -> list[torch.Tensor]:

@@ -33,7 +33,6 @@ def describe_trained(recognizer: Any) -> dict[str, Any]:
     return {
         "source": recognizer.weight_sources["trained"],
         "fingerprint": fingerprint(recognizer.knowledge_integration.state_dict()),
-        **({} if recognizer.ensemble is None else {"ensemble": recognizer.ensemble.describe()}),
     }
 
 

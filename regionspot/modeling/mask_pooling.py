@@ -52,7 +52,7 @@ def locate_with_coverage(
         threshold = localizer.mask_upsampler(size).threshold
         output.coverage = mask_coverage(output.masks, (height, width), threshold)
         tokens = {**output.stage_tokens, MASK_STAGE: output.coverage}
-        output.stage_tokens = {stage: tokens[stage] for stage in stages or output.stage_tokens}
+        output.stage_tokens = {stage: tokens[stage] for stage in stages}
         if not with_masks:
             output.masks = None
     return outputs

@@ -1,11 +1,11 @@
 """The open-vocabulary side of a recognizer: class names in use, and scores of regions against them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from regionspot.modeling.classifier import TextClassifier
 from regionspot.modeling.entry_embeddings import embed_vocabulary
@@ -17,14 +17,7 @@ BACKGROUND = "background of MODEL.REGIONSPOT.UNKNOWN"  # key of its names in the
 
 
 class OpenVocabulary(nn.Module):
-    """What ``RegionRecognizer`` knows of names.
-
-    Attributes:
-        vision_language: the frozen vision-language model.
-        classifier: holds the vocabularies and their embeddings.
-        background: names of what is no object.
-        ensemble: how CLIP's own scores join the module's, or None.
-    """
+    """A mixin of ``RegionRecognizer``, whose constructor sets the attributes: its methods about names."""
 
     vision_language: VisionLanguageModel
     classifier: TextClassifier
@@ -71,40 +64,56 @@ class OpenVocabulary(nn.Module):
         embeddings: list[torch.Tensor],
         vocabularies: Sequence[str | torch.Tensor] = (),
         with_background: bool = False,
+        dense_embeddings: list[torch.Tensor] | None = None,
         names: Sequence[str] = (),
     ) -> list[torch.Tensor]:
         """Return the logits of B images' regions, each as from ``score``; ``vocabularies`` are as for ``classify``."""
         vocabularies = vocabularies or [""] * len(embeddings)
         keys = {id(x) if isinstance(x, torch.Tensor) else x for x in vocabularies}
         if len(embeddings) == len(vocabularies) and len(keys) == 1:  # all images together
-            logits = self.score(torch.cat(embeddings), vocabularies[0], with_background, names)
+            all_dense = torch.cat(dense_embeddings) if dense_embeddings else None
+            logits = self.score(torch.cat(embeddings), vocabularies[0], with_background, all_dense, names)
             return list(logits.split([len(x) for x in embeddings]))
-        return [self.score(x, v, with_background, names) for x, v in zip(embeddings, vocabularies, strict=True)]
+        parts = zip(embeddings, vocabularies, dense_embeddings or itertools.repeat(None, len(embeddings)), strict=True)
+        return [self.score(x, vocabulary, with_background, dense, names) for x, vocabulary, dense in parts]
 
     def score(
         self,
         embeddings: torch.Tensor,
         vocabulary: str | torch.Tensor = "",
         with_background: bool = False,
+        dense_embeddings: torch.Tensor | None = None,
         names: Sequence[str] = (),
     ) -> torch.Tensor:
-        """Return the (N, K) logits of ``region_embeddings`` or semantic tokens against a vocabulary.
+        """Return the logits of regions against a vocabulary, see ``TextClassifier``.
 
-        ``names`` are those of a vocabulary that is given by its embeddings; other arguments are ``classify``'s.
+        Args:
+            embeddings: (N, text_dim) float semantic tokens.
+            vocabulary: its key, "" for the one in use; or its embeddings, (K, text_dim) float32.
+            with_background: append the logits of the background names.
+            dense_embeddings: (N, text_dim) float, CLIP's own of the same regions, for the ensemble; None for the
+                module's logits alone.
+            names: those of a vocabulary that is given by its embeddings, for the ensemble.
+
+        Returns:
+            (N, K) float32, K + background names with these.
         """
-        vision = self.vision_language
-        keys = [vocabulary, BACKGROUND] if with_background and self.background else [vocabulary]
-        logits, *clip_logits = (
-            torch.cat([self.classifier(x, vision.logit_scale, key, vision.logit_bias) for key in keys], dim=1)
-            for x in embeddings.split(vision.text_dim, dim=1)
+        if isinstance(vocabulary, str):
+            names, vocabulary = self.classifier.get(vocabulary)
+        texts = (
+            [vocabulary, self.classifier.get(BACKGROUND)[1]] if with_background and self.background else [vocabulary]
         )
-        if self.ensemble is None or not clip_logits:
+        logits = self._compare(embeddings, texts)
+        if dense_embeddings is None:
             return logits
-        names = self.classifier.get_names(vocabulary) if isinstance(vocabulary, str) else names
-        return self.ensemble.combine(logits, clip_logits[0], names)
+        assert self.ensemble is not None
+        clip_logits = self._compare(dense_embeddings, texts)
+        # a region with an empty mask has no features of CLIP's
+        clip_logits = torch.where(dense_embeddings.any(dim=1, keepdim=True), clip_logits, logits)
+        return self.ensemble.combine(logits, clip_logits, names, sum(map(len, texts[1:])))
 
-    def normalize(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return one (N, text_dim) float32 embedding of length 1 for each of an image's ``region_embeddings``."""
-        parts = embeddings.split(self.vision_language.text_dim, dim=1)
-        blended = self.ensemble.blend(*parts) if self.ensemble is not None and len(parts) > 1 else parts[0]
-        return F.normalize(blended.float(), dim=1)
+    def _compare(self, embeddings: torch.Tensor, texts: Sequence[torch.Tensor]) -> torch.Tensor:
+        vision = self.vision_language
+        return torch.cat(
+            [self.classifier(embeddings, vision.logit_scale, text, vision.logit_bias) for text in texts], dim=1
+        )

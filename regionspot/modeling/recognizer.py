@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
+from torch.nn import functional as F
 
 from regionspot.checkpoint.loading import PARTS, frozen_sources, load_weights
 from regionspot.modeling.classifier import TextClassifier
+from regionspot.modeling.geometric_ensemble import KEY as ENSEMBLE
 from regionspot.modeling.geometric_ensemble import GeometricEnsemble, pool_dense_features
 from regionspot.modeling.knowledge_integration import KnowledgeIntegration
 from regionspot.modeling.localizers import Localizer, LocalizerOutput, build_localizer
@@ -152,9 +154,11 @@ class RegionRecognizer(OpenVocabulary):
             clipped = image_prompts.to(device).clip((height, width))
             # the sides of SAM's input are whole pixels: x and y have factors of their own
             scaled.append(clipped.scale(input_width / width, input_height / height))
-        if self.knowledge_integration.mask_pooling:
-            stages = stages or (self.localizer.token_stage, MASK_STAGE)
-        if MASK_STAGE in stages or features.dense_features is not None:
+        with_coverage = not stages and features.dense_features is not None
+        if not stages:
+            own_stage = self.localizer.token_stage
+            stages = (own_stage, MASK_STAGE) if self.knowledge_integration.mask_pooling else (own_stage,)
+        if with_coverage or MASK_STAGE in stages:
             return locate_with_coverage(self.localizer, features, scaled, with_masks, stages, with_iou)
         return self.localizer(features.embeddings, scaled, with_masks, stages, with_iou)
 
@@ -255,7 +259,9 @@ class RegionRecognizer(OpenVocabulary):
         check_mask_format(masks)
         features, located = self.locate_boxes(images, boxes, bool(masks), features)
         embeddings = self.region_embeddings(images, boxes, features, located)
-        logits = self.score_images(embeddings, with_background=True)  # (N_i, K + background)
+        dense = self.dense_embeddings(features, located)
+        # (N_i, K + background)
+        logits = self.score_images(embeddings, with_background=True, dense_embeddings=dense)
         results = []
         for i, (image_logits, output) in enumerate(zip(logits, located)):
             size = features.sizes[i]
@@ -267,7 +273,7 @@ class RegionRecognizer(OpenVocabulary):
             result = self.rule.detect(scaled, image_logits, scores, output_size, len(self.background), classes)
             rows = result.detections.region_indices
             if self.with_embeddings:
-                result.regions.region_embeddings = self.normalize(embeddings[i])
+                result.regions.region_embeddings = F.normalize(embeddings[i].float(), dim=1)
                 result.detections.region_embeddings = result.regions.region_embeddings[rows]
             if masks:
                 assert output.masks is not None
@@ -289,16 +295,22 @@ class RegionRecognizer(OpenVocabulary):
         features: ImageFeatures,
         located: list[LocalizerOutput],
     ) -> list[torch.Tensor]:
-        """Return the (N_i, text_dim) semantic tokens of each image's regions; a baseline may have others.
+        """Return the (N_i, text_dim) semantic tokens of each image's regions; a baseline may have others."""
+        return self.knowledge_integration([output.tokens for output in located], features.feature_map)
 
-        With an ensemble (N_i, 2 * text_dim): CLIP's dense features inside the regions' masks come second.
+    def dense_embeddings(self, features: ImageFeatures, located: list[LocalizerOutput]) -> list[torch.Tensor] | None:
+        """Return CLIP's own (N_i, text_dim) embeddings of each image's regions for the ensemble; None without one.
+
+        Raises:
+            ValueError: the images were encoded by a recognizer without an ensemble.
         """
-        tokens = self.knowledge_integration([output.tokens for output in located], features.feature_map)
+        if self.ensemble is None:
+            return None
         if features.dense_features is None:
-            return tokens
-        coverage = [output.coverage for output in located if output.coverage is not None]  # all have it
-        pooled = pool_dense_features(coverage, features.dense_features)
-        return [torch.cat(pair, dim=1) for pair in zip(tokens, pooled)]
+            raise ValueError(f"{ENSEMBLE}: the images were encoded without it; encode them again with this model")
+        coverage = [output.coverage for output in located]
+        assert all(x is not None for x in coverage)
+        return pool_dense_features(coverage, features.dense_features)  # type: ignore[arg-type]
 
 
 def _box_prompts(boxes: Sequence[Boxes]) -> list[Prompts]:

@@ -26,16 +26,17 @@ class RegionPredictions:
         scores: (N,) float32, probability of the best class.
         top_classes: (N, k) int64, the k best classes, best first.
         top_scores: (N, k) float32, their probabilities.
-        logits: (N, K) float32.
+        logits: (N, K) float32, whose softmax or sigmoid gives the probabilities.
         predicted_ious: (N,) float32, SAM's own estimate of each mask's IoU.
         vocabulary: K class names.
         unknown: (N,) bool, regions of no class (``MODEL.REGIONSPOT.UNKNOWN``).
         embeddings: (N, text_dim) float32, normalized semantic tokens: dot products with normalized text embeddings, or
-            with each other, are cosine similarities. With ``MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE`` their mean with
-            CLIP's dense features.
+            with each other, are cosine similarities.
         proposal_scores: (N,) float32 in [0, 1], of regions that SAM or a detector found; None without.
         detection_scores: (N,) float32, what ranks detections (``MODEL.REGIONSPOT.SCORE_RULE``).
         image_size: (height, width) of the image.
+        dense_embeddings: (N, text_dim) float32, CLIP's own normalized embeddings of the regions, with
+            ``MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE``; None without.
         region_masks: SAM's mask logits, on the model's device; None when masks were not asked for. ``masks``, ``mask``
             and ``rles`` resize them to the image.
     """
@@ -55,6 +56,7 @@ class RegionPredictions:
     detection_scores: np.ndarray
     image_size: tuple[int, int]
     region_masks: RegionMasks | None
+    dense_embeddings: np.ndarray | None = None
 
     labels = renamed_attribute("labels", "class_names")
     iou = renamed_attribute("iou", "predicted_ious")

@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from regionspot.checkpoint.fetch import find_known_weights, resolve_weights
+from regionspot.modeling.geometric_ensemble import GeometricEnsemble
 from regionspot.prediction.sources import ImageList
 from regionspot.utils.files import sha256_of_file, short_hash
 from regionspot.vocabulary_entries import EmbeddedVocabulary, EntryVocabulary
@@ -31,15 +32,18 @@ def describe_run(
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = cfg.OUTPUT_DIR = ""
+    node = cfg.MODEL.REGIONSPOT
+    ensemble = GeometricEnsemble.from_config(cfg)
     sources = {"MODEL.WEIGHTS": cfg.MODEL.WEIGHTS}
-    sources |= {f"{part}.WEIGHTS": cfg.MODEL.REGIONSPOT[part].WEIGHTS for part in ("SAM", "CLIP")}
-    sources["DETECTOR.WEIGHTS"] = cfg.MODEL.REGIONSPOT.PROPOSALS.DETECTOR.WEIGHTS
+    sources |= {f"{part}.WEIGHTS": node[part].WEIGHTS for part in ("SAM", "CLIP")}
+    sources["DETECTOR.WEIGHTS"] = node.PROPOSALS.DETECTOR.WEIGHTS
     return {
         "images": [len(images), images.fingerprint()],
         "vocabulary": list(vocabulary),
         "entries": _describe_entries(vocabulary),
         **options,
         "files": [sha256_of_file(path)[:16] for path in files],
+        **({} if ensemble is None else {"ensemble": ensemble.describe()}),
         "weights": {key: _describe_weights(source) for key, source in sources.items()},
         "config": short_hash(cfg.dump(), 16),
     }

@@ -24,6 +24,7 @@ from regionspot.evaluation import GroundTruth, evaluate_lvis, read_results
 from regionspot.evaluation.region_evaluator import RegionEvaluator
 from regionspot.evaluation.report import region_accuracy
 from regionspot.modeling import RegionSpot
+from regionspot.modeling.geometric_ensemble import GeometricEnsemble
 from regionspot.modeling.postprocessing import DetectionRule
 from regionspot_cli import table as table_command
 from regionspot_cli.commands import COMMANDS
@@ -127,8 +128,12 @@ def test_protocol_depends_on_config_and_weights(dataset, tmp_path):
     elsewhere = config(tmp_path, "OUTPUT_DIR", "elsewhere")
     elsewhere.MODEL.DEVICE = "cuda:1"
     assert describe_protocol(elsewhere, model, NAME).identity() in lines
-    ensemble = tiny_model("MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE.BETA", 0.2)
-    assert "geometric ensemble with exponent 0.2" in describe_protocol(config(tmp_path), ensemble, NAME).score
+    for base_names in ("", "cup", "saucer"):
+        model.recognizer.ensemble = GeometricEnsemble(0.0, 0.2, frozenset(filter(None, [base_names])))
+        protocol = describe_protocol(config(tmp_path), model, NAME)
+        assert "geometric ensemble with exponent 0.2" in protocol.score and protocol.identity() not in lines
+        lines.add(protocol.identity())
+    model.recognizer.ensemble = None
     model.set_vocabulary({name: [name, "thing"] for name in NAMES})
     assert describe_protocol(config(tmp_path), model, NAME).identity() not in lines
 

@@ -79,7 +79,7 @@ def test_image_encoders_equal_the_recognizer(monkeypatch, max_matrix, features):
 @torch.no_grad()
 def test_torch_programs_of_a_variant(tmp_path):
     overrides = [part for name in ("multimask mlp", "no features", "regions alone") for part in VARIANTS[name]]
-    overrides += ["MODEL.REGIONSPOT.INTEGRATION.DEPTH", 1, "MODEL.REGIONSPOT.CLIP.CUSTOM.LAYERS", 1]
+    overrides += ["MODEL.REGIONSPOT.INTEGRATION.DEPTH", 2]
     recognizer, cfg = tiny_model(*overrides).recognizer, tiny_config(*overrides)
     programs = trace(recognizer)
 

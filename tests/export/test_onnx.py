@@ -44,8 +44,8 @@ def quiet():
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
 
 
-# One layer each of CLIP and of the attention module: the next ones are written alike.
-SETTINGS = {"UNKNOWN.BACKGROUND": tuple(BACKGROUND), "INTEGRATION.DEPTH": 1, "CLIP.CUSTOM.LAYERS": 1}
+# One layer of the attention module: test_modules.py traces several.
+SETTINGS = {"UNKNOWN.BACKGROUND": tuple(BACKGROUND), "INTEGRATION.DEPTH": 1}
 OVERRIDES = [part for key, value in SETTINGS.items() for part in (f"MODEL.REGIONSPOT.{key}", value)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from collections import Counter
 from functools import partial
 
@@ -123,9 +124,10 @@ def test_evaluation_matches_demo(demo, tmp_path, monkeypatch, processes):
         assert float(metrics[key]) == pytest.approx(summary[key], abs=2e-4)
 
 
-def place_weights(demo, output, overrides):
-    """Copy the demo's weights to where the experiments with these overrides look for them."""
-    directory = training_directory(output, CONFIG, 0, [str(part) for part in overrides])
+def place_weights(demo, output, num_scenes, overrides):
+    """Copy the demo's weights to where the experiments with these settings look for them."""
+    args = Namespace(output=output, train=num_scenes, opts=[str(part) for part in overrides])
+    directory = training_directory(args, CONFIG, 0)
     directory.mkdir(parents=True)
     shutil.copy(demo / "training" / "model_final.pth", directory)
 
@@ -135,7 +137,7 @@ def trained(demo, tmp_path_factory):
     """A directory of experiments with the demo's weights; what they register is forgotten afterwards."""
     registered = [(catalog, dict(catalog.data)) for catalog in (DatasetCatalog, MetadataCatalog)]
     directory = tmp_path_factory.mktemp("experiments")
-    place_weights(demo[0], directory, SMALL)
+    place_weights(demo[0], directory, 1, SMALL)
     yield directory, ["--output", directory, "--config-file", CONFIG, "--train", 1, "--workers", 1, "--val", 30]
     for catalog, content in registered:
         catalog.data.clear()
@@ -175,7 +177,7 @@ def test_examples_of_the_classes_that_have_them(demo, trained, monkeypatch, caps
 def test_transfer_to_sam2_keeps_more_than_chance(demo, trained, monkeypatch, capsys):
     directory, _ = demo  # its scenes and features are used again
     overrides = [*SMALL, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0]
-    place_weights(directory, directory, overrides)
+    place_weights(directory, directory, 96, overrides)
     monkeypatch.setenv("REGIONSPOT_CACHE", str(directory / "cache"))
     sizes = ["--train", 96, "--split", "val", "--test", 6, "--steps", 2, "--seeds", 1, "--workers", 1]
     COMMANDS["transfer"].call("--output", directory, *sizes, *overrides)

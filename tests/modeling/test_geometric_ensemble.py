@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes
+from PIL import Image
 from torch.nn import functional as F
 
 from regionspot import RegionSpotPredictor
+from regionspot.app.prompts import DrawnRegion
+from regionspot.app.recognition import PageModel
 from regionspot.export.modules import parts_of
 from regionspot.index import build_index
 from regionspot.modeling.geometric_ensemble import GeometricEnsemble
 from regionspot.modeling.recognizer import RegionRecognizer
+from regionspot.prediction.settings import describe_run
+from regionspot.prediction.sources import ImageList
 from regionspot.structures import Prompts
 
-from ..helpers import NAMES, as_inputs, tiny_config, tiny_model
+from ..helpers import NAMES, as_inputs, draw_scene, tiny_config, tiny_model
 from ..index.conftest import write_images
 
 NODE = "MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE."
@@ -24,8 +29,8 @@ UNEQUAL = (*BETA, f"{NODE}ALPHA", 0.6, f"{NODE}BASE_VOCABULARY", "green disc,cup
 BACKGROUND = ("MODEL.REGIONSPOT.UNKNOWN.BACKGROUND", ("sky", "wall"))
 
 
-def inputs_of(number=1):
-    inputs = [as_inputs(i) for i in range(number)]
+def inputs_of(number=1, sizes=None):
+    inputs = [as_inputs(i, *(sizes[i : i + 1] if sizes else ())) for i in range(number)]
     return [x["image"] for x in inputs], [x["instances"].gt_boxes for x in inputs]
 
 
@@ -33,21 +38,13 @@ def test_combined_logits_are_the_geometric_mean():
     ensemble = GeometricEnsemble(0.6, 0.3, frozenset(["b", "e"]))
     generator = np.random.default_rng(0)
     logits, clip_logits = generator.normal(0, 4, (2, 5, 4))
-    combined = ensemble.combine(*(torch.from_numpy(x).float() for x in (logits, clip_logits)), ["a", "b", "c"])
-    exponents = np.array([0.3, 0.6, 0.3, 0.3])  # the last column is a background name
+    both = (torch.from_numpy(x).float() for x in (logits, clip_logits))
+    combined = ensemble.combine(*both, ["a", "b", "c"], num_background=1)
+    exponents = np.array([0.3, 0.6, 0.3, 0.3])
     p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (logits, clip_logits))
     expected = p ** (1 - exponents) * q**exponents
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(combined.softmax(dim=1).numpy(), expected, atol=1e-6)
-
-
-def test_blended_embedding_has_the_mean_of_both_logits():
-    ensemble = GeometricEnsemble(0.0, 0.3)
-    tokens, features, text = torch.randn(6, 8), torch.randn(6, 8), F.normalize(torch.randn(9, 8), dim=1)
-    logits, clip_logits = (100 * F.normalize(x, dim=1) @ text.t() for x in (tokens, features))
-    combined = ensemble.combine(logits, clip_logits, [str(i) for i in range(9)])
-    blended = 100 * ensemble.blend(tokens, features) @ text.t()
-    torch.testing.assert_close(blended.softmax(dim=1), combined.softmax(dim=1), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -91,7 +88,7 @@ def test_exponents_weigh_clips_own_scores():
 def test_batches_equal_single_images_with_and_without_masks():
     for overrides in (BETA, UNEQUAL, (*UNEQUAL, *BACKGROUND)):
         recognizer = tiny_model(*overrides).recognizer
-        images, boxes = inputs_of(3)
+        images, boxes = inputs_of(4, [(48, 64), (48, 64), (60, 40), (50, 50)])
         boxes[1] = Boxes(torch.zeros(0, 4))
         together = recognizer(images, boxes, masks="rle")
         for image, image_boxes, instances in zip(images, boxes, together):
@@ -101,7 +98,7 @@ def test_batches_equal_single_images_with_and_without_masks():
 
 
 def test_base_names_have_an_exponent_of_their_own():
-    """Also where the vocabulary is given for one call, by its names or their embeddings."""
+    """Also where the vocabulary is given for one call."""
     equal, unequal = (RegionSpotPredictor(tiny_config(*overrides, *BACKGROUND)) for overrides in (BETA, UNEQUAL))
     unequal.model.load_state_dict(equal.model.state_dict())
     images, boxes = inputs_of()
@@ -115,17 +112,25 @@ def test_base_names_have_an_exponent_of_their_own():
     np.testing.assert_array_equal(result.regions.top_classes[:, 0], unequal.predict(**regions).classes)
 
 
-def test_region_embeddings_name_regions_as_the_scores_do():
-    overrides = (*BETA, "MODEL.REGIONSPOT.REGION_EMBEDDINGS", True)
-    recognizer = tiny_model(*overrides).recognizer
-    [result] = recognizer.recognize(*inputs_of())
-    embeddings = result.regions.region_embeddings
-    assert embeddings.shape == (4, 32)
-    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(4))
-    order = (embeddings @ recognizer.classifier.embeddings.t()).argsort(dim=1, descending=True)
-    assert torch.equal(order, result.regions.top_classes)
-    plain = tiny_model(*overrides[2:]).recognizer.recognize(*inputs_of())[0].regions.region_embeddings
-    assert (embeddings - plain).abs().max() > 0.01
+def test_region_embeddings_are_the_modules():
+    overrides = ("MODEL.REGIONSPOT.REGION_EMBEDDINGS", True)
+    plain, other = (tiny_model(*overrides, *more).recognizer.recognize(*inputs_of())[0] for more in ((), BETA))
+    torch.testing.assert_close(plain.regions.region_embeddings, other.regions.region_embeddings)
+    assert not torch.equal(plain.regions.top_scores, other.regions.top_scores)
+
+
+def test_region_with_an_empty_mask_keeps_the_modules_scores():
+    plain, recognizer = tiny_model(), tiny_model(*UNEQUAL).recognizer
+    recognizer.localizer.sam.mask_threshold = 1e6
+    images, boxes = inputs_of()
+    [result], [expected] = recognizer.recognize(images, boxes), plain.recognizer.recognize(images, boxes)
+    torch.testing.assert_close(result.regions.top_scores, expected.regions.top_scores)
+
+
+def test_images_encoded_without_the_ensemble_are_refused():
+    features = tiny_model().recognizer.encode_images(inputs_of()[0])
+    with pytest.raises(ValueError, match="GEOMETRIC_ENSEMBLE: the images were encoded without it"):
+        tiny_model(*BETA).recognizer.recognize(*inputs_of(), features=features)
 
 
 @torch.no_grad()
@@ -141,13 +146,12 @@ def test_training_is_of_the_module_alone(monkeypatch):
 def test_mask_pooling_and_the_ensemble_share_the_masks():
     images, boxes = inputs_of(2)
     pooling = ("MODEL.REGIONSPOT.INTEGRATION.MASK_POOLING", True)
-    recognizer = tiny_model(*pooling, *BETA).recognizer
-    features = recognizer.encode_images(images)
-    located = recognizer.locate(features, [Prompts(boxes=x.tensor) for x in boxes])
-    assert all(torch.equal(x.coverage, x.stage_tokens["mask"]) for x in located)
-    tokens = recognizer.knowledge_integration([x.tokens for x in located], features.feature_map)
-    for pair, semantic in zip(recognizer.region_embeddings(images, boxes, features, located), tokens):
-        torch.testing.assert_close(pair[:, :32], semantic)
+    plain, recognizer = tiny_model(*pooling).recognizer, tiny_model(*pooling, *BETA).recognizer
+    prompts = [Prompts(boxes=x.tensor) for x in boxes]
+    one, two = (x.locate(x.encode_images(images), prompts) for x in (plain, recognizer))
+    for a, b in zip(one, two):
+        torch.testing.assert_close(a.tokens, b.tokens)
+        assert torch.equal(b.coverage, b.stage_tokens["mask"])
 
 
 def test_no_clip_vision_in_the_module():
@@ -157,10 +161,18 @@ def test_no_clip_vision_in_the_module():
     assert len(model([as_inputs(0)])[0]["instances"])
 
 
-def test_unknown_base_names_are_reported(caplog):
-    with caplog.at_level(logging.WARNING):
-        GeometricEnsemble(0.1, 0.2, frozenset(["dog"])).exponents(["cat", "cow"])
-    assert "none of the 2 names in use is in BASE_VOCABULARY" in caplog.text
+def test_base_names_in_other_spellings(caplog):
+    ensemble, zeros = (
+        GeometricEnsemble(0.5, 0.0, frozenset(["fire_hydrant", "bow_(weapon)", "tree"])),
+        torch.zeros(1, 5),
+    )
+    names = ["Fire hydrant", "bow (weapon)", "bow_(decorative_ribbons)", "tree-merged", "fire"]
+    with caplog.at_level(logging.INFO):
+        combined = ensemble.combine(zeros, torch.tensor([[9.0, 1, 1, 1, 1]]), names)
+    assert (combined != combined[0, 4]).tolist() == [[True, True, False, True, False]]
+    assert "3 of 5 names are in BASE_VOCABULARY" in caplog.text
+    ensemble.combine(zeros[:, :2], zeros[:, :2], ["cat", "cow"])
+    assert caplog.records[-1].levelname == "WARNING" and "0 of 2 names" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -171,7 +183,7 @@ def test_unknown_base_names_are_reported(caplog):
         ((f"{NODE}BETA", float("nan")), "BETA: expected an exponent from 0 to 1"),
         ((f"{NODE}ALPHA", 0.2), "ALPHA is for the names of BASE_VOCABULARY, which is empty"),
         ((*BETA, "MODEL.REGIONSPOT.SCORE_FUNCTION", "sigmoid"), "expected MODEL.REGIONSPOT.SCORE_FUNCTION softmax"),
-        ((*BETA, f"{NODE}BASE_VOCABULARY", "@no/such.txt"), "no/such.txt"),
+        ((*BETA, f"{NODE}BASE_VOCABULARY", "@no/such.txt"), "GEOMETRIC_ENSEMBLE.BASE_VOCABULARY: .*no/such.txt"),
         ((*BETA, "MODEL.META_ARCHITECTURE", "CropBaseline"), "CropBaseline: .* set ALPHA and BETA to 0"),
     ],
 )
@@ -185,11 +197,29 @@ def test_export_is_refused():
         parts_of(RegionRecognizer(tiny_config(*BETA)))
 
 
-def test_index_of_other_settings_is_refused(tmp_path):
+def test_index_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
-    images = write_images(tmp_path / "images", 1)
-    cfg = tiny_config(*BETA)
-    index = build_index(RegionSpotPredictor(cfg), cfg, images, tmp_path / "index", show_progress=False)
-    assert index.manifest["trained"]["ensemble"] == "geometric ensemble with exponent 0.3" and index.dim == 32
-    with pytest.raises(ValueError, match="trained"):
-        build_index(RegionSpotPredictor(tiny_config()), tiny_config(), images, tmp_path / "index", show_progress=False)
+    images, cfg = write_images(tmp_path / "images", 1), tiny_config(*BETA)
+    with pytest.raises(ValueError, match="needs two embeddings of a region, and an index has one"):
+        build_index(RegionSpotPredictor(cfg), cfg, images, tmp_path / "index", show_progress=False)
+    assert not (tmp_path / "index").exists()
+
+
+def test_changed_base_names_change_what_a_run_depends_on(tmp_path):
+    (tmp_path / "base.txt").write_text("cup\n")
+    cfg = tiny_config(*BETA, f"{NODE}ALPHA", 0.1, f"{NODE}BASE_VOCABULARY", f"@{tmp_path}/base.txt")
+    runs = [describe_run(cfg, ImageList(), NAMES, {}, [])]
+    (tmp_path / "base.txt").write_text("saucer\n")
+    runs.append(describe_run(cfg, ImageList(), NAMES, {}, []))
+    assert runs[0]["ensemble"] != runs[1]["ensemble"] and runs[0]["config"] == runs[1]["config"]
+
+
+def test_example_in_the_app_keeps_the_other_names_scores(tmp_path):
+    page = PageModel(tiny_config(*UNEQUAL))
+    image, boxes, _ = draw_scene(0)
+    Image.fromarray(image).save(tmp_path / "scene.png")
+    encoded, regions = page.encode(tmp_path / "scene.png"), [DrawnRegion(tuple(box)) for box in boxes.tolist()]
+    plain = page.recognize(encoded, regions, NAMES).predictions
+    _, text = page.predictor.recognizer.encode_vocabulary(NAMES)
+    other = page.recognize(encoded, regions, NAMES, {NAMES[0]: text[0].numpy()}).predictions
+    np.testing.assert_allclose(plain.logits, other.logits, atol=1e-4)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from miniworld import experiment
 from miniworld.tables import format_runs
-from miniworld.trained import load_trained, overrides_suffix
+from miniworld.trained import load_trained, settings_suffix
 from regionspot.utils.files import atomic_path
 
 # Config, what it changes, and the paper's AP on LVIS with GLIP boxes (BL; arXiv 2311.01373), where it has one. The
@@ -81,7 +81,7 @@ def sharing_weights(name: str) -> list[str]:
 
 def result_path(name: str, seed: int, args: Namespace) -> Path:
     directory = "results" if args.split == "test" else f"results-{args.split}"
-    return args.output / directory / f"{name.replace('/', '-')}-{seed}{overrides_suffix(args.opts)}.json"
+    return args.output / directory / f"{name.replace('/', '-')}-{seed}{settings_suffix(args)}.json"
 
 
 def table(args: Namespace) -> str:

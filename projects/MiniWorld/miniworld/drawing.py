@@ -24,7 +24,8 @@ def draw_predictions(recognizer: RegionRecognizer, scenes: list[Scene]) -> dict[
     images = {}
     for index, scene in enumerate(scenes):
         features, located, masks = locate_boxes(recognizer, scene, scene.boxes, SCALE)
-        [logits] = recognizer.classify([located.tokens], features.feature_map)
+        semantic = recognizer.knowledge_integration([located.tokens], features.feature_map)
+        [logits] = recognizer.score_images(semantic, dense_embeddings=recognizer.dense_embeddings(features, [located]))
         labels = [
             describe(predicted, true) for predicted, true in zip(logits.argmax(dim=1).tolist(), scene.classes.tolist())
         ]

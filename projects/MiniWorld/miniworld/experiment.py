@@ -158,7 +158,8 @@ def recognize_scenes(recognizer: RegionRecognizer, scenes: list[Scene], jittered
         features, located, mask_tensor = locate_boxes(recognizer, scene, boxes)
         regions = [Boxes(torch.from_numpy(boxes))]
         embeddings = recognizer.region_embeddings([to_tensor(scene)], regions, features, [located])
-        logits = recognizer.score_images(embeddings, with_background=True)
+        dense = recognizer.dense_embeddings(features, [located])
+        logits = recognizer.score_images(embeddings, with_background=True, dense_embeddings=dense)
         results.logits += [image_logits.cpu() for image_logits in logits]
         results.targets += scene.classes.tolist()
         masks = mask_tensor.cpu().numpy()

@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -12,20 +11,23 @@ from regionspot import RegionSpotPredictor
 from regionspot.index import ImageSet, RegionIndex, build_index, dataset_images
 from regionspot.utils.files import short_hash
 
+NUM_SCENES = 3200  # of a training, by default
 
-def training_directory(output: Path, config_file: Path, seed: int, overrides: Sequence[str] = ()) -> Path:
-    """Return where a config is trained with overrides and a seed; all experiments under ``output`` share it."""
+
+def training_directory(args: Namespace, config_file: Path, seed: int) -> Path:
+    """Return where a config is trained with a seed; all experiments under ``args.output`` share it."""
     config_file = config_file.resolve()
     if config_file.is_relative_to(experiment.CONFIGS):
         name = config_file.relative_to(experiment.CONFIGS).with_suffix("").as_posix().replace("/", "-")
     else:  # another config may have the same name
         name = f"{config_file.stem}-{short_hash(str(config_file))}"
-    return output / "training" / f"{name}-{seed}{overrides_suffix(overrides)}"
+    return args.output / "training" / f"{name}-{seed}{settings_suffix(args)}"
 
 
-def overrides_suffix(overrides: Sequence[str]) -> str:
-    """Return what tells a file of a run with overrides from one without."""
-    return f"-{short_hash(json.dumps(list(overrides)))}" if overrides else ""
+def settings_suffix(args: Namespace) -> str:
+    """Return what tells the files of a run with overrides, or other numbers of scenes, from one without."""
+    settings = json.dumps([args.train, args.opts])
+    return "" if settings == json.dumps([NUM_SCENES, []]) else f"-{short_hash(settings)}"
 
 
 def load_trained(
@@ -35,7 +37,7 @@ def load_trained(
 
     ``inference_config`` takes the place of ``args.config_file`` once it is trained.
     """
-    output = training_directory(args.output, args.config_file, seed, args.opts)
+    output = training_directory(args, args.config_file, seed)
     weights = output / "model_final.pth"
     if not weights.is_file():
         cfg = experiment.miniworld_config(args.config_file, output, seed, args.opts)

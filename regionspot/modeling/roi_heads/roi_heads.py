@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, ROIHeads
 from detectron2.structures import ImageList, Instances
 from torch import nn
+from torch.nn.functional import normalize
 
 from regionspot.checkpoint.key_layout import PARTS
 from regionspot.modeling.localizers.localizer import LocalizerOutput
@@ -183,7 +184,7 @@ class RegionSpotROIHeads(ROIHeads):
             host_boxes = [detections.pred_boxes for detections in known]
             embeddings = self.recognizer.region_embeddings(images, host_boxes, encoded, located)
             for detections, image_embeddings in zip(known, embeddings):
-                detections.region_embeddings = self.recognizer.normalize(image_embeddings)
+                detections.region_embeddings = normalize(image_embeddings.float(), dim=1)
         return [self._merge(x.detections, y, z) for x, y, z in zip(named, known, located)]
 
     def _merge(self, named: Instances, known: Instances, located: LocalizerOutput | None) -> Instances:

@@ -178,7 +178,8 @@ class OpenClipVisionLanguageModel(VisionLanguageModel):
         visual = self.clip_model.visual
         if hasattr(visual, "trunk") or visual.attn_pool is not None or visual.proj is None:
             return False
-        return len(visual.transformer.resblocks) > 1 and hasattr(visual.transformer.resblocks[-1], "attn")
+        blocks = visual.transformer.resblocks
+        return len(blocks) > 1 and type(blocks[-1]).__name__ == "ResidualAttentionBlock"  # no custom one
 
     @torch.no_grad()
     def encode_images_densely(self, images: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:

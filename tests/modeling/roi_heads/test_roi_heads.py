@@ -16,12 +16,18 @@ from ...helpers import NAMES, as_inputs, frozen_overrides, tiny_config, tiny_mod
 from ..test_meta_arch import assert_same
 from .hosts import GIVEN, HEAD, NO_HEAD, NO_NMS, REFINED, bgr, rcnn, rcnn_config, train, with_proposals
 
+ENSEMBLE = tuple(
+    part
+    for key, value in {"BETA": 0.3, "ALPHA": 0.6, "BASE_VOCABULARY": NAMES[1]}.items()
+    for part in (f"MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE.{key}", value)
+)
 
-@pytest.mark.parametrize("output", [(48, 64), (96, 100)])
-def test_head_equals_meta_arch_and_predictor(output):
+
+@pytest.mark.parametrize(("output", "overrides"), [((48, 64), ()), ((96, 100), ()), ((48, 64), ENSEMBLE)])
+def test_head_equals_meta_arch_and_predictor(output, overrides):
     """Meta-architecture, head and predictor, over one recognizer, one image and the same boxes."""
-    spot = tiny_model("MODEL.MASK_ON", True)
-    head = rcnn(*GIVEN, *NO_NMS, "MODEL.MASK_ON", True)
+    spot = tiny_model("MODEL.MASK_ON", True, *overrides)
+    head = rcnn(*GIVEN, *NO_NMS, "MODEL.MASK_ON", True, *overrides)
     head.roi_heads.recognizer.load_state_dict(spot.recognizer.state_dict())
     inputs = [with_proposals(3, output=output), with_proposals(4, (130, 90))]
     spot_detections = [x["instances"] for x in spot(inputs)]
@@ -29,7 +35,7 @@ def test_head_equals_meta_arch_and_predictor(output):
     for one, other in zip(spot_detections, head_detections):
         assert_same(one, other, 1e-5)
         assert one.image_size == other.image_size and len(one) == len(NAMES) * len(one.region_indices.unique())
-    predictor = RegionSpotPredictor(tiny_config())
+    predictor = RegionSpotPredictor(tiny_config(*overrides))
     predictor.recognizer.load_state_dict(spot.recognizer.state_dict())
     predictor.set_vocabulary(NAMES)
     predictor.set_image(inputs[0]["image"].permute(1, 2, 0).numpy())
@@ -52,7 +58,10 @@ def test_host_proposals_are_recognized(overrides):
     assert detections.pred_classes.max() < len(NAMES) and (detections.scores.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("overrides", [(), REFINED, (HEAD + "HOST_VOCABULARY", "zebra, blue square, cup, red square")])
+HOST_VOCABULARY = (HEAD + "HOST_VOCABULARY", "zebra, blue square, cup, red square")
+
+
+@pytest.mark.parametrize("overrides", [(), REFINED, HOST_VOCABULARY, (*HOST_VOCABULARY, *ENSEMBLE)])
 def test_batch_with_an_image_without_proposals(overrides):
     model = rcnn(*GIVEN, *overrides, "MODEL.MASK_ON", True)
     inputs = [bgr(with_proposals(0)), bgr(with_proposals(1)), bgr(with_proposals(2))]
