@@ -114,7 +114,9 @@ def add_report_options(parser: ArgumentParser, benchmark: str, arguments: Sequen
 def parse_model(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--boxes", type=positive, nargs="+", default=[100], help="in an image")
     parser.add_argument("--names", type=positive, nargs="+", default=[80, 1203, 20000], help="sizes of the vocabulary")
-    parser.add_argument("--whole", type=positive, nargs="+", help="of --boxes, with which all is measured, too")
+    parser.add_argument(
+        "--whole", type=positive, nargs="+", help="of --boxes, with which all is measured, plainly, too"
+    )
     parser.add_argument("--batch", type=positive, default=1, help="images a call; the plain way takes one")
     parser.add_argument("--plain-boxes", type=int, default=300, help="with more the plain way is left out")
     add_report_options(parser, "model", arguments)

@@ -18,7 +18,7 @@ from tools.benchmarks.memory import process_memory, reset_peak
 
 GIGA = 2**30
 REPEATED = 5.0  # seconds after which no call is repeated
-COUNTED = 10.0  # seconds: the operations of longer calls are not counted, which takes another run
+COUNTED = 6.0  # seconds: the operations of longer calls are not counted, which takes another run
 
 
 @dataclass(frozen=True)

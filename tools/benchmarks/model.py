@@ -59,8 +59,8 @@ def benchmark_model(models: Models, args: Namespace, table: Table) -> None:
 
     Args:
         args: numbers of ``boxes``, with each of which are measured all of ``names``; with how many of them also the
-            ``whole``, by default all; ``plain_boxes``, with more of which the plain way is left out: its memory is more
-            than many machines have.
+            ``whole``, in the plain way, too (by default with all); ``plain_boxes``, with more of which the plain way of
+            the rest is left out: it takes minutes, and more memory than many machines have.
     """
     recognizer, plain = models.recognizer, models.plain
     image = torch.randint(256, (3, *SIZE), dtype=torch.uint8)
@@ -83,7 +83,7 @@ def benchmark_model(models: Models, args: Namespace, table: Table) -> None:
         stages.measure_masks()
         stages.measure_embedded()
         if number in (args.whole or args.boxes):
-            stages.measure_whole(encoder_flops)
+            stages.measure_whole(encoder_flops, stages.with_plain or bool(args.whole))
 
 
 def random_embeddings(num_names: int, dim: int) -> torch.Tensor:
@@ -167,10 +167,10 @@ class _Stages:
         plainly = partial(plain.recognize, *arguments) if self.with_plain else None
         self.add(f"{self.name}: embedded image to result", recognize, plainly)
 
-    def measure_whole(self, encoder_flops: float) -> None:
+    def measure_whole(self, encoder_flops: float, with_plain: bool) -> None:
         """Measure all of it with both encoders; they and the rest were counted already."""
         recognizer, embeddings = self.recognizer, self.recognizer.classifier.embeddings
-        plainly = partial(self.plain, self.images[0], self.boxes, embeddings) if self.with_plain else None
+        plainly = partial(self.plain, self.images[0], self.boxes, embeddings) if with_plain else None
         rest = self.table.rows[-1].get("flops", 0)
         flops = encoder_flops + rest if rest else 0
         recognize = partial(recognizer, self.images, self.all_boxes, masks="rle")
