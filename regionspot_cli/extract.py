@@ -89,8 +89,8 @@ def read_extraction(args: Namespace, cfg: CfgNode) -> Extraction:
 def find_proposals(datasets: list[str], cfg: CfgNode) -> list[str]:
     """Return the config's proposal file of each data set, "" for none; an empty list if no data set has one."""
     files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN))
-    found = [files.get(name, "") for name in datasets]
-    return found if any(found) else []
+    proposals = [files.get(name, "") for name in datasets]
+    return proposals if any(proposals) else []
 
 
 def check_inputs(args: Namespace, cfg: CfgNode) -> None:
