@@ -12,10 +12,13 @@ import pytest
 from regionspot import model_zoo
 
 from .helpers import ROOT
+from .processes import run_program
 
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "regionspot", "regionspot_cli", "configs")
 USE = """
-import regionspot, sys
+import sys
+sys.path.insert(0, sys.argv[1])
+import regionspot
 from regionspot import model_zoo
 assert all(module.__file__.startswith(sys.argv[1]) for module in (regionspot, model_zoo)), regionspot.__file__
 assert model_zoo.get_config("tables/table1/BL-glip.yaml").MODEL.REGIONSPOT.CLIP.NAME == "ViT-L/14"
@@ -59,12 +62,12 @@ def test_wheel_has_configs_and_commands(wheel):
 def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    for words in (["-c", USE, str(tmp_path / "site")], ["-m", "regionspot_cli", "--help"]):
-        result = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
+    (tmp_path / "use.py").write_text(USE)
+    run_program(tmp_path, tmp_path / "use.py", tmp_path / "site", imports_again=True)
+    command, environment = [sys.executable, "-m", "regionspot_cli", "--help"], {"PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
     assert "predict" in result.stdout
 
 

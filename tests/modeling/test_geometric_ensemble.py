@@ -167,7 +167,7 @@ def test_base_names_in_other_spellings(caplog):
         torch.zeros(1, 5),
     )
     names = ["Fire hydrant", "bow (weapon)", "bow_(decorative_ribbons)", "tree-merged", "fire"]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, GeometricEnsemble.__module__):
         combined = ensemble.combine(zeros, torch.tensor([[9.0, 1, 1, 1, 1]]), names)
     assert (combined != combined[0, 4]).tolist() == [[True, True, False, True, False]]
     assert "3 of 5 names are in BASE_VOCABULARY" in caplog.text

@@ -5,6 +5,7 @@ import logging
 import pytest
 from detectron2.data import MetadataCatalog
 
+from regionspot.modeling.roi_heads import host_vocabulary
 from regionspot.modeling.roi_heads.host_vocabulary import match_names, read_aliases
 
 from ...helpers import ROOT
@@ -17,7 +18,7 @@ def matched(host, names, aliases=None):
 
 
 def test_coco_names_are_found_in_lvis(caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, host_vocabulary.__name__):
         matches = matched(COCO, LVIS)
     assert len(matches) == 73 and "73 of its 80 names" in caplog.text
     assert sum(host == name for host, name in matches.items()) == 51
