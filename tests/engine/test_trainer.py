@@ -280,7 +280,7 @@ def test_second_stage_improves_all_vocabularies(three, scenes):
     first = stage("one", ("test_stage_a",), "SOLVER.MAX_ITER", 20)
     before = {name: accuracy(first, name) for name in VOCABULARIES}
     weights = ["MODEL.WEIGHTS", str(three / "one" / "model_final.pth"), "DATASETS.TRAIN_RATIO", (1.0, 1.0, 1.0)]
-    second = stage("two", tuple(VOCABULARIES), "SOLVER.MAX_ITER", 150, *weights)
+    second = stage("two", tuple(VOCABULARIES), "SOLVER.MAX_ITER", 100, *weights)
     after = {name: accuracy(second, name) for name in VOCABULARIES}
     assert second.start_iter == 0
     for name in VOCABULARIES:
