@@ -225,8 +225,8 @@ class RegionSpotPredictor:
         masks = [self._masks(output, size) for output, size in zip(located, features.sizes)]
         boxes = [_boxes(*parts) for parts in zip(prompts, masks, features.sizes)]
         semantic = recognizer.region_embeddings(features.images or [], boxes, features, located)
-        # (N, K + number of background names)
         dense = recognizer.dense_embeddings(features, located)
+        # (N, K + number of background names)
         logits = recognizer.score_images(semantic, [embeddings] * len(prompts), True, dense, names)
         results = []
         for i, size in enumerate(features.sizes):

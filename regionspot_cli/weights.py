@@ -35,10 +35,10 @@ def _check_tokenizer(cfg: CfgNode) -> None:
     if node.VISION_LANGUAGE.NAME != "OpenClipVisionLanguageModel":
         return
     from regionspot.modeling.vision_language.open_clip_models import read_open_clip_config
-    from regionspot.modeling.vision_language.open_clip_text import FileTokenizer
+    from regionspot.modeling.vision_language.open_clip_text import find_absent_files
 
     source = read_open_clip_config(node.CLIP.NAME, node.CLIP.WEIGHTS).tokenizer
-    absent = FileTokenizer(source, 0).find_absent_files() if source else []
+    absent = find_absent_files(source) if source else []
     if absent:
         raise FileNotFoundError(
             f"--cached-weights-only: the tokenizer of {node.CLIP.NAME} ({source} of the Hugging Face hub) is not on "

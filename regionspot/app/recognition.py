@@ -142,12 +142,9 @@ class PageModel:
         embeddings = text.clone()  # the text encoder keeps its own
         for name, embedding in examples.items():
             embeddings[names.index(name)] = torch.from_numpy(embedding).to(embeddings)
-        regions, dense = (
-            None if x is None else torch.from_numpy(x).to(text)
-            for x in (predictions.embeddings, predictions.dense_embeddings)
-        )
-        assert regions is not None
-        logits = recognizer.score(regions, embeddings, True, dense, names)
+        own = predictions.dense_embeddings
+        dense = None if own is None else torch.from_numpy(own).to(text)
+        logits = recognizer.score(torch.from_numpy(predictions.embeddings).to(text), embeddings, True, dense, names)
         top_k = predictions.top_classes.shape[1]
         return replace(predictions, **name_regions(recognizer.rule, names, logits, len(recognizer.background), top_k))
 

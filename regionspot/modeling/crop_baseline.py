@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes
 from torch.nn import functional as F
 
+from regionspot.modeling.geometric_ensemble import GeometricEnsemble
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.meta_arch import RegionSpot
 from regionspot.modeling.recognizer import RegionRecognizer
@@ -33,12 +34,11 @@ class CropRecognizer(RegionRecognizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.REGIONSPOT.CROP
-        arguments = RegionRecognizer.from_config(cfg)
-        if arguments["ensemble"] is not None:
+        if GeometricEnsemble.from_config(cfg) is not None:
             raise ValueError(
                 "CropBaseline: MODEL.REGIONSPOT.GEOMETRIC_ENSEMBLE is for RegionSpot; set ALPHA and BETA to 0"
             )
-        return {**arguments, "masked": node.MASKED, "batch_size": node.BATCH_SIZE}
+        return {**RegionRecognizer.from_config(cfg), "masked": node.MASKED, "batch_size": node.BATCH_SIZE}
 
     @classmethod
     def sharing(cls, recognizer: RegionRecognizer, masked: bool = False) -> "CropRecognizer":

@@ -162,10 +162,8 @@ def test_no_clip_vision_in_the_module():
 
 
 def test_base_names_in_other_spellings(caplog):
-    ensemble, zeros = (
-        GeometricEnsemble(0.5, 0.0, frozenset(["fire_hydrant", "bow_(weapon)", "tree"])),
-        torch.zeros(1, 5),
-    )
+    ensemble = GeometricEnsemble(0.5, 0.0, frozenset(["fire_hydrant", "bow_(weapon)", "tree"]))
+    zeros = torch.zeros(1, 5)
     names = ["Fire hydrant", "bow (weapon)", "bow_(decorative_ribbons)", "tree-merged", "fire"]
     with caplog.at_level(logging.INFO, GeometricEnsemble.__module__):
         combined = ensemble.combine(zeros, torch.tensor([[9.0, 1, 1, 1, 1]]), names)

@@ -34,10 +34,10 @@ def encode_patches(visual: Any, images: torch.Tensor, with_class_token: bool) ->
     Returns:
         (B, L, width), L = grid^2 or 1 + grid^2.
     """
-    options = {"indices": 1, "output_fmt": "NLC"}  # of the last block
     if not hasattr(visual, "trunk"):
         [x] = _run_last_blocks(visual, images, 1)
         return x if with_class_token else x[:, 1:]
+    options = {"indices": 1, "output_fmt": "NLC"}  # of the last block
     if has_class_token(visual):
         options |= {"intermediates_only": True, "return_prefix_tokens": True}
         [(patches, prefix)] = visual.trunk.forward_intermediates(images, **options)  # register tokens come second

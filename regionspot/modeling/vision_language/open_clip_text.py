@@ -12,6 +12,14 @@ from regionspot.checkpoint.fetch import fetch_hub_file, hub_file
 from regionspot.utils.files import read_json, sha256_of_file
 
 
+def find_absent_files(source: str) -> list[Path]:
+    """Return the files that a ``FileTokenizer`` of ``source`` would fetch."""
+    if Path(source).is_dir():
+        return []
+    paths = [hub_file(source, name).path for name in ("tokenizer.json", "tokenizer_config.json")]
+    return [path for path in paths if not path.is_file()]
+
+
 class FileTokenizer:
     """A model's own tokenizer, from ``tokenizer.json`` and ``tokenizer_config.json``; no code in them is run.
 
@@ -27,13 +35,6 @@ class FileTokenizer:
                 punctuation.
         """
         self.source, self.context_length, self.clean = source, context_length, clean
-
-    def find_absent_files(self) -> list[Path]:
-        """Return the files that would be fetched."""
-        if Path(self.source).is_dir():
-            return []
-        paths = [hub_file(self.source, name).path for name in ("tokenizer.json", "tokenizer_config.json")]
-        return [path for path in paths if not path.is_file()]
 
     @cached_property
     def fingerprint(self) -> str:
