@@ -122,8 +122,9 @@ class PromptDecoder:
         x = _upscale(first, prompts.image)  # (N, P, 2, 2, C / 4)
         x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
         x = last_activation(_upscale(second, x))  # (N, P, 2, 2, 2, 2, C / 8)
-        logits = kernels @ x.flatten(1, -2).transpose(1, 2)  # (N, M, P * 16)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = x.flatten(1, -2) @ kernels.transpose(1, 2)  # (N, P * 16, M); kernels first would copy x in bf16
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.transpose(1, 2).to(dtype).contiguous()  # (N, M, P * 16)
         # h, w, then y, x in the 2 x 2, in that again; the last two x stay together: as one number they move faster
         pairs = torch.view_as_complex(logits.unflatten(2, (-1, self.side, 2, 2, 2, 2)))  # (N, M, h, w, 2, 2, 2)
         return torch.view_as_real(pairs.permute(0, 1, 2, 4, 6, 3, 5).contiguous()).flatten(5).flatten(2, 4)
