@@ -1,7 +1,5 @@
 """What holds for all tests. It imports no PyTorch: pytest-xdist's main process, which runs no test, starts at once."""
 
-import copy
-import functools
 import gc
 import itertools
 import os
@@ -9,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU wherever they run; before CUDA is looked for
 os.environ["OMP_NUM_THREADS"] = "1"  # networks as small as these are faster so, and forked processes need it
@@ -94,19 +91,6 @@ def session_cache(tmp_path_factory):
     """Keep what fixtures of whole modules cache apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REGIONSPOT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def yaml_cache():
-    """Parse each YAML text once: a config is read three times, with its bases, and by most tests."""
-    parse = functools.lru_cache(maxsize=64)(yaml.safe_load)
-
-    def safe_load(stream):
-        return copy.deepcopy(parse(stream if isinstance(stream, (str, bytes)) else stream.read()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yaml, "safe_load", safe_load)
         yield
 
 

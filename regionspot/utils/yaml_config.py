@@ -1,4 +1,4 @@
-"""YAML configs, checked before Detectron2 reads them: nothing is fetched, and no code runs."""
+"""YAML configs, read as Detectron2 reads them, and checked: nothing is fetched, and no code runs."""
 
 import re
 from pathlib import Path
@@ -12,19 +12,21 @@ from regionspot.utils.unpickling import check_size
 
 
 def merge_yaml(cfg: CfgNode, path: str | Path) -> None:
-    """Merge a YAML file, with its ``_BASE_``, into ``cfg`` as ``cfg.merge_from_file`` does.
+    """Merge a YAML file, with its ``_BASE_``, into ``cfg`` as ``cfg.merge_from_file`` does; each file is read once.
 
     Raises:
         FileNotFoundError: no such file, or no such ``_BASE_``.
-        ValueError: not YAML, not a mapping, keys that ``cfg`` lacks, or values of another type.
+        ValueError: not YAML, not a mapping, keys that ``cfg`` lacks, values of another type, or another ``VERSION``.
     """
-    check_yaml(Path(path))
+    content = _load_with_base(Path(path))
     try:
-        for key, value in CfgNode.load_yaml_with_base(str(path), allow_unsafe=False).items():
+        for key, value in content.items():
             if isinstance(cfg.get(key), CfgNode) and not isinstance(value, dict):
-                # merge_from_file would replace the whole section by the value
+                # CfgNode would replace the whole section by the value
                 raise ValueError(f"{key}: expected keys below it, got {value!r:.80}")
-        cfg.merge_from_file(str(path), allow_unsafe=False)
+        if content.get("VERSION", cfg.VERSION) != cfg.VERSION:  # its keys have other names
+            raise ValueError(f"VERSION: expected {cfg.VERSION}, got {content['VERSION']!r:.80}")
+        cfg.merge_from_other_cfg(CfgNode(content))
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"config {str(path)!r}: {reason_of(error)}") from error
 
@@ -37,10 +39,10 @@ def reason_of(error: Exception) -> str:
     return f"{mismatch[3]}: expected {mismatch[1]}, got {mismatch[2]}" if mismatch else text
 
 
-def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
-    """Refuse a file that is not a config: empty, a list, endless, or with a ``_BASE_`` that is missing or circular.
+def _load_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a config and merge it into its ``_BASE_``, which files ``above`` may have named it as.
 
-    ``above`` are the files whose ``_BASE_`` it is.
+    It refuses what is not a config: empty, a list, endless, or with a ``_BASE_`` that is missing or circular.
     """
     what = f"config {str(path)!r}"
     if not path.is_file():
@@ -52,11 +54,25 @@ def check_yaml(path: Path, above: tuple[Path, ...] = ()) -> None:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         got = "an empty file" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"{what}: expected KEY: value, got {got}")
-    bases = content.get("_BASE_", [])
+    bases = content.pop("_BASE_", [])
+    merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or "://" in base:  # Detectron2 would fetch it
             raise ValueError(f"{what}: _BASE_: expected a path, got {base!r:.80}; nothing is fetched, save a copy")
-        check_yaml(path.parent / expand_user(base), (*above, path.resolve()))
+        _merge(_load_with_base(path.parent / expand_user(base), (*above, path.resolve())), merged, what)
+    _merge(content, merged, what)
+    return merged
+
+
+def _merge(content: dict[str, Any], base: dict[str, Any], what: str) -> None:
+    """Merge ``content`` into ``base``, section by section."""
+    for key, value in content.items():
+        if isinstance(value, dict) and key in base:
+            if not isinstance(base[key], dict):
+                raise ValueError(f"{what}: {key}: expected a value as in _BASE_, got keys below it")
+            _merge(value, base[key], what)
+        else:
+            base[key] = value
 
 
 def _read_yaml(path: Path, what: str) -> Any:

@@ -49,7 +49,8 @@ DEEP = 600
         ("INPUT: {MIN_SIZE_TRAIN: [[5]]}", "INPUT.MIN_SIZE_TRAIN: expected numbers"),
         ("SOLVER: {CHECKPOINT_PERIOD: 0}", "SOLVER.CHECKPOINT_PERIOD: expected at least 1"),
         ("VERSION: x", "bad.yaml"),
-        ("VERSION: 99", "bad.yaml"),
+        ("VERSION: 99", "VERSION: expected 2, got 99"),
+        ("VERSION: 1", "VERSION: expected 2, got 1"),
         ("NO_SUCH_KEY: 1", "NO_SUCH_KEY"),
     ],
 )
@@ -90,3 +91,10 @@ def test_base_files_are_merged_in_order(tmp_path):
     (tmp_path / "c.yaml").write_text("_BASE_: [a.yaml, b.yaml]\nSOLVER: {MAX_ITER: 9}")
     cfg = load_config(tmp_path / "c.yaml")
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SEED) == (9, 0.5, 2)
+
+
+def test_section_over_a_value_of_the_base_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("SEED: 1")
+    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\nSEED: {A: 1}")
+    with pytest.raises(ValueError, match="b.yaml.*SEED: expected a value as in _BASE_, got keys below it"):
+        load_config(tmp_path / "b.yaml")
