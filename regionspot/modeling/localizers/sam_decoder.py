@@ -148,7 +148,8 @@ class PromptDecoder:
         attended = torch.empty_like(projected)
         for part in self._parts(image):
             placed = image[part] + self.position
-            attended[part] = (projected[part] @ placed.transpose(1, 2)).softmax(dim=-1) @ image[part]
+            scores = torch.bmm(projected[part], placed.transpose(1, 2))  # (n, H * T, P); @ would copy one image
+            attended[part] = torch.bmm(scores.softmax(dim=-1), image[part])
         value_weight = _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # (H, C, D)
         attended = _multiply_heads(attended.unflatten(1, queries.shape[1:3]), value_weight)  # (N, H, T, D)
         return attention.out_proj(_merge_heads(attended) + attention.v_proj.bias)
