@@ -56,6 +56,7 @@ def work(index: int, args: Namespace, cfg: CfgNode) -> None:
     # Each process has a GPU, or an equal share of the cores.
     if args.num_gpus > 1 and cfg.MODEL.DEVICE == "cuda":
         cfg.MODEL.DEVICE = f"cuda:{index}"
+        torch.cuda.set_device(index)  # or each process would hold a context on the first GPU, too
     elif args.num_gpus > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // args.num_gpus, 1))
     check_registered(args.datasets, "--datasets")

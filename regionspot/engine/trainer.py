@@ -103,9 +103,9 @@ class Trainer(TrainerBase):
         """
         super().__init__()
         device = next(model.parameters()).device
-        device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
-        # As in Detectron2, processes do not exchange buffers: means and text embeddings are constants.
-        options = {"broadcast_buffers": False, "device_ids": device_ids, **ddp_options}
+        # As in Detectron2, processes do not exchange buffers: means and text embeddings are constants. The model itself
+        # moves its inputs to its device; DDP would do so field by field.
+        options = {"broadcast_buffers": False, "device_ids": None, "gradient_as_bucket_view": True, **ddp_options}
         self.model, self.plan = create_ddp_model(model, **options), plan
         self.optimizer, self.scheduler = optimizer, scheduler
         # A loop of its own, as in DefaultTrainer, whose checkpoints it shares: the state is under "_trainer".

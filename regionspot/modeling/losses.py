@@ -28,5 +28,6 @@ def region_focal_loss(
         weights = (1 / counts).repeat_interleave(counts).to(logits[0].device, non_blocking=True)  # one per region
         together = torch.cat([logits[i] for i in rows])  # (sum of N_i, K)
         one_hot = F.one_hot(torch.cat([targets[i] for i in rows]), size).to(together)
-        total = total + sigmoid_focal_loss(together, one_hot, alpha=alpha, gamma=gamma).sum(dim=1) @ weights
+        losses = sigmoid_focal_loss(together, one_hot, alpha=alpha, gamma=gamma).sum(dim=1)
+        total = total + (losses * weights).sum()  # a product of matrices would be rounded to bf16 under autocast
     return total / len(logits)

@@ -31,12 +31,15 @@ class RegionGroups:
             rows = starts[images, None] + column * is_region
             places[rows[is_region]] = num_places + is_region.flatten().nonzero()[:, 0]
             num_places += rows.numel()
-            self._images.append(images.to(device))
-            self._rows.append(rows.to(device))
-            self.masks.append(None if is_region.all() else is_region[:, None, None].to(device))
-        # of each region in the groups, one after the other
-        self._places = places.to(device)
+            self._images.append(images)
+            self._rows.append(rows)
+            self.masks.append(None if is_region.all() else is_region[:, None, None].to(device, non_blocking=True))
         self._is_padded = len(self._rows) > 1 or num_places > len(places) or len(self._images[0]) < len(lengths)
+        if self._is_padded:  # else nothing is looked up
+            self._images, self._rows = (
+                [x.to(device, non_blocking=True) for x in part] for part in (self._images, self._rows)
+            )
+            self._places = places.to(device, non_blocking=True)  # of each region in the groups, one after the other
 
     def pad(self, regions: torch.Tensor) -> list[torch.Tensor]:
         """Return (b, N, ...) for each group of (M, ...) regions."""

@@ -41,3 +41,9 @@ def test_image_without_regions_adds_nothing(batch):
     logits, targets = batch
     with_empty = region_focal_loss([*logits, torch.zeros(0, 5)], [*targets, torch.zeros(0, dtype=torch.int64)])
     assert with_empty.item() == pytest.approx(region_focal_loss(logits, targets).item() * 3 / 4, rel=1e-6)
+
+
+def test_autocast_changes_nothing(batch):
+    expected = region_focal_loss(*batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(region_focal_loss(*batch), expected)

@@ -78,7 +78,7 @@ class _MeasuredSteps(HookBase):
 
     def after_step(self) -> None:
         done, device = self.trainer.iter + 1, self.trainer.loop.device
-        if device.type == "cuda":
+        if device.type == "cuda" and done in (self.warm_up, self.trainer.max_iter):  # others overlap with the next step
             torch.cuda.synchronize(device)
         if self.warm_up < done == self.trainer.max_iter:
             self.seconds = time.perf_counter() - self.start
@@ -145,11 +145,11 @@ class PlainTraining:
 
 
 def random_batch(recognizer: RegionRecognizer, size: int, dim: int, maps: tuple[int, int] | None) -> list[dict]:
-    """Return a batch that is on the device already: random tokens, and an image or a feature map of ``maps``."""
+    """Return a batch whose random tokens, and images or feature maps of ``maps``, are on the device already."""
     device, batch = recognizer.vision_language.pixel_mean.device, []
     for _ in range(size):
         fields = {"gt_boxes": Boxes(random_boxes(NUM_BOXES)), "gt_classes": torch.randint(NUM_CLASSES, (NUM_BOXES,))}
-        inputs: dict[str, Any] = {"instances": Instances(SIZE, **fields).to(device), "vocabulary": DATASET}
+        inputs: dict[str, Any] = {"instances": Instances(SIZE, **fields), "vocabulary": DATASET}
         inputs["tokens"] = torch.randn(NUM_BOXES, dim, device=device)
         if maps:
             inputs["feature_map"] = torch.randn(*maps, device=device)

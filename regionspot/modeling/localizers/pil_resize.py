@@ -27,13 +27,13 @@ def _resize(image: torch.Tensor, dim: int, size: int) -> torch.Tensor:
         return image
     taps, weights = _taps(image.shape[dim], size, image.device)
     shape = (-1, 1) if dim == 1 else (-1,)
-    total = torch.tensor(1 << (PRECISION_BITS - 1), dtype=torch.int32, device=image.device)  # a half, to round
+    total = torch.full((), 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=image.device)  # a half, to round
     for pixels, weight in zip(taps, weights):  # three in images that become larger
         total = total + image.index_select(dim, pixels).int() * weight.view(shape)
     return (total >> PRECISION_BITS).clamp(0, 255).to(torch.uint8)
 
 
-@lru_cache(maxsize=32)  # data sets have few image sizes
+@lru_cache(maxsize=1024)  # some 60 kB each; data sets of photographs have hundreds of sizes
 def _taps(length: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (K, size) int64 pixels that each pixel of a resized row depends on, and their (K, size) int32 weights."""
     scale = length / size
@@ -44,4 +44,5 @@ def _taps(length: int, size: int, device: torch.device) -> tuple[torch.Tensor, t
     pixels = first + torch.arange(int((last - first).max()))[:, None]
     weights = (1 - ((pixels - centers + 0.5) / support).abs()).clamp(min=0) * (pixels < last)
     weights = (weights / weights.sum(dim=0) * (1 << PRECISION_BITS) + 0.5).int()
-    return pixels.clamp(max=length - 1).to(device), weights.to(device)
+    pixels = pixels.clamp(max=length - 1)
+    return pixels.to(device, non_blocking=True), weights.to(device, non_blocking=True)

@@ -166,9 +166,11 @@ class PromptedLocalizer(Localizer):
         with_iou: bool = False,
     ) -> list[LocalizerOutput]:
         outputs: list[LocalizerOutput] = []
-        for rows in self._images_together(embeddings, prompts):
-            group = list(prompts[rows.start : rows.stop])
-            outputs += self._forward(embeddings[rows.start : rows.stop], group, with_masks, stages, with_iou)
+        # Training's autocast would round the coordinates of boxes to 8 bits.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            for rows in self._images_together(embeddings, prompts):
+                group = list(prompts[rows.start : rows.stop])
+                outputs += self._forward(embeddings[rows.start : rows.stop], group, with_masks, stages, with_iou)
         return outputs
 
     def _images_together(self, embeddings: torch.Tensor, prompts: Sequence[Prompts]) -> list[range]:

@@ -46,12 +46,12 @@ class HostImages(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: ImageList) -> list[torch.Tensor]:
-        """Return the (3, H, W) uint8 RGB images, on the CPU: there SAM's resizing is exact to the bit."""
+        """Return the (3, H, W) uint8 RGB images, on the host's device: SAM's resizing is exact on any."""
         originals = []
         for normalized, (height, width) in zip(images.tensor, images.image_sizes):
             # the host's resizing stays: boxes are in the frame of its input
             pixels = normalized[:, :height, :width].float() * self.pixel_std + self.pixel_mean
-            originals.append(to_rgb(pixels.round().clamp(0, 255).to("cpu", torch.uint8), self.input_format))
+            originals.append(to_rgb(pixels.round().clamp(0, 255).to(torch.uint8), self.input_format))
         return originals
 
 

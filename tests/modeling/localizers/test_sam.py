@@ -217,6 +217,14 @@ def test_bf16_is_close_to_float32(image, prompts):
     torch.testing.assert_close(output.masks, expected.masks, atol=0.05 * float(expected.masks.abs().max()), rtol=0)
 
 
+def test_autocast_leaves_tokens_as_they_are(image):
+    model = localizer()
+    embedding, prompts = model.encode_images([image]), [Prompts(boxes=BOXES)]
+    expected = model(embedding, prompts)[0].tokens
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(embedding, prompts)[0].tokens, expected)
+
+
 def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="PRECISION: expected one of float32, bf16, fp16; got 'half'"):
         localizer("MODEL.REGIONSPOT.PRECISION", "half")
