@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Subset
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper
 from regionspot.data.datasets import category_ids, register_from_spec
 from regionspot.data.image_check import check_images
+from regionspot.data.packed_loader import PackedLoader
 from regionspot.data.proposals import ProposalFile
 from regionspot.data.samplers import AspectRatioBatches, TrainingStream, build_training_stream
 from regionspot.data.training_set import TrainingSet, check_proposals, image_ids, image_sizes, open_training_images
@@ -103,11 +104,10 @@ def build_mapped_loader(
 
 
 def _resumable_loader(dataset: TrainingSet, batches: BatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(
+    return PackedLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=list,
         # Iterators draw a seed from it; from the global generator, they would change a resumed run's random numbers.
         generator=torch.Generator(),
         persistent_workers=num_workers > 0,

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog
 from filelock import FileLock, Timeout
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.image_check import check_images, path_of_image
+from regionspot.data.packed_loader import PackedLoader
 from regionspot.data.store_coverage import describe_proposals
 from regionspot.data.tokens import StoreWriter, pack_images
 from regionspot.data.training_set import describe_annotations, image_ids, image_sizes
@@ -124,11 +125,10 @@ def _write_claimed(
     One loader reads all of them, so that its workers are never idle between two. A thread writes a shard while the next
     one is extracted.
     """
-    loader = DataLoader(
+    loader = PackedLoader(
         records,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=extraction.workers,
-        collate_fn=list,
         pin_memory=recognizer.vision_language.pixel_mean.device.type == "cuda",
     )
     images: list[dict[str, Any]] = []
