@@ -59,14 +59,14 @@ class Prompts:
         return Prompts(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def to(self, device: torch.device) -> "Prompts":
-        return Prompts(**{name: value.to(device) for name, value in self._tensors().items()})
+        return Prompts(**{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
 
     def clip(self, image_size: tuple[int, int]) -> "Prompts":
         """Return the prompts, in the frame of an image of (height, width), with their boxes clipped to it."""
         if self.boxes is None:
             return self
         height, width = image_size
-        limit = torch.tensor([width, height, width, height]).to(self.boxes)
+        limit = torch.tensor([width, height, width, height]).to(self.boxes, non_blocking=True)
         return replace(self, boxes=self.boxes.clamp(min=torch.zeros_like(limit), max=limit))
 
     def scale(self, scale_x: float, scale_y: float) -> "Prompts":
@@ -75,9 +75,9 @@ class Prompts:
         factors = torch.tensor([scale_x, scale_y])
         scaled = {}
         if self.boxes is not None:
-            scaled["boxes"] = self.boxes * factors.repeat(2).to(self.boxes)
+            scaled["boxes"] = self.boxes * factors.repeat(2).to(self.boxes, non_blocking=True)
         if self.points is not None:
-            scaled["points"] = self.points * factors.to(self.points)
+            scaled["points"] = self.points * factors.to(self.points, non_blocking=True)
         return replace(self, **scaled)
 
 

@@ -9,13 +9,19 @@ operations. What it refuses is refused: all other mixing (``MixedDevicesError``)
 (TypeError).
 """
 
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+from regionspot.engine import optimizer
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -25,7 +31,12 @@ INDEXING = {
     f"aten::{name}": {"indices"}
     for name in ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
 }
+# results whose values or shapes the CPU waits for
+WAITING = {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")}
 WITHOUT_SCALARS = {"aten::cat", "aten::stack"}  # not elementwise: a CPU scalar is refused, too
+
+
+_waits: list[list[str]] = []  # of each ``counted_waits`` that is open
 
 
 class MixedDevicesError(RuntimeError):
@@ -62,6 +73,7 @@ class SimulatedTensor(torch.Tensor):
     __array__ = numpy
 
     def tolist(self):
+        note_wait("tolist")
         return self.inner.tolist()
 
     def __format__(self, specification):
@@ -136,6 +148,8 @@ def run(operation, args: tuple, kwargs: dict):
     inner_kwargs = {name: unwrap(value, kinds) for name, value in kwargs.items()}
     if len(kinds) == 2 and operation not in ACROSS:
         check_devices(operation, args, kwargs)
+    if makes_cpu_wait(operation, args, kwargs, kinds):
+        note_wait(operation._schema.name)
     device = kwargs.get("device")
     if device is not None:
         inner_kwargs["device"] = "cpu"
@@ -167,6 +181,41 @@ def check_devices(operation, args: tuple, kwargs: dict) -> None:
                 )
 
 
+def makes_cpu_wait(operation, args: tuple, kwargs: dict, kinds: set[bool]) -> bool:
+    """Return whether CUDA would let the program wait until the device has done all its work."""
+    name = operation._schema.name
+    if operation is aten._to_copy.default:
+        there, device = True in kinds, kwargs.get("device")
+        return device is not None and is_simulated(device) != there and not kwargs.get("non_blocking")
+    if operation is aten.copy_.default:
+        return len(kinds) == 2 and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+    if name in INDEXING:  # a mask is turned into indices
+        indices = [x for x in args[1] if isinstance(x, torch.Tensor)]
+        return any(isinstance(x, SimulatedTensor) and x.dtype == torch.bool for x in indices) or (
+            True in kinds and not all(isinstance(x, SimulatedTensor) for x in indices)
+        )
+    return True in kinds and (name in WAITING or (name == "aten::repeat_interleave" and not kwargs.get("output_size")))
+
+
+def note_wait(what: str) -> None:
+    """Note what waits, and where in the package."""
+    if _waits:
+        frames = [frame for frame in traceback.extract_stack() if "/regionspot/" in frame.filename]
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "elsewhere"
+        for waits in _waits:
+            waits.append(f"{what} in {place}")
+
+
+@contextmanager
+def counted_waits() -> Iterator[list[str]]:
+    """Collect, inside ``simulated_device()``, the operations for whose end the program would wait on CUDA."""
+    _waits.append([])
+    try:
+        yield _waits[-1]
+    finally:
+        _waits.pop()
+
+
 class _Autocast(torch.autocast):
     """Autocast of the simulated device, which has float32 only."""
 
@@ -177,5 +226,12 @@ class _Autocast(torch.autocast):
 @contextmanager
 def simulated_device() -> Iterator[torch.device]:
     """Let "meta" be the simulated accelerator inside the block."""
-    with mock.patch.object(torch, "autocast", _Autocast), _Literals(), _Operations():
+    fused = [*_get_fused_kernels_supported_devices(), DEVICE.type]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        pytorch = import_module("torch.optim.optimizer")  # torch.optim hides it
+        stack.enter_context(mock.patch.object(pytorch, "_get_fused_kernels_supported_devices", lambda: fused))
+        stack.enter_context(mock.patch.object(optimizer, "FUSED_DEVICES", fused))
+        stack.enter_context(_Literals())
+        stack.enter_context(_Operations())
         yield DEVICE

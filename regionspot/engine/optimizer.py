@@ -12,6 +12,8 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+FUSED_DEVICES = ["cpu", "cuda"]
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over the parameters that learn.
@@ -37,7 +39,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
-    is_fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())  # one pass over them
+    is_fused = all(parameter.device.type in FUSED_DEVICES for parameter in model.parameters())  # one pass over them
     settings: dict[str, Any] = {"lr": cfg.SOLVER.BASE_LR, "weight_decay": cfg.SOLVER.WEIGHT_DECAY, "fused": is_fused}
     optimizer = torch.optim.AdamW(groups, **settings)
     if full_model:
@@ -46,13 +48,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def clip_before_steps(optimizer: torch.optim.Optimizer, model: nn.Module, value: float) -> None:
-    """Clip the gradient's norm over all trained parameters to ``value`` before each step, which raises if it is NaN."""
+    """Clip the gradient's norm over all trained parameters to ``value`` before each step.
+
+    If it is not finite, an optimizer with ``found_inf`` (a float scalar, 1 skips the step) gets that, others raise.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def clip_gradients(*_: object) -> None:  # a hook of the step runs after a gradient scaler has unscaled
         norm = nn.utils.clip_grad_norm_(parameters, value)
-        # a gradient scaler tells a fused optimizer that gradients overflowed; the optimizer then skips the step
-        if not torch.isfinite(norm) and not getattr(optimizer, "found_inf", None):
+        found_inf = getattr(optimizer, "found_inf", None)
+        is_scaled = hasattr(optimizer, "grad_scale")  # by a gradient scaler, which must see itself what overflows
+        if found_inf is not None and not is_scaled:
+            optimizer.found_inf = torch.maximum(found_inf, (~torch.isfinite(norm)).float())  # type: ignore[attr-defined]
+        elif not torch.isfinite(norm) and not found_inf:
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
 
     optimizer.register_step_pre_hook(clip_gradients)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import random
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,28 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SKIPPED_STEPS = 100  # in a row: each halves the loss scale, and no scale is that far off
+
+
+@dataclass
+class _TakenStep:
+    """A step whose numbers have not been looked at.
+
+    Attributes:
+        iteration: its number.
+        ids: of its images.
+        names: of the losses.
+        values: float, on their way to the CPU: the losses; 1 if those of all processes are finite; 1 if the step was
+            skipped.
+        copied: when they have arrived; None if they have.
+        data_time: seconds spent waiting for the loader.
+    """
+
+    iteration: int
+    ids: list[str]
+    names: list[str]
+    values: torch.Tensor
+    copied: torch.cuda.Event | None
+    data_time: float
 
 
 class TrainLoop(SimpleTrainer):
@@ -48,6 +71,9 @@ class TrainLoop(SimpleTrainer):
         # only float16 has too few exponent bits for gradients; with other precisions the scaler does nothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.skipped = self.skipped_in_row = 0  # steps whose gradients overflowed in float16
+        is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # PyTorch's sign: it heeds ``found_inf``
+        self.checks_later = is_fused and not self.scaler.is_enabled() and self.device.type != "cpu"
+        self._unchecked: _TakenStep | None = None
 
     def resume_from(self, iteration: int) -> None:
         """Move the data to the position of ``iteration``; called before the first step."""
@@ -76,7 +102,10 @@ class TrainLoop(SimpleTrainer):
             for name, loss in self._backward(batch, is_last=index == self.accumulate - 1).items():
                 total[name] = total.get(name, 0) + loss
         self.after_backward()
-        self._step(total, data_time)
+        if self.checks_later:
+            self._step_unchecked(total, data_time)
+        else:
+            self._step(total, data_time)
         seconds = time.perf_counter() - start
         storage = get_event_storage()
         storage.put_scalar("images_per_second", num_images * comm.get_world_size() / seconds)
@@ -93,16 +122,51 @@ class TrainLoop(SimpleTrainer):
             self.scaler.scale(sum(losses.values())).backward()
         return {name: value.detach() for name, value in losses.items()}
 
+    def _step_unchecked(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
+        """Update the weights, or leave them where a number is not finite: the GPU decides, no one waits for it.
+
+        Its numbers are looked at when the next step has been started.
+        """
+        values, all_finite = self._are_finite(losses)
+        self.optimizer.found_inf = 1 - all_finite  # type: ignore[attr-defined]
+        self.optimizer.step()
+        found_inf = vars(self.optimizer).pop("found_inf")  # with the gradient's norm, if that is clipped
+        values = torch.cat([values, torch.stack([all_finite, found_inf])]).to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        self.check_last_step()
+        self._unchecked = _TakenStep(self.iter, self._ids, list(losses), values, copied, data_time)
+
+    def check_last_step(self) -> None:
+        """Write the metrics of the last step, if that is still to be done; its error is raised here."""
+        taken, self._unchecked = self._unchecked, None
+        if taken is None:
+            return
+        if taken.copied is not None:
+            taken.copied.synchronize()
+        *values, all_finite, is_skipped = taken.values
+        losses = dict(zip(taken.names, values))
+        if is_skipped:
+            what = "the gradient's norm is not finite" if all_finite else str({k: x.item() for k, x in losses.items()})
+            is_here = bool(all_finite) or not all(map(torch.isfinite, values))
+            raise self._not_a_number(what, is_here, taken.iteration, taken.ids)
+        self._write_metrics(losses, taken.data_time, iter=taken.iteration)
+
+    @staticmethod
+    def _are_finite(losses: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses in one tensor, and 1 if those of all processes are finite, else 0; both float."""
+        values = torch.stack([loss.float() for loss in losses.values()])
+        all_finite = torch.isfinite(values).all().float()
+        # All processes must decide alike, or their weights part ways: gradients are shared already, losses are not.
+        if comm.get_world_size() > 1:
+            distributed.all_reduce(all_finite, distributed.ReduceOp.MIN)
+        return values, all_finite
+
     def _step(self, losses: dict[str, torch.Tensor], data_time: float) -> None:
         """Update the weights, or skip the step where float16 overflowed; in other precisions the run ends.
 
         In float16 a loss or gradient that is not finite means that the loss scale is too large: it is lowered.
         """
-        # All processes must decide alike, or their weights part ways: gradients are shared already, losses are not.
-        is_finite = torch.isfinite(torch.stack([loss.float() for loss in losses.values()])).all()
-        all_finite = is_finite.float()
-        if comm.get_world_size() > 1:
-            distributed.all_reduce(all_finite, distributed.ReduceOp.MIN)
+        values, all_finite = self._are_finite(losses)
         scale = self.scaler.get_scale()
         if all_finite.item():
             self._write_metrics(losses, data_time)
@@ -115,7 +179,8 @@ class TrainLoop(SimpleTrainer):
         elif self.scaler.is_enabled():
             self.scaler.update(scale * self.scaler.get_backoff_factor())
         else:
-            raise self._not_a_number(str({name: x.item() for name, x in losses.items()}), is_here=not is_finite)
+            what = str({name: x.item() for name, x in losses.items()})
+            raise self._not_a_number(what, is_here=not torch.isfinite(values).all())
         if self.scaler.is_enabled():
             self._count_skipped(is_skipped=self.scaler.get_scale() < scale)
 
@@ -133,12 +198,18 @@ class TrainLoop(SimpleTrainer):
                 self.scaler.get_scale(),
             )
 
-    def _not_a_number(self, what: str, is_here: bool = True) -> FloatingPointError:
-        """Return the error that all processes raise, with the images of those processes that have the problem."""
-        reports = [report for report in comm.all_gather((what, self._ids) if is_here else None) if report is not None]
+    def _not_a_number(
+        self, what: str, is_here: bool = True, iteration: int | None = None, ids: list[str] | None = None
+    ) -> FloatingPointError:
+        """Return the error that all processes raise, with the images of those processes that have the problem.
+
+        ``iteration`` and ``ids`` of the images are by default those of the step that is taken.
+        """
+        iteration, ids = self.iter if iteration is None else iteration, ids or self._ids
+        reports = [report for report in comm.all_gather((what, ids) if is_here else None) if report is not None]
         images = ", ".join(image for _, ids in reports for image in ids)
         return FloatingPointError(
-            f"not a number in iteration {self.iter}: {'; '.join(dict(reports))}; images of the batch: {images}. "
+            f"not a number in iteration {iteration}: {'; '.join(dict(reports))}; images of the batch: {images}. "
             "Look at these images' boxes and stored tokens, or lower SOLVER.BASE_LR"
         )
 

@@ -185,6 +185,9 @@ class Trainer(TrainerBase):
     def run_step(self) -> None:
         self.loop.iter = self.iter
         self.loop.run_step()
+        done = self.iter + 1
+        if done % self.plan.log_period == 0 or done == self.max_iter:  # before the hooks that log and save
+            self.loop.check_last_step()
         if self.average:
             self.average.update()
 

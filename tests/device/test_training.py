@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from safetensors.torch import load_file
 
 from regionspot.data import register_json_dataset
@@ -11,7 +12,7 @@ from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
 
 from ..helpers import frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
-from ..simulated_device import simulated_device
+from ..simulated_device import counted_waits, simulated_device
 
 NAME = "test_device"
 
@@ -86,3 +87,66 @@ def test_stores_equal_those_of_the_cpu(scenes):
         assert one.keys() == other.keys() and any("flipped_tokens.mlp" in key for key in one)
         for key, value in one.items():
             torch.testing.assert_close(value, other[key], atol=2e-3, rtol=1e-3)  # float16
+
+
+class _Waits(HookBase):
+    """Collects what each step and its hooks wait for."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[str]] = []
+
+    def before_step(self) -> None:
+        if len(self.steps) == 3:
+            self.trainer.loop.checks_later = False
+        self._counting = counted_waits()
+        self.steps.append(self._counting.__enter__())
+
+    def after_step(self) -> None:
+        self._counting.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("source", ["", "tokens", "maps"])
+def test_steps_do_not_wait_for_the_device(scenes, tmp_path, source):
+    """A GPU is never idle while a step is prepared, with SAM and CLIP in the loop or from stores."""
+    data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "meta"]
+    data += ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / f"{source}-meta"),)] if source else []
+    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4]
+    trainer, waits = RegionSpotTrainer(tiny_config(*frozen_overrides(scenes), *data, *solver)), _Waits()
+    trainer.resume_or_load(resume=False)
+    trainer.register_hooks([waits])
+    trainer.train()
+    assert waits.steps[1] == waits.steps[2] == []
+    assert waits.steps[3][0].startswith("aten::_local_scalar_dense in train_loop.py")  # looks at its loss at once
+
+
+@pytest.mark.parametrize(("spoiled", "message"), [("loss", "{'loss_cls': nan}"), ("gradient", "the gradient's norm is")])
+def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoiled, message):
+    data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "meta"]
+    data += ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / "maps-meta"),)]
+    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1]
+    trainer = RegionSpotTrainer(tiny_config(*frozen_overrides(scenes), *data, *solver))
+    trainer.resume_or_load(resume=False)
+    loss, weight = trainer.recognizer.loss, trainer.recognizer.knowledge_integration.projector.weight
+    images = []  # of each step
+
+    def factor(what):
+        return float("nan") if trainer.iter == 1 and what == spoiled else 1.0
+
+    def spoil_loss(*args):
+        return loss(*args) * factor("loss")
+
+    def keep_images(_, args):
+        images.append(", ".join(str(inputs["image_id"]) for inputs in args[0]))
+
+    trainer.recognizer.loss = spoil_loss
+    weight.register_hook(lambda gradient: gradient * factor("gradient"))
+    trainer.model.register_forward_pre_hook(keep_images)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    assert f"not a number in iteration 1: {message}" in str(error.value)
+    assert f"images of the batch: {images[1]}. " in str(error.value)
+    for path in sorted(tmp_path.glob("model_*.pth")):
+        state = torch.load(path, weights_only=True)["model"]
+        assert all(value.isfinite().all() for value in state.values())
+    assert len(images) == 3  # the step after it had been started
+    assert int(next(iter(trainer.optimizer.state.values()))["step"]) == 2
