@@ -144,6 +144,22 @@ def check_extraction(setting: Setting) -> str:
     return expect(max(errors), 0.02, "largest difference (of the standard deviation)")
 
 
+def check_stored_tokens(setting: Setting) -> str:
+    """Training from stored tokens, extracted in batches, with CLIP in the loop and workers equals the CPU's."""
+    losses: list[list[float]] = []
+    for device in ("cpu", setting.device):
+        directory, on_gpu = setting.directory / f"tokens-{len(losses)}", torch.device(device).type == "cuda"
+        model = load_model(setting.config("extraction", "MODEL.DEVICE", device))
+        extraction = Extraction(batch_size=4, workers=2)
+        extract_tokens(model.recognizer, "miniworld_train", directory, extraction, show_progress=False)
+        overrides = ["DATASETS.TOKEN_STORES_TRAIN", (str(directory),), "MODEL.REGIONSPOT.COMPILE", on_gpu]
+        overrides += ["DATALOADER.NUM_WORKERS", 2, "MODEL.DEVICE", device]
+        _reset_peak(setting)
+        losses.append(train(setting.config(f"stored-{len(losses)}", *overrides)))
+    difference = max(abs(one - other) / one for one, other in zip(*losses, strict=True))
+    return expect(difference, LOSS_TOLERANCE["float32"], "largest difference of a loss")
+
+
 def check_evaluation(setting: Setting) -> str:
     """AP of boxes and masks equal the CPU's."""
     results: list[dict[str, float]] = []
@@ -209,6 +225,7 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
     **{f"training, {name}": partial(check_training, precision=name) for name in LOSS_TOLERANCE},
     "resuming": check_resuming,
     "extraction": check_extraction,
+    "stored tokens": check_stored_tokens,
     "evaluation": check_evaluation,
     **{f"frozen parts, {name}": partial(check_precision, precision=name) for name in ("bf16", "fp16")},
     "two processes": check_processes,

@@ -130,7 +130,7 @@ class TrainLoop(SimpleTrainer):
         values, all_finite = self._are_finite(losses)
         self.optimizer.found_inf = 1 - all_finite  # type: ignore[attr-defined]
         self.optimizer.step()
-        found_inf = vars(self.optimizer).pop("found_inf")  # with the gradient's norm, if that is clipped
+        found_inf = self.optimizer.__dict__.pop("found_inf")  # with the gradient's norm, if that is clipped
         values = torch.cat([values, torch.stack([all_finite, found_inf])]).to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
         self.check_last_step()

@@ -266,9 +266,10 @@ class RegionRecognizer(OpenVocabulary):
         for i, (image_logits, output) in enumerate(zip(logits, located)):
             size = features.sizes[i]
             output_size = output_sizes[i] if output_sizes else size
-            scaled = boxes[i].to(image_logits.device).clone()
+            scaled = boxes[i].clone()
             scaled.scale(output_size[1] / size[1], output_size[0] / size[0])
             scaled.clip(output_size)
+            scaled = Boxes(scaled.tensor.to(image_logits.device, non_blocking=True))
             scores = proposal_scores[i] if proposal_scores else None
             result = self.rule.detect(scaled, image_logits, scores, output_size, len(self.background), classes)
             rows = result.detections.region_indices

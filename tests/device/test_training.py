@@ -119,7 +119,9 @@ def test_steps_do_not_wait_for_the_device(scenes, tmp_path, source):
     assert waits.steps[3][0].startswith("aten::_local_scalar_dense in train_loop.py")  # looks at its loss at once
 
 
-@pytest.mark.parametrize(("spoiled", "message"), [("loss", "{'loss_cls': nan}"), ("gradient", "the gradient's norm is")])
+@pytest.mark.parametrize(
+    ("spoiled", "message"), [("loss", "{'loss_cls': nan}"), ("gradient", "the gradient's norm is")]
+)
 def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoiled, message):
     data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "meta"]
     data += ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / "maps-meta"),)]

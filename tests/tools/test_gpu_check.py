@@ -14,12 +14,12 @@ def setting(tmp_path, monkeypatch):
 
 
 def test_checks_agree_with_themselves(setting, capsys):
-    names = ["training, bf16", "frozen parts, bf16", "resuming", "extraction", "evaluation"]
+    names = ["training, bf16", "frozen parts, bf16", "resuming", "extraction", "stored tokens", "evaluation"]
     passed = gpu_check.run_checks(setting, names)
     lines = capsys.readouterr().out.splitlines()
     assert passed and [line[:20].strip() for line in lines] == names, lines
     assert all(" s  peak " in line and " GB  ok " in line for line in lines)
-    assert [line.endswith("none, to the bit") for line in lines] == [False, False, True, True, True]
+    assert [line.endswith("none, to the bit") for line in lines] == [False, False, True, True, True, True]
 
 
 def test_failed_check_does_not_stop_others(setting, capsys, monkeypatch):
