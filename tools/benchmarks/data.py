@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tabulate import tabulate
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from regionspot.config import load_config
@@ -129,14 +130,17 @@ def benchmark_data(cfg: CfgNode, directory: Path, images: int, workers: list[int
     }
     loaders = []
     for name, overrides in ways.items():
-        rates = []
+        rates, plain_rates = [], []
         for number in workers:
             single = cfg.clone()
             single.merge_from_list([*overrides, "DATALOADER.NUM_WORKERS", number, "DATASETS.TRAIN", (DATASET,)])
-            batches = iter(build_train_loader(single))
-            rates.append(per_second(batches, 10**6, seconds=4) * single.SOLVER.IMS_PER_BATCH)
-            del batches
+            loader = build_train_loader(single)
+            plain = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, num_workers=number, collate_fn=list)
+            for batches, measured_rates in ((iter(loader), rates), (iter(plain), plain_rates)):
+                measured_rates.append(per_second(batches, 10**6, seconds=4) * single.SOLVER.IMS_PER_BATCH)
+            del batches, loader, plain
         loaders.append((name, *(f"{rate:.0f}" for rate in rates)))
+        loaders.append(("  each tensor handed over by itself", *(f"{rate:.0f}" for rate in plain_rates)))
     return rows, loaders
 
 
