@@ -8,10 +8,12 @@ from detectron2.engine import HookBase
 from safetensors.torch import load_file
 
 from regionspot.data import register_json_dataset
+from regionspot.data.tokens import pack_images
 from regionspot.engine import RegionSpotTrainer
 from regionspot.engine.extract import Extraction, extract_tokens
+from regionspot.engine.extraction import extract_features
 
-from ..helpers import frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
+from ..helpers import as_inputs, frozen_overrides, tiny_config, tiny_model, write_dataset, write_frozen_parts
 from ..simulated_device import counted_waits, simulated_device
 
 NAME = "test_device"
@@ -152,3 +154,16 @@ def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoil
         assert all(value.isfinite().all() for value in state.values())
     assert len(images) == 3  # the step after it had been started
     assert int(next(iter(trainer.optimizer.state.values()))["step"]) == 2
+
+
+def test_extraction_does_not_wait_for_the_device():
+    recognizer = tiny_model("MODEL.DEVICE", "meta", names=None).recognizer
+    batch = [{**as_inputs(seed), "image_id": seed, "image_file": [0, 0, 0]} for seed in range(3)]
+    extraction = Extraction(flip=True, feature_maps=True, jitter=0.5, jitter_copies=2)
+    for _ in range(2):  # the first fills caches
+        with counted_waits() as waits:
+            entries = extract_features(recognizer, batch, extraction)
+    assert waits == []
+    with counted_waits() as waits:
+        pack_images(entries)
+    assert waits  # the values themselves
