@@ -159,7 +159,7 @@ def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoil
 def test_extraction_does_not_wait_for_the_device():
     recognizer = tiny_model("MODEL.DEVICE", "meta", names=None).recognizer
     batch = [{**as_inputs(seed), "image_id": seed, "image_file": [0, 0, 0]} for seed in range(3)]
-    extraction = Extraction(flip=True, feature_maps=True, jitter=0.5, jitter_copies=2)
+    extraction = Extraction(flip=True, feature_maps=True, jitter=0.1, jitter_copies=2)
     for _ in range(2):  # the first fills caches
         with counted_waits() as waits:
             entries = extract_features(recognizer, batch, extraction)
