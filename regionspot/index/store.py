@@ -20,6 +20,8 @@ INDEX = StoreKind(
     frozenset({"sam", "clip", "proposals"}),
 )
 CONFIG = "config.yaml"  # the model's, beside the manifest
+# Of that config: an index has its own regions, and is asked with names.
+OVERRIDES = ["MODEL.REGIONSPOT.VOCABULARY", "", "MODEL.REGIONSPOT.PROPOSALS.SOURCE", "gt"]
 CHUNK = 32768  # regions that are processed at a time: 64 MB of float32 at 512 numbers a region
 # Tensors of a shard by what their rows are.
 _OF_IMAGES = ("image_ids", "sizes", "image_files")

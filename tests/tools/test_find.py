@@ -47,6 +47,25 @@ def test_index_needs_no_config_file_later(directory, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 20
 
 
+def test_index_opens_from_another_directory(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("cup\n")
+    (tmp_path / "index").mkdir()
+    overrides = ["MODEL.WEIGHTS", directory / "model.pth", "MODEL.REGIONSPOT.VOCABULARY", "@names.txt"]
+    data = f"{directory}/my.json:{directory}/my_images"
+    options = ["--config-file", TINY, "--output", "index", *frozen_overrides(directory), *overrides]
+    COMMANDS["index"].call("--input", data, *options)
+    monkeypatch.chdir(directory)
+    search = ["--index", tmp_path / "index", "--text", "cup", "--output", tmp_path / "search"]
+    COMMANDS["search"].call(*search)
+    config = tmp_path / "index" / "config.yaml"
+    text = config.read_text()
+    assert "SOURCE: gt" in text and "VOCABULARY: ''" in text
+    config.write_text(text.replace(" VOCABULARY: ''", " VOCABULARY: '@none.txt'"))  # as older indexes have it
+    COMMANDS["search"].call(*search)
+    assert (tmp_path / "search" / "regions.csv").is_file()
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_classify_writes_a_table(directory, suffix, capsys):
     path, counts = directory / f"names.{suffix}", directory / "counts.csv"
@@ -123,8 +142,12 @@ def test_wrong_arguments_end_at_once(name, arguments, message, capsys):
 
 def test_audit_writes_three_files(directory, capsys):
     overrides = [*frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
-    files = ["--annotations", directory / "my.json", "--images", directory / "my_images"]
-    for _ in range(2):  # the second time the index is there
+    files = ["--annotations", directory / "audited.json", "--images", directory / "my_images"]
+    content = json.loads((directory / "my.json").read_text())
+    ids = [category["id"] for category in content["categories"]]
+    for number in ids[:2]:  # the second time a label is corrected, and the index is there
+        content["annotations"][0]["category_id"] = number
+        (directory / "audited.json").write_text(json.dumps(content))
         COMMANDS["audit"].call(*files, "--config-file", TINY, "--output", directory / "audit", "--top-k", 5, *overrides)
     assert len(read_csv(directory / "audit" / "suspicious.csv")) == 5
     assert len(json.loads((directory / "audit" / "suspicious.json").read_text())["annotations"]) == 5
