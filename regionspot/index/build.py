@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from regionspot.data.tokens.writer import StoreWriter
 from regionspot.index.sources import ImageRegions, ImageSet
-from regionspot.index.store import CONFIG, INDEX, OVERRIDES, RegionIndex
+from regionspot.index.store import CONFIG, INDEX, OVERRIDES, RegionIndex, no_regions
 from regionspot.modeling.identity import describe_model
 from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.batch_predictor import predict_each
@@ -290,14 +290,8 @@ def _pack(entries: Sequence[_Embedded], predictor: RegionSpotPredictor) -> dict[
     """Return a shard's tensors, see ``RegionIndex``."""
     names = [entry.image.name.encode() for entry in entries]
     # concatenations begin with an empty array: a shard may have no image
-    empty = {
-        "boxes": np.zeros((0, 4), np.float32),
-        "embeddings": np.zeros((0, predictor.recognizer.vision_language.text_dim), np.float16),
-        "proposal_scores": np.zeros(0, np.float32),
-        "predicted_ious": np.zeros(0, np.float32),
-        "keys": np.zeros(0, np.int64),
-    }
-    arrays = {key: np.concatenate([first, *(x.columns[key] for x in entries)]) for key, first in empty.items()}
+    empty = no_regions(predictor.recognizer.vision_language.text_dim)
+    arrays = {key: np.concatenate([first.numpy(), *(x.columns[key] for x in entries)]) for key, first in empty.items()}
     arrays |= {
         "image_ids": np.array([entry.image.image_id for entry in entries], np.int64),
         "sizes": np.array([entry.size for entry in entries], np.int32).reshape(-1, 2),
