@@ -12,6 +12,8 @@ from regionspot_cli.commands import COMMANDS
 
 from ..helpers import TINY, draw_scene, frozen_overrides, released_state, write_user_files
 
+AUDIT = ["--annotations", "my.json", "--images", "my_images", "--config-file", "a.yaml", "--output", "audit"]
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
@@ -132,6 +134,7 @@ def test_verify(directory, capsys):
             ["--index", "index", "--vocabulary", "a", "--output", "a.xlsx"],
             "expected one of the suffixes .csv",
         ),
+        ("audit", [*AUDIT, "--worst", "-1"], "--worst: expected at least 0, got -1"),
     ],
 )
 def test_wrong_arguments_end_at_once(name, arguments, message, capsys):
@@ -153,6 +156,18 @@ def test_audit_writes_three_files(directory, capsys):
     assert len(json.loads((directory / "audit" / "suspicious.json").read_text())["annotations"]) == 5
     assert (directory / "audit" / "audit.html").stat().st_size > 10_000
     assert "labels are suspicious, 0 images left out" in capsys.readouterr().out
+
+
+def test_audit_of_one_class_ends_before_the_index(directory, tmp_path):
+    content = json.loads((directory / "my.json").read_text())
+    first = content["categories"][0]["id"]
+    content["categories"] = content["categories"][:1]
+    content["annotations"] = [x for x in content["annotations"] if x["category_id"] == first]
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    files = ["--annotations", tmp_path / "one.json", "--images", directory / "my_images"]
+    with pytest.raises(ValueError, match=r"one.json: expected at least two categories, got 1"):
+        COMMANDS["audit"].call(*files, "--config-file", TINY, "--output", tmp_path / "audit")
+    assert not (tmp_path / "audit").exists()
 
 
 def test_embedded_vocabulary_in_all_commands(directory, capsys):
