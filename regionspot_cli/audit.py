@@ -24,6 +24,8 @@ def main(args: Namespace) -> None:
     fork_workers()
     file = AnnotationFile(args.annotations)
     names = [category.class_name for category in file.categories]
+    if len(names) < 2:
+        raise ValueError(f"--annotations {args.annotations}: expected at least two categories, got {len(names)}")
     dataset = f"{args.annotations}:{args.images}"
     check_registered([dataset], "--annotations and --images")
     images = dataset_images(dataset)

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -9,6 +10,11 @@ from regionspot.checkpoint.checkpointer import load_model
 from regionspot.config import load_config
 from regionspot.data import build_test_loader, dataset_vocabulary
 from regionspot.data.build import check_registered
+
+
+def threshold_of(scores: np.ndarray, keep: float) -> float:
+    """Return the score that the share ``keep`` of regions exceeds; ``scores`` (N,) are those of their best classes."""
+    return float(np.quantile(scores.astype(np.float64), 1 - keep))  # torch.quantile takes 16 million numbers at most
 
 
 @torch.no_grad()
@@ -27,7 +33,6 @@ def main(args: Namespace) -> float:
     ]
     if not best:
         raise ValueError(f"--dataset {args.dataset}: no annotated regions")
-    # The share --keep of the regions has a greater score of its best class.
-    threshold = float(torch.cat(best).double().quantile(1 - args.keep))
+    threshold = threshold_of(torch.cat(best).numpy(), args.keep)
     print(f"MODEL.REGIONSPOT.UNKNOWN.THRESHOLD {threshold:.6f}")
     return threshold

@@ -136,6 +136,8 @@ def parse_audit(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     args = parser.parse_args(arguments)
     if args.top_k is not None and args.top_k < 0:
         parser.error(f"--top-k: expected at least 0, got {args.top_k}")
+    if args.worst < 0:
+        parser.error(f"--worst: expected at least 0, got {args.worst}")
     return args
 
 

@@ -12,6 +12,7 @@ from regionspot.config import load_config
 from regionspot.index import IndexedRegion, RegionIndex, search_index
 from regionspot.index.contact_sheet import draw_contact_sheet
 from regionspot.index.search import combine, embed_region, embed_texts, mean_embedding, parse_region
+from regionspot.index.store import OVERRIDES
 from regionspot.modeling.identity import describe_model
 from regionspot.utils.command_line import printable
 from regionspot.utils.files import atomic_path
@@ -25,7 +26,7 @@ def load_predictor(args: Namespace, index: RegionIndex) -> RegionSpotPredictor:
     Raises:
         ValueError: the config names another one.
     """
-    predictor = RegionSpotPredictor(load_config(args.config_file or index.config_file, args.opts))
+    predictor = RegionSpotPredictor(load_config(args.config_file or index.config_file, [*args.opts, *OVERRIDES]))
     index.check_origin(describe_model(predictor.recognizer))
     return predictor
 

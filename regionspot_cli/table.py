@@ -14,6 +14,7 @@ from tabulate import tabulate
 from regionspot.checkpoint.fetch import find_known_weights
 from regionspot.config import load_config
 from regionspot.data.build import check_registered
+from regionspot.data.training_set import describe_annotations
 from regionspot.model_zoo import CONFIGS
 
 TABLES = CONFIGS.resolve() / "tables"
@@ -40,11 +41,12 @@ def missing_inputs(cfg: CfgNode) -> list[str]:
 
 def run_row(config: Path, output: Path, overrides: list[str], arguments: list[str]) -> dict[str, Any]:
     """Evaluate a config, unless it was evaluated before; return its metrics by test set."""
-    # The config and the size and time of its inputs: a change of either makes the row run again.
+    # The config, the annotations, and the size and time of other inputs: a change of any makes the row run again.
     results, identity = output / "results.json", output / "row.identity"
     cfg = load_config(config, overrides)
     files = [Path(path) for path in (cfg.MODEL.WEIGHTS, *cfg.DATASETS.PROPOSAL_FILES_TEST) if Path(path).is_file()]
     expected = cfg.dump() + "".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n" for path in files)
+    expected += "".join(f"{name} {describe_annotations(name)['fingerprint']}\n" for name in cfg.DATASETS.TEST)
     if not (results.is_file() and identity.is_file() and identity.read_text() == expected):
         results.unlink(missing_ok=True)
         command = [sys.executable, "-m", "regionspot_cli", "evaluate", "--config-file", str(config)]

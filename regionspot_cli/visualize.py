@@ -114,6 +114,10 @@ def _title(config_file: str, weights: str) -> str:
 def draw_store(args: Namespace) -> np.ndarray:
     """Return images with the regions whose tokens a store holds."""
     store = TokenStore(args.store, args.stage)
+    if not len(store.image_ids):
+        raise ValueError(
+            f"{args.store}: the token store has no images; expected at least one, extract its tokens again"
+        )
     check_registered([args.dataset], "--dataset")
     records = DatasetCatalog.get(args.dataset)
     rows = {image_id: row for row, image_id in enumerate(image_ids(records).tolist())}

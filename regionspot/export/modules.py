@@ -146,7 +146,7 @@ class RegionClassifier(nn.Module):
 
         Args:
             tokens: (N, D) float32, ``RegionDecoder``'s.
-            text_embeddings: (K, text_dim) float32, L2-normalized.
+            text_embeddings: (K, text_dim) float32, as ``RegionRecognizer.encode_vocabulary`` returns them.
             feature_map: (1, L, width) float32; not with ``CLIP.FEATURES`` none.
 
         Returns:

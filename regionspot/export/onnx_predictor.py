@@ -108,7 +108,7 @@ class OnnxRegionPredictor:
     def set_vocabulary(self, names: str | list[str], text_embeddings: np.ndarray | None = None) -> None:
         """Recognize ``names`` from now on: some of the export's, a list or "a,b,c".
 
-        With their (K, D) ``text_embeddings``, of the same CLIP and templates, they may be any names.
+        With their (K, D) ``text_embeddings``, as ``RegionRecognizer.encode_vocabulary`` returns them, they may be any.
         """
         self._vocabulary = self._look_up(names, text_embeddings)
 
@@ -120,7 +120,7 @@ class OnnxRegionPredictor:
             embeddings, expected = np.asarray(text_embeddings, np.float32), (len(names), self._embeddings.shape[1])
             if embeddings.shape != expected or not np.isfinite(embeddings).all() or not embeddings.any(axis=1).all():
                 raise ValueError(f"text_embeddings: expected finite numbers {expected}, got shape {embeddings.shape}")
-            return names, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+            return names, embeddings
         rows = {name: row for row, name in enumerate(self.description["names"])}
         if unknown := [name for name in names if name not in rows]:
             raise ValueError(

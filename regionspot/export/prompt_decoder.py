@@ -9,8 +9,9 @@ Shapes: N prompts with T tokens each, P = h * w positions with C channels, H hea
 import torch
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
-from torch import nn
 from torch.nn import functional as F
+
+from regionspot.modeling.localizers.sam_decoder import by_head, merge_heads, split_heads, upscale
 
 
 def decode_prompts(
@@ -53,9 +54,9 @@ def predict_masks(decoder: MaskDecoder, image: torch.Tensor, kernels: torch.Tens
     A transposed convolution whose stride is its kernel size is a linear layer with 2 x 2 outputs a position.
     """
     first, norm, activation, second, last_activation = decoder.output_upscaling
-    x = _upscale(first, image)  # (N, P, 2, 2, C / 4)
+    x = upscale(first, image)  # (N, P, 2, 2, C / 4)
     x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-    x = last_activation(_upscale(second, x)).flatten(1, -2)  # (N, P * 16, C / 8)
+    x = last_activation(upscale(second, x)).flatten(1, -2)  # (N, P * 16, C / 8)
     logits = (x @ kernels[..., None])[..., 0].unflatten(1, (side, side, 2, 2, 2, 2))  # h, w, then y, x twice
     return logits.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
 
@@ -64,22 +65,22 @@ def _attend_shared_image(
     attention: Attention, tokens: torch.Tensor, image: torch.Tensor, place: torch.Tensor
 ) -> torch.Tensor:
     """Cross-attention of (N, T, C) tokens to the (1, P, C) image of all prompts."""
-    queries = _split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
-    keys = _split_heads(attention, attention.k_proj(image + place))  # (1, H, P, D)
-    values = _split_heads(attention, attention.v_proj(image))
+    queries = split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
+    keys = split_heads(attention, attention.k_proj(image + place))  # (1, H, P, D)
+    values = split_heads(attention, attention.v_proj(image))
     weights = (_scale(queries) @ keys.transpose(2, 3)).softmax(dim=-1)
-    return attention.out_proj(_merge_heads(weights @ values))
+    return attention.out_proj(merge_heads(weights @ values))
 
 
 def _attend_image(attention: Attention, tokens: torch.Tensor, image: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Cross-attention of (N, T, C) tokens to the (N, P, C) image of each prompt."""
-    queries = _split_heads(attention, attention.q_proj(tokens))
+    queries = split_heads(attention, attention.q_proj(tokens))
     # the keys' bias adds the same to all scores of a token
-    projected = _scale(queries) @ _by_head(attention, attention.k_proj.weight)  # (N, H, T, C)
+    projected = _scale(queries) @ by_head(attention, attention.k_proj.weight)  # (N, H, T, C)
     scores = projected.flatten(1, 2) @ (image + place).transpose(1, 2)  # (N, H * T, P)
     attended = (scores.softmax(dim=-1) @ image).unflatten(1, (attention.num_heads, -1))  # (N, H, T, C)
-    values = attended @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # (N, H, T, D)
-    return attention.out_proj(_merge_heads(values) + attention.v_proj.bias)
+    values = attended @ by_head(attention, attention.v_proj.weight).transpose(1, 2)  # (N, H, T, D)
+    return attention.out_proj(merge_heads(values) + attention.v_proj.bias)
 
 
 def _update_image(
@@ -87,14 +88,14 @@ def _update_image(
 ) -> torch.Tensor:
     """Return the (N, P, C) image, or that of all prompts, plus its cross-attention to (N, T, C) tokens, normalized."""
     attention = layer.cross_attn_image_to_token
-    keys = _scale(_split_heads(attention, attention.k_proj(keys)))  # (N, H, T, D)
-    weight, bias = (_by_head(attention, x) for x in (attention.q_proj.weight, attention.q_proj.bias))
+    keys = _scale(split_heads(attention, attention.k_proj(keys)))  # (N, H, T, D)
+    weight, bias = (by_head(attention, x) for x in (attention.q_proj.weight, attention.q_proj.bias))
     projected = (keys @ weight).flatten(1, 2)  # (N, H * T, C)
     scores = projected @ (image + place).transpose(1, 2) + (keys @ bias[..., None]).flatten(1, 2)
     weights = scores.unflatten(1, (attention.num_heads, -1)).softmax(dim=2)  # over the tokens; (N, H, T, P)
-    values = _split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
+    values = split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
     # what a token adds to a position that attends to it alone: (N, H, T, C)
-    updates = values @ _by_head(attention, attention.out_proj.weight.t())
+    updates = values @ by_head(attention, attention.out_proj.weight.t())
     change = weights.flatten(1, 2).transpose(1, 2) @ updates.flatten(1, 2)
     return layer.norm4(image + change + attention.out_proj.bias)
 
@@ -102,33 +103,11 @@ def _update_image(
 def _attend_tokens(attention: Attention, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Self-attention of (N, T, C) tokens; the keys are the queries, too."""
     queries, keys, values = (
-        _split_heads(attention, projection(x))
+        split_heads(attention, projection(x))
         for projection, x in ((attention.q_proj, keys), (attention.k_proj, keys), (attention.v_proj, values))
     )
-    return attention.out_proj(_merge_heads((_scale(queries) @ keys.transpose(2, 3)).softmax(dim=-1) @ values))
+    return attention.out_proj(merge_heads((_scale(queries) @ keys.transpose(2, 3)).softmax(dim=-1) @ values))
 
 
 def _scale(queries: torch.Tensor) -> torch.Tensor:
     return queries * queries.shape[-1] ** -0.5
-
-
-def _split_heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
-    """(N, L, H * D) -> (N, H, L, D)."""
-    return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-
-
-def _merge_heads(x: torch.Tensor) -> torch.Tensor:
-    """(N, H, L, D) -> (N, L, H * D)."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _by_head(attention: Attention, x: torch.Tensor) -> torch.Tensor:
-    """(H * D, ...) -> (H, D, ...)."""
-    return x.unflatten(0, (attention.num_heads, -1))
-
-
-def _upscale(layer: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
-    """(..., C) -> (..., 2, 2, channels)."""
-    assert layer.bias is not None
-    weight = layer.weight.permute(2, 3, 1, 0)  # (2, 2, channels, C)
-    return F.linear(x, weight.flatten(0, 2), layer.bias.repeat(4)).unflatten(-1, weight.shape[:3])

@@ -16,26 +16,20 @@ from tqdm import tqdm
 
 from regionspot.data.tokens.writer import StoreWriter
 from regionspot.index.sources import ImageRegions, ImageSet
-from regionspot.index.store import CONFIG, INDEX, RegionIndex
+from regionspot.index.store import CONFIG, INDEX, OVERRIDES, RegionIndex, no_regions
 from regionspot.modeling.identity import describe_model
 from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.batch_predictor import predict_each
 from regionspot.prediction.sources import ImageRecord
 from regionspot.predictor import RegionSpotPredictor
 from regionspot.utils.files import atomic_path, describe_file, is_same_file
+from regionspot.utils.fingerprint import file_state
 from regionspot.utils.images import to_rgb_array
 
 logger = logging.getLogger(__name__)
 
 # Embeddings do not depend on the names in use, of which the predictor needs one.
 _ANY_NAME = ["object"]
-_FILES = (
-    ("MODEL", "WEIGHTS"),
-    ("MODEL", "REGIONSPOT", "SAM", "WEIGHTS"),
-    ("MODEL", "REGIONSPOT", "SAM", "NAME"),  # of a JSON file
-    ("MODEL", "REGIONSPOT", "CLIP", "WEIGHTS"),
-    ("MODEL", "REGIONSPOT", "CLIP", "NAME"),  # of a JSON file
-)
 
 
 @dataclass(frozen=True)
@@ -104,6 +98,7 @@ def build_index(
 
     Raises:
         ValueError: no boxes, or the directory has an index of other images or another model.
+        OSError: a process that reads images was killed.
     """
     if not images.has_boxes and predictor.model.proposal_source is None:
         raise ValueError(
@@ -120,7 +115,7 @@ def build_index(
     shards = [range(i, min(i + shard_images, len(records))) for i in range(0, len(records), shard_images)]
     writer = StoreWriter(directory, describe_index(predictor, cfg, images, shard_images), len(shards), INDEX)
     with atomic_path(writer.directory / CONFIG) as path:
-        path.write_text(_with_absolute_paths(cfg).dump(), encoding="utf-8")
+        path.write_text(_config_of_index(cfg).dump(), encoding="utf-8")
     writer.discard([shard for shard, rows in enumerate(shards) if _is_outdated(writer, shard, records, rows)])
     if writer.is_complete():
         return RegionIndex(directory)
@@ -129,20 +124,19 @@ def build_index(
         for shard, rows in enumerate(shards):
             with _claim(writer, shard) as is_claimed:
                 if is_claimed:
-                    loader = _load(cfg, images, rows)
-                    _write_shard(predictor, writer, shard, loader, len(rows), bar)
+                    with _reader_errors(cfg.DATALOADER.NUM_WORKERS):
+                        _write_shard(predictor, writer, shard, _load(cfg, images, rows), len(rows), bar)
     return RegionIndex(directory) if writer.finish() else None
 
 
-def _with_absolute_paths(cfg: CfgNode) -> CfgNode:
-    """Return a config that works from any directory."""
+def _config_of_index(cfg: CfgNode) -> CfgNode:
+    """Return a config that opens the model from any directory, with names and regions of no file."""
     cfg = cfg.clone()
     cfg.defrost()
-    for *parents, key in _FILES:
-        node = cfg
-        for parent in parents:
-            node = node[parent]
-        if node[key] and Path(node[key]).is_file():
+    cfg.merge_from_list(OVERRIDES)
+    sam, clip = cfg.MODEL.REGIONSPOT.SAM, cfg.MODEL.REGIONSPOT.CLIP
+    for node, key in ((cfg.MODEL, "WEIGHTS"), *((x, key) for x in (sam, clip) for key in ("WEIGHTS", "NAME"))):
+        if Path(node[key]).is_file():  # NAME may be a JSON file
             node[key] = str(Path(node[key]).absolute())
     return cfg
 
@@ -167,17 +161,17 @@ def _claim(writer: StoreWriter, shard: int) -> Iterator[bool]:
 
 
 def _is_outdated(writer: StoreWriter, shard: int, records: Sequence[ImageRegions], rows: range) -> bool:
-    """Return whether images of a finished shard have changed, or can be used now."""
+    """Return whether images of a finished shard have changed, also those that could not be used."""
     if not writer.is_finished(shard):
         return False
-    left_out = set(writer.left_out(shard))
+    left_out = writer.left_out_files(shard)
     files = writer.image_files(shard)
     has_changed = any(
         records[row].image_id in files and not is_same_file(records[row].path, files[records[row].image_id])
         for row in rows
         if row not in left_out
     )
-    return has_changed or any(isinstance(_read(records[row], ()), np.ndarray) for row in left_out)
+    return has_changed or any(file_state(records[row].path) != state for row, state in left_out.items())
 
 
 def _load(cfg: CfgNode, images: ImageSet, rows: range) -> DataLoader:
@@ -194,6 +188,7 @@ def _write_shard(
 ) -> None:
     entries: list[_Embedded] = []
     left_out: dict[int, str] = {}
+    states: dict[int, list[int]] = {}
     for batch in loader:
         images = {row: (image, content) for row, image, content in batch}
         left_out |= {row: content for row, (_, content) in images.items() if isinstance(content, str)}
@@ -202,11 +197,13 @@ def _write_shard(
                 left_out[row] = f"{images[row][0].name}: {result}"
             else:
                 entries.append(result)
+        states |= {row: file_state(image.path) for row, (image, _) in images.items() if row in left_out}
         bar.update(len(batch))
     for reason in left_out.values():
         logger.warning("left out: %s", reason)
     order = sorted(left_out)
-    writer.write(shard, _pack(entries, predictor), num_images, order, [left_out[row] for row in order])
+    reasons, files = [left_out[row] for row in order], [states[row] for row in order]
+    writer.write(shard, _pack(entries, predictor), num_images, order, reasons, files)
 
 
 class _Images(Dataset):
@@ -219,25 +216,45 @@ class _Images(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, ImageRegions, np.ndarray | str]:
-        record = self.images.images[self.rows[index]]
-        pixels = _read(record, self.deep_range)
-        if isinstance(pixels, np.ndarray) and self.images.regions is not None:
-            try:
-                listed = ImageRecord(record.image_id, record.name, str(record.path), -1, record.image_id, record.name)
-                regions = self.images.regions(listed, (pixels.shape[0], pixels.shape[1]))
-            except ValueError as error:
-                return self.rows[index], record, f"{record.name}: {error}"
-            if not regions.has_entry:
-                return self.rows[index], record, f"{record.name}: it has no regions in the file"
-            record = replace(record, boxes=regions.boxes, proposal_scores=regions.scores)
-        return self.rows[index], record, pixels
+        row = self.rows[index]
+        record = self.images.images[row]
+        try:
+            return row, *self._read(record)
+        except (OSError, ValueError) as error:
+            return row, record, f"{record.name.encode(errors='backslashreplace').decode()}: {error}"
+
+    def _read(self, record: ImageRegions) -> tuple[ImageRegions, np.ndarray]:
+        """Return the record with its boxes, and the pixels."""
+        if any("\ud800" <= x <= "\udfff" for x in record.name):  # a byte of the file name that is no UTF-8
+            raise ValueError("the file name is not UTF-8; rename the file")
+        pixels = to_rgb_array(record.path, self.deep_range)
+        size = (pixels.shape[0], pixels.shape[1])
+        if record.size not in (None, size):
+            raise ValueError(
+                f"expected the annotated height and width {record.size}, got {size}: the boxes are of another image; "
+                "replace the file, or correct the annotations"
+            )
+        if self.images.regions is None:
+            return record, pixels
+        listed = ImageRecord(record.image_id, record.name, str(record.path), -1, record.image_id, record.name)
+        regions = self.images.regions(listed, size)
+        if not regions.has_entry:
+            raise ValueError("it has no regions in the file")
+        return replace(record, boxes=regions.boxes, proposal_scores=regions.scores), pixels
 
 
-def _read(record: ImageRegions, deep_range: Sequence[float]) -> np.ndarray | str:
+@contextmanager
+def _reader_errors(num_workers: int) -> Iterator[None]:
+    """Turn the end of a loader's process, which PyTorch reports wherever this one is, into an OSError."""
     try:
-        return to_rgb_array(record.path, deep_range)
-    except (OSError, ValueError) as error:
-        return f"{record.name}: {error}"
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a process that reads images was killed, probably for want of memory ({error}); use fewer of them "
+            f"(DATALOADER.NUM_WORKERS is {num_workers}) and run it again, which resumes"
+        ) from error
 
 
 def _embed(predictor: RegionSpotPredictor, images: dict[int, tuple[ImageRegions, Any]]) -> dict[int, _Embedded | str]:
@@ -273,14 +290,8 @@ def _pack(entries: Sequence[_Embedded], predictor: RegionSpotPredictor) -> dict[
     """Return a shard's tensors, see ``RegionIndex``."""
     names = [entry.image.name.encode() for entry in entries]
     # concatenations begin with an empty array: a shard may have no image
-    empty = {
-        "boxes": np.zeros((0, 4), np.float32),
-        "embeddings": np.zeros((0, predictor.recognizer.vision_language.text_dim), np.float16),
-        "proposal_scores": np.zeros(0, np.float32),
-        "predicted_ious": np.zeros(0, np.float32),
-        "keys": np.zeros(0, np.int64),
-    }
-    arrays = {key: np.concatenate([first, *(x.columns[key] for x in entries)]) for key, first in empty.items()}
+    empty = no_regions(predictor.recognizer.vision_language.text_dim)
+    arrays = {key: np.concatenate([first.numpy(), *(x.columns[key] for x in entries)]) for key, first in empty.items()}
     arrays |= {
         "image_ids": np.array([entry.image.image_id for entry in entries], np.int64),
         "sizes": np.array([entry.size for entry in entries], np.int32).reshape(-1, 2),

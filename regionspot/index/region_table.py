@@ -50,7 +50,10 @@ class RegionTable:
 
     def _write_parquet(self, columns: Mapping[str, np.ndarray]) -> None:
         pyarrow, parquet = _import_pyarrow()
-        table = pyarrow.table({key: pyarrow.array(np.ascontiguousarray(value)) for key, value in columns.items()})
+        # without rows nothing says that objects are strings
+        kinds = {key: pyarrow.string() if value.dtype == object else None for key, value in columns.items()}
+        arrays = {key: pyarrow.array(np.ascontiguousarray(value), kinds[key]) for key, value in columns.items()}
+        table = pyarrow.table(arrays)
         if self._writer is None:
             self._writer = self._stack.enter_context(parquet.ParquetWriter(self._temporary, table.schema))
         self._writer.write_table(table)

@@ -1,6 +1,7 @@
 """The images and boxes that an index is built of: files and directories, or an annotated data set."""
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.data.dataset_mapper import read_annotations
-from regionspot.data.training_set import describe_annotations
 from regionspot.prediction.regions import RegionSource, open_region_source
 from regionspot.prediction.sources import list_images
 from regionspot.structures import has_area
-from regionspot.utils.files import sha256_of_file
+from regionspot.utils.fingerprint import fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ImageRegions:
         boxes: (N, 4) float, XYXY, original pixels; None for those that SAM or a detector finds.
         proposal_scores: (N,) in [0, 1], or None.
         keys: (N,) int64, what the regions are called in their source; None for none.
+        size: (height, width) of the image that the boxes are of; None if it is not known.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ImageRegions:
     boxes: np.ndarray | None = None
     proposal_scores: np.ndarray | None = None
     keys: np.ndarray | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ def file_images(inputs: Sequence[str], regions: str = "") -> ImageSet:
     root = Path(os.path.commonpath([path.parent for path in paths]))
     names = [path.relative_to(root).as_posix() for path in paths]
     images = [ImageRegions(name, path, number) for number, (name, path) in enumerate(zip(names, paths))]
-    digest = hashlib.sha256("\n".join(names).encode())
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
     if not regions:
         return ImageSet(images, root, digest.hexdigest(), has_boxes=False)
     source = open_region_source(regions, "")
-    digest.update((sha256_of_file(regions) if Path(regions).is_file() else regions).encode())
+    digest.update(fingerprint_of(regions).encode())
     return ImageSet(images, root, digest.hexdigest(), has_boxes=True, regions=source)
 
 
@@ -92,9 +94,8 @@ def dataset_images(name: str, with_boxes: bool = True) -> ImageSet:
     """
     records = DatasetCatalog.get(name)
     root = Path(MetadataCatalog.get(name).get("image_root") or ".").absolute()
-    description = describe_annotations(name)
-    fingerprint = description["fingerprint"] if with_boxes else f"images of {description['fingerprint']}"
-    return ImageSet(_DatasetImages(records, root, with_boxes), root, fingerprint, with_boxes)
+    images = _DatasetImages(records, root, with_boxes)
+    return ImageSet(images, root, images.fingerprint(), with_boxes)
 
 
 class _DatasetImages(Sequence):
@@ -108,12 +109,27 @@ class _DatasetImages(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         record = self.records[index]
-        path = Path(record["file_name"]).absolute()
-        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        boxes = keys = None
+        boxes = keys = size = None
         if self.with_boxes:
+            size = (record["height"], record["width"])
             boxes, _ = read_annotations(record, with_crowds=True)
             crowd = np.array([bool(x.get("iscrowd", 0)) for x in record["annotations"]], bool)
-            keys = np.flatnonzero(~crowd & has_area(boxes, (record["height"], record["width"])))
+            keys = np.flatnonzero(~crowd & has_area(boxes, size))
             boxes = boxes[keys]
-        return ImageRegions(name, path, int(record["image_id"]), boxes, None, keys)
+        path = Path(record["file_name"]).absolute()
+        return ImageRegions(self._name(record), path, int(record["image_id"]), boxes, None, keys, size)
+
+    def _name(self, record: dict[str, Any]) -> str:
+        path = Path(record["file_name"]).absolute()
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the images and their boxes; which classes these have does not matter to an index."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            annotations = record.get("annotations", ()) if self.with_boxes else ()
+            size = (record.get("height"), record.get("width"))
+            digest.update(json.dumps([record["image_id"], self._name(record), *size, len(annotations)]).encode())
+            numbers = [(*x["bbox"], x["bbox_mode"], x.get("iscrowd", 0)) for x in annotations]
+            digest.update(np.array(numbers, np.float32).tobytes())
+        return digest.hexdigest()

@@ -20,6 +20,8 @@ INDEX = StoreKind(
     frozenset({"sam", "clip", "proposals"}),
 )
 CONFIG = "config.yaml"  # the model's, beside the manifest
+# Of that config: an index has its own regions, and is asked with names.
+OVERRIDES = ["MODEL.REGIONSPOT.VOCABULARY", "", "MODEL.REGIONSPOT.PROPOSALS.SOURCE", "gt"]
 CHUNK = 32768  # regions that are processed at a time: 64 MB of float32 at 512 numbers a region
 # Tensors of a shard by what their rows are.
 _OF_IMAGES = ("image_ids", "sizes", "image_files")
@@ -139,8 +141,11 @@ class RegionIndex:
     def chunks(self, size: int = CHUNK, stride: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yield (row of the first, columns) for chunks of at most ``size`` regions.
 
-        Columns are the shard's tensors of regions. With a ``stride`` of n only one chunk of n is read.
+        Columns are the shard's tensors of regions. With a ``stride`` of n only one chunk of n is read. An index without
+        regions has one chunk, of none.
         """
+        if not len(self):
+            yield 0, no_regions(self.dim)
         number = 0
         for shard, start in enumerate(self.starts[:-1].tolist()):
             if self.starts[shard + 1] == start:
@@ -197,6 +202,17 @@ class RegionIndex:
     def find_damage(self) -> Iterator[str]:
         """Compare the shards' SHA-256 with the manifest; yield a line for each damaged one."""
         return find_damage(self.directory, INDEX)
+
+
+def no_regions(dim: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of a shard's regions where it has none: their shapes and dtypes."""
+    return {
+        "boxes": torch.zeros(0, 4),
+        "embeddings": torch.zeros(0, dim, dtype=torch.float16),
+        "proposal_scores": torch.zeros(0),
+        "predicted_ious": torch.zeros(0),
+        "keys": torch.zeros(0, dtype=torch.int64),
+    }
 
 
 def _is_ascending(offsets: torch.Tensor, end: int) -> bool:

@@ -49,6 +49,7 @@ class CropRecognizer(RegionRecognizer):
             knowledge_integration=recognizer.knowledge_integration,
             text_encoder=recognizer.classifier.text_encoder,
             rule=recognizer.rule,
+            deep_range=recognizer.deep_range,
             masked=masked,
         ).eval()
 

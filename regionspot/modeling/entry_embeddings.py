@@ -130,7 +130,8 @@ class EntryEncoder:
     @torch.no_grad()
     def _embed_image(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the (n, D) embeddings of an image's examples, each by itself, and (GRID**2, D) of its grid."""
-        recognizer, image = self.recognizer, to_rgb_array(examples[0].image)
+        recognizer = self.recognizer
+        image = to_rgb_array(examples[0].image, recognizer.deep_range)
         height, width = image.shape[:2]
         boxes = torch.tensor([example.box or (0.0, 0.0, width, height) for example in examples])
         check_boxes(boxes, (height, width), f"examples in {examples[0].image}")

@@ -23,6 +23,7 @@ from regionspot.modeling.postprocessing import DetectionRule, Recognition
 from regionspot.modeling.vision_language import VisionLanguageModel, build_vision_language_model
 from regionspot.modeling.vision_language.text_encoder import TextEncoder
 from regionspot.structures import ImageFeatures, Prompts, check_regions
+from regionspot.utils.images import check_deep_range
 from regionspot.vocabulary import load_vocabulary
 
 
@@ -46,6 +47,7 @@ class RegionRecognizer(OpenVocabulary):
         focal_gamma: float = 2.0,
         with_embeddings: bool = False,
         ensemble: GeometricEnsemble | None = None,
+        deep_range: Sequence[float] = (),
     ) -> None:
         """
         Args:
@@ -59,6 +61,7 @@ class RegionRecognizer(OpenVocabulary):
             focal_alpha, focal_gamma: of the training loss.
             with_embeddings: add ``region_embeddings`` to all ``Instances``.
             ensemble: how CLIP's own scores of dense features join the module's at inference; None for the module alone.
+            deep_range: of the images that are examples of a vocabulary, see ``decode_image``.
         """
         super().__init__()
         if ensemble is not None:
@@ -72,6 +75,7 @@ class RegionRecognizer(OpenVocabulary):
         self.background = list(background or [])
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         self.with_embeddings = with_embeddings
+        self.deep_range = check_deep_range(deep_range)
         if background:
             self.classifier.add(BACKGROUND, background)
         if vocabulary:  # encoded when first needed: CLIP's weights are still to come
@@ -102,6 +106,7 @@ class RegionRecognizer(OpenVocabulary):
             "focal_gamma": node.LOSS.FOCAL_GAMMA,
             "with_embeddings": node.REGION_EMBEDDINGS,
             "ensemble": GeometricEnsemble.from_config(cfg),
+            "deep_range": cfg.INPUT.DEEP_RANGE,
         }
 
     @classmethod

@@ -27,6 +27,7 @@ from regionspot.modeling import RegionSpot
 from regionspot.modeling.geometric_ensemble import GeometricEnsemble
 from regionspot.modeling.postprocessing import DetectionRule
 from regionspot_cli import table as table_command
+from regionspot_cli.calibrate import threshold_of
 from regionspot_cli.commands import COMMANDS
 
 from ..helpers import NAMES, TINY, draw_scene, tiny_config, tiny_model, write_dataset
@@ -367,6 +368,8 @@ def test_threshold_keeps_share_of_regions(dataset, tmp_path, capsys):
     arguments = ["--config-file", str(TINY), "--dataset", NAME]
     thresholds = [COMMANDS["calibrate"].call(*arguments, "--keep", keep) for keep in (0.9, 0.5)]
     assert thresholds[0] < thresholds[1] and "MODEL.REGIONSPOT.UNKNOWN.THRESHOLD 0." in capsys.readouterr().out
+    scores = np.linspace(0, 1, (1 << 24) + 2, dtype=np.float32)  # more than torch.quantile takes
+    assert threshold_of(scores, 0.75) == pytest.approx(0.25, abs=1e-6)
 
 
 @pytest.mark.parametrize("table", ["table1", "table6", "released", "odinw", "sam_automatic"])
@@ -380,8 +383,8 @@ def test_tables_list_missing_rows(table, tmp_path, capsys):
         assert "- / 56.6" in output and "weights/regionspot_bl.pth" in output and "lvis_v1_val" in output
 
 
-def test_table_row_is_run_once(tmp_path, monkeypatch):
-    calls = []
+def test_table_row_is_run_once(tmp_path, dataset, monkeypatch):
+    calls, annotations = [], tmp_path / "data" / "annotations.json"
 
     def run(command, check):
         calls.append(command)
@@ -391,9 +394,13 @@ def test_table_row_is_run_once(tmp_path, monkeypatch):
         return table_command.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(table_command.subprocess, "run", run)
+    test_set = ["DATASETS.TEST", f"('{NAME}',)"]
     for overrides, num_calls in (([], 1), ([], 1), (["TEST.DETECTIONS_PER_IMAGE", "7"], 2)):
-        results = table_command.run_row(TINY, tmp_path, overrides, [])
+        results = table_command.run_row(TINY, tmp_path, [*test_set, *overrides], [])
         assert len(calls) == num_calls
+    annotations.write_text(annotations.read_text() + "\n")
+    table_command.run_row(TINY, tmp_path, [*test_set, *overrides], [])
+    assert len(calls) == 3
     assert table_command.average(results, "bbox", "AP") == 15 and table_command.average(results, "bbox", "APm") is None
 
 

@@ -171,7 +171,7 @@ def test_vocabularies(original, predictor):
     with pytest.raises(ValueError, match=r"no text embedding of dog .* --vocabulary"):
         predictor.predict(boxes=boxes, vocabulary="dog,red square", features=features)
     names, embeddings = original.recognizer.encode_vocabulary(["dog", "tea cup", "car"])
-    predictor.set_vocabulary(names, 3 * embeddings.numpy())
+    predictor.set_vocabulary(names, embeddings.numpy())
     result = predictor.predict(boxes=boxes, features=features)
     assert_same(result, original.predict(boxes=boxes, vocabulary=names, features=own))
     predictor.set_image(image)
@@ -218,6 +218,15 @@ def test_description(original, exported):
         assert [value.name for value in model.graph.output] == entry["outputs"]
     for path in exported.iterdir():  # no paths of the machine that wrote it
         assert str(ROOT).encode() not in path.read_bytes(), path.name
+
+
+def test_examples_score_as_in_the_predictor(original, exported, tmp_path):
+    image, boxes, _ = draw_scene(1)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    entry = {"name": "mine", "examples": [{"image": str(tmp_path / "image.png"), "box": boxes[0].tolist()}]}
+    with original.recognizer.using_vocabulary(["cup", entry]):
+        assert (original.recognizer.classifier.embeddings[1].norm() - 1).abs() > 0.1  # its length counts
+        check_export(original.recognizer, exported, "onnx", "float32", num_boxes=(3,))
 
 
 def test_check_refuses_another_model(original, exported):

@@ -1,4 +1,7 @@
+import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -89,6 +92,10 @@ def test_broken_image_costs_one_line(index, predictor, index_cfg, tmp_path):
     assert lines[1].startswith("ä4.png: boxes of the image: number 0")
     expected = [x.image for x in index.regions(range(len(index))) if x.image not in ("ä1.png", "ä4.png")]
     assert list(made.region_images()) == expected
+    # as long as their files are as they were, no shard is written again
+    times = [path.stat().st_mtime_ns for path in sorted(made.directory.glob("shard-*"))]
+    build_index(predictor, index_cfg, images, tmp_path / "index", shard_images=3, show_progress=False)
+    assert [path.stat().st_mtime_ns for path in sorted(made.directory.glob("shard-*"))] == times
     # repaired, it is in the next run, and only its shard is written again
     kept = (made.directory / "shard-00002.safetensors").stat().st_mtime_ns
     Image.new("RGB", (40, 64)).save(broken.path)
@@ -133,6 +140,66 @@ def test_annotated_boxes_of_a_data_set(tmp_path):
     assert np.array_equal(images.images[0].boxes, draw_scene(0)[1])
     without = dataset_images("index_data", with_boxes=False)
     assert without.images[0].boxes is None and without.fingerprint != images.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_same"),
+    [("category_id", 7, True), ("bbox", [1, 1, 9, 9], False), ("iscrowd", 1, False)],
+)
+def test_fingerprint_is_of_boxes_not_of_labels(tmp_path, key, value, is_same):
+    path = write_dataset(tmp_path, 2)
+    name = f"fingerprint_{key}"
+    register_json_dataset(name, path, tmp_path / "images")
+    before = [dataset_images(name, with_boxes).fingerprint for with_boxes in (True, False)]
+    content = json.loads(path.read_text())
+    assert content["annotations"][3].get(key) != value
+    content["annotations"][3][key] = value
+    path.write_text(json.dumps(content))
+    after = [dataset_images(name, with_boxes).fingerprint for with_boxes in (True, False)]
+    assert (after[0] == before[0]) is is_same and after[1] == before[1]
+
+
+def test_changed_directory_of_regions_is_another(tmp_path):
+    images, regions = write_images(tmp_path, 2), tmp_path / "regions"
+    regions.mkdir()
+    shape = {"label": "cup", "points": [[5, 5], [20, 30]], "shape_type": "rectangle"}
+    (regions / "ä0.json").write_text(json.dumps({"imagePath": "ä0.png", "shapes": [shape]}))
+    inputs = [str(x.path) for x in images.images]
+    before = file_images(inputs, str(regions)).fingerprint
+    assert file_images(inputs, str(regions)).fingerprint == before
+    (regions / "ä0.json").write_text(json.dumps({"imagePath": "ä0.png", "shapes": [shape, shape]}))
+    assert file_images(inputs, str(regions)).fingerprint != before
+
+
+def test_image_of_another_size_than_annotated_is_left_out(predictor, index_cfg, tmp_path):
+    path = write_dataset(tmp_path, 2)
+    register_json_dataset("index_sizes", path, tmp_path / "images")
+    Image.new("RGB", (30, 20)).save(tmp_path / "images" / "1.png")
+    images = dataset_images("index_sizes")
+    made = build_index(predictor, index_cfg, images, tmp_path / "index", show_progress=False)
+    [line] = made.left_out()
+    assert line.startswith(f"1.png: expected the annotated height and width {images.images[1].size}, got (20, 30)")
+    assert set(made.region_images()) == {"0.png"}
+
+
+def test_file_name_that_is_not_utf8_costs_one_line(predictor, index_cfg, tmp_path):
+    records = list(write_images(tmp_path, 2).images)
+    path = records[1].path.rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    assert len(file_images([str(tmp_path)]).images) == 2
+    images = ImageSet([records[0], replace(records[1], name=path.name, path=path)], tmp_path, "", has_boxes=True)
+    made = build_index(predictor, index_cfg, images, tmp_path / "index", show_progress=False)
+    assert made.left_out() == [r"caf\udce9.png: the file name is not UTF-8; rename the file"]
+    assert set(made.region_images()) == {"ä0.png"}
+
+
+def test_killed_reader_is_one_clear_error(predictor, index_cfg, image_set, tmp_path):
+    def kill(record, size):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    cfg = index_cfg.clone()
+    cfg.DATALOADER.NUM_WORKERS = 1
+    with pytest.raises(OSError, match=r"reads images was killed, probably .* fewer .* run it again, which resumes"):
+        build_index(predictor, cfg, replace(image_set, regions=kill), tmp_path / "index", show_progress=False)
 
 
 def test_sam_finds_regions(tmp_path, image_set):

@@ -2,13 +2,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from regionspot.data.tokens.writer import StoreWriter
 from regionspot.index import IndexClassifier, RegionIndex, search_index
 from regionspot.index.contact_sheet import CELL, TITLE, crop_region, draw_contact_sheet
+from regionspot.index.region_table import RegionTable
 from regionspot.index.search import combine, embed_region, embed_texts, mean_embedding, parse_region
 from regionspot.index.store import INDEX
 from regionspot.modeling.postprocessing import DetectionRule
+from regionspot_cli.classify_index import named_columns
 
 from ..helpers import extra_memory
 from .conftest import random_index_shards
@@ -177,3 +180,19 @@ def test_crop_at_the_edge_of_the_image():
     assert crop_region(image, np.array([-5.0, -5, 5, 5]), 0).shape == (5, 5, 3)
     assert crop_region(image, np.array([29.9, 19.9, 40, 40]), 0).shape == (1, 1, 3)
     assert np.array_equal(crop_region(image, np.array([10.0, 5, 20, 15]), 0.1), image[4:16, 9:21])
+
+
+@pytest.mark.parametrize("num_regions", [0, 5])
+def test_table_of_no_regions_has_the_same_columns(tmp_path, num_regions):
+    index = random_index(tmp_path / "index", num_regions)
+    classifier = IndexClassifier(index, torch.eye(16)[:3])
+    with RegionTable(tmp_path / "names.parquet") as table:
+        for columns in named_columns(index, classifier, ["a", "b", "c"], top_k=2):
+            table.write(columns)
+    written = parquet.read_table(tmp_path / "names.parquet")
+    assert written.num_rows == num_regions
+    text = ["image", "name", "name_2"]
+    assert [field.name for field in written.schema if field.type == "string"] == text
+    numbers = ["region", "x0", "y0", "x1", "y1", "score", "detection_score", "score_2"]
+    assert [field.name for field in written.schema if field.type != "string"] == numbers
+    assert {str(written.schema.field(name).type) for name in numbers[1:]} == {"float"}

@@ -111,6 +111,17 @@ def test_examples_do_not_depend_on_each_other(predictor, images):
     torch.testing.assert_close(first[key], second[key], atol=1e-5, rtol=0)
 
 
+def test_deep_example_is_scaled_as_images_are(images):
+    content, cfg = example(images, 0), tiny_config()
+    dark = np.asarray(Image.open(content["image"]).convert("L")).astype(np.uint16) * 20
+    content["image"] = str(images / "deep.png")
+    Image.fromarray(dark).save(content["image"])
+    cfg.INPUT.DEEP_RANGE = (0, 65535)
+    predictor = RegionSpotPredictor(cfg)
+    encoder = EntryEncoder(predictor.recognizer, load_vocabulary([{"name": "x", "examples": [content]}], True).entries)
+    torch.testing.assert_close(*encoder._regions.values(), region_of(predictor, content)[0], atol=1e-5, rtol=0)
+
+
 def test_embedded_file_equals_its_entries(predictor, images, tmp_path):
     entries = ["cup", {"name": "x", "examples": [example(images, 0)]}]
     vocabulary = embed_vocabulary(predictor.recognizer, load_vocabulary(entries, with_examples=True))

@@ -12,6 +12,8 @@ from regionspot_cli.commands import COMMANDS
 
 from ..helpers import TINY, draw_scene, frozen_overrides, released_state, write_user_files
 
+AUDIT = ["--annotations", "my.json", "--images", "my_images", "--config-file", "a.yaml", "--output", "audit"]
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
@@ -45,6 +47,25 @@ def test_index_needs_no_config_file_later(directory, capsys):
         "--index", directory / "index", "--text", "red square", "--text", "a disc", "--image", directory / "cup.png"
     )
     assert len(capsys.readouterr().out.splitlines()) == 20
+
+
+def test_index_opens_from_another_directory(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("cup\n")
+    (tmp_path / "index").mkdir()
+    overrides = ["MODEL.WEIGHTS", directory / "model.pth", "MODEL.REGIONSPOT.VOCABULARY", "@names.txt"]
+    data = f"{directory}/my.json:{directory}/my_images"
+    options = ["--config-file", TINY, "--output", "index", *frozen_overrides(directory), *overrides]
+    COMMANDS["index"].call("--input", data, *options)
+    monkeypatch.chdir(directory)
+    search = ["--index", tmp_path / "index", "--text", "cup", "--output", tmp_path / "search"]
+    COMMANDS["search"].call(*search)
+    config = tmp_path / "index" / "config.yaml"
+    text = config.read_text()
+    assert "SOURCE: gt" in text and "VOCABULARY: ''" in text
+    config.write_text(text.replace(" VOCABULARY: ''", " VOCABULARY: '@none.txt'"))  # as older indexes have it
+    COMMANDS["search"].call(*search)
+    assert (tmp_path / "search" / "regions.csv").is_file()
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -113,6 +134,7 @@ def test_verify(directory, capsys):
             ["--index", "index", "--vocabulary", "a", "--output", "a.xlsx"],
             "expected one of the suffixes .csv",
         ),
+        ("audit", [*AUDIT, "--worst", "-1"], "--worst: expected at least 0, got -1"),
     ],
 )
 def test_wrong_arguments_end_at_once(name, arguments, message, capsys):
@@ -123,13 +145,29 @@ def test_wrong_arguments_end_at_once(name, arguments, message, capsys):
 
 def test_audit_writes_three_files(directory, capsys):
     overrides = [*frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
-    files = ["--annotations", directory / "my.json", "--images", directory / "my_images"]
-    for _ in range(2):  # the second time the index is there
+    files = ["--annotations", directory / "audited.json", "--images", directory / "my_images"]
+    content = json.loads((directory / "my.json").read_text())
+    ids = [category["id"] for category in content["categories"]]
+    for number in ids[:2]:  # the second time a label is corrected, and the index is there
+        content["annotations"][0]["category_id"] = number
+        (directory / "audited.json").write_text(json.dumps(content))
         COMMANDS["audit"].call(*files, "--config-file", TINY, "--output", directory / "audit", "--top-k", 5, *overrides)
     assert len(read_csv(directory / "audit" / "suspicious.csv")) == 5
     assert len(json.loads((directory / "audit" / "suspicious.json").read_text())["annotations"]) == 5
     assert (directory / "audit" / "audit.html").stat().st_size > 10_000
     assert "labels are suspicious, 0 images left out" in capsys.readouterr().out
+
+
+def test_audit_of_one_class_ends_before_the_index(directory, tmp_path):
+    content = json.loads((directory / "my.json").read_text())
+    first = content["categories"][0]["id"]
+    content["categories"] = content["categories"][:1]
+    content["annotations"] = [x for x in content["annotations"] if x["category_id"] == first]
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    files = ["--annotations", tmp_path / "one.json", "--images", directory / "my_images"]
+    with pytest.raises(ValueError, match=r"one.json: expected at least two categories, got 1"):
+        COMMANDS["audit"].call(*files, "--config-file", TINY, "--output", tmp_path / "audit")
+    assert not (tmp_path / "audit").exists()
 
 
 def test_embedded_vocabulary_in_all_commands(directory, capsys):

@@ -7,6 +7,7 @@ from detectron2.structures import Boxes
 from PIL import Image
 
 from regionspot.data.tokens import TokenStore
+from regionspot.data.tokens.writer import StoreWriter
 from regionspot.engine.extract import Extraction, extract_tokens
 from regionspot_cli import visualize
 from regionspot_cli.commands import COMMANDS
@@ -93,6 +94,9 @@ def test_regions_of_a_store(tmp_path, register, sheets):
     assert [title for _, title in first] == expected and [title for _, title in second] == [expected[2]]
     with pytest.raises(KeyError, match="no image 9"):
         COMMANDS["visualize"].call(*common, "--image-ids", 9)
+    StoreWriter(tmp_path / "empty", {**store.manifest, "shards": []}, 0).finish()
+    with pytest.raises(ValueError, match="the token store has no images"):
+        COMMANDS["visualize"].call("tokens", tmp_path / "empty", *common[2:])
 
 
 @pytest.mark.parametrize(

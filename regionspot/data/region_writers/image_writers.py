@@ -5,6 +5,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -34,6 +35,17 @@ class Record(Protocol):
     stem: str
 
 
+@dataclass(frozen=True)
+class _Image:
+    """What ``RegionWriter.write`` is told of an image."""
+
+    name: str
+    size: tuple[int, int]
+    stem: str
+    path: str | Path | None
+    pixels: np.ndarray | None
+
+
 class RegionWriter(ABC):
     """Writes the regions of images into a directory; writing an image again writes the same bytes.
 
@@ -48,7 +60,6 @@ class RegionWriter(ABC):
         """
         self.directory, self.vocabulary = Path(directory), list(vocabulary)
 
-    @abstractmethod
     def write(
         self,
         name: str,
@@ -69,6 +80,12 @@ class RegionWriter(ABC):
             path: where the image is.
             image: (H, W, 3) uint8 RGB.
         """
+        stem = output_stem(name) if stem is None else stem
+        self._write(_Image(name, image_size, stem, path, image), regions)
+
+    @abstractmethod
+    def _write(self, image: _Image, regions: Regions) -> None:
+        """Write an image's regions."""
 
     def __call__(self, record: Record, image: np.ndarray, regions: Regions) -> None:
         """Write an image of a run; ``image`` is (H, W, 3) uint8 RGB."""
@@ -77,9 +94,6 @@ class RegionWriter(ABC):
 
     def finish(self) -> None:  # noqa: B027
         """Write what belongs to all images together, after the last one."""
-
-    def _path(self, name: str, stem: str | None, suffix: str) -> Path:
-        return self.directory / (output_stem(name) + suffix if stem is None else stem + suffix)
 
 
 class LabelmeWriter(RegionWriter):
@@ -96,29 +110,20 @@ class LabelmeWriter(RegionWriter):
         super().__init__(directory, vocabulary)
         self.with_masks = with_masks
 
-    def write(
-        self,
-        name: str,
-        image_size: tuple[int, int],
-        regions: Regions,
-        *,
-        stem: str | None = None,
-        path: str | Path | None = None,
-        image: np.ndarray | None = None,
-    ) -> None:
-        target = self._path(name, stem, ".json")
+    def _write(self, image: _Image, regions: Regions) -> None:
+        target = self.directory / f"{image.stem}.json"
         # labelme opens the image by this path, from the directory of the file
-        place = PurePosixPath(name).name
-        if path is not None:
-            place = Path(os.path.relpath(Path(path).absolute(), target.parent.absolute())).as_posix()
+        place = PurePosixPath(image.name).name
+        if image.path is not None:
+            place = Path(os.path.relpath(Path(image.path).absolute(), target.parent.absolute())).as_posix()
         content: dict[str, Any] = {
             "version": "5.5.0",
             "flags": {},
             "shapes": [shape for index in range(len(regions.boxes)) for shape in self._shapes(regions, index)],
             "imagePath": place,
             "imageData": None,
-            "imageHeight": image_size[0],
-            "imageWidth": image_size[1],
+            "imageHeight": image.size[0],
+            "imageWidth": image.size[1],
         }
         write_json(target, content, indent=2)
 
@@ -156,17 +161,8 @@ class YoloWriter(RegionWriter):
         super().__init__(directory, vocabulary)
         self.with_scores = with_scores
 
-    def write(
-        self,
-        name: str,
-        image_size: tuple[int, int],
-        regions: Regions,
-        *,
-        stem: str | None = None,
-        path: str | Path | None = None,
-        image: np.ndarray | None = None,
-    ) -> None:
-        height, width = image_size
+    def _write(self, image: _Image, regions: Regions) -> None:
+        height, width = image.size
         boxes = np.asarray(regions.boxes, np.float64).reshape(-1, 4)
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2 / (width, height)
         sides = (boxes[:, 2:] - boxes[:, :2]) / (width, height)
@@ -175,8 +171,7 @@ class YoloWriter(RegionWriter):
             numbers = [*centers[index].tolist(), *sides[index].tolist()]
             numbers += [float(regions.scores[index])] if self.with_scores else []
             lines.append(" ".join([str(int(regions.classes[index])), *(f"{number:.9f}" for number in numbers)]) + "\n")
-        target = self.directory / "labels" / self._path(name, stem, ".txt").relative_to(self.directory)
-        with atomic_path(target) as temporary:
+        with atomic_path(self.directory / "labels" / f"{image.stem}.txt") as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
 
     def finish(self) -> None:
@@ -209,28 +204,19 @@ class CropWriter(RegionWriter):
             raise ValueError(f"margin: expected at least 0, got {margin}")
         self.margin, self.suffix = margin, suffix
 
-    def write(
-        self,
-        name: str,
-        image_size: tuple[int, int],
-        regions: Regions,
-        *,
-        stem: str | None = None,
-        path: str | Path | None = None,
-        image: np.ndarray | None = None,
-    ) -> None:
-        if image is None:
-            raise ValueError(f"{name}: crops need the image")
-        height, width = image_size
+    def _write(self, image: _Image, regions: Regions) -> None:
+        if image.pixels is None:
+            raise ValueError(f"{image.name}: crops need the image")
+        height, width = image.size
         for index, (box, label) in enumerate(zip(np.asarray(regions.boxes, np.float64), regions.class_names)):
             extra = self.margin * (box[2:] - box[:2])
             # at least one pixel, also of a box that is thinner
             x0, y0 = np.floor(box[:2] - extra).clip(0, (width - 1, height - 1)).astype(int).tolist()
             x1, y1 = np.ceil(box[2:] + extra).clip((x0 + 1, y0 + 1), (width, height)).astype(int).tolist()
-            target = self._path(name, stem, f"-{index:04}{self.suffix}").relative_to(self.directory)
-            with atomic_path(self.directory / safe_file_name(label) / target) as temporary:
+            file = f"{image.stem}-{index:04}{self.suffix}"
+            with atomic_path(self.directory / safe_file_name(label) / file) as temporary:
                 kind = "PNG" if self.suffix == ".png" else "JPEG"
-                Image.fromarray(image[y0:y1, x0:x1]).save(temporary, format=kind, quality=95)
+                Image.fromarray(image.pixels[y0:y1, x0:x1]).save(temporary, format=kind, quality=95)
 
 
 def output_stem(name: str) -> str:

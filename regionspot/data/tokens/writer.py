@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,13 @@ class StoreWriter:
 
     def left_out(self, shard: int) -> list[int]:
         """Return the ids of unreadable images, which a finished shard lacks."""
+        return list(self.left_out_files(shard))
+
+    def left_out_files(self, shard: int) -> dict[int, list[int] | None]:
+        """Return the ``file_state`` of the images that a finished shard lacks by their ids; None if it is not known."""
         entry = read_manifest(self.directory, self.kind)["shards"][shard] if self.is_complete() else self._entry(shard)
-        return entry.get("left_out", []) if entry else []
+        entry = entry or {}
+        return dict(zip_longest(entry.get("left_out", ()), entry.get("left_out_files", ())))
 
     def image_files(self, shard: int) -> dict[int, list[int]]:
         """Return the ``describe_file`` of the images of a finished shard by their ids."""
@@ -100,11 +106,12 @@ class StoreWriter:
         seen: int,
         left_out: Sequence[int] = (),
         reasons: Sequence[str] = (),
+        left_out_files: Sequence[list[int]] = (),
     ) -> None:
         """Write a shard with the tensors that ``TokenStore`` (or ``RegionIndex``) describes.
 
         ``seen`` is its number of images of the data set, with regions or without; ``left_out`` has the unreadable ones,
-        and ``reasons`` says why.
+        ``reasons`` says why, and ``left_out_files`` has the ``file_state`` of each.
         """
         for key, value in content.items():
             if value.is_floating_point() and not value.isfinite().all():
@@ -119,6 +126,8 @@ class StoreWriter:
             entry["left_out"] = list(left_out)
         if reasons:
             entry["reasons"] = list(reasons)
+        if left_out_files:
+            entry["left_out_files"] = list(left_out_files)
         write_json(self.path(shard, ".json"), entry)
 
     def finish(self) -> bool:

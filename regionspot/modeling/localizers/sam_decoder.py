@@ -119,9 +119,9 @@ class PromptDecoder:
             (N, M, 4h, 4w) mask logits, float32 at least.
         """
         first, norm, activation, second, last_activation = self.decoder.output_upscaling
-        x = _upscale(first, prompts.image)  # (N, P, 2, 2, C / 4)
+        x = upscale(first, prompts.image)  # (N, P, 2, 2, C / 4)
         x = activation(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-        x = last_activation(_upscale(second, x))  # (N, P, 2, 2, 2, 2, C / 8)
+        x = last_activation(upscale(second, x))  # (N, P, 2, 2, 2, 2, C / 8)
         logits = x.flatten(1, -2) @ kernels.transpose(1, 2)  # (N, P * 16, M); kernels first would copy x in bf16
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.transpose(1, 2).to(dtype).contiguous()  # (N, M, P * 16)
@@ -133,7 +133,7 @@ class PromptDecoder:
         self, attention: Attention, tokens: torch.Tensor, image: torch.Tensor, shared_by: Sequence[int] | None
     ) -> torch.Tensor:
         """Cross-attention of (N, T, C) tokens to the image: (N, P, C), or (B, P, C) that prompts share, by counts."""
-        queries = _split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
+        queries = split_heads(attention, attention.q_proj(tokens))  # (N, H, T, D)
         if shared_by is not None:
             keys = self._project_once(attention, attention.k_proj, image + self.position)  # (B, H, P, D)
             values = self._project_once(attention, attention.v_proj, image)
@@ -141,18 +141,18 @@ class PromptDecoder:
             def attend(together: torch.Tensor, i: int) -> torch.Tensor:
                 return F.scaled_dot_product_attention(together[None], keys[i : i + 1], values[i : i + 1])[0]
 
-            return attention.out_proj(_merge_heads(_for_each_image(attend, queries, shared_by)))
+            return attention.out_proj(merge_heads(_for_each_image(attend, queries, shared_by)))
         queries = queries * queries.shape[-1] ** -0.5
         # the keys' bias adds the same to all scores of a token; (N, H * T, C)
-        projected = _multiply_heads(queries, _by_head(attention, attention.k_proj.weight)).flatten(1, 2)
+        projected = _multiply_heads(queries, by_head(attention, attention.k_proj.weight)).flatten(1, 2)
         attended = torch.empty_like(projected)
         for part in self._parts(image):
             placed = image[part] + self.position
             scores = torch.bmm(projected[part], placed.transpose(1, 2))  # (n, H * T, P); @ would copy one image
             attended[part] = torch.bmm(scores.softmax(dim=-1), image[part])
-        value_weight = _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # (H, C, D)
+        value_weight = by_head(attention, attention.v_proj.weight).transpose(1, 2)  # (H, C, D)
         attended = _multiply_heads(attended.unflatten(1, queries.shape[1:3]), value_weight)  # (N, H, T, D)
-        return attention.out_proj(_merge_heads(attended) + attention.v_proj.bias)
+        return attention.out_proj(merge_heads(attended) + attention.v_proj.bias)
 
     def _update_image(
         self,
@@ -167,7 +167,7 @@ class PromptDecoder:
         An image that prompts do not share is overwritten.
         """
         attention = layer.cross_attn_image_to_token
-        keys = _split_heads(attention, attention.k_proj(keys))  # (N, H, T, D)
+        keys = split_heads(attention, attention.k_proj(keys))  # (N, H, T, D)
         keys = keys * keys.shape[-1] ** -0.5
         updates = _token_updates(attention, values).flatten(1, 2)  # (N, H * T, C)
         if shared_by is not None:
@@ -175,8 +175,8 @@ class PromptDecoder:
             all_scores = _for_each_image(lambda together, i: together @ shared[i], keys, shared_by)  # (N, H, T, P)
             base, image = _repeat(image, shared_by), image.new_empty(len(keys), *image.shape[1:])
         else:
-            projected = _multiply_heads(keys, _by_head(attention, attention.q_proj.weight)).flatten(1, 2)
-            bias = (keys @ _by_head(attention, attention.q_proj.bias)[..., None]).flatten(1, 2)  # (N, H * T, 1)
+            projected = _multiply_heads(keys, by_head(attention, attention.q_proj.weight)).flatten(1, 2)
+            bias = (keys @ by_head(attention, attention.q_proj.bias)[..., None]).flatten(1, 2)  # (N, H * T, 1)
             base = image
         for part in self._parts(image):
             if shared_by is not None:
@@ -198,7 +198,7 @@ class PromptDecoder:
     def _project_once(self, attention: Attention, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """Return the (B, H, P, D) projection of what all prompts share; the first call computes it."""
         if projection not in self._projections:
-            self._projections[projection] = _split_heads(attention, projection(x))
+            self._projections[projection] = split_heads(attention, projection(x))
         return self._projections[projection]
 
 
@@ -213,14 +213,14 @@ def _keep_freed_memory() -> None:
 
 def _token_updates(attention: Attention, values: torch.Tensor) -> torch.Tensor:
     """Return (N, H, T, C): what each of (N, T, C) tokens adds to a position that attends to it alone, by head."""
-    values = _split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
-    updates = _multiply_heads(values, _by_head(attention, attention.out_proj.weight.t()))
+    values = split_heads(attention, attention.v_proj(values))  # (N, H, T, D)
+    updates = _multiply_heads(values, by_head(attention, attention.out_proj.weight.t()))
     updates[:, 0] += attention.out_proj.bias  # added once: a head's weights sum to 1
     return updates
 
 
-def _by_head(attention: Attention, x: torch.Tensor) -> torch.Tensor:
-    """(H * D, ...) -> (H, D, ...)."""
+def by_head(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Give each head its rows: (H * D, ...) to (H, D, ...)."""
     return x.unflatten(0, (attention.num_heads, -1))
 
 
@@ -260,24 +260,24 @@ def _repeat(image: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 def _attend_tokens(attention: Attention, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Self-attention of (N, T, C) tokens; the keys are the queries, too."""
     queries, keys, values = (
-        _split_heads(attention, projection(x))
+        split_heads(attention, projection(x))
         for projection, x in ((attention.q_proj, keys), (attention.k_proj, keys), (attention.v_proj, values))
     )
-    return attention.out_proj(_merge_heads(F.scaled_dot_product_attention(queries, keys, values)))
+    return attention.out_proj(merge_heads(F.scaled_dot_product_attention(queries, keys, values)))
 
 
-def _split_heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
-    """(B, L, H * D) -> (B, H, L, D)."""
+def split_heads(attention: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Split the channels by head: (B, L, H * D) to (B, H, L, D)."""
     return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
 
-def _merge_heads(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, L, D) -> (B, L, H * D)."""
+def merge_heads(x: torch.Tensor) -> torch.Tensor:
+    """Join the heads: (B, H, L, D) to (B, L, H * D)."""
     return x.transpose(1, 2).flatten(2)
 
 
-def _upscale(layer: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
-    """(..., C) -> (..., 2, 2, channels)."""
+def upscale(layer: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a transposed convolution of stride 2 position by position: (..., C) to (..., 2, 2, channels)."""
     assert layer.bias is not None
     weight = layer.weight.permute(2, 3, 1, 0)  # (2, 2, channels, C)
     return F.linear(x, weight.flatten(0, 2), layer.bias.repeat(4)).unflatten(-1, weight.shape[:3])
