@@ -130,7 +130,8 @@ def benchmark_data(cfg: CfgNode, directory: Path, images: int, workers: list[int
     }
     loaders = []
     for name, overrides in ways.items():
-        rates, plain_rates = [], []
+        rates: list[float] = []
+        plain_rates: list[float] = []
         for number in workers:
             single = cfg.clone()
             single.merge_from_list([*overrides, "DATALOADER.NUM_WORKERS", number, "DATASETS.TRAIN", (DATASET,)])
