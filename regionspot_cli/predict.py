@@ -98,6 +98,7 @@ class Prediction:
         self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
         if len(self.images) == 1:
             sample = self.reader[0]
+            self.reader.close()
             if sample.error or not sample.has_entry:
                 raise ValueError(sample.error or f"{args.boxes or args.regions}: no boxes for {sample.record.name}")
         self.random_parts: list[str] = []

@@ -14,6 +14,7 @@ from regionspot_cli.commands import COMMANDS
 
 from ..helpers import NAMES, ROOT, TINY, draw_scene, extra_memory
 from ..processes import Program
+from .test_sources import write_video
 
 BOXES = "3,30,60,40;8,5,30,20"
 SCRIPT = ROOT / "regionspot_cli" / "__main__.py"
@@ -73,6 +74,16 @@ def test_number_of_workers_changes_nothing(tmp_path):
     for workers in ("0", "2"):
         predict(photos, tmp_path / workers, "--format", "json", "--workers", workers)
     assert files(tmp_path / "0") == files(tmp_path / "2")
+
+
+def test_video_of_one_frame_is_read_by_a_worker(tmp_path):
+    """The frame is read once before the worker is forked, which would wait forever for an inherited decoder."""
+    write_video(tmp_path / "clip.mp4", num_frames=1)
+    program = Program(tmp_path, SCRIPT, "predict", *command(tmp_path / "clip.mp4", "out", "--workers", "2"))
+    program.process.join(60)
+    program.process.terminate()  # with its worker; nothing if it has ended
+    assert program.wait() == 0, program.output()
+    assert (tmp_path / "out" / "clip.mp4#000000.json").is_file()
 
 
 def test_other_settings_are_refused(tmp_path, monkeypatch):
