@@ -84,6 +84,11 @@ class Prediction:
         is_remote = is_for_ray(args.input)
         if is_remote and not args.ray:
             raise ValueError(f"--input {args.input[0]}: only Ray reads it; give --ray ADDRESS, or local files")
+        if is_remote and (args.boxes or args.regions not in (None, "sam", "detector")):
+            option = "--boxes" if args.boxes else "--regions"
+            raise ValueError(
+                f"--input {args.input[0]}: Ray reads it without {option}; give Parquet with a column boxes, or local files"
+            )
         self.images = ImageList() if is_remote else list_images(args.input, args.video_step, self.output)
         source = choose_regions(args, self.cfg, self.images)
         self.points = parse_points(args.points) if args.points else None
@@ -116,8 +121,8 @@ class Prediction:
 
     @property
     def image_formats(self) -> list[str]:
-        """What is written of each image."""
-        return [name for name in self.args.format if name in IMAGE_FORMATS]
+        """What is written of each image, in a fixed order."""
+        return [name for name in IMAGE_FORMATS if name in self.args.format]
 
     def describe(self) -> dict[str, Any]:
         """Return all that the results depend on."""
@@ -225,6 +230,6 @@ def main(args: Namespace) -> None:
         summary = summarize(args.output, parts, prediction.images.skipped)
     print_summary(prediction.output, summary)
     print_weights(prediction)
-    num_failed = len(summary.unreadable)
-    if num_failed and num_failed >= summary.num_images:
+    num_failed = len(summary.unreadable) - len(prediction.images.skipped)  # videos that are skipped are no images
+    if summary.unreadable and num_failed == summary.num_images:
         raise ValueError(f"none of the images could be used; the first: {summary.unreadable[0][1]}")

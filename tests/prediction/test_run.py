@@ -93,6 +93,9 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     predict(photos, output, "--format", "json")  # a few images are soon recognized again
     assert json.loads((output / "000.json").read_text())["regions"]
     monkeypatch.setattr(parts_module, "FEW_IMAGES", 1)
+    predict(photos, output, "--format", "drawing,json", "--overwrite")
+    predict(photos, output, "--format", "json,drawing")  # their order is no setting
+    predict(photos, output, "--format", "json", "--overwrite")
     before = files(output)
     for options, word in (
         (["--score-threshold", "0.1"], "filter was"),
@@ -138,6 +141,17 @@ def test_unusable_images_cost_a_line_each(tmp_path, capsys):
         assert [x["label"] for x in got["regions"]] == [x["label"] for x in expected["regions"]]
         np.testing.assert_allclose(got["regions"][0]["logits"], expected["regions"][0]["logits"], atol=1e-4)
     assert not (tmp_path / "out" / "002.json").exists()
+
+
+def test_skipped_video_is_no_unusable_image(tmp_path):
+    photos = write_images(tmp_path / "photos", 1)
+    (photos / "no.mp4").write_text("no video")
+    predict(f"{photos}/*", tmp_path / "out", "--format", "json")
+    summary = json.loads((tmp_path / "out" / "predict_summary.json").read_text())
+    assert summary["images"] == 1 and [x["image"] for x in summary["unreadable"]] == [str(photos / "no.mp4")]
+    (photos / "000.png").unlink()
+    with pytest.raises(ValueError, match="none of the images could be used; the first: video"):
+        predict(f"{photos}/*", tmp_path / "other", "--format", "json")
 
 
 def test_images_without_an_entry_are_listed(tmp_path):
