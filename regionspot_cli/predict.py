@@ -87,7 +87,8 @@ class Prediction:
         if is_remote and (args.boxes or args.regions not in (None, "sam", "detector")):
             option = "--boxes" if args.boxes else "--regions"
             raise ValueError(
-                f"--input {args.input[0]}: Ray reads it without {option}; give Parquet with a column boxes, or local files"
+                f"--input {args.input[0]}: Ray reads it without {option}; give Parquet with a column boxes, or local "
+                "files"
             )
         self.images = ImageList() if is_remote else list_images(args.input, args.video_step, self.output)
         source = choose_regions(args, self.cfg, self.images)
@@ -230,6 +231,6 @@ def main(args: Namespace) -> None:
         summary = summarize(args.output, parts, prediction.images.skipped)
     print_summary(prediction.output, summary)
     print_weights(prediction)
-    num_failed = len(summary.unreadable) - len(prediction.images.skipped)  # videos that are skipped are no images
+    num_failed = len(summary.unreadable) - len(prediction.images.skipped)  # the latter are no images
     if summary.unreadable and num_failed == summary.num_images:
         raise ValueError(f"none of the images could be used; the first: {summary.unreadable[0][1]}")

@@ -1,7 +1,9 @@
 """Which images inputs name, what they are called, and that a long list stays small."""
 
 import json
+import os
 import struct
+import time
 import tracemalloc
 
 import av
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regionspot.prediction.sources import list_images
+from regionspot.prediction.sources import ImageList, list_images
 from regionspot.prediction.videos import FrameReader, count_frames
 
 from ..helpers import write_dataset
@@ -52,7 +54,22 @@ def test_links_to_directories_do_not_loop(tmp_path):
     write_images(tmp_path, "photos/a.png", "other/b.png")
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "itself").symlink_to("itself")
     assert names(tmp_path / "photos") == ["a.png", "more/b.png"]
+
+
+def test_unreadable_directory_is_skipped(tmp_path):
+    write_images(tmp_path, "photos/a.png", "photos/z.png")
+    deep = os.open(tmp_path / "photos", os.O_RDONLY)
+    for _ in range(20):  # a path of more than 4,096 bytes cannot be read, not even by root
+        os.mkdir("d" * 250, dir_fd=deep)
+        deep, above = os.open("d" * 250, os.O_RDONLY, dir_fd=deep), deep
+        os.close(above)
+    os.close(deep)
+    images = list_images([str(tmp_path / "photos")])
+    assert [x.name for x in images] == ["a.png", "z.png"]
+    [(path, reason)] = images.skipped
+    assert len(path) > 4096 and reason.startswith(f"directory {path} cannot be read: File name too long")
 
 
 def test_patterns_and_lists(tmp_path):
@@ -73,6 +90,15 @@ def test_equal_names_and_stems_stay_apart(tmp_path):
     assert [x.stem for x in list_images([str(tmp_path / "three")])] == ["results.png", "sub/results"]
     outside = list_images([str(tmp_path / "one" / ".." / "two" / "cup.png")])
     assert outside[0].name == "cup.png"
+
+
+def test_many_equal_names_are_numbered_in_linear_time(tmp_path):
+    images, start = ImageList(), time.process_time()
+    for i in range(20_000):
+        images.add(f"/photos/{i}", "cup.png")
+    images.finish()
+    assert time.process_time() - start < 10  # a second; minutes if all numbers were tried for each
+    assert [images[i].name for i in (0, 1, 19_999)] == ["cup.png", "cup~2.png", "cup~20000.png"]
 
 
 def test_dataset_keeps_its_ids(tmp_path):
