@@ -16,6 +16,7 @@ from tqdm import tqdm
 from regionspot import RegionPredictions, __version__, model_zoo
 from regionspot.config import load_config
 from regionspot.data.datasets import category_ids
+from regionspot.data.training_set import describe_annotations
 from regionspot.drawing import DrawingStyle
 from regionspot.prediction import RegionBatchPredictor, RegionFilter
 from regionspot.prediction.loading import SampleReader
@@ -23,7 +24,7 @@ from regionspot.prediction.outputs import DrawingWriter, ImageWriter, JsonWriter
 from regionspot.prediction.parts import PartStore
 from regionspot.prediction.ray_map import RayPool, connect, is_for_ray, run_on_ray
 from regionspot.prediction.recognize import Recognize, recognize_boxes, recognize_points
-from regionspot.prediction.regions import RegionSource, open_region_source, parse_boxes, parse_points
+from regionspot.prediction.regions import AnnotatedBoxes, RegionSource, open_region_source, parse_boxes, parse_points
 from regionspot.prediction.run import SUMMARY, Summary, open_run, run_prediction, summarize
 from regionspot.prediction.settings import describe_run
 from regionspot.prediction.sources import ImageList, ImageRecord, list_images
@@ -49,6 +50,14 @@ def choose_regions(args: Namespace, cfg: CfgNode, images: ImageList) -> RegionSo
         return None
     node.SOURCE = "gt"
     return open_region_source(chosen, images.dataset)
+
+
+def region_files(args: Namespace) -> list[str]:
+    """Return the files and directories that the boxes come from."""
+    paths = [Path(text) for text in (args.boxes, args.regions) if text not in (None, "", "gt", "sam", "detector")]
+    # YOLO's data.yaml stands for the labels around it
+    paths = [path.parent if path.name in ("data.yaml", "dataset.yaml") else path for path in paths]
+    return [str(path) for path in paths if path.exists()]
 
 
 def check_outputs(images: ImageList, output: Path, formats: Sequence[str]) -> None:
@@ -138,8 +147,9 @@ class Prediction:
             "points": args.points,
             "regions": args.regions,
         }
-        files = [name for name in (args.boxes, args.regions) if name and Path(name).is_file()]
-        return describe_run(self.cfg, self.images, self.vocabulary, options, files)
+        if isinstance(self.reader.regions, AnnotatedBoxes):
+            options["annotations"] = describe_annotations(self.images.dataset)["fingerprint"][:16]
+        return describe_run(self.cfg, self.images, self.vocabulary, options, region_files(args))
 
     def build(self) -> tuple[Recognize, list[ImageWriter]]:
         """Build the model, and what writes the outputs of each image."""

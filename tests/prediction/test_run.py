@@ -12,7 +12,7 @@ from PIL import Image
 from regionspot.prediction import parts as parts_module
 from regionspot_cli.commands import COMMANDS
 
-from ..helpers import NAMES, ROOT, TINY, draw_scene, extra_memory
+from ..helpers import NAMES, ROOT, TINY, draw_scene, extra_memory, write_dataset
 from ..processes import Program
 from .test_sources import write_video
 
@@ -110,6 +110,27 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     (photos / "new.png").write_bytes((photos / "000.png").read_bytes())
     with pytest.raises(ValueError, match="images was"):
         predict(photos, output, "--format", "json", "--batch-size", "2")
+
+
+def test_other_content_of_region_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "FEW_IMAGES", 1)
+    annotations = write_dataset(tmp_path / "data", num_scenes=2)
+    data, images, output = tmp_path / "data", tmp_path / "data" / "images", tmp_path / "out"
+    (data / "labels").mkdir()
+    for name in ("0", "1"):
+        (data / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (data / "boxes.json").write_text(json.dumps([[1, 2, 30, 40]]))
+    for inputs, option, word in (
+        (images, ("--boxes", data / "boxes.json"), "files"),
+        (images, ("--regions", data / "labels"), "files"),
+        (f"{annotations}:{images}", ("--regions", "gt"), "annotations"),
+    ):
+        arguments = ["--config-file", TINY, "--input", inputs, "--output", output, "--vocabulary", "a", *option]
+        COMMANDS["predict"].call(*arguments, "--format", "json", "--workers", 0, "--overwrite")
+        path = {"gt": annotations, data / "labels": data / "labels" / "1.txt"}.get(option[1], option[1])
+        path.write_text(f"{path.read_text()}\n")
+        with pytest.raises(ValueError, match=f"run with other settings; {word} was"):
+            COMMANDS["predict"].call(*arguments, "--format", "json", "--workers", 0)
 
 
 def test_run_that_failed_before_its_first_part_may_change(tmp_path):
