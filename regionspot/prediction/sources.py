@@ -226,7 +226,7 @@ def _add_file(images: ImageList, root: str, name: str, video_step: int) -> None:
 def _add_list(images: ImageList, path: Path, video_step: int) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"--input @{path}: no such file; expected one path a line")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     paths = [line.strip() for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"--input @{path}: no paths; expected one a line")

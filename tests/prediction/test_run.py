@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -162,6 +163,34 @@ def test_unusable_images_cost_a_line_each(tmp_path, capsys):
         assert [x["label"] for x in got["regions"]] == [x["label"] for x in expected["regions"]]
         np.testing.assert_allclose(got["regions"][0]["logits"], expected["regions"][0]["logits"], atol=1e-4)
     assert not (tmp_path / "out" / "002.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".parts").glob("*.jsonl")}
+    predict(photos, tmp_path / "out", "--format", "json")
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())  # nothing is tried again
+    Image.fromarray(draw_scene(7)[0]).save(photos / "fixed.png")
+    (photos / "fixed.png").replace(photos / "007.png")
+    predict(photos, tmp_path / "out", "--format", "json")
+    summary = json.loads((tmp_path / "out" / "predict_summary.json").read_text())
+    assert [entry["image"] for entry in summary["unreadable"]] == ["002.png", "004.png", "005.png"]
+    assert (tmp_path / "out" / "007.json").is_file()
+    assert [path.stat().st_mtime_ns == time_ns for path, time_ns in sorted(finished.items())] == [True, False]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    photos = write_images(tmp_path / "photos", 2)
+    for i, name in enumerate((b"caf\xe9.png", b"th\xe9.png")):
+        (photos / f"00{i}.png").rename(photos / os.fsdecode(name))
+    (photos / os.fsdecode(b"th\xe9.png")).write_text("no image")
+    paths = b"\n".join(sorted(os.fsencode(path) for path in photos.iterdir()))
+    (tmp_path / "list.txt").write_bytes(paths)
+    for inputs in (photos, f"@{tmp_path}/list.txt"):
+        output = tmp_path / f"out{len(str(inputs))}"
+        predict(inputs, output, "--format", "drawing,json,labelme,yolo,crops,results,coco,csv,parquet")
+        assert "caf\\udce9.png,1,1" in (output / "regions.csv").read_text()
+        content = json.loads((output / os.fsdecode(b"caf\xe9.json")).read_text())
+        assert content["image"] == f"{photos}/caf\\udce9.png" and len(content["regions"]) == 2
+        [failed] = json.loads((output / "predict_summary.json").read_text())["unreadable"]
+        assert failed["image"] == "th\\udce9.png" and "cannot be read" in failed["reason"]
 
 
 def test_skipped_video_is_no_unusable_image(tmp_path):
