@@ -16,6 +16,7 @@ from tqdm import tqdm
 from regionspot import RegionPredictions, __version__, model_zoo
 from regionspot.config import load_config
 from regionspot.data.datasets import category_ids
+from regionspot.data.training_set import describe_annotations
 from regionspot.drawing import DrawingStyle
 from regionspot.prediction import RegionBatchPredictor, RegionFilter
 from regionspot.prediction.loading import SampleReader
@@ -23,7 +24,7 @@ from regionspot.prediction.outputs import DrawingWriter, ImageWriter, JsonWriter
 from regionspot.prediction.parts import PartStore
 from regionspot.prediction.ray_map import RayPool, connect, is_for_ray, run_on_ray
 from regionspot.prediction.recognize import Recognize, recognize_boxes, recognize_points
-from regionspot.prediction.regions import RegionSource, open_region_source, parse_boxes, parse_points
+from regionspot.prediction.regions import AnnotatedBoxes, RegionSource, open_region_source, parse_boxes, parse_points
 from regionspot.prediction.run import SUMMARY, Summary, open_run, run_prediction, summarize
 from regionspot.prediction.settings import describe_run
 from regionspot.prediction.sources import ImageList, ImageRecord, list_images
@@ -49,6 +50,14 @@ def choose_regions(args: Namespace, cfg: CfgNode, images: ImageList) -> RegionSo
         return None
     node.SOURCE = "gt"
     return open_region_source(chosen, images.dataset)
+
+
+def region_files(args: Namespace) -> list[str]:
+    """Return the files and directories that the boxes come from."""
+    paths = [Path(text) for text in (args.boxes, args.regions) if text not in (None, "", "gt", "sam", "detector")]
+    # YOLO's data.yaml stands for the labels around it
+    paths = [path.parent if path.name in ("data.yaml", "dataset.yaml") else path for path in paths]
+    return [str(path) for path in paths if path.exists()]
 
 
 def check_outputs(images: ImageList, output: Path, formats: Sequence[str]) -> None:
@@ -84,6 +93,12 @@ class Prediction:
         is_remote = is_for_ray(args.input)
         if is_remote and not args.ray:
             raise ValueError(f"--input {args.input[0]}: only Ray reads it; give --ray ADDRESS, or local files")
+        if is_remote and (args.boxes or args.regions not in (None, "sam", "detector")):
+            option = "--boxes" if args.boxes else "--regions"
+            raise ValueError(
+                f"--input {args.input[0]}: Ray reads it without {option}; give Parquet with a column boxes, or local "
+                "files"
+            )
         self.images = ImageList() if is_remote else list_images(args.input, args.video_step, self.output)
         source = choose_regions(args, self.cfg, self.images)
         self.points = parse_points(args.points) if args.points else None
@@ -98,6 +113,7 @@ class Prediction:
         self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
         if len(self.images) == 1:
             sample = self.reader[0]
+            self.reader.close()
             if sample.error or not sample.has_entry:
                 raise ValueError(sample.error or f"{args.boxes or args.regions}: no boxes for {sample.record.name}")
         self.random_parts: list[str] = []
@@ -115,8 +131,8 @@ class Prediction:
 
     @property
     def image_formats(self) -> list[str]:
-        """What is written of each image."""
-        return [name for name in self.args.format if name in IMAGE_FORMATS]
+        """What is written of each image, in a fixed order."""
+        return [name for name in IMAGE_FORMATS if name in self.args.format]
 
     def describe(self) -> dict[str, Any]:
         """Return all that the results depend on."""
@@ -131,8 +147,9 @@ class Prediction:
             "points": args.points,
             "regions": args.regions,
         }
-        files = [name for name in (args.boxes, args.regions) if name and Path(name).is_file()]
-        return describe_run(self.cfg, self.images, self.vocabulary, options, files)
+        if isinstance(self.reader.regions, AnnotatedBoxes):
+            options["annotations"] = describe_annotations(self.images.dataset)["fingerprint"][:16]
+        return describe_run(self.cfg, self.images, self.vocabulary, options, region_files(args))
 
     def build(self) -> tuple[Recognize, list[ImageWriter]]:
         """Build the model, and what writes the outputs of each image."""
@@ -224,6 +241,6 @@ def main(args: Namespace) -> None:
         summary = summarize(args.output, parts, prediction.images.skipped)
     print_summary(prediction.output, summary)
     print_weights(prediction)
-    num_failed = len(summary.unreadable)
-    if num_failed and num_failed >= summary.num_images:
+    num_failed = len(summary.unreadable) - len(prediction.images.skipped)  # the latter are no images
+    if summary.unreadable and num_failed == summary.num_images:
         raise ValueError(f"none of the images could be used; the first: {summary.unreadable[0][1]}")

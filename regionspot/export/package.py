@@ -4,7 +4,6 @@ import contextlib
 import logging
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from regionspot.export.onnx_export import OPSET, check_opset, save_onnx
 from regionspot.export.torch_export import MODELS, PRECISIONS, Traced, save_program, trace
 from regionspot.modeling.open_vocabulary import BACKGROUND
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.utils.files import write_json
+from regionspot.utils.files import temporary_name, write_json
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 README = """# RegionSpot, exported
@@ -174,7 +173,7 @@ def _text_embeddings(recognizer: RegionRecognizer) -> np.ndarray:
 @contextlib.contextmanager
 def _new_directory(directory: Path) -> Iterator[Path]:
     """Yield a directory beside ``directory``, which gets its name when the block succeeds, and else is removed."""
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
+    temporary = directory.with_name(temporary_name(directory.name))
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -69,9 +69,11 @@ def file_images(inputs: Sequence[str], regions: str = "") -> ImageSet:
 
     Raises:
         FileNotFoundError: no such file, or no image among them.
-        ValueError: a video.
+        ValueError: a video, or a directory that cannot be read.
     """
-    records = list(list_images(inputs))
+    records = list_images(inputs)
+    if records.skipped:
+        raise ValueError(f"--input {records.skipped[0][1]}")
     for record in records:
         if record.frame >= 0:
             raise ValueError(f"--input {record.path}: expected images; regionspot predict takes videos, too")

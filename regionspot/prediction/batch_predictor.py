@@ -1,18 +1,16 @@
 """Recognition in batches of images, as engines for many machines call it."""
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 from numpy.typing import ArrayLike
-from PIL import Image, UnidentifiedImageError
 
 from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.region_filter import RegionFilter
 from regionspot.predictor import ImageSource, RegionSpotPredictor
-from regionspot.utils.images import FORMATS, to_rgb_array
+from regionspot.utils.images import open_image, to_rgb_array
 from regionspot.vocabulary import VocabularySource
 
 # Columns of a batch that hold the pixels; all others are passed on.
@@ -118,7 +116,7 @@ class RegionBatchPredictor:
         for row in range(num_images):
             value = batch[kind][row]
             try:
-                source = str(value) if kind == "path" else value if kind == "image" else _open(value)
+                source = str(value) if kind == "path" else value if kind == "image" else open_image(value)
                 images[row] = to_rgb_array(source, self._deep_range)
             except (ValueError, OSError) as error:
                 errors[row] = str(error)
@@ -163,13 +161,6 @@ def predict_each(
 
 def _column(batch: dict[str, Any], name: str, num_images: int) -> list[Any]:
     return list(batch[name]) if name in batch else [None] * num_images
-
-
-def _open(content: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"image cannot be read: expected one of {', '.join(FORMATS)}") from None
 
 
 def _as_list(values: np.ndarray | list) -> list:

@@ -22,6 +22,7 @@ from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.loading import Sample
 from regionspot.prediction.sources import ImageRecord
 from regionspot.utils.files import atomic_path, write_json
+from regionspot.utils.fingerprint import file_state
 
 
 class ImageWriter(Protocol):
@@ -52,7 +53,7 @@ class JsonWriter:
     def __call__(self, record: ImageRecord, image: np.ndarray, regions: RegionPredictions) -> None:
         content = describe_regions(regions, self.with_embeddings)
         height, width = regions.image_size
-        head = {"image": record.path, "height": height, "width": width, "vocabulary": regions.vocabulary}
+        head = {"image": to_utf8(record.path), "height": height, "width": width, "vocabulary": regions.vocabulary}
         if record.frame >= 0:
             head["frame"] = record.frame
         write_json(self.directory / f"{record.stem}.json", {**head, "regions": content}, indent=None)
@@ -76,19 +77,26 @@ def describe_regions(regions: RegionPredictions, with_embeddings: bool = False) 
     return described
 
 
+def to_utf8(name: str) -> str:
+    """Return the name of a file, with bytes that are not UTF-8 escaped, which no file of text could hold."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def encode_image(sample: Sample, regions: RegionPredictions | None, with_embeddings: bool = False) -> bytes:
     """Return the line of an image in a part: all that files of the whole run are made of."""
     record = sample.record
     height, width = (0, 0) if sample.image is None else sample.image.shape[:2]
     line: dict[str, Any] = {
-        "name": record.name,
-        "path": record.path,
+        "name": to_utf8(record.name),
+        "path": to_utf8(record.path),
         "image_id": record.image_id,
         "height": height,
         "width": width,
-        "error": sample.error or None,
+        "error": to_utf8(sample.error) or None,
         "has_entry": sample.has_entry,
     }
+    if sample.error:
+        line["file"] = file_state(record.path)  # a file that changes is tried again
     names = ("boxes", "classes", "class_names", "scores", "detection_scores", "unknown", "predicted_ious")
     for name in (*names, "embeddings") if with_embeddings else names:
         values = [] if regions is None else getattr(regions, name)

@@ -7,10 +7,19 @@ from typing import Any
 
 import msgspec
 
+from regionspot.prediction.sources import ImageRecord
 from regionspot.utils.files import atomic_path, read_json, write_json
+from regionspot.utils.fingerprint import file_state
 
 FEW_IMAGES = 20  # a run of so many at most is replaced by one with other settings without being asked
 PART_IMAGES = 64  # images of a part, at least: what a killed run repeats
+
+
+class _Failure(msgspec.Struct):
+    """What a line says of an image that failed; other keys are ignored."""
+
+    error: str | None
+    file: list[int] | None = None
 
 
 class PartStore:
@@ -73,7 +82,7 @@ class PartStore:
 
     def missing_batches(self) -> list[range]:
         """Return the batches of the parts that are not finished."""
-        finished = {int(path.stem) for path in self.directory.glob("*.jsonl")}
+        finished = self._finished()
         return [batch for number, batch in enumerate(self.batches) if self.part_of(number) not in finished]
 
     def images_of(self, part: int) -> int:
@@ -86,6 +95,19 @@ class PartStore:
         with atomic_path(self._path(part), sync=True) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
+    def discard_changed(self, images: Sequence[ImageRecord]) -> None:
+        """Discard the parts with an image that failed and whose file is another one by now.
+
+        Raises:
+            ValueError: a damaged file.
+        """
+        decoder = msgspec.json.Decoder(_Failure)
+        for part in self._finished():
+            first = self.batches[part * self._batches_per_part].start
+            lines = enumerate(self._read(part, decoder), first)
+            if any(line.error and line.file != file_state(images[index].path) for index, line in lines):
+                self._path(part).unlink()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield what is known of each image, in order.
 
@@ -94,13 +116,19 @@ class PartStore:
         """
         decoder = msgspec.json.Decoder()
         for part in range(self.num_parts()):
-            path = self._path(part)
-            with path.open("rb") as file:
-                for line in file:
-                    try:
-                        yield decoder.decode(line)
-                    except ValueError as error:
-                        raise ValueError(f"{path}: damaged ({error}); remove it, and run again") from error
+            yield from self._read(part, decoder)
+
+    def _read(self, part: int, decoder: msgspec.json.Decoder) -> Iterator[Any]:
+        path = self._path(part)
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    yield decoder.decode(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}: damaged ({error}); remove it, and run again") from error
+
+    def _finished(self) -> set[int]:
+        return {int(path.stem) for path in self.directory.glob("*.jsonl")}
 
     def _path(self, part: int) -> Path:
         return self.directory / f"{part:06}.jsonl"

@@ -128,7 +128,7 @@ def run_prediction(
     workers: int,
     with_embeddings: bool = False,
 ) -> None:
-    """Recognize all images of the parts that are missing.
+    """Recognize all images of the parts that are missing, or in which an image failed whose file has changed since.
 
     Args:
         reader: of the images and their regions.
@@ -141,6 +141,7 @@ def run_prediction(
     Raises:
         OSError: outputs cannot be written; what was written stays, and another run continues.
     """
+    parts.discard_changed(reader.images)
     batches = parts.missing_batches()
     if not batches:
         return

@@ -11,6 +11,7 @@ from regionspot.checkpoint.fetch import find_known_weights, resolve_weights
 from regionspot.modeling.geometric_ensemble import GeometricEnsemble
 from regionspot.prediction.sources import ImageList
 from regionspot.utils.files import sha256_of_file, short_hash
+from regionspot.utils.fingerprint import fingerprint_of
 from regionspot.vocabulary_entries import EmbeddedVocabulary, EntryVocabulary
 
 
@@ -24,7 +25,7 @@ def describe_run(
         images: the list.
         vocabulary: class names, also with synonyms.
         options: of the command line.
-        files: of regions; their content counts.
+        files: files and directories of regions; their content counts.
 
     Raises:
         FileNotFoundError: no such weights.
@@ -42,7 +43,7 @@ def describe_run(
         "vocabulary": list(vocabulary),
         "entries": _describe_entries(vocabulary),
         **options,
-        "files": [sha256_of_file(path)[:16] for path in files],
+        "files": [fingerprint_of(path)[:16] for path in files],
         **({} if ensemble is None else {"ensemble": ensemble.describe()}),
         "weights": {key: _describe_weights(source) for key, source in sources.items()},
         "config": short_hash(cfg.dump(), 16),

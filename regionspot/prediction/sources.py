@@ -51,7 +51,7 @@ class ImageList(Sequence):
 
     Attributes:
         dataset: name of the data set that all images are of; "" without.
-        skipped: (path, reason) of videos that cannot be read.
+        skipped: (path, reason) of videos and directories that cannot be read.
     """
 
     def __init__(self) -> None:
@@ -90,11 +90,12 @@ class ImageList(Sequence):
         """Make names and stems unique, after the last image; ``ids`` are those of a data set."""
         self._ids = ids
         names: set[str] = set()
+        last_number: dict[str, int] = {}
         for index in range(len(self)):
-            name = self._name(index)
-            if name in names:  # the same file twice, or files of one name in two directories
-                name = next(x for number in range(2, len(self) + 2) if (x := _numbered(name, number)) not in names)
-                self._renamed[index] = name
+            name = original = self._name(index)
+            while name in names:  # the same file twice, or files of one name in two directories
+                last_number[original] = last_number.get(original, 1) + 1
+                name = self._renamed[index] = _numbered(original, last_number[original])
             names.add(name)
         stems = Counter(self._stem(self._name(index), self._frames[index]) for index in range(len(self)))
         self._with_suffix = {stem for stem, count in stems.items() if count > 1} | set(RUN_STEMS)
@@ -143,7 +144,7 @@ def list_images(inputs: Sequence[str], video_step: int = 1, exclude: str | Path 
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            for name in _walk(text, outputs, ""):
+            for name in _walk(text, outputs, images.skipped):
                 images.add(text, name)
         elif path.is_file() and not path.name.endswith(".json"):
             _add_file(images, str(path.parent), path.name, video_step)
@@ -175,18 +176,35 @@ def _is_video(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES  # noqa: PTH122
 
 
-def _walk(directory: str, outputs: str, prefix: str, seen: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yield the names of all images below a directory, sorted; links to directories are followed once."""
+def _walk(
+    directory: str, outputs: str, skipped: list[tuple[str, str]], prefix: str = "", seen: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Yield the names of all images below a directory, sorted; links to directories are followed once.
+
+    Directories that cannot be read are appended to ``skipped``, with the reason.
+    """
     real = os.path.realpath(directory)
     if real in seen or real == outputs:
         return
-    with os.scandir(directory) as entries:
-        ordered = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    try:
+        with os.scandir(directory) as entries:
+            ordered = sorted((entry.name, _is_directory(entry)) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        skipped.append((directory, f"directory {directory} cannot be read: {error.strerror or error}"))
+        return
     for name, is_directory in ordered:
         if is_directory:
-            yield from _walk(os.path.join(directory, name), outputs, f"{prefix}{name}/", seen | {real})  # noqa: PTH118
+            path = os.path.join(directory, name)  # noqa: PTH118
+            yield from _walk(path, outputs, skipped, f"{prefix}{name}/", seen | {real})
         elif _is_image(name):
             yield prefix + name
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _add_file(images: ImageList, root: str, name: str, video_step: int) -> None:
@@ -208,7 +226,7 @@ def _add_file(images: ImageList, root: str, name: str, video_step: int) -> None:
 def _add_list(images: ImageList, path: Path, video_step: int) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"--input @{path}: no such file; expected one path a line")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     paths = [line.strip() for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"--input @{path}: no paths; expected one a line")

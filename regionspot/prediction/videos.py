@@ -86,7 +86,7 @@ class FrameReader:
         self._position = -1  # of the frame that was decoded last
 
     def read(self, path: str, frame: int) -> np.ndarray:
-        """Return a frame, (H, W, 3) uint8 RGB.
+        """Return a frame, (H, W, 3) uint8 RGB, upright.
 
         Raises:
             OSError: the video cannot be read, or not this frame of it.
@@ -110,7 +110,8 @@ class FrameReader:
     def _reset(self) -> None:
         if self._container is not None:
             self._container.close()
-        self._container, self._position = None, -1
+        # the frames hold the decoder, and with it its threads
+        self._container, self._frames, self._position = None, iter(()), -1
 
     def _read(self, av: Any, frame: int) -> np.ndarray:
         index = self._index
@@ -132,7 +133,8 @@ class FrameReader:
                 break
         if self._position > frame:
             raise OSError(f"video {self._path}: frame {frame} cannot be decoded: it is damaged")
-        return decoded.to_ndarray(format="rgb24")
+        # a phone's upright video is stored on its side; the file says by how many degrees it is turned back
+        return np.ascontiguousarray(np.rot90(decoded.to_ndarray(format="rgb24"), round(decoded.rotation / 90)))
 
     def _is_behind_key(self, frame: int) -> bool:
         """Return whether there is a key frame between the last frame and this one, where decoding can start instead."""

@@ -31,7 +31,7 @@ def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside its target, since only within one file system is renaming atomic.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask says; safetensors lets nobody but the owner read its files
@@ -44,6 +44,14 @@ def atomic_path(path: str | Path, sync: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """Return a new name for a file or directory beside the one called ``name``: ".<name>.<32 digits>.tmp"."""
+    ending = f".{uuid.uuid4().hex}.tmp"
+    # file systems take 255 bytes, of which a Japanese character has three
+    start = os.fsencode(f".{name}")[: 255 - len(ending)].decode(errors="ignore")
+    return f"{start}{ending}"
 
 
 def read_json(path: str | Path, what: str) -> Any:

@@ -1,5 +1,6 @@
 """Reading images: the only place where files and PIL images become pixels."""
 
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,16 @@ def to_rgb_array(
     if shape[2] == 1:
         return array.repeat(3, axis=2)
     return array[..., :3] if image_format == "RGB" else array[..., 2::-1]
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Open the bytes of an image file, without decoding its pixels.
+
+    Raises:
+        ValueError: not an image of ``FORMATS``, a damaged one, or one that Pillow takes for a decompression bomb.
+    """
+    with _one_error("image"):
+        return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def decode_image(

@@ -48,12 +48,14 @@ def test_columns_equal_the_predictor(batch_predictor, tmp_path, kind):
 
 def test_one_bad_image_costs_itself_alone(batch_predictor, tmp_path):
     expected = batch_predictor({"image": IMAGES[:1], "boxes": BOXES[:1]})
-    batch = {"bytes": [encoded(IMAGES[0]), b"not an image", encoded(IMAGES[1]), encoded(IMAGES[1])[:60]]}
-    result = batch_predictor({**batch, "boxes": [BOXES[0], BOXES[0], [[5, 5, 2, 9]], BOXES[1]]})
+    huge = b"P5 65535 65535 255 "  # the header of a PGM file, which Pillow takes for a decompression bomb
+    batch = {"bytes": [encoded(IMAGES[0]), b"not an image", encoded(IMAGES[1]), encoded(IMAGES[1])[:60], huge]}
+    result = batch_predictor({**batch, "boxes": [BOXES[0], BOXES[0], [[5, 5, 2, 9]], BOXES[1], BOXES[1]]})
     assert result["class_names"][0] == expected["class_names"][0] and result["error"][0] is None
-    assert [bool(error) for error in result["error"]] == [False, True, True, True]
+    assert [bool(error) for error in result["error"]] == [False, True, True, True, True]
     assert "cannot be read" in result["error"][1] and "boxes of the image: number 0" in result["error"][2]
-    for row in (1, 2, 3):
+    assert "image cannot be read: Image size (4294836225 pixels)" in result["error"][4]
+    for row in (1, 2, 3, 4):
         assert result["boxes"][row] == result["masks"][row] == result["class_names"][row] == []
     missing = batch_predictor({"path": [str(tmp_path / "none.png")], "boxes": BOXES[:1]})
     assert "no such file" in missing["error"][0]

@@ -117,6 +117,14 @@ def compare(directory, expected, paths):
         np.testing.assert_allclose(result["scores"][i], expected["scores"][i], atol=1e-5)
 
 
-def test_ray_is_needed_for_addresses(tmp_path):
-    with pytest.raises(ValueError, match="only Ray reads it"):
-        COMMANDS["predict"].call("--config-file", TINY, "--input", "s3://bucket/photos", "--output", tmp_path)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "only Ray reads it"),
+        (["--ray", "local", "--boxes", "1,2,30,40"], "Ray reads it without --boxes; give Parquet with a column boxes"),
+        (["--ray", "local", "--regions", "p.json"], "Ray reads it without --regions; give Parquet with a column boxes"),
+    ],
+)
+def test_options_for_addresses_are_checked(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        COMMANDS["predict"].call("--config-file", TINY, "--input", "s3://bucket/photos", "--output", tmp_path, *options)

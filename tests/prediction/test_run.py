@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 from regionspot.prediction import parts as parts_module
 from regionspot_cli.commands import COMMANDS
 
-from ..helpers import NAMES, ROOT, TINY, draw_scene, extra_memory
+from ..helpers import NAMES, ROOT, TINY, draw_scene, extra_memory, write_dataset
 from ..processes import Program
+from .test_sources import write_video
 
 BOXES = "3,30,60,40;8,5,30,20"
 SCRIPT = ROOT / "regionspot_cli" / "__main__.py"
@@ -75,6 +77,16 @@ def test_number_of_workers_changes_nothing(tmp_path):
     assert files(tmp_path / "0") == files(tmp_path / "2")
 
 
+def test_video_of_one_frame_is_read_by_a_worker(tmp_path):
+    """The frame is read once before the worker is forked, which would wait forever for an inherited decoder."""
+    write_video(tmp_path / "clip.mp4", num_frames=1)
+    program = Program(tmp_path, SCRIPT, "predict", *command(tmp_path / "clip.mp4", "out", "--workers", "2"))
+    program.process.join(60)
+    program.process.terminate()  # with its worker; nothing if it has ended
+    assert program.wait() == 0, program.output()
+    assert (tmp_path / "out" / "clip.mp4#000000.json").is_file()
+
+
 def test_other_settings_are_refused(tmp_path, monkeypatch):
     photos = write_images(tmp_path / "photos", 2)
     output = tmp_path / "out"
@@ -82,6 +94,9 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     predict(photos, output, "--format", "json")  # a few images are soon recognized again
     assert json.loads((output / "000.json").read_text())["regions"]
     monkeypatch.setattr(parts_module, "FEW_IMAGES", 1)
+    predict(photos, output, "--format", "drawing,json", "--overwrite")
+    predict(photos, output, "--format", "json,drawing")  # their order is no setting
+    predict(photos, output, "--format", "json", "--overwrite")
     before = files(output)
     for options, word in (
         (["--score-threshold", "0.1"], "filter was"),
@@ -96,6 +111,27 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     (photos / "new.png").write_bytes((photos / "000.png").read_bytes())
     with pytest.raises(ValueError, match="images was"):
         predict(photos, output, "--format", "json", "--batch-size", "2")
+
+
+def test_other_content_of_region_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "FEW_IMAGES", 1)
+    annotations = write_dataset(tmp_path / "data", num_scenes=2)
+    data, images, output = tmp_path / "data", tmp_path / "data" / "images", tmp_path / "out"
+    (data / "labels").mkdir()
+    for name in ("0", "1"):
+        (data / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (data / "boxes.json").write_text(json.dumps([[1, 2, 30, 40]]))
+    for inputs, option, word in (
+        (images, ("--boxes", data / "boxes.json"), "files"),
+        (images, ("--regions", data / "labels"), "files"),
+        (f"{annotations}:{images}", ("--regions", "gt"), "annotations"),
+    ):
+        arguments = ["--config-file", TINY, "--input", inputs, "--output", output, "--vocabulary", "a", *option]
+        COMMANDS["predict"].call(*arguments, "--format", "json", "--workers", 0, "--overwrite")
+        path = {"gt": annotations, data / "labels": data / "labels" / "1.txt"}.get(option[1], option[1])
+        path.write_text(f"{path.read_text()}\n")
+        with pytest.raises(ValueError, match=f"run with other settings; {word} was"):
+            COMMANDS["predict"].call(*arguments, "--format", "json", "--workers", 0)
 
 
 def test_run_that_failed_before_its_first_part_may_change(tmp_path):
@@ -127,6 +163,45 @@ def test_unusable_images_cost_a_line_each(tmp_path, capsys):
         assert [x["label"] for x in got["regions"]] == [x["label"] for x in expected["regions"]]
         np.testing.assert_allclose(got["regions"][0]["logits"], expected["regions"][0]["logits"], atol=1e-4)
     assert not (tmp_path / "out" / "002.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / ".parts").glob("*.jsonl")}
+    predict(photos, tmp_path / "out", "--format", "json")
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in finished.items())  # nothing is tried again
+    Image.fromarray(draw_scene(7)[0]).save(photos / "fixed.png")
+    (photos / "fixed.png").replace(photos / "007.png")
+    predict(photos, tmp_path / "out", "--format", "json")
+    summary = json.loads((tmp_path / "out" / "predict_summary.json").read_text())
+    assert [entry["image"] for entry in summary["unreadable"]] == ["002.png", "004.png", "005.png"]
+    assert (tmp_path / "out" / "007.json").is_file()
+    assert [path.stat().st_mtime_ns == time_ns for path, time_ns in sorted(finished.items())] == [True, False]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    photos = write_images(tmp_path / "photos", 2)
+    for i, name in enumerate((b"caf\xe9.png", b"th\xe9.png")):
+        (photos / f"00{i}.png").rename(photos / os.fsdecode(name))
+    (photos / os.fsdecode(b"th\xe9.png")).write_text("no image")
+    paths = b"\n".join(sorted(os.fsencode(path) for path in photos.iterdir()))
+    (tmp_path / "list.txt").write_bytes(paths)
+    for inputs in (photos, f"@{tmp_path}/list.txt"):
+        output = tmp_path / f"out{len(str(inputs))}"
+        predict(inputs, output, "--format", "drawing,json,labelme,yolo,crops,results,coco,csv,parquet")
+        assert "caf\\udce9.png,1,1" in (output / "regions.csv").read_text()
+        content = json.loads((output / os.fsdecode(b"caf\xe9.json")).read_text())
+        assert content["image"] == f"{photos}/caf\\udce9.png" and len(content["regions"]) == 2
+        [failed] = json.loads((output / "predict_summary.json").read_text())["unreadable"]
+        assert failed["image"] == "th\\udce9.png" and "cannot be read" in failed["reason"]
+
+
+def test_skipped_video_is_no_unusable_image(tmp_path):
+    photos = write_images(tmp_path / "photos", 1)
+    (photos / "no.mp4").write_text("no video")
+    predict(f"{photos}/*", tmp_path / "out", "--format", "json")
+    summary = json.loads((tmp_path / "out" / "predict_summary.json").read_text())
+    assert summary["images"] == 1 and [x["image"] for x in summary["unreadable"]] == [str(photos / "no.mp4")]
+    (photos / "000.png").unlink()
+    with pytest.raises(ValueError, match="none of the images could be used; the first: video"):
+        predict(f"{photos}/*", tmp_path / "other", "--format", "json")
 
 
 def test_images_without_an_entry_are_listed(tmp_path):

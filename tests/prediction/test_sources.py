@@ -1,6 +1,9 @@
 """Which images inputs name, what they are called, and that a long list stays small."""
 
 import json
+import os
+import struct
+import time
 import tracemalloc
 
 import av
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regionspot.prediction.sources import list_images
+from regionspot.prediction.sources import ImageList, list_images
 from regionspot.prediction.videos import FrameReader, count_frames
 
 from ..helpers import write_dataset
@@ -23,13 +26,14 @@ def write_images(directory, *names):
         PIXELS.save(path, format="PNG")
 
 
-def write_video(path, num_frames=40, codec="libx264"):
+def write_video(path, num_frames=40, codec="libx264", corner=0):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 8
         for i in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), i * 6, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
+            pixels = np.full((48, 64, 3), i * 6, np.uint8)
+            pixels[:12, :12] += np.uint8(corner)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -50,7 +54,22 @@ def test_links_to_directories_do_not_loop(tmp_path):
     write_images(tmp_path, "photos/a.png", "other/b.png")
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "itself").symlink_to("itself")
     assert names(tmp_path / "photos") == ["a.png", "more/b.png"]
+
+
+def test_unreadable_directory_is_skipped(tmp_path):
+    write_images(tmp_path, "photos/a.png", "photos/z.png")
+    deep = os.open(tmp_path / "photos", os.O_RDONLY)
+    for _ in range(20):  # a path of more than 4,096 bytes cannot be read, not even by root
+        os.mkdir("d" * 250, dir_fd=deep)
+        deep, above = os.open("d" * 250, os.O_RDONLY, dir_fd=deep), deep
+        os.close(above)
+    os.close(deep)
+    images = list_images([str(tmp_path / "photos")])
+    assert [x.name for x in images] == ["a.png", "z.png"]
+    [(path, reason)] = images.skipped
+    assert len(path) > 4096 and reason.startswith(f"directory {path} cannot be read: File name too long")
 
 
 def test_patterns_and_lists(tmp_path):
@@ -71,6 +90,15 @@ def test_equal_names_and_stems_stay_apart(tmp_path):
     assert [x.stem for x in list_images([str(tmp_path / "three")])] == ["results.png", "sub/results"]
     outside = list_images([str(tmp_path / "one" / ".." / "two" / "cup.png")])
     assert outside[0].name == "cup.png"
+
+
+def test_many_equal_names_are_numbered_in_linear_time(tmp_path):
+    images, start = ImageList(), time.process_time()
+    for i in range(20_000):
+        images.add(f"/photos/{i}", "cup.png")
+    images.finish()
+    assert time.process_time() - start < 10  # a second; minutes if all numbers were tried for each
+    assert [images[i].name for i in (0, 1, 19_999)] == ["cup.png", "cup~2.png", "cup~20000.png"]
 
 
 def test_dataset_keeps_its_ids(tmp_path):
@@ -135,6 +163,26 @@ def test_frames_by_step_in_any_order(tmp_path, suffix, codec):
         expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     for frame in (0, 1, 8, 23, 22, 39, 5, 39):
         assert np.array_equal(reader.read(str(path), frame), expected[frame])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turns"),
+    [((0, 1, -1, 0, 48, 0), -1), ((-1, 0, 0, -1, 64, 48), 2), ((0, -1, 1, 0, 0, 64), 1)],
+    ids=["clockwise", "upside_down", "counterclockwise"],
+)
+def test_rotated_video_is_upright(tmp_path, matrix, turns):
+    """The file's matrix (a, b, c, d, x, y) shows the stored pixel (p, q) at (ap + cq + x, bp + dq + y)."""
+    write_video(tmp_path / "stored.mp4", num_frames=1, corner=200)
+    content = (tmp_path / "stored.mp4").read_bytes()
+    header, rotated = content.index(b"tkhd"), [value << 16 for value in matrix]
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    rotated = struct.pack(">9i", *rotated[:2], 0, *rotated[2:4], 0, *rotated[4:], 1 << 30)
+    (tmp_path / "rotated.mp4").write_bytes(content[:header] + content[header:].replace(plain, rotated, 1))
+    stored, frame = (FrameReader().read(str(tmp_path / name), 0) for name in ("stored.mp4", "rotated.mp4"))
+    a, b, c, d, x, y = matrix
+    corner = (b * 4 + d * 4 + y, a * 4 + c * 4 + x)  # row and column at which the bright corner is shown
+    assert stored[4, 4].min() > 150 and frame[corner].min() > 150 and (frame.mean(axis=2) > 100).mean() < 0.1
+    assert np.array_equal(frame, np.rot90(stored, turns))
 
 
 def test_damaged_videos(tmp_path):
