@@ -24,8 +24,10 @@ def main(args: Namespace) -> None:
     cfg.MODEL.REGIONSPOT.PRECISION = "float32"  # of what is exported; --precision is that of the export
     cfg.MODEL.REGIONSPOT.COMPILE = False
     if args.format == "onnx" and args.check:
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError("checking an export needs onnxruntime: pip install 'regionspot[export]'") from error
         onnxruntime.set_default_logger_severity(3)  # not what it leaves as it is, either
     predictor = RegionSpotPredictor(cfg)
     predictor.set_vocabulary(vocabulary)

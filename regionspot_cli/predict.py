@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
@@ -20,19 +22,37 @@ from regionspot.data.training_set import describe_annotations
 from regionspot.drawing import DrawingStyle
 from regionspot.prediction import RegionBatchPredictor, RegionFilter
 from regionspot.prediction.loading import SampleReader
-from regionspot.prediction.outputs import DrawingWriter, ImageWriter, JsonWriter, open_image_writers, write_run_files
+from regionspot.prediction.outputs import (
+    RUN_FILES,
+    DrawingWriter,
+    ImageWriter,
+    JsonWriter,
+    open_image_writers,
+    write_run_files,
+)
 from regionspot.prediction.parts import PartStore
 from regionspot.prediction.ray_map import RayPool, connect, is_for_ray, run_on_ray
 from regionspot.prediction.recognize import Recognize, recognize_boxes, recognize_points
-from regionspot.prediction.regions import AnnotatedBoxes, RegionSource, open_region_source, parse_boxes, parse_points
-from regionspot.prediction.run import SUMMARY, Summary, open_run, run_prediction, summarize
+from regionspot.prediction.regions import (
+    AnnotatedBoxes,
+    FileBoxes,
+    RegionSource,
+    SameBoxes,
+    open_region_source,
+    parse_boxes,
+    parse_points,
+)
+from regionspot.prediction.run import SUMMARY, Summary, run_prediction, summarize
 from regionspot.prediction.settings import describe_run
 from regionspot.prediction.sources import ImageList, ImageRecord, list_images
 from regionspot.utils.command_line import printable
+from regionspot.utils.files import read_json
+from regionspot.utils.run_lock import run_lock
 from regionspot.vocabulary import dataset_names, load_vocabulary
 from regionspot_cli.predict_command import IMAGE_FORMATS
 from regionspot_cli.weights import BASELINE, leave_absent_weights, use_baseline_without_weights
 
+SUFFIXES = {"drawing": ".png", "json": ".json"}  # of image formats without a directory of their own
 FEW = 20  # images: of more, the regions are not printed
 LISTED = 10  # lines of a list at the end
 
@@ -60,16 +80,43 @@ def region_files(args: Namespace) -> list[str]:
     return [str(path) for path in paths if path.exists()]
 
 
-def check_outputs(images: ImageList, output: Path, formats: Sequence[str]) -> None:
-    """Refuse outputs that would overwrite an input."""
-    if "drawing" not in formats:
-        return
+def input_files(args: Namespace, images: ImageList) -> list[str]:
+    """Return all files and directories that a run reads beside its images."""
+    texts = [*args.input, args.vocabulary or ""]
+    annotations = MetadataCatalog.get(images.dataset).get("json_file") if images.dataset else None
+    lists = [text.removeprefix("@") for text in texts if text.startswith("@")]
+    return [*region_files(args), *lists, *([annotations] if annotations else [])]
+
+
+def discard_outputs(parts: PartStore, output: Path, keep: Sequence[str]) -> None:
+    """Remove what an earlier run with other settings has written, but no input."""
+    earlier, kept = parts.earlier_settings() or {}, {os.path.abspath(path) for path in keep}  # noqa: PTH100
+    formats = earlier.get("formats", [])
+    summary = read_json(output / SUMMARY, "summary") if (output / SUMMARY).is_file() else {}
+    names = [stem + SUFFIXES[name] for stem in parts.finished_stems() for name in formats if name in SUFFIXES]
+    for path in (output.absolute() / name for name in (*names, *summary.get("files", ()))):
+        if str(path) not in kept:
+            path.unlink(missing_ok=True)
+    for directory in (output.absolute() / name for name in formats if name not in SUFFIXES):
+        if not any(f"{path}/".startswith(f"{directory}/") for path in kept):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_outputs(images: ImageList, others: Sequence[str], output: Path, formats: Sequence[str]) -> None:
+    """Refuse outputs that would overwrite an input: an image, or one of the ``others``, files and directories."""
     directory = f"{output.absolute()}/"
-    for record in images:
-        path = os.path.abspath(record.path)  # noqa: PTH100 - as fast as a million images need
-        if path.startswith(directory) and path == f"{directory}{record.stem}.png":
+    # abspath, as fast as a million images need
+    paths = (os.path.abspath(path) for path in (*others, *(record.path for record in images)))  # noqa: PTH100
+    inside = {path[len(directory) :] for path in paths if path.startswith(directory)}
+    if not inside:
+        return
+    suffixes = [SUFFIXES[name] for name in formats if name in SUFFIXES]
+    written = {SUMMARY, *(RUN_FILES[name] for name in formats if name in RUN_FILES)}
+    written |= {record.stem + suffix for record in images for suffix in suffixes}
+    for path in sorted(inside):
+        if path in written or path.split("/")[0] in formats:  # "labelme", "yolo", "crops": directories of their own
             raise ValueError(
-                f"--output {output}: the output image would overwrite the input {record.path}; give another directory"
+                f"--output {output}: an output would overwrite the input {directory}{path}; give another directory"
             )
 
 
@@ -101,13 +148,15 @@ class Prediction:
             )
         self.images = ImageList() if is_remote else list_images(args.input, args.video_step, self.output)
         source = choose_regions(args, self.cfg, self.images)
+        if isinstance(source, (SameBoxes, FileBoxes)):
+            source.check_images(self.images)
         self.points = parse_points(args.points) if args.points else None
         names = args.vocabulary or self.cfg.MODEL.REGIONSPOT.VOCABULARY
         if not names and self.images.dataset:
             names = f"dataset:{self.images.dataset}"
         self.vocabulary = load_vocabulary(names, with_examples=True)
         if not args.ray:
-            check_outputs(self.images, self.output, args.format)
+            check_outputs(self.images, input_files(args, self.images), self.output, args.format)
         self.absent_weights = leave_absent_weights(self.cfg) if args.cached_weights_only else ""
         self.is_baseline = use_baseline_without_weights(self.cfg)
         self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
@@ -166,12 +215,12 @@ class Prediction:
         chosen: list[ImageWriter] = [writers[name] for name in self.image_formats]
         return recognize, [*chosen, RegionPrinter()] if len(self.images) <= FEW else chosen
 
-    def write_run_files(self, parts: PartStore) -> None:
-        """Write what is made of all images."""
+    def write_run_files(self, parts: PartStore) -> list[Path]:
+        """Write what is made of all images; return the paths."""
         for writer in self.region_writers.values():
             writer.finish()
         args = self.args
-        write_run_files(self.output, args.format, parts, self.vocabulary, self.category_ids, args.embeddings)
+        return write_run_files(self.output, args.format, parts, self.vocabulary, self.category_ids, args.embeddings)
 
 
 def print_summary(output: Path, summary: Summary) -> None:
@@ -235,10 +284,15 @@ def main(args: Namespace) -> None:
         predict_on_ray(prediction)
         return
     parts = PartStore(args.output, len(prediction.images), args.batch_size)
-    with open_run(args.output, parts, prediction.describe(), args.overwrite):
+    settings = prediction.describe()
+    with run_lock(args.output):
+        if args.overwrite and parts.earlier_settings() != settings:
+            inputs = input_files(args, prediction.images)
+            discard_outputs(parts, prediction.output, [*inputs, *(record.path for record in prediction.images)])
+        parts.open(settings, args.overwrite)
         run_prediction(prediction.reader, prediction.build, parts, args.workers, args.embeddings)
-        prediction.write_run_files(parts)
-        summary = summarize(args.output, parts, prediction.images.skipped)
+        files = prediction.write_run_files(parts)
+        summary = summarize(args.output, parts, prediction.images.skipped, files)
     print_summary(prediction.output, summary)
     print_weights(prediction)
     num_failed = len(summary.unreadable) - len(prediction.images.skipped)  # the latter are no images

@@ -24,6 +24,14 @@ from regionspot.prediction.sources import ImageRecord
 from regionspot.utils.files import atomic_path, write_json
 from regionspot.utils.fingerprint import file_state
 
+# By format: what is made of all images of a run.
+RUN_FILES = {
+    "results": "results.json",
+    "coco": "annotations.json",
+    "csv": "regions.csv",
+    "parquet": "regions.parquet",
+}
+
 
 class ImageWriter(Protocol):
     """Writes the outputs of an image."""
@@ -89,6 +97,7 @@ def encode_image(sample: Sample, regions: RegionPredictions | None, with_embeddi
     line: dict[str, Any] = {
         "name": to_utf8(record.name),
         "path": to_utf8(record.path),
+        "stem": to_utf8(record.stem),
         "image_id": record.image_id,
         "height": height,
         "width": width,
@@ -124,23 +133,22 @@ def write_run_files(
     """Write the files of a whole run, in one pass each.
 
     Args:
-        directory: for ``results.json``, ``annotations.json``, ``regions.csv`` and ``regions.parquet``.
+        directory: for the ``RUN_FILES``.
         formats: which of them: "results", "coco", "csv", "parquet"; others are ignored.
         images: lines of all images, which can be read several times.
         vocabulary: class names.
         category_ids: of the classes in the data set's annotations; by default 1 to their number.
         with_embeddings: whether Parquet has them.
     """
-    writers: dict[str, tuple[str, Callable[[Path], None]]] = {
-        "results": ("results.json", lambda path: write_coco_results(images, path, category_ids)),
-        "coco": ("annotations.json", lambda path: write_coco_dataset(images, path, vocabulary)),
-        "csv": ("regions.csv", lambda path: write_table(images, path)),
-        "parquet": ("regions.parquet", lambda path: write_table(images, path, with_embeddings)),
+    writers: dict[str, Callable[[Path], None]] = {
+        "results": lambda path: write_coco_results(images, path, category_ids),
+        "coco": lambda path: write_coco_dataset(images, path, vocabulary),
+        "csv": lambda path: write_table(images, path),
+        "parquet": lambda path: write_table(images, path, with_embeddings),
     }
     paths = []
     for name in formats:
         if name in writers:
-            file_name, write = writers[name]
-            write(Path(directory) / file_name)
-            paths.append(Path(directory) / file_name)
+            paths.append(Path(directory) / RUN_FILES[name])
+            writers[name](paths[-1])
     return paths

@@ -15,11 +15,12 @@ FEW_IMAGES = 20  # a run of so many at most is replaced by one with other settin
 PART_IMAGES = 64  # images of a part, at least: what a killed run repeats
 
 
-class _Failure(msgspec.Struct):
-    """What a line says of an image that failed; other keys are ignored."""
+class _Line(msgspec.Struct):
+    """What a run itself reads of an image's line; other keys are ignored."""
 
     error: str | None
     file: list[int] | None = None
+    stem: str = ""
 
 
 class PartStore:
@@ -55,8 +56,7 @@ class PartStore:
             ValueError: the directory has a run with other settings.
         """
         path = self.directory / "run.json"
-        if path.is_file():
-            earlier = read_json(path, "run")
+        if (earlier := self.earlier_settings()) is not None:
             differing = [key for key in settings if earlier.get(key) != settings[key]]
             if not differing:
                 return
@@ -71,6 +71,17 @@ class PartStore:
         if self.directory.is_dir():
             shutil.rmtree(self.directory)
         write_json(path, settings)
+
+    def earlier_settings(self) -> dict[str, Any] | None:
+        """Return the settings of the run that is here, None for none."""
+        path = self.directory / "run.json"
+        return read_json(path, "run") if path.is_file() else None
+
+    def finished_stems(self) -> Iterator[str]:
+        """Yield the stems of the images whose outputs are written, also of a run with other settings."""
+        decoder = msgspec.json.Decoder(_Line)
+        for part in sorted(self._finished()):
+            yield from (line.stem for line in self._read(part, decoder) if line.stem)
 
     def num_parts(self) -> int:
         """Return the number of parts of the whole run."""
@@ -101,7 +112,7 @@ class PartStore:
         Raises:
             ValueError: a damaged file.
         """
-        decoder = msgspec.json.Decoder(_Failure)
+        decoder = msgspec.json.Decoder(_Line)
         for part in self._finished():
             first = self.batches[part * self._batches_per_part].start
             lines = enumerate(self._read(part, decoder), first)

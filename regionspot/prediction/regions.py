@@ -1,6 +1,6 @@
 """Where the regions of images come from: options of a command line, files of annotations or proposals, a data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class SameBoxes:
         Raises:
             ValueError: not four numbers a box.
         """
-        self.content = content
+        self.content, self.option = content, option
         for boxes in content.values() if isinstance(content, dict) else [content]:
             check_numbers(boxes, option)
 
@@ -60,9 +60,27 @@ class SameBoxes:
             boxes = next((self.content[name] for name in names if name in self.content), None)
         return None if boxes is None else np.array(boxes, np.float32).reshape(-1, 4)
 
+    def check_images(self, images: Iterable[ImageRecord]) -> None:
+        """Refuse a name that stands for several images.
+
+        Raises:
+            ValueError: the first such name.
+        """
+        path_of: dict[str, str] = {}
+        for record in images if isinstance(self.content, dict) else ():
+            name = next((name for name in _names(record) if name in self.content), None)
+            if name is not None and (other := path_of.setdefault(name, record.path)) != record.path:
+                raise ValueError(
+                    f"{self.option}: {name!r} is the name of {other} and {record.path}; give the boxes by their paths"
+                )
+
     def __call__(self, record: ImageRecord, size: tuple[int, int]) -> ImageRegions:
-        boxes = self.find(record.name, record.path, Path(record.path).name)
+        boxes = self.find(*_names(record))
         return NO_REGIONS if boxes is None else ImageRegions(boxes)
+
+
+def _names(record: ImageRecord) -> tuple[str, ...]:
+    return record.name, record.path, Path(record.path).name
 
 
 class AnnotatedBoxes:
@@ -72,9 +90,16 @@ class AnnotatedBoxes:
         self.records = DatasetCatalog.get(dataset)
 
     def __call__(self, record: ImageRecord, size: tuple[int, int]) -> ImageRegions:
+        annotated = self.records[record.index]
+        expected = (annotated.get("height", size[0]), annotated.get("width", size[1]))
+        if expected != size:
+            raise ValueError(
+                f"{record.path}: expected the annotated height and width {expected}, got {size}: the boxes are of "
+                "another image"
+            )
         boxes = [
             BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS)
-            for entry in self.records[record.index]["annotations"]
+            for entry in annotated["annotations"]
             if not entry.get("iscrowd")
         ]
         array = np.array(boxes, np.float32).reshape(-1, 4)
@@ -108,12 +133,20 @@ class FileBoxes:
     def __init__(self, path: str) -> None:
         self.file = read_regions(path)
 
+    def check_images(self, images: Iterable[ImageRecord]) -> None:
+        """Refuse images of which several fit one entry; see ``RegionFile.check_names``."""
+        self.file.check_names(map(_name_in_file, images))
+
     def __call__(self, record: ImageRecord, size: tuple[int, int]) -> ImageRegions:
-        known = self.file.regions_of(record.name if record.frame >= 0 else record.path, size)
+        known = self.file.regions_of(_name_in_file(record), size)
         scores = known.scores
         if scores is not None and not ((scores >= 0) & (scores <= 1)).all():  # NaN where a box has none
             scores = None
         return ImageRegions(known.boxes, scores, known.has_entry)
+
+
+def _name_in_file(record: ImageRecord) -> str:
+    return record.name if record.frame >= 0 else record.path
 
 
 def open_region_source(spec: str, dataset: str) -> RegionSource:

@@ -16,7 +16,6 @@ from regionspot.prediction.outputs import ImageWriter, encode_image
 from regionspot.prediction.parts import PartStore
 from regionspot.prediction.recognize import Recognize
 from regionspot.utils.files import write_json
-from regionspot.utils.run_lock import run_lock
 
 SUMMARY = "predict_summary.json"
 _AHEAD = 2  # batches of results that wait to be written: memory is bounded
@@ -157,22 +156,16 @@ def run_prediction(
             progress.update(len(samples))
 
 
-@contextmanager
-def open_run(output: str | Path, parts: PartStore, settings: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """Reserve a directory for a run inside the block, and begin or resume it there.
-
-    Raises:
-        ValueError: another run is at work there, or it has a run with other settings.
-    """
-    with run_lock(output):
-        parts.open(settings, overwrite)
-        yield
-
-
-def summarize(output: str | Path, parts: PartStore, skipped: Sequence[tuple[str, str]]) -> Summary:
+def summarize(
+    output: str | Path, parts: PartStore, skipped: Sequence[tuple[str, str]], files: Sequence[Path] = ()
+) -> Summary:
     """Read all parts once, and write the lists of what was left out.
 
-    ``skipped`` are (path, reason) of inputs that are not among the images, or not wholly.
+    Args:
+        output: directory of the run's outputs.
+        parts: all finished.
+        skipped: (path, reason) of inputs that are not among the images, or not wholly.
+        files: that were made of all images.
     """
     summary = Summary(unreadable=list(skipped))
     for line in parts:
@@ -182,6 +175,7 @@ def summarize(output: str | Path, parts: PartStore, skipped: Sequence[tuple[str,
         "regions": summary.num_regions,
         "unreadable": [{"image": name, "reason": reason} for name, reason in summary.unreadable],
         "without_regions": summary.without_regions,
+        "files": [path.name for path in files],
     }
     write_json(Path(output) / SUMMARY, content)
     return summary

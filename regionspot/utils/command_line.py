@@ -56,7 +56,7 @@ def user_error(error: BaseException | None) -> str | None:
     """Return the line that reports an error which the user can fix, None for a bug.
 
     The user can fix ``ValueError``, ``OSError``, a loss that is not a number, a ``KeyError`` with a sentence (one from
-    a dict has only a key), and too little memory.
+    a dict has only a key), an ``ImportError`` that says what to install, and too little memory.
     """
     # str() of a KeyError has quotes around its text
     words = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
@@ -72,7 +72,9 @@ def user_error(error: BaseException | None) -> str | None:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"too little memory: {text or 'for what was asked'}"
     is_sentence = isinstance(error, KeyError) and " " in text
-    is_mistake = is_sentence or isinstance(error, (ValueError, OSError, FloatingPointError, ProcessError))
+    is_absent = isinstance(error, ImportError) and "pip install" in text
+    is_error = isinstance(error, (ValueError, OSError, FloatingPointError, ProcessError))
+    is_mistake = is_sentence or is_absent or is_error
     return (text or type(error).__name__) if is_mistake else None
 
 

@@ -95,6 +95,7 @@ def handlers():
         (ValueError("two\nlines\x1b[31m\x07"), r"two lines\x1b[31m\x07"),
         (ValueError(), "ValueError"),
         (FloatingPointError("not a number in iteration 3"), "not a number in iteration 3"),
+        (ImportError("videos need av: pip install x"), "videos need av"),
         (MemoryError(), "too little memory: for what was asked"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "too little memory: DefaultCPU"),
         (torch.OutOfMemoryError("CUDA out of memory"), "too little memory: CUDA out of memory"),
@@ -107,7 +108,8 @@ def test_user_error_is_one_line(capsys, error, line):
 
 
 @pytest.mark.parametrize(
-    "error", [TypeError("x"), AssertionError(), KeyError("key"), IndexError(3), RuntimeError("x y")]
+    "error",
+    [TypeError("x"), AssertionError(), ImportError("no x"), KeyError("key"), IndexError(3), RuntimeError("x y")],
 )
 def test_bug_keeps_traceback(capsys, error, monkeypatch):
     code, message = end(capsys, error)
