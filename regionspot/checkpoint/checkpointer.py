@@ -101,7 +101,7 @@ class RegionSpotCheckpointer(SafeDetectionCheckpointer):
         state, sources = self.recognizer.state_dict(), self.recognizer.weight_sources
         return {
             "model": {to_released_key(key): value for key, value in state.items() if key.startswith(TRAINED)},
-            "integration": self.recognizer.knowledge_integration.settings,
+            "integration": self.recognizer.settings,
             "frozen": {
                 part: {"fingerprint": fingerprint(select(state, prefix)), "source": sources[part]}
                 for part, prefix in FROZEN.items()

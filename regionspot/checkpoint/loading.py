@@ -155,9 +155,11 @@ def _check_frozen(frozen: Any, path: str) -> dict[str, Any]:
 
 def _check_settings(recognizer: Any, settings: Any, path: str) -> None:
     """Refuse a module that was trained with other settings, where they change no shape of its weights."""
-    own = recognizer.knowledge_integration.settings
-    if isinstance(settings, dict) and any(settings.get(key, value) != value for key, value in own.items()):
-        raise ValueError(f"{path} was trained with MODEL.REGIONSPOT.INTEGRATION {settings}, the config has {own}")
+    own, settings = recognizer.settings, settings if isinstance(settings, dict) else {}
+    # older checkpoints record fewer settings
+    if other := [key for key in own if settings.get(key, own[key]) != own[key]]:
+        had, has = (", ".join(f"{key} {x[key]}" for key in other) for x in (settings, own))
+        raise ValueError(f"{path} was trained with MODEL.REGIONSPOT's {had}; the config has {has}")
 
 
 def _check_fingerprints(

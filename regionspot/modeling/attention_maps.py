@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regionspot.modeling.knowledge_integration import KnowledgeIntegration, RegionDecoderLayer
+from regionspot.modeling.knowledge_integration import KnowledgeIntegration, RegionDecoderLayer, residual
 
 
 @torch.no_grad()
@@ -39,9 +39,11 @@ def cross_attention_weights(
     # the decoder never computes the weights: they are computed from its queries, which a norm gives
     inputs: list[torch.Tensor] = []
     hook = decoder_layer.query_norm.register_forward_hook(lambda module, args, output: inputs.append(output))
+    compiled, decoder_layer.residual = decoder_layer.residual, residual  # a compiled one calls no hooks
     try:
         integration([tokens], feature_map)
     finally:
+        decoder_layer.residual = compiled
         hook.remove()
     [queries], attention = inputs, decoder_layer.multihead_attn  # (N, C)
     queries = queries if regions is None else queries[list(regions)]

@@ -1,10 +1,12 @@
 """What features were made by: fingerprints of the parts of a recognizer."""
 
+import json
 from typing import Any
 
 import torch
 
 from regionspot.checkpoint.formats import fingerprint
+from regionspot.utils.files import short_hash
 
 
 def describe_sam(recognizer: Any) -> dict[str, Any]:
@@ -32,7 +34,9 @@ def describe_trained(recognizer: Any) -> dict[str, Any]:
     """Return what semantic tokens depend on beside SAM and CLIP: the trained module."""
     return {
         "source": recognizer.weight_sources["trained"],
-        "fingerprint": fingerprint(recognizer.knowledge_integration.state_dict()),
+        "fingerprint": fingerprint(
+            recognizer.knowledge_integration.state_dict(), json.dumps(recognizer.settings, sort_keys=True)
+        ),
     }
 
 
@@ -42,7 +46,7 @@ def describe_text(recognizer: Any) -> dict[str, Any]:
     return {
         "source": recognizer.weight_sources["clip_model"],
         "fingerprint": fingerprint(vision.text_weights(), vision.text_setup),
-        "templates": len(text.templates),
+        "templates": f"{len(text.templates)} {short_hash(repr(list(text.templates)))}",
         "name_style": text.name_style,
     }
 
@@ -59,12 +63,15 @@ def describe_model(recognizer: Any) -> dict[str, dict[str, Any]]:
 
 def fingerprints(recognizer: Any, with_regions: bool) -> dict[str, str]:
     """Return a fingerprint of each part that embeddings of texts depend on, and with those of regions."""
-    text = describe_text(recognizer)
-    result = {"text encoder": f"{text['fingerprint'][:32]} {text['templates']} {text['name_style']}"}
+    parts = {"text encoder": describe_text}
     if with_regions:
-        parts = (describe_sam(recognizer), describe_clip(recognizer), describe_trained(recognizer))
-        result |= dict(zip(("SAM", "CLIP", "attention module"), (part["fingerprint"][:32] for part in parts)))
-    return result
+        parts |= {"SAM": describe_sam, "CLIP": describe_clip, "attention module": describe_trained}
+    return {name: _summarize(describe(recognizer)) for name, describe in parts.items()}
+
+
+def _summarize(part: dict[str, Any]) -> str:
+    others = [str(value) for key, value in part.items() if key not in ("source", "fingerprint", "variant")]
+    return " ".join([part["fingerprint"][:32], *others])
 
 
 def _describe_source(source: str, dtype: torch.dtype) -> str:

@@ -241,10 +241,14 @@ class KnowledgeIntegration(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What outputs depend on beside the weights and their shapes; a checkpoint records it."""
+        """What outputs depend on beside the weights and their shapes."""
         layer = self.decoder.layers[0]
         assert isinstance(layer, RegionDecoderLayer)
-        return {"NUM_HEADS": layer.self_attn.num_heads, "PRE_NORM": layer.pre_norm}
+        return {
+            "NUM_HEADS": layer.self_attn.num_heads,
+            "PRE_NORM": layer.pre_norm,
+            "REGION_ATTENTION": layer.region_attention,
+        }
 
     def forward(self, tokens: list[torch.Tensor], feature_map: torch.Tensor | None) -> list[torch.Tensor]:
         """Integrate position-aware tokens and semantic feature maps of B images.

@@ -119,6 +119,12 @@ class RegionRecognizer(OpenVocabulary):
         load_weights(recognizer, weights, frozen_sources(cfg))
         return recognizer.to(cfg.MODEL.DEVICE)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the trained module learned with, beside weights and shapes; a checkpoint records it."""
+        inputs = {"TOKEN_STAGE": self.localizer.token_stage, "FEATURES": self.vision_language.features}
+        return {**self.knowledge_integration.settings, **inputs}
+
     def _clip_has_changed(self, *_: object) -> None:
         self.classifier.forget_embeddings()
 

@@ -51,3 +51,18 @@ def test_weights_match_multihead_attention(layer, region_attention):
 def test_model_without_features_is_refused():
     with pytest.raises(ValueError, match="no feature map"):
         cross_attention_weights(module(with_features=False), torch.randn(3, 8).double(), torch.zeros(1, 10, 32))
+
+
+def test_compiled_module_has_the_same_weights():
+    """A compiled function calls no hooks of the modules that it was compiled with."""
+    model = module()
+    tokens, feature_map = torch.randn(5, 8).double(), torch.randn(1, 10, 32).double()
+    expected = cross_attention_weights(model, tokens, feature_map)
+
+    def without_hooks(x, change, norm, dropout):
+        return nn.functional.layer_norm(x + dropout(change), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+    for layer in model.decoder.layers:
+        layer.residual = without_hooks
+    torch.testing.assert_close(cross_attention_weights(model, tokens, feature_map), expected, atol=1e-12, rtol=0)
+    assert all(layer.residual is without_hooks for layer in model.decoder.layers)
