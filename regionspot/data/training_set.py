@@ -102,7 +102,7 @@ def open_training_images(
     num_regions = _count_regions(records)
     is_used = num_regions > 0
     if store is not None:
-        if not all(key in records[0] for key in ("height", "width")):
+        if len(records) and not all(key in records[0] for key in ("height", "width")):
             raise ValueError(f"data set {name!r}: its records need height and width, for stored tokens")
         has_no_tokens = is_used & ~np.isin(image_ids(records), store.image_ids)
         if has_no_tokens.any():

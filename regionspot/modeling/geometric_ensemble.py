@@ -92,7 +92,8 @@ class GeometricEnsemble:
         """
         assert logits.shape[1] == len(names) + num_background
         is_base = [*_find_base_names(tuple(names), self.base_names), *[False] * num_background]
-        exponents = torch.where(torch.tensor(is_base, dtype=torch.bool), self.alpha, self.beta).to(logits)  # (K,)
+        exponents = torch.where(torch.tensor(is_base, dtype=torch.bool), self.alpha, self.beta)  # (K,)
+        exponents = exponents.to(logits, non_blocking=True)
         return (1 - exponents) * logits.log_softmax(dim=1) + exponents * clip_logits.log_softmax(dim=1)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, ROIMasks
 from torch.nn import functional as F
@@ -221,7 +222,7 @@ class RegionMasks(ROIMasks):
         return len(self.rows)
 
     def __getitem__(self, item: Any) -> "RegionMasks":
-        rows = self.rows[[item]] if isinstance(item, int) else self.rows[item]
+        rows = self.rows[[item]] if isinstance(item, (int, np.integer)) else self.rows[item]
         return RegionMasks(self.logits, rows, self.upsample)
 
     def to_bitmasks(self, boxes: Boxes | None, height: int, width: int, threshold: float = 0.5) -> BitMasks:

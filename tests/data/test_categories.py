@@ -118,3 +118,14 @@ def test_changed_annotation_file_is_refused(tmp_path, register):
     path.write_text(path.read_text().replace("green disc", "green ball"))
     with pytest.raises(ValueError, match="category 1 is 'green ball', but 'green disc' in metadata"):
         DatasetCatalog.get(NAME)
+
+
+def test_class_without_an_id_is_named():
+    DatasetCatalog.register(NAME, list)
+    try:
+        MetadataCatalog.get(NAME).set(thing_classes=["dog", "cup"], thing_dataset_id_to_contiguous_id={3: 0})
+        with pytest.raises(ValueError, match="class 'cup' has no id in the metadata"):
+            category_ids(NAME)
+    finally:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)

@@ -76,6 +76,13 @@ def test_no_masks_have_every_form(localizer, logits):
     assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []
 
 
+def test_masks_are_indexed_by_any_integer(localizer, logits):
+    masks = RegionMasks(logits, torch.arange(5), localizer.mask_upsampler(SIZE))
+    expected = masks[3:4].to_bitmasks(None, *SIZE).tensor
+    for index in (3, np.int64(3), [3], torch.tensor([3])):
+        assert torch.equal(masks[index].to_bitmasks(None, *SIZE).tensor, expected)
+
+
 def test_pickled_masks_do_not_hold_the_model(localizer, logits):
     masks = RegionMasks(logits, torch.arange(5), localizer.mask_upsampler(SIZE))
     content = pickle.dumps(masks)

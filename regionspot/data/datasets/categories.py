@@ -29,6 +29,10 @@ def category_ids(name: str) -> np.ndarray:
     if not json_file:  # without a mapping the ids that Detectron2's convert_to_coco_json writes
         mapping = mapping or {label: label for label in range(len(names))}
         by_label = {label: category for category, label in mapping.items()}
+        if without := [names[label] for label in range(len(names)) if label not in by_label]:
+            raise ValueError(
+                f"data set {name!r}: class {without[0]!r} has no id in the metadata's thing_dataset_id_to_contiguous_id"
+            )
         return np.array([by_label[label] for label in range(len(names))], np.int64)
     file = AnnotationFile(json_file, only_categories=True)
     if mapping is None:

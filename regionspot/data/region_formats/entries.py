@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+_MAX_SIDE = 1 << 30  # pixels
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -56,7 +58,7 @@ class EntriesBuilder:
         boxes: ArrayLike,
         labels: Sequence[str | None] | None = None,
         scores: Sequence[float | None] | None = None,
-        size: tuple[int, int] = (0, 0),
+        size: tuple[float, float] = (0, 0),
     ) -> None:
         """Add an image.
 
@@ -69,8 +71,10 @@ class EntriesBuilder:
             size: (height, width) in pixels.
 
         Raises:
-            ValueError: a coordinate or a score that is NaN or infinite.
+            ValueError: a coordinate or a score that is NaN or infinite, or an impossible size.
         """
+        if not all(0 <= side <= _MAX_SIDE for side in size):
+            raise ValueError(f"{place}: expected height and width in pixels, got {size[0]:g} and {size[1]:g}")
         array_of_boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
         own_scores = [float("nan") if score is None else score for score in scores or [None] * len(array_of_boxes)]
         is_finite = np.isfinite(array_of_boxes).all(axis=1)
@@ -80,7 +84,7 @@ class EntriesBuilder:
         self._names.append(tuple(names))
         self._boxes.extend(array_of_boxes.ravel().tolist())
         self._ends.append(len(self._boxes) // 4)
-        self._sizes.extend(size)
+        self._sizes.extend(map(int, size))
         self._scores.extend(own_scores)
         for label in labels or [None] * len(array_of_boxes):
             self._labels.append(-1 if label is None else self._label_index.setdefault(label, len(self._label_index)))
@@ -121,3 +125,14 @@ def box_around_rotated(corners: Sequence[float], degrees: float, pivot: Sequence
 def relative_name(path: Path, root: Path) -> str:
     """Return a file's path below a directory, with "/" between directories."""
     return path.relative_to(root).as_posix()
+
+
+def names_beside(path: Path, root: Path, image: str) -> list[str]:
+    """Return what the image of an annotation file beside it may be called, without the root directory.
+
+    That is ``image``, as the file says, and the file's own name with the image's suffix: both files may have been
+    renamed since.
+    """
+    own = path.with_suffix(Path(image).suffix)
+    names = [Path(relative_name(path, root)).parent.as_posix() + f"/{image}"] if image else []
+    return list(dict.fromkeys([*names, relative_name(own, root)]))

@@ -15,7 +15,7 @@ from regionspot.data.region_formats.entries import (
     EntriesBuilder,
     box_around,
     box_around_rotated,
-    relative_name,
+    names_beside,
 )
 
 Point = tuple[float, float]
@@ -46,11 +46,9 @@ def read_labelme(paths: Sequence[Path], root: Path) -> Entries:
         file = JsonFile(path, "regions")
         content = file.decode(decoder, place="")
         shapes = [shape for shape in content.shapes if shape.shape_type not in _NO_BOXES and shape.points]
-        directory = Path(relative_name(path, root)).parent.as_posix()
         builder.add(
             file.name,
-            # the tool writes the image's own name, which may have been changed later; the JSON's stem is the image's
-            [f"{directory}/{content.imagePath or path.stem}"],
+            names_beside(path, root, content.imagePath),
             [_labelme_box(shape) for shape in shapes],
             [shape.label for shape in shapes],
             [shape.score for shape in shapes],
@@ -64,7 +62,9 @@ def _labelme_box(shape: _Shape) -> list[float]:
         (x, y), edge = shape.points
         radius = float(np.hypot(edge[0] - x, edge[1] - y))
         return [x - radius, y - radius, x + radius, y + radius]
-    return box_around(shape.points)
+    x0, y0, x1, y1 = box_around(shape.points)
+    # the points of a mask are its first and last pixels
+    return [x0, y0, x1 + 1, y1 + 1] if shape.shape_type == "mask" else [x0, y0, x1, y1]
 
 
 class _Region(msgspec.Struct, gc=False):
@@ -124,6 +124,7 @@ def read_boxes(path: Path, content: dict[str, Any] | list[Any]) -> Entries:
 
 
 class _Result(msgspec.Struct, gc=False):
+    id: str | int | None = None
     type: str = ""
     value: dict[str, Any] = {}
     original_width: int = 0
@@ -157,14 +158,17 @@ def read_label_studio(path: Path) -> Entries:
             raise ValueError(f"{place}: expected an image in data, such as /data/upload/..., got {task.data!r:.80}")
         made = [item for item in (*task.annotations, *task.completions) if not item.canceled]
         made = made or [item for item in task.predictions if isinstance(item, _Annotation)]
-        boxes, labels, scores, size = [], [], [], (0, 0)
-        for result in made[0].result if made else ():
-            box = _percent_box(place, result)
-            if box is not None:
-                boxes.append(box)
-                labels.append(_result_label(result))
-                scores.append(result.score)
+        # A region has a result for each of its controls (rectangle, labels, text), all with its id and box.
+        regions: dict[tuple, tuple[list[float], str | None, float | None]] = {}
+        size = (0, 0)
+        for number, result in enumerate(made[0].result if made else ()):
+            if (box := _percent_box(place, result)) is not None:
+                key = (number,) if result.id is None else (result.id, *box)
+                label, score = _result_label(result), result.score
+                _, known_label, known_score = regions.get(key, (box, None, None))
+                regions[key] = (box, known_label or label, score if known_score is None else known_score)
                 size = (result.original_height, result.original_width)
+        boxes, labels, scores = zip(*regions.values()) if regions else ((), (), ())
         builder.add(place, names, boxes, labels, scores, size)
     return builder.finish()
 

@@ -12,7 +12,7 @@ from regionspot.data.region_formats.entries import Entries
 from regionspot.data.region_formats.json_formats import read_boxes, read_label_studio, read_labelme, read_predictions
 from regionspot.data.region_formats.region_file import RegionFile
 from regionspot.data.region_formats.xml_formats import read_cvat, read_voc, root_tag
-from regionspot.data.region_formats.yolo_format import NOT_LABELS, read_yolo
+from regionspot.data.region_formats.yolo_format import is_label_file, read_yolo
 
 FORMATS = ("auto", "coco", "proposals", "labelme", "yolo", "voc", "cvat", "label-studio", "predictions", "boxes")
 _SUFFIXES = {"labelme": ".json", "predictions": ".json", "yolo": ".txt", "voc": ".xml", "cvat": ".xml"}
@@ -86,7 +86,7 @@ def _find_files(directory: Path, format: str) -> tuple[str, list[Path]]:
     if format not in ("auto", *_SUFFIXES):
         raise ValueError(f"regions {directory}: expected a file of the format {format}, got a directory")
     candidates = sorted(path for path in directory.rglob("*") if path.suffix in (".json", ".txt", ".xml"))
-    labels = [path for path in candidates if path.suffix != ".txt" or path.name.lower() not in NOT_LABELS]
+    labels = [path for path in candidates if path.suffix != ".txt" or is_label_file(path)]
     suffixes = {path.suffix for path in labels} if format == "auto" else {_SUFFIXES[format]}
     if len(suffixes) != 1:
         got = " and ".join(sorted(suffixes)) or "none"

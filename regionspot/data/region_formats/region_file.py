@@ -79,8 +79,11 @@ class RegionFile:
             parts = (*parts[:-1], _stem(parts[-1]))
         if self._entries.are_ids:  # COCO's and LVIS's files are called by their ids
             parts = (str(int(parts[-1])) if re.fullmatch(r"[0-9]{1,18}", parts[-1]) else "",)
-        candidates = self._by_file_name.get(parts[-1], [])
-        if not candidates:
+        candidates = self._by_file_name.get(parts[-1])
+        if candidates is None and self._entries.have_suffix:  # a file may call its image without a suffix
+            parts = (*parts[:-1], _stem(parts[-1]))
+            candidates = self._by_file_name.get(parts[-1])
+        if candidates is None:
             return None
         agreement = [_count_common(own, parts) for _, own in candidates]
         best = [candidate for candidate, length in zip(candidates, agreement) if length == max(agreement)]

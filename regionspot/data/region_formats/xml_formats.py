@@ -1,5 +1,6 @@
 """Pascal VOC's and CVAT's XML. Files with a document type are refused: entities can expand to gigabytes."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from regionspot.data.region_formats.entries import (
     EntriesBuilder,
     box_around,
     box_around_rotated,
-    relative_name,
+    names_beside,
 )
 
 
@@ -26,7 +27,7 @@ def read_voc(paths: Sequence[Path], root: Path) -> Entries:
     """Read Pascal VOC's files, one an image. The first pixel of VOC is 1, and boxes include their last pixel."""
     builder = EntriesBuilder()
     for path in paths:
-        boxes, labels, name, size = [], [], "", (0, 0)
+        boxes, labels, name, size = [], [], "", (0.0, 0.0)
         for element in _elements(path, ("end",), ("object", "filename", "size")):
             if element.tag == "object":
                 x0, y0, x1, y1 = (_number(path, element, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
@@ -35,13 +36,9 @@ def read_voc(paths: Sequence[Path], root: Path) -> Entries:
             elif element.tag == "filename":
                 name = (element.text or "").strip().replace("\\", "/").rpartition("/")[2]
             else:
-                size = (int(_number(path, element, "height")), int(_number(path, element, "width")))
-        # only the suffix is sure: files are renamed, and the directory in the file is of the machine that made it
-        suffix = Path(name).suffix
-        names = [relative_name(path.with_suffix(suffix), root)] if suffix else []
-        directory = Path(relative_name(path, root)).parent
-        names += [(directory / name).as_posix()] if name else []
-        builder.add(f"regions {path}", list(dict.fromkeys(names)) or [path.stem], boxes, labels, None, size)
+                size = (_number(path, element, "height"), _number(path, element, "width"))
+        # the directory in the file is of the machine that made it
+        builder.add(f"regions {path}", names_beside(path, root, name), boxes, labels, None, size)
     return builder.finish()
 
 
@@ -59,7 +56,7 @@ def read_cvat(paths: Sequence[Path]) -> Entries:
             if not name:
                 raise ValueError(f"regions {path}: an image has no name; expected CVAT for images 1.1")
             shapes = [(shape, box) for shape in element if (box := _cvat_box(place, shape)) is not None]
-            size = (int(_attribute(place, element, "height", "0")), int(_attribute(place, element, "width", "0")))
+            size = (_attribute(place, element, "height", "0"), _attribute(place, element, "width", "0"))
             names = [f"{element.get('subset')}/{name}", name] if element.get("subset") else [name]
             labels = [shape.get("label") for shape, _ in shapes]
             builder.add(place, names, [box for _, box in shapes], labels, None, size)
@@ -76,7 +73,10 @@ def _cvat_box(place: str, shape: Element) -> list[float] | None:
         corners = get("xtl", "ytl", "xbr", "ybr")
     elif shape.tag == "ellipse":
         x, y, rx, ry = get("cx", "cy", "rx", "ry")
-        corners = [x - rx, y - ry, x + rx, y + ry]
+        angle = math.radians(_attribute(place, shape, "rotation", "0"))
+        half_width = math.hypot(rx * math.cos(angle), ry * math.sin(angle))
+        half_height = math.hypot(rx * math.sin(angle), ry * math.cos(angle))
+        return [x - half_width, y - half_height, x + half_width, y + half_height]
     elif shape.tag == "mask":
         left, top, width, height = get("left", "top", "width", "height")
         corners = [left, top, left + width, top + height]

@@ -11,7 +11,13 @@ from regionspot.data.region_formats.entries import Entries, EntriesBuilder, box_
 from regionspot.utils.unpickling import check_size
 
 # Text files beside labels that are no labels.
-NOT_LABELS = ("classes.txt", "obj.names", "train.txt", "val.txt", "test.txt", "readme.txt", "requirements.txt")
+_NOT_LABELS = ("classes.txt", "labels.txt", "obj.names", "train.txt", "val.txt", "test.txt", "requirements.txt")
+
+
+def is_label_file(path: Path) -> bool:
+    """Return whether a text file below a directory of labels is one; exports have notes beside them."""
+    name = path.name.lower()
+    return name not in _NOT_LABELS and not name.startswith("readme")
 
 
 def read_yolo(paths: Sequence[Path], root: Path) -> Entries:
@@ -39,8 +45,15 @@ def read_yolo(paths: Sequence[Path], root: Path) -> Entries:
                 boxes.append(box)
                 labels.append(str(class_id) if names is None else names[class_id])
                 scores.append(score)
-        builder.add(f"regions {path}", [relative_name(path.with_suffix(""), root)], boxes, labels, scores)
+        name = relative_name(path.with_suffix(""), root)
+        builder.add(f"regions {path}", [name, _image_of(name)], boxes, labels, scores)
     return builder.finish()
+
+
+def _image_of(name: str) -> str:
+    """Return the name of the image of a label file: YOLO's "train/images/a" has "train/labels/a"."""
+    before, separator, after = f"/{name}".rpartition("/labels/")
+    return f"{before}/images/{after}".lstrip("/") if separator else name
 
 
 def _parse_line(place: str, line: str) -> tuple[int, list[float], float | None]:

@@ -85,6 +85,8 @@ def _convert(record: dict[str, Any], path: Path, raw_ids: np.ndarray, dim: int) 
         content = load_checkpoint_file(path)
         tokens, classes = content["mask_tokens"], [int(c) for c in content["classes"]]
         tokens = tokens.reshape(len(classes), dim)
+        if not tokens.half().isfinite().all():  # as they are stored
+            raise ValueError("got numbers that are not finite in float16")
     # A file with other contents must not end the import of a million others.
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         logger.warning("%s is left out: expected mask_tokens (N, %d) and classes (N,); %s", path, dim, error)

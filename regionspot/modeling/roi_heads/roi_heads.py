@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from regionspot.checkpoint.key_layout import PARTS
 from regionspot.modeling.localizers.localizer import LocalizerOutput
 from regionspot.modeling.masks import RegionMasks
-from regionspot.modeling.postprocessing import DetectionRule, merge_detections
+from regionspot.modeling.postprocessing import DetectionRule, Recognition, merge_detections
 from regionspot.modeling.recognizer import RegionRecognizer
 from regionspot.modeling.roi_heads.host import BoxSelection, HostImages, build_host_heads
 from regionspot.modeling.roi_heads.host_vocabulary import HostVocabulary, match_names
@@ -178,21 +178,21 @@ class RegionSpotROIHeads(ROIHeads):
         prompts = [Prompts(boxes=detections.pred_boxes.tensor) for detections in known]
         with_embeddings = self.recognizer.with_embeddings
         if not masks and not with_embeddings:
-            return [self._merge(x.detections, y, None) for x, y in zip(named, known)]
+            return [self._merge(x, y, None) for x, y in zip(named, known)]
         located = self.recognizer.locate(encoded, prompts, bool(masks))
         if with_embeddings:
             host_boxes = [detections.pred_boxes for detections in known]
             embeddings = self.recognizer.region_embeddings(images, host_boxes, encoded, located)
             for detections, image_embeddings in zip(known, embeddings):
                 detections.region_embeddings = normalize(image_embeddings.float(), dim=1)
-        return [self._merge(x.detections, y, z) for x, y, z in zip(named, known, located)]
+        return [self._merge(x, y, z) for x, y, z in zip(named, known, located)]
 
-    def _merge(self, named: Instances, known: Instances, located: LocalizerOutput | None) -> Instances:
-        """Merge RegionSpot's and the host's detections by score."""
+    def _merge(self, recognized: Recognition, known: Instances, located: LocalizerOutput | None) -> Instances:
+        """Merge RegionSpot's and the host's detections by score; the host's regions are numbered after RegionSpot's."""
         assert self.host_vocabulary is not None
+        named = recognized.detections
         masks: RegionMasks | None = named.pred_masks if named.has("pred_masks") else None
-        first = len(masks.logits) if masks is not None else 0  # the host's regions are numbered after RegionSpot's
-        known.region_indices = first + torch.arange(len(known), device=known.scores.device)
+        known.region_indices = len(recognized.regions) + torch.arange(len(known), device=known.scores.device)
         if masks is not None:
             named.remove("pred_masks")  # their rows are of other regions than the host's: merged again below
         merged = merge_detections(named, known, self.host_vocabulary.merge_nms_thresh, self.recognizer.rule.top_k)

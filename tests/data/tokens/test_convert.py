@@ -81,14 +81,16 @@ def test_files_that_do_not_fit_are_counted(dataset, tmp_path, caplog):
     other = torch.load(tokens / "4.pth", weights_only=True)
     torch.save({**other, "classes": other["classes"] + 1}, tokens / "4.pth")
     torch.save({**other, "mask_tokens": other["mask_tokens"][..., :7]}, tokens / "5.pth")
+    last = torch.load(tokens / "6.pth", weights_only=True)
+    torch.save({**last, "mask_tokens": last["mask_tokens"].float() * 1e6}, tokens / "6.pth")  # more than float16 has
     with caplog.at_level(logging.WARNING):
         counts = convert(tmp_path)
     assert counts == {
-        "imported": 2, "without regions": 0, "without a file": 1, "damaged": 2, "of other regions": 1
+        "imported": 1, "without regions": 0, "without a file": 1, "damaged": 3, "of other regions": 1
     }  # fmt: skip
-    for name in ("3.pth", "4.pth", "5.pth"):
+    for name in ("3.pth", "4.pth", "5.pth", "6.pth"):
         assert name in caplog.text
-    assert TokenStore(tmp_path / "store").image_ids.tolist() == [1, 6]
+    assert TokenStore(tmp_path / "store").image_ids.tolist() == [1]
 
 
 def test_malicious_file_is_not_executed(dataset, tmp_path):

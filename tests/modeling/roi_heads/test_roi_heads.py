@@ -168,6 +168,7 @@ def test_region_embeddings_of_both_sources(with_masks):
     of_host = {tuple(x.tolist()): y for x, y in zip(known.pred_boxes.tensor, expected.regions.region_embeddings)}
     is_host = (merged.pred_classes == 0) | (merged.pred_classes == 2)
     assert 0 < is_host.sum() < len(merged)
+    assert merged.region_indices[is_host].min() > merged.region_indices[~is_host].max()
     for box, embedding in zip(merged.pred_boxes.tensor[is_host], merged.region_embeddings[is_host]):
         torch.testing.assert_close(embedding, of_host[tuple(box.tolist())])
     plain = rcnn(*options)
