@@ -24,6 +24,8 @@ def main(args: Namespace) -> None:
     recognizer, references = predictor.recognizer, None
     if args.reference:
         index = RegionIndex(args.reference)
+        if len(index) < 2:  # their similarities need a standard deviation
+            raise ValueError(f"--reference {args.reference}: expected an index of many regions, got {len(index)}")
         index.check_origin(describe_model(recognizer))
         step = max(len(index) // NUM_REFERENCES, 1)
         references = index.embeddings(range(0, len(index), step))

@@ -170,6 +170,19 @@ def test_audit_of_one_class_ends_before_the_index(directory, tmp_path):
     assert not (tmp_path / "audit").exists()
 
 
+def test_reference_without_regions_is_refused(directory, tmp_path):
+    (tmp_path / "boxes.json").write_text(json.dumps({"cup.png": []}))
+    (tmp_path / "names.json").write_text(
+        json.dumps([{"name": "mine", "examples": [{"image": f"{directory}/cup.png"}]}])
+    )
+    overrides = [*frozen_overrides(directory), "MODEL.WEIGHTS", directory / "model.pth"]
+    options = ["--regions", tmp_path / "boxes.json", "--config-file", TINY, "--output", tmp_path / "index"]
+    COMMANDS["index"].call("--input", directory / "cup.png", *options, *overrides)
+    embed = ["--vocabulary", tmp_path / "names.json", "--config-file", TINY, "--reference", tmp_path / "index"]
+    with pytest.raises(ValueError, match=r"--reference .*: expected an index of many regions, got 0"):
+        COMMANDS["vocabulary"].call("embed", *embed, "--output", tmp_path / "names.safetensors", *overrides)
+
+
 def test_embedded_vocabulary_in_all_commands(directory, capsys):
     box = draw_scene(0)[1][0].tolist()
     entries = ["red square", {"name": "mine", "examples": [{"image": "cup.png", "box": box}]}]
