@@ -160,9 +160,9 @@ class Prediction:
         self.absent_weights = leave_absent_weights(self.cfg) if args.cached_weights_only else ""
         self.is_baseline = use_baseline_without_weights(self.cfg)
         self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
-        if len(self.images) == 1:
+        # not of a video: FFmpeg's threads, some of which stay, would be missing in the readers that are forked
+        if len(self.images) == 1 and self.images[0].frame < 0:
             sample = self.reader[0]
-            self.reader.close()
             if sample.error or not sample.has_entry:
                 raise ValueError(sample.error or f"{args.boxes or args.regions}: no boxes for {sample.record.name}")
         self.random_parts: list[str] = []

@@ -71,10 +71,6 @@ class SampleReader(Dataset):
             return Sample(record, image, error=str(error))
         return Sample(record, image, regions.boxes, regions.scores, regions.has_entry)
 
-    def close(self) -> None:
-        """Close the video that was read last: a process that is forked from this one must not inherit its decoder."""
-        self._frames.close()
-
     def _decode(self, record: ImageRecord) -> np.ndarray:
         if record.frame >= 0:
             return self._frames.read(record.path, record.frame)

@@ -78,7 +78,7 @@ def test_number_of_workers_changes_nothing(tmp_path):
 
 
 def test_video_of_one_frame_is_read_by_a_worker(tmp_path):
-    """The frame is read once before the worker is forked, which would wait forever for an inherited decoder."""
+    """It is not read before the worker is forked, which would wait forever for the threads of an inherited decoder."""
     write_video(tmp_path / "clip.mp4", num_frames=1)
     program = Program(tmp_path, SCRIPT, "predict", *command(tmp_path / "clip.mp4", "out", "--workers", "2"))
     program.process.join(60)
