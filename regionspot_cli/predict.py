@@ -95,9 +95,9 @@ def discard_outputs(parts: PartStore, output: Path, keep: Sequence[str]) -> None
     summary = read_json(output / SUMMARY, "summary") if (output / SUMMARY).is_file() else {}
     names = [stem + SUFFIXES[name] for stem in parts.finished_stems() for name in formats if name in SUFFIXES]
     for path in (output.absolute() / name for name in (*names, *summary.get("files", ()))):
-        if str(path) not in kept:
+        if str(path) not in kept and ".." not in path.parts:
             path.unlink(missing_ok=True)
-    for directory in (output.absolute() / name for name in formats if name not in SUFFIXES):
+    for directory in (output.absolute() / name for name in formats if name in IMAGE_FORMATS and name not in SUFFIXES):
         if not any(f"{path}/".startswith(f"{directory}/") for path in kept):
             shutil.rmtree(directory, ignore_errors=True)
 
