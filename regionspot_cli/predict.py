@@ -1,17 +1,13 @@
 """Recognizes regions of any number of images."""
 
 import importlib.util
-import os
-import shutil
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
@@ -23,7 +19,6 @@ from regionspot.drawing import DrawingStyle
 from regionspot.prediction import RegionBatchPredictor, RegionFilter
 from regionspot.prediction.loading import SampleReader
 from regionspot.prediction.outputs import (
-    RUN_FILES,
     DrawingWriter,
     ImageWriter,
     JsonWriter,
@@ -46,13 +41,12 @@ from regionspot.prediction.run import SUMMARY, Summary, run_prediction, summariz
 from regionspot.prediction.settings import describe_run
 from regionspot.prediction.sources import ImageList, ImageRecord, list_images
 from regionspot.utils.command_line import printable
-from regionspot.utils.files import read_json
 from regionspot.utils.run_lock import run_lock
 from regionspot.vocabulary import dataset_names, load_vocabulary
 from regionspot_cli.predict_command import IMAGE_FORMATS
+from regionspot_cli.predict_files import check_outputs, input_files, region_files, written_files
 from regionspot_cli.weights import BASELINE, leave_absent_weights, use_baseline_without_weights
 
-SUFFIXES = {"drawing": ".png", "json": ".json"}  # of image formats without a directory of their own
 FEW = 20  # images: of more, the regions are not printed
 LISTED = 10  # lines of a list at the end
 
@@ -70,54 +64,6 @@ def choose_regions(args: Namespace, cfg: CfgNode, images: ImageList) -> RegionSo
         return None
     node.SOURCE = "gt"
     return open_region_source(chosen, images.dataset)
-
-
-def region_files(args: Namespace) -> list[str]:
-    """Return the files and directories that the boxes come from."""
-    paths = [Path(text) for text in (args.boxes, args.regions) if text not in (None, "", "gt", "sam", "detector")]
-    # YOLO's data.yaml stands for the labels around it
-    paths = [path.parent if path.name in ("data.yaml", "dataset.yaml") else path for path in paths]
-    return [str(path) for path in paths if path.exists()]
-
-
-def input_files(args: Namespace, images: ImageList) -> list[str]:
-    """Return all files and directories that a run reads beside its images."""
-    texts = [*args.input, args.vocabulary or ""]
-    annotations = MetadataCatalog.get(images.dataset).get("json_file") if images.dataset else None
-    lists = [text.removeprefix("@") for text in texts if text.startswith("@")]
-    return [*region_files(args), *lists, *([annotations] if annotations else [])]
-
-
-def discard_outputs(parts: PartStore, output: Path, keep: Sequence[str]) -> None:
-    """Remove what an earlier run with other settings has written, but no input."""
-    earlier, kept = parts.earlier_settings() or {}, {os.path.abspath(path) for path in keep}  # noqa: PTH100
-    formats = earlier.get("formats", [])
-    summary = read_json(output / SUMMARY, "summary") if (output / SUMMARY).is_file() else {}
-    names = [stem + SUFFIXES[name] for stem in parts.finished_stems() for name in formats if name in SUFFIXES]
-    for path in (output.absolute() / name for name in (*names, *summary.get("files", ()))):
-        if str(path) not in kept and ".." not in path.parts:
-            path.unlink(missing_ok=True)
-    for directory in (output.absolute() / name for name in formats if name in IMAGE_FORMATS and name not in SUFFIXES):
-        if not any(f"{path}/".startswith(f"{directory}/") for path in kept):
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def check_outputs(images: ImageList, others: Sequence[str], output: Path, formats: Sequence[str]) -> None:
-    """Refuse outputs that would overwrite an input: an image, or one of the ``others``, files and directories."""
-    directory = f"{output.absolute()}/"
-    # abspath, as fast as a million images need
-    paths = (os.path.abspath(path) for path in (*others, *(record.path for record in images)))  # noqa: PTH100
-    inside = {path[len(directory) :] for path in paths if path.startswith(directory)}
-    if not inside:
-        return
-    suffixes = [SUFFIXES[name] for name in formats if name in SUFFIXES]
-    written = {SUMMARY, *(RUN_FILES[name] for name in formats if name in RUN_FILES)}
-    written |= {record.stem + suffix for record in images for suffix in suffixes}
-    for path in sorted(inside):
-        if path in written or path.split("/")[0] in formats:  # "labelme", "yolo", "crops": directories of their own
-            raise ValueError(
-                f"--output {output}: an output would overwrite the input {directory}{path}; give another directory"
-            )
 
 
 class RegionPrinter:
@@ -155,8 +101,10 @@ class Prediction:
         if not names and self.images.dataset:
             names = f"dataset:{self.images.dataset}"
         self.vocabulary = load_vocabulary(names, with_examples=True)
+        self.inputs_among_outputs: set[str] = set()
         if not args.ray:
-            check_outputs(self.images, input_files(args, self.images), self.output, args.format)
+            others = input_files(args, self.images)
+            self.inputs_among_outputs = check_outputs(self.images, others, self.output, args.format)
         self.absent_weights = leave_absent_weights(self.cfg) if args.cached_weights_only else ""
         self.is_baseline = use_baseline_without_weights(self.cfg)
         self.reader = SampleReader(self.images, source, self.cfg.INPUT.DEEP_RANGE)
@@ -286,10 +234,14 @@ def main(args: Namespace) -> None:
     parts = PartStore(args.output, len(prediction.images), args.batch_size)
     settings = prediction.describe()
     with run_lock(args.output):
-        if args.overwrite and parts.earlier_settings() != settings:
-            inputs = input_files(args, prediction.images)
-            discard_outputs(parts, prediction.output, [*inputs, *(record.path for record in prediction.images)])
-        parts.open(settings, args.overwrite)
+        stale: list[str] = []
+        if args.overwrite and parts.differing(settings):
+            earlier = parts.earlier_settings() or {}
+            stale = written_files(prediction.output, earlier.get("formats", ()), list(parts.finished_stems()))
+        parts.open(settings, args.overwrite)  # from here on no run claims to have written them
+        for name in stale:
+            if name not in prediction.inputs_among_outputs:
+                (prediction.output / name).unlink(missing_ok=True)
         run_prediction(prediction.reader, prediction.build, parts, args.workers, args.embeddings)
         files = prediction.write_run_files(parts)
         summary = summarize(args.output, parts, prediction.images.skipped, files)

@@ -94,6 +94,7 @@ class StopOnSignal(HookBase):
 
     def _stop(self) -> None:
         restore_handlers(self._previous)
+        self.trainer.loop.check_last_step()  # all processes are here; a step that failed must not be taken up again
         iteration, end = self.trainer.iter, self.trainer.max_iter
         name = "model_final"  # saved before the last evaluation
         if iteration + 1 < end:

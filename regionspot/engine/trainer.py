@@ -185,8 +185,9 @@ class Trainer(TrainerBase):
     def run_step(self) -> None:
         self.loop.iter = self.iter
         self.loop.run_step()
-        done = self.iter + 1
-        if done % self.plan.log_period == 0 or done == self.max_iter:  # before the hooks that log and save
+        # before the hooks that log, evaluate and save
+        done, periods = self.iter + 1, (self.plan.log_period, self.plan.eval_period, self.plan.checkpoint_period)
+        if done == self.max_iter or any(period > 0 and done % period == 0 for period in periods):
             self.loop.check_last_step()
         if self.average:
             self.average.update()

@@ -190,14 +190,14 @@ def _write_shard(
     left_out: dict[int, str] = {}
     states: dict[int, list[int]] = {}
     for batch in loader:
-        images = {row: (image, content) for row, image, content in batch}
+        images = {row: (image, content) for row, image, content, _ in batch}
         left_out |= {row: content for row, (_, content) in images.items() if isinstance(content, str)}
         for row, result in _embed(predictor, {k: v for k, v in images.items() if k not in left_out}).items():
             if isinstance(result, str):
                 left_out[row] = f"{images[row][0].name}: {result}"
             else:
                 entries.append(result)
-        states |= {row: file_state(image.path) for row, (image, _) in images.items() if row in left_out}
+        states |= {row: state for row, _, _, state in batch if row in left_out}
         bar.update(len(batch))
     for reason in left_out.values():
         logger.warning("left out: %s", reason)
@@ -207,7 +207,7 @@ def _write_shard(
 
 
 class _Images(Dataset):
-    """Images of a shard: (row, record, pixels or why they cannot be used)."""
+    """Images of a shard: (row, record, pixels or why they cannot be used, ``file_state`` before they were read)."""
 
     def __init__(self, images: ImageSet, rows: range, deep_range: tuple[float, ...]) -> None:
         self.images, self.rows, self.deep_range = images, rows, deep_range
@@ -215,13 +215,14 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, ImageRegions, np.ndarray | str]:
+    def __getitem__(self, index: int) -> tuple[int, ImageRegions, np.ndarray | str, list[int]]:
         row = self.rows[index]
         record = self.images.images[row]
+        state = file_state(record.path)
         try:
-            return row, *self._read(record)
+            return row, *self._read(record), state
         except (OSError, ValueError) as error:
-            return row, record, f"{record.name.encode(errors='backslashreplace').decode()}: {error}"
+            return row, record, f"{record.name.encode(errors='backslashreplace').decode()}: {error}", state
 
     def _read(self, record: ImageRegions) -> tuple[ImageRegions, np.ndarray]:
         """Return the record with its boxes, and the pixels."""
@@ -249,7 +250,7 @@ def _reader_errors(num_workers: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # its own errors have its number
             raise
         raise OSError(
             f"a process that reads images was killed, probably for want of memory ({error}); use fewer of them "

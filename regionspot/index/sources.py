@@ -12,7 +12,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from regionspot.data.dataset_mapper import read_annotations
-from regionspot.prediction.regions import RegionSource, open_region_source
+from regionspot.prediction.regions import RegionSource, label_directory, open_region_source
 from regionspot.prediction.sources import list_images
 from regionspot.structures import has_area
 from regionspot.utils.fingerprint import fingerprint_of
@@ -85,7 +85,7 @@ def file_images(inputs: Sequence[str], regions: str = "") -> ImageSet:
     if not regions:
         return ImageSet(images, root, digest.hexdigest(), has_boxes=False)
     source = open_region_source(regions, "")
-    digest.update(fingerprint_of(regions).encode())
+    digest.update(fingerprint_of(label_directory(regions)).encode())
     return ImageSet(images, root, digest.hexdigest(), has_boxes=True, regions=source)
 
 

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from regionspot.prediction.regions import RegionSource
 from regionspot.prediction.sources import ImageList, ImageRecord
 from regionspot.prediction.videos import FrameReader
 from regionspot.structures import check_boxes
+from regionspot.utils.fingerprint import file_state
 from regionspot.utils.images import to_rgb_array
 
 
@@ -26,6 +27,7 @@ class Sample:
         proposal_scores: (N,) float32 in [0, 1], or None.
         has_entry: whether the source of regions knows the image.
         error: why the image cannot be used, "" if it can.
+        file: the image's ``file_state`` before it was read.
     """
 
     record: ImageRecord
@@ -34,6 +36,7 @@ class Sample:
     proposal_scores: np.ndarray | None = None
     has_entry: bool = True
     error: str = ""
+    file: list[int] = field(default_factory=list)
 
 
 class SampleReader(Dataset):
@@ -57,6 +60,12 @@ class SampleReader(Dataset):
 
     def read(self, record: ImageRecord) -> Sample:
         """Return an image with its regions, or why it cannot be used; it raises nothing about images."""
+        file = file_state(record.path)  # before it is read: it may still be growing
+        sample = self._read(record)
+        sample.file = file
+        return sample
+
+    def _read(self, record: ImageRecord) -> Sample:
         try:
             image = self._decode(record)
         except (ValueError, OSError, MemoryError) as error:

@@ -22,7 +22,6 @@ from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.loading import Sample
 from regionspot.prediction.sources import ImageRecord
 from regionspot.utils.files import atomic_path, write_json
-from regionspot.utils.fingerprint import file_state
 
 # By format: what is made of all images of a run.
 RUN_FILES = {
@@ -105,7 +104,7 @@ def encode_image(sample: Sample, regions: RegionPredictions | None, with_embeddi
         "has_entry": sample.has_entry,
     }
     if sample.error:
-        line["file"] = file_state(record.path)  # a file that changes is tried again
+        line["file"] = sample.file  # a file that changes is tried again
     names = ("boxes", "classes", "class_names", "scores", "detection_scores", "unknown", "predicted_ious")
     for name in (*names, "embeddings") if with_embeddings else names:
         values = [] if regions is None else getattr(regions, name)

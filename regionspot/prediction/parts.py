@@ -55,9 +55,8 @@ class PartStore:
         Raises:
             ValueError: the directory has a run with other settings.
         """
-        path = self.directory / "run.json"
         if (earlier := self.earlier_settings()) is not None:
-            differing = [key for key in settings if earlier.get(key) != settings[key]]
+            differing = self.differing(settings)
             if not differing:
                 return
             is_large = earlier.get("images", [0])[0] > FEW_IMAGES  # a few are soon recognized again
@@ -70,7 +69,12 @@ class PartStore:
                 )
         if self.directory.is_dir():
             shutil.rmtree(self.directory)
-        write_json(path, settings)
+        write_json(self.directory / "run.json", settings)
+
+    def differing(self, settings: dict[str, Any]) -> list[str]:
+        """Return the settings in which the run that is here is another one; none if there is no run."""
+        earlier = self.earlier_settings()
+        return [] if earlier is None else [key for key in settings if earlier.get(key) != settings[key]]
 
     def earlier_settings(self) -> dict[str, Any] | None:
         """Return the settings of the run that is here, None for none."""
@@ -81,7 +85,7 @@ class PartStore:
         """Yield the stems of the images whose outputs are written, also of a run with other settings."""
         decoder = msgspec.json.Decoder(_Line)
         for part in sorted(self._finished()):
-            yield from (line.stem for line in self._read(part, decoder) if line.stem)
+            yield from (line.stem for line in self._read(part, decoder) if line.stem and not line.error)
 
     def num_parts(self) -> int:
         """Return the number of parts of the whole run."""

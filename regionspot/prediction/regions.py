@@ -149,6 +149,11 @@ def _name_in_file(record: ImageRecord) -> str:
     return record.name if record.frame >= 0 else record.path
 
 
+def label_directory(path: str) -> str:
+    """Return the directory of the labels that YOLO's ``data.yaml`` stands for; other paths as they are."""
+    return str(Path(path).parent) if Path(path).name in ("data.yaml", "dataset.yaml") else path
+
+
 def open_region_source(spec: str, dataset: str) -> RegionSource:
     """Open what ``--regions`` names, "gt" or a file.
 

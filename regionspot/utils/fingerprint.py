@@ -1,25 +1,32 @@
 """What tells whether files and directories are as they were."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from regionspot.utils.files import sha256_of_file
 
+_LABELS = (".json", ".jsonl", ".names", ".txt", ".xml", ".yaml", ".yml")
+
 
 def fingerprint_of(path: str | Path) -> str:
-    """Return a SHA-256: of a file's bytes, or of the names, sizes and times of modification below a directory.
+    """Return a SHA-256: of a file's bytes, or of names, sizes and times of modification of the labels in a directory.
+
+    Labels are files of text, in all directories below: images beside them do not matter.
 
     Raises:
         FileNotFoundError: neither is there.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not Path(path).is_dir():
         return sha256_of_file(path)
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        state = file.stat()
-        line = f"{file.relative_to(path).as_posix()}\0{state.st_size} {state.st_mtime_ns}\n"
-        digest.update(line.encode(errors="surrogateescape"))
+    for directory, names, files in os.walk(path):
+        names.sort()  # the order of the walk
+        for name in sorted(name for name in files if name.lower().endswith(_LABELS)):
+            file = Path(directory, name)
+            if state := file_state(file):  # none of a file that was removed just now
+                line = f"{file.relative_to(path).as_posix()}\0{state[0]} {state[1]}\n"
+                digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -124,10 +124,11 @@ def test_steps_do_not_wait_for_the_device(scenes, tmp_path, source):
 @pytest.mark.parametrize(
     ("spoiled", "message"), [("loss", "{'loss_cls': nan}"), ("gradient", "the gradient's norm is")]
 )
-def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoiled, message):
+@pytest.mark.parametrize(("period", "steps"), [(4, 3), (2, 2)])  # a checkpoint waits for the step that it has
+def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoiled, message, period, steps):
     data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "meta"]
     data += ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / "maps-meta"),)]
-    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 1]
+    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", period]
     trainer = RegionSpotTrainer(tiny_config(*frozen_overrides(scenes), *data, *solver))
     trainer.resume_or_load(resume=False)
     loss, weight = trainer.recognizer.loss, trainer.recognizer.knowledge_integration.projector.weight
@@ -149,11 +150,10 @@ def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoil
         trainer.train()
     assert f"not a number in iteration 1: {message}" in str(error.value)
     assert f"images of the batch: {images[1]}. " in str(error.value)
-    for path in sorted(tmp_path.glob("model_*.pth")):
-        state = torch.load(path, weights_only=True)["model"]
-        assert all(value.isfinite().all() for value in state.values())
-    assert len(images) == 3  # the step after it had been started
-    assert int(next(iter(trainer.optimizer.state.values()))["step"]) == 2
+    assert not list(tmp_path.glob("*.pth"))
+    assert len(images) == steps  # the next one had been started
+    assert all(x.isfinite().all() for x in trainer.recognizer.knowledge_integration.parameters())
+    assert int(next(iter(trainer.optimizer.state.values()))["step"]) == steps - 1
 
 
 def test_extraction_does_not_wait_for_the_device():

@@ -1,6 +1,7 @@
 """regionspot predict: inputs that outputs must not touch, and regions that are of other images."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -36,6 +37,7 @@ def photos(tmp_path):
         ("0.json", ["--boxes", "{}", "--format", "json"]),
         ("labelme/0.json", ["--regions", "{}", "--format", "labelme"]),
         ("labelme/0.json", ["--regions", "out/labelme", "--format", "json,labelme"]),
+        ("labelme/0.json", ["--regions", "out/labelme", "--format", "labelme", "--output", "photos/../link"]),
         ("annotations.json", ["--input", "{}:photos", "--regions", "gt", "--format", "coco"]),
         ("regions.csv", ["--input", "@{}", "--boxes", "1,2,30,40", "--format", "csv"]),
         ("predict_summary.json", ["--vocabulary", "@{}", "--boxes", "1,2,30,40", "--format", "csv"]),
@@ -43,6 +45,7 @@ def photos(tmp_path):
 )
 def test_outputs_never_overwrite_inputs(photos, tmp_path, monkeypatch, file, options):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
     path = tmp_path / "out" / file
     path.parent.mkdir(parents=True)
     if file == "annotations.json":
@@ -63,17 +66,45 @@ def test_outputs_never_overwrite_inputs(photos, tmp_path, monkeypatch, file, opt
     assert path.read_bytes() == before and files(tmp_path / "out") == {file}
 
 
+@pytest.mark.parametrize("regions", ["labels", "labels/data.yaml"])
+def test_output_in_a_directory_of_regions_is_refused(photos, tmp_path, monkeypatch, regions):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "0.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "labels" / "data.yaml").write_text("names: [cup]\n")
+    for output in ("labels", "labels/out"):
+        with pytest.raises(ValueError, match="--output .*: it is in the directory of regions labels, .*another"):
+            predict("photos", output, "--regions", regions, "--format", "json")
+
+
+def test_interrupted_overwrite_claims_nothing(photos, tmp_path, monkeypatch):
+    output, boxes = tmp_path / "out", ("--boxes", "3,30,60,40")
+    predict(photos, output, *boxes, "--format", "json")
+
+    def interrupt(path, missing_ok=False):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Path, "unlink", interrupt)
+        predict(photos, output, *boxes, "--format", "json,drawing", "--overwrite")
+    (output / "0.json").unlink()
+    predict(photos, output, *boxes, "--format", "json")
+    assert (output / "0.json").is_file()
+
+
 def test_overwrite_removes_what_the_earlier_run_wrote(photos, tmp_path):
     output = tmp_path / "out"
     boxes = ("--boxes", "3,30,60,40;8,5,30,20")
     predict(photos, output, *boxes, "--format", "drawing,json,labelme,yolo,crops,csv")
     assert {"2.png", "2.json", "labelme/2.json", "yolo/labels/2.txt", "regions.csv"} <= files(output)
     (output / "notes.txt").write_text("mine")
+    (output / "labelme" / "notes.json").write_text("mine, too")
     (photos / "2.png").unlink()
     # an image of the new run, which the earlier one has drawn
     predict(output / "1.png", output, *boxes, "--format", "json", "--overwrite")
     left = {name for name in files(output) if not name.startswith(".")}
-    assert left == {"1.png", "1.json", "notes.txt", "predict_summary.json"}
+    own = {"notes.txt", "labelme/notes.json", "yolo/data.yaml"}  # the last is not of an image
+    assert left == {"1.png", "1.json", "predict_summary.json", *own}
 
 
 def test_annotations_of_another_size_cost_the_image(photos, tmp_path):
