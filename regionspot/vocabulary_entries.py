@@ -182,7 +182,9 @@ def _parse_negative(content: Any, what: str, root: Path) -> Concept:
     if isinstance(content, Mapping) and "image" in content:
         return Concept(examples=(_parse_example(content, what, root),))
     if isinstance(content, Mapping) and content.keys() <= {"synonyms", "prompts", "examples"} and content:
-        return _parse_concept(content, what, root)
+        concept = _parse_concept(content, what, root)
+        if concept.has_text or concept.examples:
+            return concept
     raise ValueError(
         f"{what}: expected a name, an object with prompts, or an image with a box; got {str(content)[:60]}"
     )

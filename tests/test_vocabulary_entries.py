@@ -59,6 +59,7 @@ def test_entries_of_an_object(tmp_path):
         ({"name": "a", "prompts": [""]}, "'a': prompts: expected a list of non-empty strings"),
         ({"name": "a", "examples": [{"box": [1, 2, 3, 4]}]}, r"'a': examples\[0\]: expected an object with image and"),
         ({"name": "a", "examples": [{"image": "a.png", "box": [1, 2, 3]}]}, r"examples\[0\]: expected a path and four"),
+        ({"name": "a", "negatives": [{"synonyms": []}]}, r"negatives\[0\]: expected a name, an object with prompts"),
         ({"name": "a", "negatives": [3]}, r"'a': negatives\[0\]: expected a name, an object with prompts, or an image"),
         ({"name": "a", "weight": 2}, r"'a': weight: expected a number in \[0, 1\], got 2"),
     ],

@@ -101,7 +101,9 @@ def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], An
             for index, check in enumerate(checks)
             if check.problem
         ],
-        "left_out": dict(zip(LEFT_OUT, np.sum([check.left_out for check in checks], axis=0, dtype=int).tolist())),
+        "left_out": dict(
+            zip(LEFT_OUT, np.array([x.left_out for x in checks], int).reshape(-1, 3).sum(axis=0).tolist())
+        ),
         "images_without_regions": int((num_regions == 0).sum()),
         "statistics": describe_boxes(num_regions, sides),
         "regions_of_classes": dict(zip(names, np.bincount(labels, minlength=len(names)).tolist())),
@@ -124,8 +126,9 @@ def describe_boxes(num_regions: np.ndarray, sides: np.ndarray) -> dict[str, Any]
 
 def check_class_names(names: list[str]) -> dict[str, list[str]]:
     """Return the names that CLIP cannot encode, "empty" and "too_long" ones, and "duplicates"."""
-    # in the longest template, since evaluation encodes all of them
-    longest = max((template for templates in TEMPLATE_SETS.values() for template in templates), key=len)
+    # in the template of the most tokens, since evaluation encodes all of them; the end of the text has the largest id
+    templates = [template for templates in TEMPLATE_SETS.values() for template in templates]
+    longest = max(templates, key=lambda template: int(clip.tokenize(template.format("a"), CONTEXT).argmax()))
     refused: dict[str, list[str]] = {"empty": [], "too_long": []}
     for name in names:
         if not name.strip():

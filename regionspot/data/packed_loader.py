@@ -1,12 +1,22 @@
 """A loader whose workers hand a batch over in a few tensors."""
 
+import atexit
 import io
+import multiprocessing
 import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill what is left of loaders: workers that ignore SIGTERM would let ``multiprocessing`` wait forever at exit."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class PackedLoader(DataLoader):

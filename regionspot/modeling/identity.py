@@ -13,7 +13,7 @@ def describe_sam(recognizer: Any) -> dict[str, Any]:
     """Return what tokens depend on: the localizer, its weights and their source, and which of its masks is taken."""
     return {
         "source": _describe_source(recognizer.weight_sources["sam"], recognizer.localizer.dtype),
-        "fingerprint": fingerprint(recognizer.localizer.sam.state_dict()),
+        "fingerprint": fingerprint(recognizer.localizer.sam.state_dict(), recognizer.localizer.setup),
         "multimask": recognizer.localizer.multimask,
         "localizer": type(recognizer.localizer).__name__,
         "variant": recognizer.localizer.variant,

@@ -72,8 +72,10 @@ class SamAutomaticProposals:
         for ious, masks in self.localizer.all_masks(embedding, prompts, self.pred_iou_thresh):
             resizer = resizer or upsampler.resizer(masks, size)
             boxes, stability = upsampler.measure(masks, resizer, OFFSET if self.stability_score_thresh > 0 else None)
-            is_stable = ... if stability is None else stability >= self.stability_score_thresh
-            boxes[:, 2:] = (boxes[:, 2:] - 1).clamp(min=0)  # SAM's end at the last pixel inside; zeros stay
+            is_stable = boxes[:, 2] > boxes[:, 0]  # an empty mask has a box of zeros
+            if stability is not None:
+                is_stable &= stability >= self.stability_score_thresh
+            boxes[:, 2:] -= 1  # SAM's end at the last pixel inside
             all_boxes.append(boxes[is_stable])
             all_scores.append(ious[is_stable])
         boxes, scores = torch.cat(all_boxes), torch.cat(all_scores)

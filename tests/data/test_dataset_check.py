@@ -2,11 +2,13 @@
 
 import json
 
+import clip
 import numpy as np
 import pytest
 from PIL import Image
 
 from regionspot.data.dataset_check import check_class_names, check_dataset, is_usable
+from regionspot.vocabulary import TEMPLATE_SETS, clean_name
 
 from ..helpers import NAMES, write_dataset
 
@@ -82,3 +84,16 @@ def test_names_that_clip_refuses(directory):
 def test_name_length_in_longest_prompt():
     too_long = [bool(check_class_names(["cup " * count])["too_long"]) for count in range(40, 75)]
     assert too_long == sorted(too_long) and not too_long[0] and too_long[-1]
+    for count in range(60, 72):  # a template may have more tokens than one of more letters
+        name, is_refused = "cup " * count, False
+        try:
+            for template in TEMPLATE_SETS["all"]:
+                clip.tokenize(template.format(clean_name(name)))
+        except RuntimeError:
+            is_refused = True
+        assert bool(check_class_names([name])["too_long"]) == is_refused
+
+
+def test_data_set_without_images(directory):
+    report = check_dataset(edit(directory, lambda content: content.update(images=[], annotations=[])))
+    assert report["images"] == 0 and set(report["left_out"].values()) == {0}

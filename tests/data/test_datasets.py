@@ -181,9 +181,10 @@ def test_keep_parts_of_file_names(tmp_path):
         register_json_dataset("test_parts", path, "/x", keep_parts=0)
 
 
-def test_lvis_file_without_annotations(tmp_path):
+@pytest.mark.parametrize("name", [{}, {"file_name": "1.jpg"}])  # the second in the public file of minival
+def test_lvis_file_without_annotations(tmp_path, name):
     address = "http://images.cocodataset.org/val2017/1.jpg"
-    entry = {"id": 1, "coco_url": address, "height": 2, "width": 2, "neg_category_ids": [1]}
+    entry = {**name, "id": 1, "coco_url": address, "height": 2, "width": 2, "neg_category_ids": [1]}
     path = write(tmp_path, [entry], categories=[{"id": 1, "name": "a", "frequency": "r"}])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
     dataset = JsonDataset(path, "/coco")

@@ -1,5 +1,8 @@
 """Batches that workers hand over packed."""
 
+import subprocess
+import sys
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch.utils.data import Dataset
@@ -39,3 +42,26 @@ def test_workers_hand_over_the_same_samples_in_a_few_tensors():
         tensors = [x for sample in batch for x in (sample["image"], sample["tokens"], sample["instances"].gt_classes)]
         assert len({x.untyped_storage().data_ptr() for x in tensors}) <= 3  # uint8, float16, int64
         assert all(x.is_contiguous() for x in tensors)
+
+
+BUSY_WORKER = """
+import time
+from regionspot.data.build import _start_worker
+from regionspot.data.packed_loader import PackedLoader
+
+class Slow(list):
+    def __getitem__(self, index):
+        time.sleep(600 * (index > 0))
+        return index
+
+options = {"num_workers": 1, "persistent_workers": True, "worker_init_fn": _start_worker}
+iterator = iter(PackedLoader(Slow(range(9)), batch_size=1, **options))
+next(iterator)
+raise RuntimeError("a bug")
+"""
+
+
+def test_failed_program_ends_though_workers_ignore_signals():
+    program = [sys.executable, "-c", BUSY_WORKER]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1 and "RuntimeError: a bug" in result.stderr

@@ -28,6 +28,8 @@ BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x
         ("a.json", [{"data": {}, "annotations": 3}], "task 0.annotations: expected `array`, got `int`"),
         ("a.jsonl", '{"image": "a.jpg", "regions": []}\n{"image"', "a.jsonl: line 2: not valid JSON"),
         ("a.xml", "<annotation><object>", "a.xml: damaged, or not XML"),
+        ("a.xml", '<?xml version="1.0" encoding="foo"?><annotation/>', "not XML .unknown encoding: foo"),
+        ("a.jsonl", '\n\n{"image"', "a.jsonl: line 3: not valid JSON"),
         ("a.xml", BOMB, "a.xml: expected XML without a document type"),
         ("a.xml", "<html></html>", "a.xml: expected XML of Pascal VOC or CVAT, got the root element 'html'"),
         ("a.xml", VOC.replace("<xmin>3</xmin>", ""), "a.xml: <object>: expected a number in <bndbox/xmin>, got None"),

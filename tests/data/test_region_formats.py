@@ -268,7 +268,7 @@ def test_label_studio_export(tmp_path):
     )
     uploaded["annotations"].insert(0, canceled)
     # 90 degrees about the top left corner: 40 x 20 pixels at (100, 20) become 20 x 40 to its left
-    local = task("/data/local-files/?d=photos/b/cup.jpg", rectangle(50, 20, 20, 20, rotation=90), text="a cup")
+    local = task("/data/local-files/?d=photos/b/cup.jpg", rectangle(50, 20, 20, 20, rotation=90), text="//[a cup")
     cloud = task(
         "https://bucket.example/a/cup.jpg?X-Amz=1",
         annotations=[],

@@ -31,7 +31,14 @@ MODULE = [
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [*MODULE, ("SAM.MULTIMASK", True), ("CLIP.TEMPLATES", "none"), ("CLIP.NAME_STYLE", "readable")]
+    ("key", "value"),
+    [
+        *MODULE,
+        ("SAM.MULTIMASK", True),
+        ("SAM.CUSTOM.DECODER_NUM_HEADS", 1),
+        ("CLIP.TEMPLATES", "none"),
+        ("CLIP.NAME_STYLE", "readable"),
+    ],
 )
 def test_settings_are_part_of_the_identity(model, key, value):
     one_template = ("MODEL.REGIONSPOT.CLIP.TEMPLATES", "one")

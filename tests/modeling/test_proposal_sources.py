@@ -36,6 +36,17 @@ def test_sam_automatic_boxes_and_scores(iou, stability, nms):
         assert float(score) == pytest.approx(min(max(mask["predicted_iou"], 0), 1), abs=1e-5)
 
 
+def test_empty_masks_are_no_proposals(monkeypatch):
+    localizer, image = tiny_model(names=None).recognizer.localizer, as_inputs(0)["image"]
+    masks = torch.full((2, 16, 16), -5.0)
+    masks[1, 2:9, 3:12] = 5.0
+    monkeypatch.setattr(localizer, "all_masks", lambda *_: iter([(torch.tensor([0.9, 0.8]), masks)]))
+    for stability in (0.0, 0.5):
+        settings = {"points_per_side": 5, "pred_iou_thresh": 0, "stability_score_thresh": stability}
+        [proposals] = SamAutomaticProposals(localizer, **settings)([image.float()])
+        assert proposals.scores.tolist() == pytest.approx([0.8])
+
+
 def test_sources_are_chosen_by_config():
     node = "MODEL.REGIONSPOT.PROPOSALS.SOURCE"
     localizer = tiny_model(names=None).recognizer.localizer

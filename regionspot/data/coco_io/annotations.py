@@ -42,8 +42,12 @@ class _Image(msgspec.Struct, gc=False):
 
     def local_name(self) -> str:
         """Return the file name relative to the directory of images, "" if there is none."""
-        # LVIS's entries have no file_name: its images are COCO's, whose URLs end in "val2017/000000000139.jpg".
-        return self.file_name or "/".join((self.coco_url or "").split("/")[-2:])
+        # LVIS's entries have no file_name, or (in the file of minival) one without the directory of COCO's split: its
+        # images are COCO's, whose URLs end in "val2017/000000000139.jpg".
+        name, is_lvis = self.file_name or "", self.neg_category_ids is not msgspec.UNSET
+        if self.coco_url and (not name or is_lvis and "/" not in name):
+            return "/".join(self.coco_url.split("/")[-2:])
+        return name
 
 
 class _Annotation(msgspec.Struct, gc=False):

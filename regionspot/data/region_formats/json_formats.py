@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from regionspot.data.coco_io import JsonFile
+from regionspot.data.coco_io.json_file import BYTE_ORDER_MARK
 from regionspot.data.region_formats.entries import (
     Entries,
     EntriesBuilder,
@@ -86,7 +87,7 @@ def read_predictions(paths: Sequence[Path]) -> Entries:
     for path in paths:
         file = JsonFile(path, "regions")
         is_lines = path.suffix == ".jsonl"
-        for number, line in enumerate(_lines(file) if is_lines else [None], 1):
+        for number, line in _lines(file) if is_lines else [(1, None)]:
             place = f"line {number}" if is_lines else ""
             image = file.decode(decoder, line, place)
             builder.add(
@@ -100,9 +101,13 @@ def read_predictions(paths: Sequence[Path]) -> Entries:
     return builder.finish()
 
 
-def _lines(file: JsonFile) -> Iterable[bytes]:
+def _lines(file: JsonFile) -> Iterable[tuple[int, bytes]]:
+    """Yield the lines that are not empty with their numbers, without a byte order mark."""
     with file.path.open("rb") as stream:
-        yield from (line for line in stream if line.strip())
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix(BYTE_ORDER_MARK)
+            if line.strip():
+                yield number, line
 
 
 def read_boxes(path: Path, content: dict[str, Any] | list[Any]) -> Entries:
@@ -178,7 +183,10 @@ def _task_names(task: _Task) -> list[str]:
     values = [value for value in task.data.values() if isinstance(value, str)]
     names = [task.file_upload] if task.file_upload else []
     for value in values:
-        parts = urlsplit(value)
+        try:
+            parts = urlsplit(value)
+        except ValueError:  # a text that begins as an address
+            continue
         local = parse_qs(parts.query).get("d", [""])[0] if "/local-files" in parts.path else ""
         name = local or unquote(parts.path)
         if re.search(r"\.\w{2,5}$", name):

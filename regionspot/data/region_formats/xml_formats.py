@@ -109,7 +109,7 @@ def _elements(path: Path, events: tuple[str, ...], tags: Sequence[str] = ()) -> 
             f"regions {path}: expected XML without a document type (<!DOCTYPE ...>), which can expand without bounds; "
             "remove it"
         ) from error
-    except (ParseError, ValueError) as error:
+    except (ParseError, ValueError, LookupError) as error:  # the last is of an unknown encoding
         raise ValueError(f"regions {path}: damaged, or not XML ({error})") from error
 
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fvcore.common.registry import Registry
 from regionspot.modeling.frozen import FrozenModule, get_registered
 from regionspot.modeling.masks import MaskUpsampler
 from regionspot.structures import Prompts
+from regionspot.utils.files import sha256_of_file
 
 TOKEN_STAGES = ("prompt_encoder", "transformer", "mlp")
 MASK_STAGE = "mask"  # what the mask covers, see ``mask_pooling``; it stands beside the tokens of another stage
@@ -69,10 +71,12 @@ class Localizer(FrozenModule, ABC):
         sam: the model itself, of any family; the name is that of the released checkpoints' keys.
         dtype: of its weights.
         token_stage: where its tokens are taken from, one of ``TOKEN_STAGES``.
+        setup: what outputs depend on beside weights and their shapes; "" for the sizes that have names.
         variant: which of the family it is, ``MODEL.REGIONSPOT.SAM.NAME``; "" if it was built without a config.
     """
 
     variant = ""
+    setup = ""
     sam: Any
     dtype: torch.dtype
     token_stage: str
@@ -164,5 +168,9 @@ def build_localizer(cfg: CfgNode) -> Localizer:
     """Build the localizer of ``MODEL.REGIONSPOT.LOCALIZER.NAME`` with random weights."""
     key = "MODEL.REGIONSPOT.LOCALIZER.NAME"
     localizer = get_registered(LOCALIZER_REGISTRY, cfg.MODEL.REGIONSPOT.LOCALIZER.NAME, key)(cfg)
-    localizer.variant = cfg.MODEL.REGIONSPOT.SAM.NAME
+    localizer.variant = name = cfg.MODEL.REGIONSPOT.SAM.NAME
+    if name == "custom":
+        localizer.setup = cfg.MODEL.REGIONSPOT.SAM.CUSTOM.dump()
+    elif Path(name).is_file():
+        localizer.setup = sha256_of_file(name)
     return localizer

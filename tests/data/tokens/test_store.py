@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import time
 
 import numpy as np
@@ -311,8 +312,7 @@ def test_killed_extraction_resumes_exactly(dataset, tmp_path):
         process.join()
         killed += 1
         if (tmp_path / "store" / "manifest.json").is_file():  # it was done: the remaining kills start over
-            for path in (tmp_path / "store").iterdir():
-                path.unlink()
+            shutil.rmtree(tmp_path / "store")
     extract(tmp_path / "store")
     assert content(tmp_path / "store") == content(tmp_path / "undisturbed")
 
