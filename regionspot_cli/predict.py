@@ -18,13 +18,7 @@ from regionspot.data.training_set import describe_annotations
 from regionspot.drawing import DrawingStyle
 from regionspot.prediction import RegionBatchPredictor, RegionFilter
 from regionspot.prediction.loading import SampleReader
-from regionspot.prediction.outputs import (
-    DrawingWriter,
-    ImageWriter,
-    JsonWriter,
-    open_image_writers,
-    write_run_files,
-)
+from regionspot.prediction.outputs import DrawingWriter, ImageWriter, JsonWriter, open_image_writers, write_run_files
 from regionspot.prediction.parts import PartStore
 from regionspot.prediction.ray_map import RayPool, connect, is_for_ray, run_on_ray
 from regionspot.prediction.recognize import Recognize, recognize_boxes, recognize_points
@@ -37,9 +31,9 @@ from regionspot.prediction.regions import (
     parse_boxes,
     parse_points,
 )
-from regionspot.prediction.run import SUMMARY, Summary, run_prediction, summarize
+from regionspot.prediction.run import Summary, run_prediction, summarize
 from regionspot.prediction.settings import describe_run
-from regionspot.prediction.sources import ImageList, ImageRecord, list_images
+from regionspot.prediction.sources import SUMMARY, ImageList, ImageRecord, list_images
 from regionspot.utils.command_line import printable
 from regionspot.utils.run_lock import run_lock
 from regionspot.vocabulary import dataset_names, load_vocabulary
@@ -234,12 +228,8 @@ def main(args: Namespace) -> None:
     parts = PartStore(args.output, len(prediction.images), args.batch_size)
     settings = prediction.describe()
     with run_lock(args.output):
-        stale: list[str] = []
-        if args.overwrite and parts.differing(settings):
-            earlier = parts.earlier_settings() or {}
-            stale = written_files(prediction.output, earlier.get("formats", ()), list(parts.finished_stems()))
-        parts.open(settings, args.overwrite)  # from here on no run claims to have written them
-        for name in stale:
+        discarded = parts.open(settings, args.overwrite)  # from here on no run claims to have written its outputs
+        for name in written_files(prediction.output, *discarded) if args.overwrite and any(discarded) else ():
             if name not in prediction.inputs_among_outputs:
                 (prediction.output / name).unlink(missing_ok=True)
         run_prediction(prediction.reader, prediction.build, parts, args.workers, args.embeddings)

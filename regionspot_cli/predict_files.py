@@ -3,16 +3,15 @@
 import os
 import re
 from argparse import Namespace
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 
-from regionspot.prediction.outputs import RUN_FILES
 from regionspot.prediction.regions import label_directory
-from regionspot.prediction.run import SUMMARY
-from regionspot.prediction.sources import ImageList
+from regionspot.prediction.sources import RUN_FILES, SUMMARY, ImageList
 from regionspot.utils.files import read_json
 
 # The file of an image by format; "crops" has one for each region, crops/LABEL/STEM-0000.jpg.
@@ -56,8 +55,9 @@ def check_outputs(images: ImageList, others: Sequence[str], output: Path, format
                 f"--output {output}: it is in the directory of regions {path}, where outputs would overwrite them or "
                 "be read as some; give another directory"
             )
+    inputs = chain(others, (record.path for record in images))
     real_directory = cache(os.path.realpath)  # a million images have few
-    paths = (os.path.join(real_directory(os.path.dirname(x)), os.path.basename(x)) for x in _paths(images, others))  # noqa: PTH118, PTH119, PTH120
+    paths = (os.path.join(real_directory(os.path.dirname(x)), os.path.basename(x)) for x in inputs)  # noqa: PTH118, PTH119, PTH120
     inside = {path[len(root) + 1 :] for path in paths if path.startswith(f"{root}/")}
     if inside:
         written = {SUMMARY, *(RUN_FILES[name] for name in formats if name in RUN_FILES)}
@@ -70,11 +70,6 @@ def check_outputs(images: ImageList, others: Sequence[str], output: Path, format
                     f"--output {output}: an output would overwrite the input {root}/{path}; give another directory"
                 )
     return inside
-
-
-def _paths(images: ImageList, others: Sequence[str]) -> Iterable[str]:
-    yield from others
-    yield from (record.path for record in images)
 
 
 def written_files(output: Path, formats: Collection[str], stems: Collection[str]) -> list[str]:

@@ -102,7 +102,7 @@ def check_dataset(name: str, workers: int = 0, progress: Callable[[Any, int], An
             if check.problem
         ],
         "left_out": dict(
-            zip(LEFT_OUT, np.array([x.left_out for x in checks], int).reshape(-1, 3).sum(axis=0).tolist())
+            zip(LEFT_OUT, np.array([x.left_out for x in checks], int).reshape(-1, len(LEFT_OUT)).sum(axis=0).tolist())
         ),
         "images_without_regions": int((num_regions == 0).sum()),
         "statistics": describe_boxes(num_regions, sides),

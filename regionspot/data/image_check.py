@@ -11,7 +11,7 @@ import numpy as np
 
 from regionspot.data.dataset_mapper import RegionSpotDatasetMapper, UnreadableImageError
 from regionspot.data.tokens import TokenStore
-from regionspot.utils.files import is_same_file
+from regionspot.utils.fingerprint import is_same_file
 
 logger = logging.getLogger(__name__)
 

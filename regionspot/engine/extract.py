@@ -22,7 +22,7 @@ from regionspot.data.training_set import describe_annotations, image_ids, image_
 from regionspot.engine.extraction import Extraction, extract_features
 from regionspot.modeling.identity import describe_clip, describe_sam
 from regionspot.modeling.recognizer import RegionRecognizer
-from regionspot.utils.files import describe_file, is_same_file
+from regionspot.utils.fingerprint import describe_file, is_same_file
 
 logger = logging.getLogger(__name__)
 

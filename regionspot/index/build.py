@@ -20,10 +20,12 @@ from regionspot.index.store import CONFIG, INDEX, OVERRIDES, RegionIndex, no_reg
 from regionspot.modeling.identity import describe_model
 from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.batch_predictor import predict_each
+from regionspot.prediction.loading import reader_errors
+from regionspot.prediction.regions import check_annotated_size
 from regionspot.prediction.sources import ImageRecord
 from regionspot.predictor import RegionSpotPredictor
-from regionspot.utils.files import atomic_path, describe_file, is_same_file
-from regionspot.utils.fingerprint import file_state
+from regionspot.utils.files import atomic_path
+from regionspot.utils.fingerprint import describe_file, file_state, is_same_file
 from regionspot.utils.images import to_rgb_array
 
 logger = logging.getLogger(__name__)
@@ -120,11 +122,13 @@ def build_index(
     if writer.is_complete():
         return RegionIndex(directory)
     done, is_hidden = writer.finished_images(), not show_progress
+    workers = cfg.DATALOADER.NUM_WORKERS
+    remedy = f"use fewer of them (DATALOADER.NUM_WORKERS is {workers}) and run it again, which resumes"
     with tqdm(total=len(records), initial=done, desc="region index", unit="image", disable=is_hidden) as bar:
         for shard, rows in enumerate(shards):
             with _claim(writer, shard) as is_claimed:
                 if is_claimed:
-                    with _reader_errors(cfg.DATALOADER.NUM_WORKERS):
+                    with reader_errors(remedy):
                         _write_shard(predictor, writer, shard, _load(cfg, images, rows), len(rows), bar)
     return RegionIndex(directory) if writer.finish() else None
 
@@ -230,11 +234,8 @@ class _Images(Dataset):
             raise ValueError("the file name is not UTF-8; rename the file")
         pixels = to_rgb_array(record.path, self.deep_range)
         size = (pixels.shape[0], pixels.shape[1])
-        if record.size not in (None, size):
-            raise ValueError(
-                f"expected the annotated height and width {record.size}, got {size}: the boxes are of another image; "
-                "replace the file, or correct the annotations"
-            )
+        if record.size is not None:
+            check_annotated_size(record.size, size)
         if self.images.regions is None:
             return record, pixels
         listed = ImageRecord(record.image_id, record.name, str(record.path), -1, record.image_id, record.name)
@@ -242,20 +243,6 @@ class _Images(Dataset):
         if not regions.has_entry:
             raise ValueError("it has no regions in the file")
         return replace(record, boxes=regions.boxes, proposal_scores=regions.scores), pixels
-
-
-@contextmanager
-def _reader_errors(num_workers: int) -> Iterator[None]:
-    """Turn the end of a loader's process, which PyTorch reports wherever this one is, into an OSError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # its own errors have its number
-            raise
-        raise OSError(
-            f"a process that reads images was killed, probably for want of memory ({error}); use fewer of them "
-            f"(DATALOADER.NUM_WORKERS is {num_workers}) and run it again, which resumes"
-        ) from error
 
 
 def _embed(predictor: RegionSpotPredictor, images: dict[int, tuple[ImageRegions, Any]]) -> dict[int, _Embedded | str]:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,12 +100,21 @@ def load_batches(reader: SampleReader, batches: Sequence[range], workers: int) -
         collate_fn=list,
         worker_init_fn=_start_worker,
     )
-    try:
+    with reader_errors("use fewer of them (--workers) and run it again, which resumes"):
         yield from loader
+
+
+@contextmanager
+def reader_errors(remedy: str) -> Iterator[None]:
+    """Turn the end of a loader's process, which PyTorch reports wherever this one is, into an OSError."""
+    try:
+        yield
     except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # its own errors have its number
             raise
-        raise OSError(f"a process that reads images was killed ({error}); was there too little memory?") from error
+        raise OSError(
+            f"a process that reads images was killed, probably for want of memory ({error}); {remedy}"
+        ) from error
 
 
 def _start_worker(_: int) -> None:

@@ -20,16 +20,8 @@ from regionspot.data.region_writers import (
 from regionspot.drawing import DrawingStyle, draw_regions
 from regionspot.modeling.region_predictions import RegionPredictions
 from regionspot.prediction.loading import Sample
-from regionspot.prediction.sources import ImageRecord
+from regionspot.prediction.sources import RUN_FILES, ImageRecord
 from regionspot.utils.files import atomic_path, write_json
-
-# By format: what is made of all images of a run.
-RUN_FILES = {
-    "results": "results.json",
-    "coco": "annotations.json",
-    "csv": "regions.csv",
-    "parquet": "regions.parquet",
-}
 
 
 class ImageWriter(Protocol):

@@ -45,20 +45,26 @@ class PartStore:
         self.batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
         self._batches_per_part = max(1, PART_IMAGES // batch_size)
 
-    def open(self, settings: dict[str, Any], overwrite: bool = False) -> None:
+    def open(self, settings: dict[str, Any], overwrite: bool = False) -> tuple[list[str], list[str]]:
         """Begin or resume a run.
 
         Args:
             settings: all that the results depend on.
             overwrite: discard what a run with other settings has finished.
 
+        Returns:
+            The formats of the run that was discarded, and the stems of its images whose outputs are written; empty
+            lists for none.
+
         Raises:
             ValueError: the directory has a run with other settings.
         """
-        if (earlier := self.earlier_settings()) is not None:
-            differing = self.differing(settings)
+        path, formats, stems = self.directory / "run.json", list[str](), list[str]()
+        if path.is_file():
+            earlier = read_json(path, "run")
+            differing = [key for key in settings if earlier.get(key) != settings[key]]
             if not differing:
-                return
+                return formats, stems
             is_large = earlier.get("images", [0])[0] > FEW_IMAGES  # a few are soon recognized again
             if is_large and not overwrite and any(self.directory.glob("*.jsonl")):
                 key = differing[0]
@@ -67,22 +73,13 @@ class PartStore:
                     f"{_shorten(earlier.get(key))}, and is now {_shorten(settings[key])}. Give another directory, "
                     "or --overwrite"
                 )
+            formats, stems = earlier.get("formats", formats), list(self._finished_stems())
         if self.directory.is_dir():
             shutil.rmtree(self.directory)
-        write_json(self.directory / "run.json", settings)
+        write_json(path, settings)
+        return formats, stems
 
-    def differing(self, settings: dict[str, Any]) -> list[str]:
-        """Return the settings in which the run that is here is another one; none if there is no run."""
-        earlier = self.earlier_settings()
-        return [] if earlier is None else [key for key in settings if earlier.get(key) != settings[key]]
-
-    def earlier_settings(self) -> dict[str, Any] | None:
-        """Return the settings of the run that is here, None for none."""
-        path = self.directory / "run.json"
-        return read_json(path, "run") if path.is_file() else None
-
-    def finished_stems(self) -> Iterator[str]:
-        """Yield the stems of the images whose outputs are written, also of a run with other settings."""
+    def _finished_stems(self) -> Iterator[str]:
         decoder = msgspec.json.Decoder(_Line)
         for part in sorted(self._finished()):
             yield from (line.stem for line in self._read(part, decoder) if line.stem and not line.error)

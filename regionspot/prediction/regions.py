@@ -92,11 +92,7 @@ class AnnotatedBoxes:
     def __call__(self, record: ImageRecord, size: tuple[int, int]) -> ImageRegions:
         annotated = self.records[record.index]
         expected = (annotated.get("height", size[0]), annotated.get("width", size[1]))
-        if expected != size:
-            raise ValueError(
-                f"{record.path}: expected the annotated height and width {expected}, got {size}: the boxes are of "
-                "another image"
-            )
+        check_annotated_size(expected, size)
         boxes = [
             BoxMode.convert(entry["bbox"], entry["bbox_mode"], BoxMode.XYXY_ABS)
             for entry in annotated["annotations"]
@@ -104,6 +100,15 @@ class AnnotatedBoxes:
         ]
         array = np.array(boxes, np.float32).reshape(-1, 4)
         return ImageRegions(array[has_area(array, np.array([size]))])  # official files have boxes without area
+
+
+def check_annotated_size(expected: tuple[int, int], size: tuple[int, int]) -> None:
+    """Refuse an image of another (height, width) than its annotations say."""
+    if expected != size:
+        raise ValueError(
+            f"expected the annotated height and width {expected}, got {size}: the boxes are of another image; replace "
+            "the file, or correct the annotations"
+        )
 
 
 class ProposedBoxes:

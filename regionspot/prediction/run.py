@@ -15,9 +15,9 @@ from regionspot.prediction.loading import Sample, SampleReader, load_batches
 from regionspot.prediction.outputs import ImageWriter, encode_image
 from regionspot.prediction.parts import PartStore
 from regionspot.prediction.recognize import Recognize
+from regionspot.prediction.sources import SUMMARY
 from regionspot.utils.files import write_json
 
-SUMMARY = "predict_summary.json"
 _AHEAD = 2  # batches of results that wait to be written: memory is bounded
 
 

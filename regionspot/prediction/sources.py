@@ -20,8 +20,16 @@ from regionspot.data.training_set import image_ids
 from regionspot.prediction.videos import VIDEO_SUFFIXES, count_frames
 from regionspot.utils.images import FORMATS
 
-# Files of whole runs: an image "results.jpg" becomes "results.jpg.json".
-RUN_STEMS = ("results", "annotations", "regions", "predict_summary")
+SUMMARY = "predict_summary.json"  # of a run
+# By format: what is made of all images of a run.
+RUN_FILES = {
+    "results": "results.json",
+    "coco": "annotations.json",
+    "csv": "regions.csv",
+    "parquet": "regions.parquet",
+}
+# An image "results.jpg" becomes "results.jpg.json".
+RUN_STEMS = {PurePosixPath(name).stem for name in (*RUN_FILES.values(), SUMMARY)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class ImageList(Sequence):
                 name = self._renamed[index] = _numbered(original, last_number[original])
             names.add(name)
         stems = Counter(self._stem(self._name(index), self._frames[index]) for index in range(len(self)))
-        self._with_suffix = {stem for stem, count in stems.items() if count > 1} | set(RUN_STEMS)
+        self._with_suffix = {stem for stem, count in stems.items() if count > 1} | RUN_STEMS
         # "a.jpg" beside "a.png" are "a.jpg.json" and "a.png.json", and "a.jpg.gif" must not become the former
         taken = {name for name in names if _without_suffix(name) in self._with_suffix}
         self._with_suffix |= taken & stems.keys()

@@ -86,24 +86,6 @@ def short_directory_name(dataset_name: str) -> str:
     return directory_name(f"{Path(json_file).name}-{Path(images).name}" if separator else dataset_name)
 
 
-def describe_file(path: str | Path) -> list[int]:
-    """Return a file's size, its time of modification in nanoseconds, and 63 bits of the SHA-256 of its bytes."""
-    # 63 bits: token stores hold these numbers as int64
-    state = Path(path).stat()
-    return [state.st_size, state.st_mtime_ns, int(sha256_of_file(path)[:16], 16) >> 1]
-
-
-def is_same_file(path: str | Path, described: list[int]) -> bool:
-    """Return whether ``describe_file`` saw these bytes; they are read only if the time of modification differs."""
-    try:
-        state = Path(path).stat()
-    except FileNotFoundError:
-        return False
-    if state.st_size != described[0]:
-        return False
-    return state.st_mtime_ns == described[1] or describe_file(path)[2] == described[2]
-
-
 def sha256_of_file(path: str | Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -42,8 +42,8 @@ def extract(scenes, output, name, **options):
     extract_tokens(model.recognizer, NAME, output, Extraction(**options), show_progress=False)
 
 
-def train(scenes, output, store, *overrides, resume=False):
-    """Train for two steps, evaluate where SAM is in the loop, and return the trainer."""
+def build_trainer(scenes, output, store, *overrides, resume=False):
+    """Return a trainer of two steps, with SAM in the loop if there is no store."""
     data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", () if store else (NAME,), "OUTPUT_DIR", str(output)]
     data += ["DATASETS.TOKEN_STORES_TRAIN", (str(store),)] if store else []
     solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", ()]
@@ -52,6 +52,12 @@ def train(scenes, output, store, *overrides, resume=False):
     torch.manual_seed(0)
     trainer = RegionSpotTrainer(cfg)
     trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def train(*arguments, **options):
+    """Train as ``build_trainer`` says, evaluate where SAM is in the loop, and return the trainer."""
+    trainer = build_trainer(*arguments, **options)
     trainer.train()
     return trainer
 
@@ -110,11 +116,8 @@ class _Waits(HookBase):
 @pytest.mark.parametrize("source", ["", "tokens", "maps"])
 def test_steps_do_not_wait_for_the_device(scenes, tmp_path, source):
     """A GPU is never idle while a step is prepared, with SAM and CLIP in the loop or from stores."""
-    data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "meta"]
-    data += ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / f"{source}-meta"),)] if source else []
-    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4]
-    trainer, waits = RegionSpotTrainer(tiny_config(*frozen_overrides(scenes), *data, *solver)), _Waits()
-    trainer.resume_or_load(resume=False)
+    store, overrides = scenes / f"{source}-meta" if source else None, ["DATASETS.TEST", (), "MODEL.DEVICE", "meta"]
+    trainer, waits = build_trainer(scenes, tmp_path, store, *overrides, "SOLVER.MAX_ITER", 4), _Waits()
     trainer.register_hooks([waits])
     trainer.train()
     assert waits.steps[1] == waits.steps[2] == []
@@ -126,11 +129,8 @@ def test_steps_do_not_wait_for_the_device(scenes, tmp_path, source):
 )
 @pytest.mark.parametrize(("period", "steps"), [(4, 3), (2, 2)])  # a checkpoint waits for the step that it has
 def test_step_that_is_not_finite_is_skipped_and_reported(scenes, tmp_path, spoiled, message, period, steps):
-    data = ["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "meta"]
-    data += ["DATASETS.TOKEN_STORES_TRAIN", (str(scenes / "maps-meta"),)]
-    solver = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", period]
-    trainer = RegionSpotTrainer(tiny_config(*frozen_overrides(scenes), *data, *solver))
-    trainer.resume_or_load(resume=False)
+    overrides = ["MODEL.DEVICE", "meta", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", period]
+    trainer = build_trainer(scenes, tmp_path, scenes / "maps-meta", *overrides)
     loss, weight = trainer.recognizer.loss, trainer.recognizer.knowledge_integration.projector.weight
     images = []  # of each step
 
